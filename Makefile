@@ -1,0 +1,43 @@
+# Two commands do everything: `make repro` and `make test`. Each makes the environment first.
+PYTHON ?= python3
+VENV ?= .venv
+INSTALLED := $(VENV)/.installed
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# Usage statistics of the tools are off unless you turn them on.
+export MLFLOW_DISABLE_TELEMETRY ?= true
+export DO_NOT_TRACK ?= 1
+
+.PHONY: repro test test-fast ui lint bench install clean
+
+repro: install ## run every stage that is not up to date
+	@latentloom check
+	@dvc repro
+	@latentloom summary
+
+test: install ## every test: fast, pipeline and fault tests
+	python -m pytest
+
+test-fast: install ## unit tests alone, under two minutes
+	python -m pytest -m "not pipeline and not fault"
+
+ui: install ## MLflow's pages on http://127.0.0.1:5000
+	mlflow server --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}" --host 127.0.0.1 --port $${PORT:-5000}
+
+lint: install
+	ruff check .
+	ruff format --check .
+
+bench: install
+	python benchmarks/sample.py
+
+install: $(INSTALLED)
+
+$(INSTALLED): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Latent Loom needs Python 3.11 or newer; run: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+clean: ## remove the environment and saved work; data, models and experiments stay
+	rm -rf $(VENV) .state

@@ -1,0 +1,24 @@
+"""Stage `encode_text`: every distinct caption -> its embedding, in data/text."""
+
+from pathlib import Path
+
+from latentloom.devices import choose_device
+from latentloom.encoding.captions import encode_captions
+from latentloom.encoding.text_encoder import load_text_encoder
+from latentloom.files import write_json
+from latentloom.params import Params
+from latentloom.stage import run_stage, state_folder
+
+
+def main(params: Params) -> str:
+    encoder = load_text_encoder(params.encode_text.model, choose_device())
+    counts = encode_captions(encoder, Path("data/images"), Path("data/text"), state_folder("text"))
+    write_json(
+        "reports/encode_text.json",
+        {"captions": counts.rows, "dim": encoder.dim, "encoder": encoder.reference, "encoder_fingerprint": encoder.fingerprint},
+    )
+    return f"{counts.rows} captions: encoded {counts.encoded}, reused {counts.reused}"
+
+
+if __name__ == "__main__":
+    run_stage("encode_text", main)

@@ -1,0 +1,60 @@
+"""Stage `evaluate`: the model's figures and samples, in reports/evaluate and in the MLflow run of its training."""
+
+from pathlib import Path
+
+import numpy as np
+
+from latentloom.devices import autocast_dtype, choose_device
+from latentloom.encoding.text_encoder import load_text_encoder
+from latentloom.encoding.vae import load_vae
+from latentloom.evaluation.run import evaluate
+from latentloom.evaluation.sampling import Sampler
+from latentloom.evaluation.sheet import save_sheet
+from latentloom.files import read_json, write_json
+from latentloom.params import Params
+from latentloom.stage import project_root, run_stage
+from latentloom.tracking.runs import reopened_run
+from latentloom.training.curves import Curves
+from latentloom.training.dataset import load_caches
+from latentloom.training.denoising_error import BINS, bin_name
+from latentloom.training.model_files import load_model
+
+REPORTS = Path("reports/evaluate")
+
+
+def main(params: Params) -> str:
+    settings, device = params.evaluate, choose_device()
+    network, config = load_model(Path("models/unet"), device)
+    sampler = Sampler(
+        network,
+        config,
+        guidance=settings.class_guidance,
+        steps=settings.diffusion_steps,
+        threshold_percentile=settings.threshold_percentile,
+        dtype=autocast_dtype(params.train.precision, device),
+    )
+    evaluation = evaluate(
+        params,
+        sampler,
+        load_caches(Path("data/latents"), Path("data/text")).to(device),
+        Path("data/images"),
+        decoder=load_vae(config.vae.reference, device),
+        embedder=load_text_encoder(config.text_encoder.reference, device),
+    )
+    metrics = evaluation.metrics
+    save_sheet(evaluation.sheet, REPORTS / "samples.png")
+    write_json(REPORTS / "metrics.json", metrics)
+    curve = Curves(REPORTS / "plots")
+    for low, high in BINS:
+        if (name := f"val_mae_{bin_name(low, high)}") in metrics:
+            curve.add("mae_by_noise", {"noise_level": (low + high) / 2, "val_mae": metrics[name]})
+    with reopened_run(project_root(), read_json("reports/train/run.json")["mlflow_run_id"]) as tracked:
+        tracked.log_metrics({f"evaluate/{name}": value for name, value in metrics.items()}, params.train.steps)
+        tracked.log_image(np.asarray(evaluation.sheet), "evaluation", params.train.steps)
+        tracked.log_file(REPORTS / "samples.png")
+        tracked.set_tags({f"evaluate.{key}": str(value) for key, value in settings.model_dump().items() if key != "prompts"})
+    return f"{len(settings.prompts)} prompts drawn, caption_recall_at_1 {metrics['caption_recall_at_1']:.3f}, see {REPORTS / 'samples.png'}"
+
+
+if __name__ == "__main__":
+    run_stage("evaluate", main)

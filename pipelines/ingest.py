@@ -1,0 +1,16 @@
+"""Stage `ingest`: the source of captioned images -> data/images, data/rejects.parquet."""
+
+from latentloom.files import write_json
+from latentloom.ingestion.ingest import ingest
+from latentloom.params import Params
+from latentloom.stage import run_stage
+
+
+def main(params: Params) -> str:
+    report = ingest(params.ingest, "data/images", "data/rejects.parquet")
+    write_json("reports/ingest.json", report.to_dict())
+    return str(report)
+
+
+if __name__ == "__main__":
+    run_stage("ingest", main)

@@ -1,0 +1,290 @@
+"""The parts that a denoiser is built from, each usable alone.
+
+Feature maps are `(B, C, H, W)` tensors in channels-last memory, where a map's positions are a sequence of
+tokens `(B, H W, C)` without a copy: convolutions and attention then share the memory. Every part that adds to
+a feature map starts by adding nothing (its last layer is zero), so a deep stack begins as a shallow one
+(Goyal et al. 2017).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from latentloom.diffusion.layouts import Array, to_tensor
+
+
+def embedding_frequencies(emb_dim: int = 32) -> torch.Tensor:
+    """`emb_dim / 2` exponentially spaced frequencies, 1 to 1000 periods over the noise levels."""
+    if emb_dim < 2 or emb_dim % 2:
+        raise ValueError(f"emb_dim holds pairs of a sine and a cosine, so it must be even, not {emb_dim}")
+    return torch.from_numpy(np.geomspace(1.0, 1000.0, emb_dim // 2)).float()
+
+
+def _sinusoids(levels: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+    angles = (2 * math.pi) * levels.reshape(-1, 1) * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def sinusoidal_embedding(noise_levels: Array, emb_dim: int = 32) -> Array:
+    """Embed noise levels `(B,)`, `(B, 1)` or `(B, 1, 1, 1)` as `(B, emb_dim)`, in the kind that came in.
+
+    `[sin(2 pi f_k alpha), cos(2 pi f_k alpha)]` over `emb_dim / 2` exponentially spaced `f_k` in [1, 1000].
+    """
+    levels, restore = to_tensor(noise_levels)
+    return restore(_sinusoids(levels, embedding_frequencies(emb_dim).to(levels)))
+
+
+class NoiseEmbedding(nn.Module):
+    """`sinusoidal_embedding` as a layer whose frequencies already sit on the device."""
+
+    def __init__(self, emb_dim: int = 32):
+        super().__init__()
+        self.register_buffer("frequencies", embedding_frequencies(emb_dim), persistent=False)
+
+    def forward(self, noise_levels: torch.Tensor) -> torch.Tensor:
+        return _sinusoids(noise_levels.to(self.frequencies), self.frequencies)
+
+
+def _zero(layer: nn.Module) -> nn.Module:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """At most 32 groups, of at least 16 channels where that divides.
+
+    Wu & He 2018 found groups of 16 channels no worse than 32 groups. Smaller groups are up to ten times
+    slower in bfloat16 on a CPU, where a group then fills no vector register.
+    """
+    groups = math.gcd(32, channels)
+    while groups > 1 and channels // groups < 16:
+        groups //= 2
+    return nn.GroupNorm(groups, channels)
+
+
+def _head_count(channels: int, heads: int | None) -> int:
+    """Heads of 64 channels unless told otherwise."""
+    if heads is None:
+        return channels // 64 if channels >= 64 and channels % 64 == 0 else 1
+    if heads < 1 or channels % heads:
+        raise ValueError(f"{channels} channels do not divide into {heads} heads")
+    return heads
+
+
+def _to_tokens(x: torch.Tensor) -> torch.Tensor:
+    """`(B, C, H, W)` -> `(B, H W, C)`: a view of channels-last memory."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _to_map(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`(B, H W, C)` -> `(B, C, H, W)` in channels-last memory: a view again."""
+    return tokens.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int) -> torch.Tensor:
+    """Attention of `(B, N, C)` queries over `(B, T, C)` keys and values, `heads` times side by side."""
+    query, key, value = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (query, key, value))
+    if query.device.type == "cpu":
+        # The same function spelt out: over some dozens of tokens, forward and back, it is three to seven times as
+        # fast on a CPU as the fused kernel (torch 2.13).
+        weights = ((query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)).softmax(-1)
+        attended = weights @ value
+    else:
+        attended = F.scaled_dot_product_attention(query, key, value)
+    return attended.transpose(1, 2).flatten(2)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut: `(B, in_ch, H, W)` -> `(B, out_ch, H, W)`.
+
+    With `cond_ch`, a conditioning vector `(B, cond_ch)` scales and shifts the normalised features between the
+    convolutions (FiLM, Perez et al. 2018; adaptive group norm in Dhariwal & Nichol 2021).
+    """
+
+    def __init__(self, in_ch: int, out_ch: int, *, cond_ch: int | None = None):
+        super().__init__()
+        self.norm1 = group_norm(in_ch)
+        self.conv1 = nn.Conv2d(in_ch, out_ch, 3, padding=1)
+        self.film = nn.Linear(cond_ch, 2 * out_ch) if cond_ch else None
+        self.norm2 = group_norm(out_ch)
+        self.conv2 = _zero(nn.Conv2d(out_ch, out_ch, 3, padding=1))
+        self.shortcut = nn.Conv2d(in_ch, out_ch, 1) if in_ch != out_ch else nn.Identity()
+
+    def forward(self, x: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.norm2(h)
+        if self.film is not None:
+            if condition is None:
+                raise ValueError(
+                    "this ResidualBlock was built with cond_ch: call it with a condition (B, cond_ch)"
+                )
+            scale, shift = self.film(condition)[:, :, None, None].chunk(2, dim=1)
+            h = torch.addcmul(shift, h, 1 + scale)
+        return self.shortcut(x) + self.conv2(F.silu(h))
+
+
+class SpatialAttention(nn.Module):
+    """Self-attention over the positions of a feature map `(B, ch, H, W)`, added to it.
+
+    Queries and keys have no bias: softmax ignores what a key bias adds.
+    """
+
+    def __init__(self, ch: int, *, heads: int | None = None):
+        super().__init__()
+        self.heads = _head_count(ch, heads)
+        self.norm = group_norm(ch)
+        self.query_key_value = nn.Linear(ch, 3 * ch, bias=False)
+        self.out = _zero(nn.Linear(ch, ch))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query, key, value = self.query_key_value(_to_tokens(self.norm(x))).chunk(3, dim=2)
+        return x + _to_map(self.out(_attend(query, key, value, self.heads)), x)
+
+
+class CrossAttention(nn.Module):
+    """Attention of the positions of a feature map `(B, img_ch, H, W)` over text, added to the map.
+
+    The text is tokens `(B, T, txt_ch)`, or one vector `(B, txt_ch)`. Over a single vector attention has
+    nothing to choose from (its one weight is 1), so give several tokens where you can.
+    """
+
+    def __init__(self, img_ch: int, txt_ch: int, *, heads: int | None = None):
+        super().__init__()
+        self.heads = _head_count(img_ch, heads)
+        self.norm = group_norm(img_ch)
+        self.query = nn.Linear(img_ch, img_ch, bias=False)
+        self.key_value = nn.Linear(txt_ch, 2 * img_ch, bias=False)
+        self.out = _zero(nn.Linear(img_ch, img_ch))
+
+    def forward(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        if text.ndim == 2:
+            text = text[:, None]
+        key, value = self.key_value(text).chunk(2, dim=2)
+        query = self.query(_to_tokens(self.norm(x)))
+        return x + _to_map(self.out(_attend(query, key, value, self.heads)), x)
+
+
+class ConditionedLayer(nn.Module):
+    """One layer of a U-Net: a residual block, then self-attention, then cross-attention, where asked for."""
+
+    def __init__(
+        self,
+        in_ch: int,
+        out_ch: int,
+        cond_ch: int | None,
+        use_self_attention: bool,
+        *,
+        txt_ch: int | None = None,
+        heads: int | None = None,
+    ):
+        super().__init__()
+        self.residual = ResidualBlock(in_ch, out_ch, cond_ch=cond_ch)
+        self.self_attention = SpatialAttention(out_ch, heads=heads) if use_self_attention else None
+        self.cross_attention = CrossAttention(out_ch, txt_ch, heads=heads) if txt_ch else None
+
+    def forward(
+        self, x: torch.Tensor, condition: torch.Tensor | None = None, text: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        x = self.residual(x, condition)
+        if self.self_attention is not None:
+            x = self.self_attention(x)
+        if self.cross_attention is not None:
+            if text is None:
+                raise ValueError("this block was built with txt_ch: call it with text tokens (B, T, txt_ch)")
+            x = self.cross_attention(x, text)
+        return x
+
+
+class DownBlock(nn.Module):
+    """`block_depth` layers, then half the resolution: `(B, in_ch, H, W)` -> `(B, out_ch, H/2, W/2)` and skips.
+
+    `forward` returns `(x, skips)`, one skip `(B, out_ch, H, W)` a layer. With `txt_ch`, text enters by
+    cross-attention. `downsample=False` keeps the resolution (the deepest level has nowhere to go).
+    """
+
+    def __init__(
+        self,
+        in_ch: int,
+        out_ch: int,
+        block_depth: int,
+        cond_ch: int | None,
+        use_self_attention: bool = True,
+        *,
+        txt_ch: int | None = None,
+        heads: int | None = None,
+        downsample: bool = True,
+    ):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            ConditionedLayer(
+                in_ch if i == 0 else out_ch, out_ch, cond_ch, use_self_attention, txt_ch=txt_ch, heads=heads
+            )
+            for i in range(block_depth)
+        )
+        self.downsample = nn.Conv2d(out_ch, out_ch, 3, stride=2, padding=1) if downsample else None
+
+    def forward(
+        self, x: torch.Tensor, condition: torch.Tensor | None = None, text: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        skips = []
+        for layer in self.layers:
+            x = layer(x, condition, text)
+            skips.append(x)
+        return (x if self.downsample is None else self.downsample(x)), skips
+
+
+class UpBlock(nn.Module):
+    """The mirror of `DownBlock`: twice the resolution, then `block_depth` layers, each fed a skip as well.
+
+    `(B, in_ch, H/2, W/2)` and skips `(B, skip_ch, H, W)` -> `(B, out_ch, H, W)`. The skips come in the order
+    in which `DownBlock` made them and are used from the last; `skip_ch` is `out_ch` unless told otherwise.
+    """
+
+    def __init__(
+        self,
+        in_ch: int,
+        out_ch: int,
+        block_depth: int,
+        cond_ch: int | None,
+        use_self_attention: bool = True,
+        *,
+        txt_ch: int | None = None,
+        heads: int | None = None,
+        skip_ch: int | None = None,
+        upsample: bool = True,
+    ):
+        super().__init__()
+        skip_ch = out_ch if skip_ch is None else skip_ch
+        self.upsample = upsample
+        self.layers = nn.ModuleList(
+            ConditionedLayer(
+                (in_ch if i == 0 else out_ch) + skip_ch,
+                out_ch,
+                cond_ch,
+                use_self_attention,
+                txt_ch=txt_ch,
+                heads=heads,
+            )
+            for i in range(block_depth)
+        )
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        skips: list[torch.Tensor],
+        condition: torch.Tensor | None = None,
+        text: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if len(skips) != len(self.layers):
+            raise ValueError(f"this UpBlock takes {len(self.layers)} skips, one a layer, not {len(skips)}")
+        if self.upsample:
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        for layer, skip in zip(self.layers, reversed(skips), strict=True):
+            x = layer(torch.cat([x, skip], dim=1), condition, text)
+        return x

@@ -1,0 +1,219 @@
+"""The denoiser: a U-Net that is shown a noised latent, a noise level and a text, and guesses the clean latent.
+
+    x_t (B, C, H, W) ----------- 3x3 conv -- merge -- DownBlocks -- middle -- UpBlocks -- head -- x0_hat (B,
+    C, H, W)
+    noise level -- 32 sinusoids --.            |          |           |          |
+    text embedding -- linear -----'- condition +- FiLM ---+-----------+----------+
+                  '-- linear -- 8 text tokens --- cross-attention (coarser levels)
+
+The condition enters twice. Merged into the input, it reaches every position once; and by FiLM it rescales the
+features of every residual block, since what a layer should do depends on the noise level: find the large
+shapes when there is much noise, leave the latent alone when there is hardly any. A merged input would have to
+survive every normalisation on the way to say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from latentloom.diffusion.blocks import (
+    ConditionedLayer,
+    DownBlock,
+    NoiseEmbedding,
+    UpBlock,
+    group_norm,
+)
+
+
+class TiledMerge(nn.Module):
+    """Tile a vector `(B, cond_ch)` over a feature map, concatenate, merge by a 1x1 convolution.
+
+    Computed without the tiling: a 1x1 convolution of a concatenation is the sum of one of each part, and of a
+    constant map it is one vector. Same function, same initialisation, a fraction of the memory traffic.
+    """
+
+    def __init__(self, in_ch: int, cond_ch: int, out_ch: int):
+        super().__init__()
+        whole = nn.Conv2d(in_ch + cond_ch, out_ch, 1)
+        self.features = nn.Conv2d(in_ch, out_ch, 1)
+        self.condition = nn.Linear(cond_ch, out_ch, bias=False)
+        with torch.no_grad():
+            self.features.weight.copy_(whole.weight[:, :in_ch])
+            self.features.bias.copy_(whole.bias)
+            self.condition.weight.copy_(whole.weight[:, in_ch:, 0, 0])
+
+    def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        return self.features(x) + self.condition(condition)[:, :, None, None]
+
+
+class UNet(nn.Module):
+    """Predicts the clean latent `x0_hat` from a noised one.
+
+    latent_channels:  channels C of the latent.
+    widths:           channels at each level; every level but the last halves the resolution.
+    block_depth:      layers a level, down and up.
+    emb_size:         size of the projected text, of the conditioning vector and of a text token.
+    text_dim:         size of the text embedding that the encoder gives.
+    noise_emb_dim:    size of the noise-level embedding.
+    text_tokens:      tokens that the text embedding is spread over for cross-attention.
+    attention:        for each level, whether its layers have self- and cross-attention. By default all have
+                      but the finest, where attention costs the most.
+    heads:            attention heads; by default one for every 64 channels.
+
+    `config` holds these arguments: `UNet(**unet.config)` is the same architecture.
+    """
+
+    def __init__(
+        self,
+        latent_channels: int = 4,
+        widths: Sequence[int] = (128, 256, 512),
+        block_depth: int = 2,
+        emb_size: int = 256,
+        text_dim: int = 512,
+        *,
+        noise_emb_dim: int = 32,
+        text_tokens: int = 8,
+        attention: Sequence[bool] | None = None,
+        heads: int | None = None,
+    ):
+        super().__init__()
+        widths = tuple(widths)
+        sizes = {"latent_channels": latent_channels, "block_depth": block_depth, "emb_size": emb_size}
+        sizes |= {"text_dim": text_dim, "text_tokens": text_tokens}
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if not widths or min(widths) < 1:
+            raise ValueError(f"widths needs one positive number of channels a level, not {widths}")
+        if attention is None:
+            attention = [level > 0 for level in range(len(widths))]
+        if len(attention) != len(widths):
+            raise ValueError(f"attention needs a flag for each of the {len(widths)} widths, not {attention}")
+        self.config: dict[str, Any] = {
+            "latent_channels": latent_channels,
+            "widths": list(widths),
+            "block_depth": block_depth,
+            "emb_size": emb_size,
+            "text_dim": text_dim,
+            "noise_emb_dim": noise_emb_dim,
+            "text_tokens": text_tokens,
+            "attention": list(attention),
+            "heads": heads,
+        }
+        self.latent_channels = latent_channels
+        self.text_dim = text_dim
+        self.halvings = len(widths) - 1
+
+        self.noise_embedding = NoiseEmbedding(noise_emb_dim)
+        self.text_projection = nn.Linear(text_dim, emb_size)
+        self.text_tokens = nn.Sequential(
+            nn.Linear(text_dim, text_tokens * emb_size), nn.Unflatten(1, (text_tokens, -1))
+        )
+        self.condition = nn.Sequential(
+            nn.Linear(noise_emb_dim + emb_size, emb_size), nn.SiLU(), nn.Linear(emb_size, emb_size), nn.SiLU()
+        )
+        self.stem = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
+        self.merge = TiledMerge(widths[0], noise_emb_dim + emb_size, widths[0])
+
+        self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
+        for level, (width, attends) in enumerate(zip(widths, attention, strict=True)):
+            finer, coarser = widths[max(level - 1, 0)], widths[min(level + 1, self.halvings)]
+            options = {"txt_ch": emb_size if attends else None, "heads": heads}
+            resample = level < self.halvings
+            down = DownBlock(finer, width, block_depth, emb_size, attends, downsample=resample, **options)
+            up = UpBlock(coarser, width, block_depth, emb_size, attends, upsample=resample, **options)
+            self.downs.append(down)
+            self.ups.insert(0, up)
+        self.middle = nn.ModuleList(
+            [
+                ConditionedLayer(width, width, emb_size, attends, **options),  # as the deepest level
+                ConditionedLayer(width, width, emb_size, use_self_attention=False),
+            ]
+        )
+        self.head_norm = group_norm(widths[0])
+        self.head = nn.Conv2d(widths[0], latent_channels, 3, padding=1)
+        # The first guess is near the mean latent, yet not 0, so that gradients pass from the first step on.
+        with torch.no_grad():
+            self.head.weight.mul_(0.1)
+            self.head.bias.zero_()
+
+    def forward(
+        self, x_t: torch.Tensor, noise_levels: torch.Tensor, text_embeddings: torch.Tensor
+    ) -> torch.Tensor:
+        """Guess the clean latents from noised ones.
+
+        `x_t` `(B, C, H, W)`; `noise_levels` in [0, 1], `(B,)`, `(B, 1)` or `(B, 1, 1, 1)`, or one for all;
+        `text_embeddings` `(B, text_dim)`.
+
+        Returns `x0_hat` `(B, C, H, W)` in float32 or better, under autocast too. A text embedding of zeros is
+        "no text"; of any other only the direction counts, so encoders of unit and of larger norm train alike.
+        """
+        self._check_shapes(x_t, noise_levels, text_embeddings)
+        dtype = self.head.weight.dtype
+        text = F.normalize(text_embeddings.to(dtype), dim=1) * self.text_dim**0.5
+        noise = self.noise_embedding(noise_levels).expand(x_t.shape[0], -1)
+        embedding = torch.cat([noise, self.text_projection(text)], dim=1)
+        condition, tokens = self.condition(embedding), self.text_tokens(text)
+
+        h = self.stem(x_t.to(dtype).contiguous(memory_format=torch.channels_last))
+        h = self.merge(h, embedding)
+        skips = []
+        for down in self.downs:
+            h, kept = down(h, condition, tokens)
+            skips.append(kept)
+        for layer in self.middle:
+            h = layer(h, condition, tokens)
+        for up in self.ups:
+            h = up(h, skips.pop(), condition, tokens)
+        h = F.silu(self.head_norm(h))
+        with torch.autocast(x_t.device.type, enabled=False):  # the answer itself keeps all its digits
+            return self.head(h.to(dtype))
+
+    def _check_shapes(
+        self, x_t: torch.Tensor, noise_levels: torch.Tensor, text_embeddings: torch.Tensor
+    ) -> None:
+        if x_t.ndim != 4 or x_t.shape[1] != self.latent_channels:
+            raise ValueError(f"x_t must be (B, {self.latent_channels}, H, W), not {tuple(x_t.shape)}")
+        height, width = x_t.shape[2:]
+        if height % 2**self.halvings or width % 2**self.halvings:
+            raise ValueError(
+                f"this UNet halves the latent {self.halvings} times, so its sides must be multiples of "
+                f"{2**self.halvings}, not {height}x{width}"
+            )
+        if noise_levels.numel() not in (1, x_t.shape[0]):
+            raise ValueError(
+                f"{noise_levels.numel()} noise levels for {x_t.shape[0]} samples: need one, or one each"
+            )
+        if text_embeddings.shape != (x_t.shape[0], self.text_dim):
+            raise ValueError(
+                f"text_embeddings must be ({x_t.shape[0]}, {self.text_dim}), one a sample, "
+                f"not {tuple(text_embeddings.shape)}"
+            )
+
+
+def get_network(
+    latent_image_size: int,
+    block_depth: int,
+    emb_size: int,
+    latent_channels: int,
+    *,
+    widths: Sequence[int] = (128, 256, 512),
+    text_dim: int = 512,
+    **unet_options: Any,
+) -> UNet:
+    """A `UNet` for square latents of `latent_image_size`, checked to fit; `unet_options` are the UNet's own.
+
+    Raises `ValueError` if the widths would halve the latent more often than its size allows.
+    """
+    halvings = len(widths) - 1
+    if latent_image_size < 1 or latent_image_size % 2 ** max(halvings, 0):
+        raise ValueError(
+            f"latent_image_size {latent_image_size} cannot be halved {halvings} times, as {len(widths)} "
+            f"widths ask for: it must be a multiple of {2 ** max(halvings, 0)}"
+        )
+    return UNet(latent_channels, widths, block_depth, emb_size, text_dim, **unet_options)

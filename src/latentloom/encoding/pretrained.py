@@ -1,0 +1,80 @@
+"""Where a pretrained encoder's files lie: in the package (`bundled`), in a local folder, or on the Hugging Face hub."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from latentloom.files import read_json, sha256_file
+
+WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
+
+
+def resolve_folder(reference: str, *, bundled: Path, what: str) -> Path:
+    """The folder that holds the files of ``reference``; a hub id is downloaded once into Hugging Face's own cache.
+
+    Args:
+        reference: ``bundled``, a local folder, or a hub id such as ``stabilityai/sd-vae-ft-ema``.
+        bundled: the folder that ``bundled`` stands for.
+        what: the params key, for error messages (``encode_images.vae``).
+
+    Raises:
+        ValueError: when the reference is neither a folder with a ``config.json`` nor a hub id that can be fetched.
+    """
+    if reference == "bundled":
+        return bundled
+    folder = Path(reference).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{what}: the folder {reference} has no config.json; give a folder written by save_pretrained")
+        return folder
+    if reference.startswith((".", "/", "~")) or reference.count("/") != 1:
+        raise ValueError(f"{what}: {reference!r} is no folder here and no hub id; allowed: bundled, a hub id (owner/name), a folder")
+    return _download(reference, what)
+
+
+def _download(reference: str, what: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    texts = ["*.json", "*.txt"]
+    try:
+        folder = Path(snapshot_download(reference, allow_patterns=[*texts, "*.safetensors"]))
+        if not _weight_files(folder):
+            folder = Path(snapshot_download(reference, allow_patterns=[*texts, "pytorch_model.bin"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"{what}: could not fetch {reference!r} from the Hugging Face hub ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}); check the name and the network, or use `bundled`, which needs neither"
+        ) from error
+    return folder
+
+
+def read_config(folder: Path) -> dict:
+    """The folder's ``config.json``."""
+    return read_json(folder / "config.json")
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of what decides an encoder's output: its config, tokenizer files and weights. 64 hexadecimal digits.
+
+    Keys of ``config.json`` that begin with an underscore (library versions, original paths) do not count.
+
+    Raises:
+        ValueError: when the folder holds no weights.
+    """
+    weights = _weight_files(folder)
+    if not weights:
+        raise ValueError(f"{folder} holds no weights ({' or '.join(WEIGHT_PATTERNS)})")
+    config = {key: value for key, value in read_config(folder).items() if not key.startswith("_") or key == "_class_name"}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    tokenizer = [path for name in ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt") if (path := folder / name).is_file()]
+    for path in [*weights, *tokenizer]:
+        digest.update(f"{path.name}={sha256_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for pattern in WEIGHT_PATTERNS:
+        if found := sorted(folder.glob(pattern)):
+            return found
+    return []

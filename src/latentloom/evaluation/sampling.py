@@ -1,0 +1,69 @@
+"""Sampling from a model folder: captions in, pictures out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from latentloom.diffusion import Diffuser, UNet
+from latentloom.training.draws import generator
+from latentloom.training.model_files import ModelConfig
+
+BATCH_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A model with its sampling settings.
+
+    Attributes:
+        network: predicts clean latents, standardised.
+        config: the model folder's config.
+        guidance: 1 is the plain conditional model; more follows the caption more closely.
+        steps: denoising steps.
+        threshold_percentile: of dynamic thresholding; the bound is the config's.
+        dtype: for autocast; None computes in fp32.
+    """
+
+    network: UNet
+    config: ModelConfig
+    guidance: float
+    steps: int
+    threshold_percentile: float
+    dtype: torch.dtype | None
+
+    def latents(self, embeddings: torch.Tensor, names: Sequence[str], seed: int) -> torch.Tensor:
+        """Sample a standardised latent (B, C, h, w) for each text embedding (B, dim), on the network's device.
+
+        The noise that a sample starts from is a function of ``seed`` and its name alone, so asking for more samples
+        does not change those already asked for.
+        """
+        device = next(self.network.parameters()).device
+        noise = torch.stack([self._noise(name, seed) for name in names]).to(device)
+        diffuser = Diffuser(
+            self.network,
+            self.guidance,
+            self.steps,
+            schedule=self.config.schedule,
+            perc=self.threshold_percentile,
+            bound=self.config.latent_bound,
+            latent_channels=self.config.latent_shape[0],
+            autocast_dtype=self.dtype,
+        )
+        samples = []
+        with tqdm(total=len(names), desc="sample", unit="image") as progress:
+            for start in range(0, len(names), BATCH_SIZE):
+                part = slice(start, start + BATCH_SIZE)
+                samples.append(diffuser.reverse_diffusion(noise[part], embeddings[part].to(device), layout="nchw"))
+                progress.update(len(samples[-1]))
+        return torch.cat(samples)
+
+    def _noise(self, name: str, seed: int) -> torch.Tensor:
+        return torch.randn(self.config.latent_shape, generator=generator("cpu", seed, "sample", name))
+
+
+def nearest(samples: torch.Tensor, references: torch.Tensor) -> np.ndarray:
+    """For each sample (B, ...) the row of the closest reference (N, ...), by Euclidean distance."""
+    return torch.cdist(samples.flatten(1).double(), references.flatten(1).double()).argmin(1).cpu().numpy()

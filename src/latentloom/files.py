@@ -1,0 +1,76 @@
+"""Writing files so that a reader never meets half of one.
+
+Every file is written under a temporary name in its own folder, flushed to the disk, and renamed onto its final name.
+A process killed at any moment leaves the old file, or the new one, and at worst a stray ``.NAME.PID.tmp``.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; rename it onto ``path`` when the block ends without an error.
+
+    Raises:
+        OSError: what the disk said, with the final name and the room left, when the file cannot be written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        stats = os.statvfs(path.parent)
+        raise OSError(
+            error.errno,
+            f"could not write {path}: {error.strerror or error} "
+            f"({stats.f_bavail * stats.f_frsize / 2**20:.0f} MiB free there). Make room and run the stage again.",
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write ``text`` as UTF-8 with Unix newlines, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8"))
+
+
+def write_json(path: Path | str, data: Any) -> None:
+    """Write ``data`` as indented JSON, atomically; the same data gives the same bytes.
+
+    Raises:
+        ValueError: when a number is NaN or infinite, which JSON has no word for.
+    """
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path | str) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        FileNotFoundError: naming the file, and the command that makes it.
+        ValueError: naming the file, when it is not JSON.
+    """
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist: run `dvc repro`, which makes it") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): delete it and run `dvc repro`") from error
+
+
+def sha256_file(path: Path | str) -> str:
+    """The SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

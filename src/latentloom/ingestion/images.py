@@ -1,0 +1,146 @@
+"""The bytes of any image file -> prepared pixels: uint8 RGB ``(S, S, 3)``, upright, on white, its centred square.
+
+File -> first frame -> upright (EXIF) -> centred square -> 8 bits, RGB, over white -> Lanczos to ``S``. Cropping comes before
+converting, so that a wide picture is never converted whole. Colour profiles are not applied: values are taken as sRGB.
+"""
+
+import hashlib
+import io
+import re
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from latentloom.ingestion.rejects import Reason, Unusable
+
+# Pillow's formats without those that start programs (EPS) or that any bytes may pass for (TGA).
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")
+MAX_BYTES = 2**30
+MAX_PIXELS = 178_956_970  # where Pillow, too, takes a file for a decompression bomb: half a GiB of RGB
+LARGEST_ENLARGEMENT = 4
+
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
+
+ORIENTATION = 0x0112
+UPRIGHT = {  # EXIF orientation -> what turns the stored pixels upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True)
+class PreparedImage:
+    """Prepared ``pixels``, uint8 ``(S, S, 3)``, and the ``width`` and ``height`` of the upright original."""
+
+    pixels: np.ndarray
+    width: int
+    height: int
+
+
+def prepare_image(data: bytes, size: int) -> PreparedImage:
+    """Decode an image file and prepare its pixels at ``size`` by ``size``.
+
+    Raises:
+        Unusable: with the reason, where the bytes are no image that can be used.
+    """
+    image = _decode(data)
+    width, height = image.size
+    smallest = -(-size // LARGEST_ENLARGEMENT)
+    if min(width, height) < smallest:
+        raise Unusable(
+            Reason.TOO_SMALL,
+            f"{width}x{height} pixels; the shorter side must have at least {smallest}, "
+            f"1/{LARGEST_ENLARGEMENT} of ingest.image_size",
+        )
+    image = _on_white(_centred_square(image))
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.LANCZOS)
+    return PreparedImage(np.asarray(image), width, height)
+
+
+def image_id(pixels: np.ndarray) -> str:
+    """The id of prepared pixels: the SHA-256 of their shape, as ``HxWx3:``, and their bytes."""
+    shape = "x".join(map(str, pixels.shape))
+    return hashlib.sha256(f"{shape}:".encode() + np.ascontiguousarray(pixels, np.uint8).tobytes()).hexdigest()
+
+
+def _decode(data: bytes) -> Image.Image:
+    """The first frame, upright, in whatever mode the file has."""
+    if not data:
+        raise Unusable(Reason.EMPTY_FILE, "the file holds no bytes")
+    if len(data) > MAX_BYTES:
+        raise Unusable(Reason.TOO_MANY_BYTES, f"{len(data):,} bytes; at most {MAX_BYTES:,}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            if image.width * image.height > MAX_PIXELS:
+                raise Unusable(Reason.TOO_MANY_PIXELS, f"{image.width}x{image.height} pixels; at most {MAX_PIXELS:,}")
+            image.load()
+    except (Unusable, MemoryError):
+        raise
+    except Image.DecompressionBombError:
+        raise Unusable(Reason.TOO_MANY_PIXELS, f"more than {MAX_PIXELS:,} pixels") from None
+    except UnidentifiedImageError:
+        if data.startswith(SIGNATURES):
+            raise Unusable(Reason.UNREADABLE, "begins as an image, but its header is damaged or cut off") from None
+        detail = f"begins with the bytes {data[:12]!r}, as none of these does: {', '.join(FORMATS)}"
+        raise Unusable(Reason.NOT_AN_IMAGE, detail) from None
+    except Exception as error:  # a decoder meets damaged bytes with nearly any exception: each refuses this file alone
+        message = re.sub(r"0x[0-9a-f]+", "", str(error))
+        reason = Reason.TRUNCATED if isinstance(error, EOFError) or "truncated" in message else Reason.UNREADABLE
+        raise Unusable(reason, f"{type(error).__name__}: {message}") from error
+    turn = UPRIGHT.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int | None:
+    try:
+        return image.getexif().get(ORIENTATION)
+    except Exception:  # damaged EXIF beside sound pixels: the picture is shown as it is stored, as viewers do
+        return None
+
+
+def _centred_square(image: Image.Image) -> Image.Image:
+    width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    return image if width == height else image.crop((left, top, left + side, top + side))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Any mode -> 8-bit RGB; what is transparent shows white."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return _grey_to_8_bits(image).convert("RGB")
+    if image.mode in ("La", "RGBa"):
+        image = image.convert(image.mode.upper())
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise Unusable(Reason.UNSUPPORTED_PIXELS, f"{error}; save it as RGB") from error
+
+
+def _grey_to_8_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits (0 to 65535), or of floats from 0 to 1 -> ``L``, scaled rather than clipped."""
+    values = np.asarray(image).astype(np.float64)
+    highest = 1.0 if image.mode == "F" else 65535.0
+    if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= highest):
+        raise Unusable(
+            Reason.UNSUPPORTED_PIXELS,
+            f"grey values from {values.min():g} to {values.max():g}; they must lie between 0 and {highest:g}. "
+            "Save it with 8 or 16 bits a channel",
+        )
+    grey = np.rint(values * (255.0 / highest)).astype(np.uint8)
+    if (transparent := image.info.get("transparency")) is not None:
+        grey[values == transparent] = 255
+    return Image.fromarray(grey)

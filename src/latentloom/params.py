@@ -1,0 +1,171 @@
+"""``params.yaml`` as typed sections, one section a stage.
+
+Nothing here has a default: the file is the whole truth about a run, so DVC, which compares the file, sees every change
+that matters. An unknown key, a missing one or a wrong value is refused before any work starts.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError, field_validator, model_validator
+
+Count = Annotated[StrictInt, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+
+class ParamsError(ValueError):
+    """``params.yaml`` cannot be used; the message names each key, its value and what is allowed."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class IngestParams(Section):
+    source: Literal["openmoji", "folder", "webdataset", "parquet"]
+    path: StrictStr | None
+    image_size: Annotated[StrictInt, Field(ge=32, le=1024, multiple_of=8)]
+    limit: Count | None
+    val_fraction: Fraction
+
+    @field_validator("source")
+    @classmethod
+    def _only_what_is_built(cls, source: str) -> str:
+        if source in ("webdataset", "parquet"):
+            raise ValueError(f"the source {source!r} is not supported yet; use 'openmoji' or 'folder'")
+        return source
+
+    @model_validator(mode="after")
+    def _path_goes_with_source(self) -> "IngestParams":
+        if self.source == "folder" and not self.path:
+            raise ValueError("source: folder needs path, the folder that holds your images")
+        if self.source == "openmoji" and self.path:
+            raise ValueError(f"source: openmoji takes no path, yet path is {self.path!r}; set source: folder, or path: null")
+        return self
+
+
+class EncodeImagesParams(Section):
+    vae: StrictStr
+
+
+class EncodeTextParams(Section):
+    model: StrictStr
+
+
+Range = Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
+class ValidateParams(Section):
+    min_train_images: Count
+    caption_length: Range
+    latent_mean: Range
+    latent_std: Range
+    embedding_norm: Range
+    val_fraction_tolerance: Fraction
+
+    @field_validator("caption_length", "latent_mean", "latent_std", "embedding_norm")
+    @classmethod
+    def _ordered(cls, bounds: list[float]) -> list[float]:
+        if bounds[0] >= bounds[1]:
+            raise ValueError("must be [lowest, highest] with lowest < highest")
+        return bounds
+
+
+class ModelParams(Section):
+    widths: Annotated[list[Annotated[StrictInt, Field(ge=16, multiple_of=16)]], Field(min_length=1, max_length=6)]
+    block_depth: Count
+    emb_size: Annotated[StrictInt, Field(ge=8)]
+
+
+class DiffusionParams(Section):
+    schedule: Literal["vp", "linear"]
+    noise_levels: Literal["cosine", "uniform", "half_normal"]
+    label_dropout: Fraction
+
+
+class TrainParams(Section):
+    steps: Count
+    batch_size: Count
+    learning_rate: Positive
+    warmup_steps: Annotated[StrictInt, Field(ge=0)]
+    weight_decay: NonNegative
+    gradient_clip: Positive
+    ema_decay: Fraction
+    precision: Literal["auto", "fp32", "bf16"]
+    log_every: Count
+    validate_every: Count
+    sample_every: Count
+    sample_count: Count
+    sample_guidance: NonNegative
+
+
+class EvaluateParams(Section):
+    class_guidance: NonNegative
+    diffusion_steps: Annotated[StrictInt, Field(ge=2, le=1000)]
+    threshold_percentile: Annotated[float, Field(gt=50.0, le=100.0)]
+    prompts: Annotated[list[Annotated[StrictStr, Field(min_length=1)]], Field(min_length=1)]
+    held_out_captions: Annotated[StrictInt, Field(ge=0)]
+    recall_captions: Count
+
+
+class Params(Section):
+    seed: Annotated[StrictInt, Field(ge=0, lt=2**63)]
+    ingest: IngestParams
+    encode_images: EncodeImagesParams
+    encode_text: EncodeTextParams
+    validate_: ValidateParams = Field(alias="validate")
+    model: ModelParams
+    diffusion: DiffusionParams
+    train: TrainParams
+    evaluate: EvaluateParams
+
+
+def load_params(path: Path | str = "params.yaml") -> Params:
+    """Read and check a whole params file.
+
+    Raises:
+        ParamsError: when the file is missing, is not YAML, or holds a key or a value that is not allowed; one line for
+            each, as ``KEY = VALUE: what is wrong``.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ParamsError(f"{path} does not exist: run from the project's root, where params.yaml lies") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ParamsError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ParamsError(f"{path} must hold sections ({', '.join(_allowed_keys(Params))}), not {content!r}")
+    try:
+        return Params.model_validate(content)
+    except ValidationError as error:
+        raise ParamsError("\n".join([f"{path}:", *(_explain(item) for item in error.errors())])) from error
+
+
+def _explain(error: dict[str, Any]) -> str:
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        allowed = _allowed_keys(_section_at(location[:-1]))
+        close = difflib.get_close_matches(location[-1], allowed, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        return f"  {key} = {error['input']!r}: unknown key{hint}; allowed here: {', '.join(allowed)}"
+    if error["type"] == "missing":
+        return f"  {key}: missing; every key of the section must be given"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"  {key} = {error['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _allowed_keys(section: type[BaseModel]) -> list[str]:
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def _section_at(location: list[str]) -> type[BaseModel]:
+    section: type[BaseModel] = Params
+    for key in location:
+        section = next(f.annotation for n, f in section.model_fields.items() if (f.alias or n) == key)
+    return section

@@ -1,0 +1,33 @@
+"""How a stage script starts and ends: params in, one closing line out, errors told to the person at the keyboard."""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from latentloom.params import Params, load_params
+
+
+def run_stage(name: str, main: Callable[[Params], str]) -> None:
+    """Load ``params.yaml``, run ``main`` and print what it did and how long it took.
+
+    Errors that a person can mend (``ValueError``, ``OSError``, ``ArithmeticError``) end the process with exit status 1
+    and their message alone; anything else is a fault of ours and shows its traceback.
+    """
+    started = time.monotonic()
+    try:
+        line = main(load_params())
+    except (ValueError, OSError, ArithmeticError) as error:
+        sys.exit(f"{name}: {error}")
+    print(f"{name}: {line} ({time.monotonic() - started:.1f} s)", flush=True)
+
+
+def project_root() -> Path:
+    """The project's root, also where DVC runs an experiment in a temporary copy of it (DVC then names it in ``DVC_ROOT``)."""
+    return Path(os.environ.get("DVC_ROOT") or ".").resolve()
+
+
+def state_folder(name: str) -> Path:
+    """Where a stage keeps what only saves work, shared by all experiments of the project; it may be deleted at any time."""
+    return project_root() / ".state" / name

@@ -1,0 +1,27 @@
+"""The curves of a training, as CSV files that DVC plots: `train.csv` and `validation.csv`, one row a logged step."""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+from latentloom.files import atomic_path
+
+
+class Curves:
+    """Rows by file name, written whole and atomically each time: a killed training leaves the curves so far.
+
+    They hold what the seed decides and nothing of the machine (no rates, no times), so the same run gives the same files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._rows: dict[str, list[dict[str, float]]] = {}
+
+    def add(self, name: str, values: Mapping[str, float]) -> None:
+        """Add a row to ``NAME.csv``, whose columns are those of its first row."""
+        rows = self._rows.setdefault(name, [])
+        rows.append({key: round(value, 6) for key, value in values.items()})
+        with atomic_path(self.folder / f"{name}.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)

@@ -1,0 +1,143 @@
+"""The training data on the device: standardised latents and caption embeddings, read once from the caches.
+
+    data/latents  -> z0 = (raw - mean) / std per channel, (N, C, h, w)
+    data/text     -> embeddings (M, dim); each image names its captions by row
+
+A batch is then an index: no loader, no copy from the host.
+"""
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from latentloom.encoding.captions import read_captions
+from latentloom.encoding.latents import read_latents
+
+
+@dataclass(frozen=True)
+class LatentDataset:
+    """Latents with their captions, on one device.
+
+    Attributes:
+        ids: the images' ids.
+        mean: standardised latents, or the means of their distributions (N, C, h, w), fp32.
+        std: the distributions' standard deviations in the same units, or None for a deterministic VAE.
+        embeddings: caption embeddings (M, dim), fp32.
+        texts: the captions (M).
+        captions: for each image the rows of its captions in ``embeddings`` (N, K), the primary one first; short lists
+            are filled by repeating from the start, so a uniform draw of a column below ``caption_counts`` is fair.
+        caption_counts: captions an image (N).
+    """
+
+    ids: list[str]
+    mean: torch.Tensor
+    std: torch.Tensor | None
+    embeddings: torch.Tensor
+    texts: list[str]
+    captions: torch.Tensor
+    caption_counts: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w)."""
+        return tuple(self.mean.shape[1:])
+
+    def primary_texts(self) -> list[str]:
+        """Each image's primary caption."""
+        return [self.texts[row] for row in self.captions[:, 0].tolist()]
+
+    def primary_embeddings(self) -> torch.Tensor:
+        """The embedding of each image's primary caption (N, dim)."""
+        return self.embeddings[self.captions[:, 0]]
+
+    def table(self) -> pd.DataFrame:
+        """The rows for a person or a data catalogue: image id and primary caption."""
+        return pd.DataFrame({"id": self.ids, "caption": self.primary_texts()})
+
+    def digest(self) -> str:
+        """A short hash of which images with which captions these are: 16 hexadecimal digits."""
+        rows = zip(self.ids, self.captions.tolist(), self.caption_counts.tolist(), strict=True)
+        lines = (f"{own_id}:{'|'.join(self.texts[row] for row in captions[:count])}" for own_id, captions, count in rows)
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+    def to(self, device: torch.device) -> "LatentDataset":
+        """The same data on ``device``."""
+        names = ("mean", "std", "embeddings", "captions", "caption_counts")
+        return replace(self, **{name: tensor.to(device) for name in names if (tensor := getattr(self, name)) is not None})
+
+    def take(self, count: int) -> "LatentDataset":
+        """The first ``count`` images."""
+        names = ("mean", "std", "captions", "caption_counts")
+        return replace(
+            self, ids=self.ids[:count], **{name: tensor[:count] for name in names if (tensor := getattr(self, name)) is not None}
+        )
+
+
+@dataclass(frozen=True)
+class Caches:
+    """Both splits, and what made the caches (the two ``stats.json``)."""
+
+    train: LatentDataset
+    validation: LatentDataset
+    latent_statistics: dict
+    text_statistics: dict
+
+    def to(self, device: torch.device) -> "Caches":
+        """The same data on ``device``."""
+        return replace(self, train=self.train.to(device), validation=self.validation.to(device))
+
+
+def load_caches(latents: Path, text: Path) -> Caches:
+    """Read both caches into memory as training and validation sets, each ordered by id.
+
+    Ordering by id makes a run independent of the order of files in the source.
+
+    Raises:
+        ValueError: when a file is missing or damaged, an image has no caption, or the training split is empty.
+    """
+    index, tensors, latent_statistics = read_latents(latents)
+    text_index, pairs, embeddings, text_statistics = read_captions(text)
+    center = torch.tensor(latent_statistics["mean"], dtype=torch.float32).view(1, -1, 1, 1)
+    scale = torch.tensor(latent_statistics["std"], dtype=torch.float32).view(1, -1, 1, 1)
+    mean = (tensors["mean"].float() - center) / scale
+    std = tensors["std"].float() / scale if "std" in tensors else None
+    captions, counts = _caption_table(index["id"], pairs, text_index["id"])
+    texts = text_index["text"].tolist()
+
+    def split(name: str) -> LatentDataset:
+        chosen = index[index["split"] == name].sort_values("id").index.to_numpy(copy=True)
+        rows = torch.from_numpy(chosen)
+        return LatentDataset(
+            ids=index["id"].iloc[chosen].tolist(),
+            mean=mean[rows],
+            std=None if std is None else std[rows],
+            embeddings=embeddings.float(),
+            texts=texts,
+            captions=captions[rows],
+            caption_counts=counts[rows],
+        )
+
+    train = split("train")
+    if not len(train):
+        raise ValueError(f"{latents} has no training image: add images, or lower ingest.val_fraction")
+    return Caches(train, split("validation"), latent_statistics, text_statistics)
+
+
+def _caption_table(image_ids: pd.Series, pairs: pd.DataFrame, caption_ids: pd.Series) -> tuple[torch.Tensor, torch.Tensor]:
+    rows_of = pd.Series(np.arange(len(caption_ids)), index=caption_ids)
+    ordered = pairs.sort_values(["image_id", "position"])
+    lists = rows_of.loc[ordered["caption_id"]].groupby(ordered["image_id"].to_numpy()).agg(list)
+    missing = image_ids[~image_ids.isin(lists.index)]
+    if len(missing):
+        raise ValueError(f"{len(missing)} images have no caption in the text cache, the first: {missing.iloc[0]}; run `dvc repro`")
+    own = [lists[image_id] for image_id in image_ids]
+    width = max(len(rows) for rows in own)
+    table = np.array([(rows * width)[:width] for rows in own], dtype=np.int64)
+    return torch.from_numpy(table), torch.tensor([len(rows) for rows in own])

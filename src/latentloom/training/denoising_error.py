@@ -1,0 +1,79 @@
+"""The validation error: how far denoised latents are from the truth, on noise that is the same at every call.
+
+Each row is noised at the same fixed noise levels, with noise that only its id decides. So two models, or two moments of
+one training, differ by the weights alone, and a row added to the split changes nothing for the others.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from latentloom.devices import autocast
+from latentloom.diffusion import get_schedule, noise_levels_from_uniform
+from latentloom.training.dataset import LatentDataset
+from latentloom.training.draws import generator
+
+LEVELS_A_ROW = 8
+BINS = ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))
+
+
+def bin_name(low: float, high: float) -> str:
+    """How a bin of noise levels is called in metrics: ``noise_0.25-0.50``."""
+    return f"noise_{low:.2f}-{high:.2f}"
+
+
+@torch.no_grad()
+def denoising_error(
+    network: nn.Module,
+    data: LatentDataset,
+    *,
+    schedule: str,
+    noise_levels: str,
+    dtype: torch.dtype | None = None,
+    batch_size: int = 256,
+) -> dict[str, float]:
+    """The mean absolute error of the predicted clean latents, over all rows and ``LEVELS_A_ROW`` noise levels each.
+
+    The levels are the midpoints of equal slices of the training distribution ``noise_levels``, so the mean compares
+    with the training loss.
+
+    Returns:
+        ``mae``, and ``mae_noise_LOW-HIGH`` for each bin of noise levels that a level falls into, in units of a latent's
+        standard deviation; empty when there are no rows.
+    """
+    if not len(data):
+        return {}
+    device = data.mean.device
+    forward = get_schedule(schedule)
+    noise = torch.stack([_noise_of(image_id, data.latent_shape) for image_id in data.ids]).to(device)
+    slices = (torch.arange(LEVELS_A_ROW, device=device) + 0.5) / LEVELS_A_ROW
+    labels = data.primary_embeddings()
+    by_level = {}
+    for level in noise_levels_from_uniform(slices, noise_levels).tolist():
+        errors: list[torch.Tensor] = []
+        for part in _parts(len(data), batch_size):
+            levels = torch.full((part.stop - part.start,), level, device=device)
+            noisy = forward.add_noise(data.mean[part], noise[part], levels)
+            with autocast(dtype, device):
+                predicted = network(noisy, levels, labels[part])
+            errors.append((predicted.float() - data.mean[part]).abs().mean((1, 2, 3)))
+        by_level[level] = float(torch.cat(errors).mean())
+    return {"mae": _mean(by_level.values())} | {
+        f"mae_{bin_name(low, high)}": _mean(inside)
+        for low, high in BINS
+        if (inside := [error for level, error in by_level.items() if low <= level < high])
+    }
+
+
+def _noise_of(image_id: str, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.randn(shape, generator=generator("cpu", "validation noise", image_id))
+
+
+def _parts(size: int, batch_size: int) -> list[slice]:
+    return [slice(start, min(start + batch_size, size)) for start in range(0, size, batch_size)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)

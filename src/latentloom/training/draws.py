@@ -1,0 +1,61 @@
+"""Every random draw of a training step, as a function of (seed, step) alone.
+
+Nothing is carried from one step to the next, so a run that starts again at a step draws what it would have drawn.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+from latentloom.diffusion import noise_levels_from_uniform
+from latentloom.training.dataset import LatentDataset
+
+
+def generator(device: torch.device | str, *parts: int | str) -> torch.Generator:
+    """A generator seeded by ``parts`` (the seed, what it is for, the step)."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step needs: clean latents (B, C, h, w), noise of that shape, noise levels (B,), text embeddings (B, dim)."""
+
+    latents: torch.Tensor
+    noise: torch.Tensor
+    noise_levels: torch.Tensor
+    labels: torch.Tensor
+
+
+def batch_rows(seed: int, step: int, batch_size: int, size: int) -> torch.Tensor:
+    """The rows (B,) of step ``step``: epochs are permutations of all rows, and each row comes once an epoch."""
+    positions = torch.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = positions // size
+    orders = {int(epoch): torch.randperm(size, generator=generator("cpu", seed, "epoch", int(epoch))) for epoch in epochs.unique()}
+    return torch.stack([orders[epoch][place] for epoch, place in zip(epochs.tolist(), (positions % size).tolist(), strict=True)])
+
+
+def draw_batch(data: LatentDataset, *, seed: int, step: int, batch_size: int, distribution: str, label_dropout: float) -> Batch:
+    """Draw the batch of a step: rows, one caption an image, a sample of the latent, noise, noise levels, dropped labels.
+
+    Noise levels are stratified over the batch: one from each of B equal slices of the distribution (as in Kingma et al.
+    2021, section 4.3), which lowers the variance of the loss. A dropped label is the zero embedding (Ho & Salimans 2022).
+    """
+    device = data.mean.device
+    rows = batch_rows(seed, step, batch_size, len(data)).to(device)
+    draws = generator(device, seed, "step", step)
+
+    def uniform() -> torch.Tensor:
+        return torch.rand(batch_size, generator=draws, device=device)
+
+    columns = (uniform() * data.caption_counts[rows]).long()
+    labels = data.embeddings[data.captions[rows, columns]]
+    labels = labels * (uniform() >= label_dropout).unsqueeze(1)
+    latents = data.mean[rows]
+    if data.std is not None:
+        latents = latents + data.std[rows] * torch.randn(latents.shape, generator=draws, device=device)
+    strata = torch.randperm(batch_size, generator=draws, device=device)
+    noise_levels = noise_levels_from_uniform((strata + uniform()) / batch_size, distribution)
+    noise = torch.randn(latents.shape, generator=draws, device=device)
+    return Batch(latents, noise, noise_levels, labels)

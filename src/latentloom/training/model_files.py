@@ -1,0 +1,105 @@
+"""The model on disk: ``config.json`` says what it is and what it needs, ``model.safetensors`` holds its weights.
+
+The folder stands alone: with the VAE and the text encoder that the config names, it samples. Loading runs no code from
+the files.
+"""
+
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from latentloom.diffusion import UNet, get_network
+from latentloom.files import atomic_path, read_json, write_json
+
+FORMAT_VERSION = 1
+
+
+class EncoderReference(BaseModel):
+    """Which encoder made a cache: how it was named, its class, and the hash of its files."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    reference: str
+    class_name: str
+    fingerprint: str
+
+
+class ModelConfig(BaseModel):
+    """Everything that sampling needs besides the weights.
+
+    ``latent_mean`` and ``latent_std`` turn standardised latents back into the VAE's own; ``latent_bound`` is the bound
+    for dynamic thresholding, in standardised units, measured on the training latents.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    format_version: int
+    latent_shape: tuple[int, int, int]
+    widths: tuple[int, ...]
+    block_depth: int
+    emb_size: int
+    text_dim: int
+    schedule: str
+    latent_mean: tuple[float, ...]
+    latent_std: tuple[float, ...]
+    latent_bound: float
+    vae: EncoderReference
+    text_encoder: EncoderReference
+    attribution: str | None
+    licence: str | None
+
+    def build(self) -> UNet:
+        """The network that the config describes, with fresh weights."""
+        channels, height, _ = self.latent_shape
+        return get_network(height, self.block_depth, self.emb_size, channels, widths=self.widths, text_dim=self.text_dim)
+
+
+def save_model(folder: Path, network: UNet, config: ModelConfig) -> None:
+    """Write a model folder; the same weights and config give the same bytes."""
+    with atomic_path(folder / "model.safetensors") as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}, temporary)
+    write_json(folder / "config.json", config.model_dump(mode="json"))
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """A model folder's config.
+
+    Raises:
+        ValueError: naming the file and the key that is wrong.
+    """
+    path = folder / "config.json"
+    try:
+        config = ModelConfig.model_validate(read_json(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; run `dvc repro`") from error
+    if config.format_version != FORMAT_VERSION:
+        raise ValueError(f"{path}: format version {config.format_version}, but this code reads {FORMAT_VERSION}; run `dvc repro`")
+    return config
+
+
+def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[UNet, ModelConfig]:
+    """Load a model folder in fp32, in evaluation mode.
+
+    Raises:
+        ValueError: when a file is missing or damaged, or a tensor's name or shape is not what the config describes.
+    """
+    config = read_config(folder)
+    path = folder / "model.safetensors"
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is missing or damaged ({error}); run `dvc checkout` or `dvc repro`") from error
+    network = config.build()
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        name = wrong[0]
+        raise ValueError(
+            f"{path} does not fit its config.json: {len(wrong)} tensors differ, the first: {name} is "
+            f"{found.get(name, 'absent')}, expected {expected.get(name, 'absent')}"
+        )
+    network.load_state_dict(tensors)
+    return network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), config

@@ -1,0 +1,52 @@
+"""The report for a browser: Great Expectations' own Data Docs pages, in a frame that needs no network.
+
+Its stock pages load Bootstrap, jQuery and a logo from the network, show nothing on the index without them, and bear
+times and random ids. So its renderer makes the content of a page for each table, and the templates beside this file
+make the page around it and the index: plain HTML and CSS, the same bytes for the same report.
+"""
+
+import itertools
+from importlib.resources import files
+from pathlib import Path
+
+from great_expectations.core import ExpectationSuiteValidationResult
+from great_expectations.render import RenderedDocumentContent
+from great_expectations.render.renderer import ValidationResultsPageRenderer
+from great_expectations.render.view import DefaultJinjaPageView
+from jinja2 import ChoiceLoader, DictLoader, Environment, StrictUndefined
+
+from latentloom.files import write_text
+from latentloom.validation.report import ValidationReport
+
+TEMPLATES = {
+    name: files("latentloom.validation").joinpath("templates", name).read_text(encoding="utf-8")
+    for name in ("index.j2", "page.j2", "style.css")
+}
+
+
+class PageView(DefaultJinjaPageView):
+    def __init__(self) -> None:
+        super().__init__()
+        self.env.loader = ChoiceLoader([DictLoader(TEMPLATES), self.env.loader])
+        numbers = itertools.count()
+        self.env.filters["generate_html_element_uuid"] = lambda prefix: f"{prefix}{next(numbers)}"
+
+
+def write_data_docs(
+    folder: Path, report: ValidationReport, results: dict[str, ExpectationSuiteValidationResult]
+) -> None:
+    """Write ``index.html`` and ``TABLE.html`` for each table into ``folder``, over what is there."""
+    view = PageView()
+    for name, result in results.items():
+        write_text(folder / f"{name}.html", view.render(_content(result)))
+    environment = Environment(loader=DictLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
+    index = environment.get_template("index.j2").render(report=report, tables=list(results))
+    write_text(folder / "index.html", index)
+
+
+def _content(result: ExpectationSuiteValidationResult) -> RenderedDocumentContent:
+    document = ValidationResultsPageRenderer().render(result)
+    overview = document.sections[0]
+    # The block that folds away holds load times and run ids, and nothing about the data.
+    overview.content_blocks = [block for block in overview.content_blocks if block.content_block_type != "collapse"]
+    return document

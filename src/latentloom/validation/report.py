@@ -1,0 +1,70 @@
+"""What a validation found, as JSON for machines and as text for the person at the keyboard.
+
+Nothing here depends on the time or the machine: the same caches and params give the same bytes.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+
+
+class ValidationFailed(ValueError):
+    """The caches are not fit to train on; the message is the report's explanation."""
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    table: str
+    column: str
+    requirement: str
+    success: bool
+    offending: int  # rows of the table that break the requirement
+    ids: tuple[str, ...]  # of the first few of them; empty for the table "dataset", which has one row
+    observed: tuple[float | int | str | bool, ...]  # their values; always filled for the table "dataset"
+    advice: str
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    checks: tuple[Check, ...]
+    rows: dict[str, int]  # of each table
+
+    @property
+    def success(self) -> bool:
+        return not self.failures
+
+    @property
+    def failures(self) -> tuple[Check, ...]:
+        return tuple(check for check in self.checks if not check.success)
+
+    def to_json(self) -> str:
+        """The report as indented JSON, ``{"success", "rows": {table: n}, "checks": {name: {…}}}``."""
+        checks = [asdict(check) for check in self.checks]
+        document = {
+            "success": self.success,
+            "rows": self.rows,
+            "checks": {check.pop("name"): check for check in checks},
+        }
+        return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def explain(self) -> str:
+        """For each failing check: its name, what it requires, how many rows break it, the first ids, what to do."""
+        if self.success:
+            return f"{len(self.checks)} checks passed"
+        return "\n".join(
+            [f"{len(self.failures)} of {len(self.checks)} checks failed", *(self._explain(c) for c in self.failures)]
+        )
+
+    def _explain(self, check: Check) -> str:
+        whole = check.table == "dataset"
+        lines = [
+            f"\n{check.name}: " + ("" if whole else f"{check.offending} of {self.rows[check.table]} {check.table}"),
+            f"  required: {check.requirement}",
+        ]
+        if any(not isinstance(value, bool) for value in check.observed) and check.observed != check.ids:
+            lines.append(f"  found: {', '.join(map(str, check.observed))}")
+        if check.ids:
+            lines.append(f"  first {len(check.ids)} of them:" if check.offending > len(check.ids) else "  these:")
+            lines += [f"    {row_id}" for row_id in check.ids]
+        lines.append(f"  what to do: {check.advice}")
+        return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,135 @@
+"""A source folder that a test fills picture by picture, and the ingestion of it."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latentloom.ingestion.ingest import IngestReport, ingest
+from latentloom.ingestion.rejects import read_rejects
+from latentloom.ingestion.shards import iterate_images, read_metadata
+from latentloom.params import IngestParams
+
+SIZE = 32
+
+
+def noise(seed: int, height: int = SIZE, width: int = SIZE) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@dataclass
+class Corpus:
+    """A folder of images under ``path``, ingested into ``out``; each call of ``add`` makes a new picture unless given one."""
+
+    path: Path
+    out: Path
+    added: int = field(default=0)
+
+    def add(self, name: str, caption: str | bytes | None = None, picture: Image.Image | np.ndarray | bytes | None = None, **options):
+        self.added += 1
+        if picture is None:
+            picture = noise(self.added)
+        if isinstance(picture, np.ndarray):
+            picture = Image.fromarray(picture)
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(picture, bytes):
+            path.write_bytes(picture)
+        else:
+            picture.save(path, **options)
+        if caption is not None:
+            self.write(str(Path(name).with_suffix(".txt")), caption)
+        return path
+
+    def write(self, name: str, content: str | bytes) -> Path:
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+        return path
+
+    @property
+    def images(self) -> Path:
+        return self.out / "images"
+
+    @property
+    def rejects(self) -> Path:
+        return self.out / "rejects.parquet"
+
+    def ingest(self, **changes) -> IngestReport:
+        params = {"source": "folder", "path": str(self.path), "image_size": SIZE, "limit": None, "val_fraction": 0.5}
+        return ingest(IngestParams(**(params | changes)), self.images, self.rejects, progress=False)
+
+    def reasons(self) -> dict[str, str]:
+        """Of the last ingestion: key -> reason."""
+        frame = read_rejects(self.rejects)
+        return dict(zip(frame["key"], frame["reason"], strict=True))
+
+    def details(self) -> dict[str, str]:
+        frame = read_rejects(self.rejects)
+        return dict(zip(frame["key"], frame["detail"], strict=True))
+
+    def captions(self) -> dict[str, list[str]]:
+        """Of the last ingestion: key -> captions."""
+        frame = read_metadata(self.images)
+        return dict(zip(frame["key"], frame["captions"], strict=True))
+
+    def ids(self) -> dict[str, str]:
+        frame = read_metadata(self.images)
+        return dict(zip(frame["key"], frame["id"], strict=True))
+
+    def pixels(self) -> dict[str, np.ndarray]:
+        by_id = dict(iterate_images(self.images))
+        return {key: by_id[own_id] for key, own_id in self.ids().items()}
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Corpus:
+    (tmp_path / "source").mkdir()
+    return Corpus(tmp_path / "source", tmp_path / "out")
+
+
+@pytest.fixture
+def new_corpus(tmp_path: Path) -> Callable[[str], Corpus]:
+    def make(name: str) -> Corpus:
+        (tmp_path / name / "source").mkdir(parents=True)
+        return Corpus(tmp_path / name / "source", tmp_path / name / "out")
+
+    return make
+
+
+@pytest.fixture
+def picture() -> Callable[..., np.ndarray]:
+    return noise
+
+
+@pytest.fixture
+def contents() -> Callable[[Path], dict[str, bytes]]:
+    """Every file under a folder: relative name -> bytes."""
+
+    def read(folder: Path) -> dict[str, bytes]:
+        files: Iterable[Path] = sorted(path for path in folder.rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+    return read
+
+
+@pytest.fixture
+def failing_after() -> Callable[..., Callable]:
+    """A function that does as ``function`` does, and raises at its call number ``count``."""
+
+    def make(function: Callable, count: int, error: BaseException) -> Callable:
+        state = SimpleNamespace(calls=0)
+
+        def fail(*args, **kwargs):
+            state.calls += 1
+            if state.calls >= count:
+                raise error
+            return function(*args, **kwargs)
+
+        return fail
+
+    return make

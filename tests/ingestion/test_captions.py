@@ -1,0 +1,69 @@
+"""Captions come out as one line of valid Unicode each, in order, none twice; what is no text is refused."""
+
+import unicodedata
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latentloom.ingestion.captions import clean_caption, clean_captions
+from latentloom.ingestion.rejects import Reason, Unusable
+
+
+def reason(raw: list[object]) -> Reason:
+    with pytest.raises(Unusable) as caught:
+        clean_captions(raw)
+    caught.value.detail.encode("utf-8")
+    return caught.value.reason
+
+
+@pytest.mark.parametrize(
+    ("raw", "clean"),
+    [
+        ("  a  red\tapple \r\n", "a red apple"),
+        ("two\nlines", "two lines"),
+        ("\ufeffwith a mark", "with a mark"),
+        ("a\u00a0hard space", "a hard space"),
+        ("nul\x00bell\x07", "nul bell"),
+        ("cafe\u0301", "caf\u00e9"),
+        ("\u4e00\u53ea\u732b", "\u4e00\u53ea\u732b"),
+    ],
+)
+def test_white_space_controls_and_accents_are_put_in_order(raw, clean):
+    assert clean_caption(raw) == clean
+
+
+def test_repeated_captions_are_kept_once_and_in_order():
+    assert clean_captions(["a dog", "a cat", " a  dog", "", "a bird"]) == ["a dog", "a cat", "a bird"]
+
+
+def test_numbers_are_text():
+    assert clean_captions([7, 2.5]) == ["7", "2.5"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ([], Reason.NO_CAPTION),
+        (["", " \n", "\ufeff"], Reason.EMPTY_CAPTION),
+        (["good", "caf\udce9"], Reason.CAPTION_NOT_UTF8),
+        ([{"text": "nested"}], Reason.CAPTION_NOT_TEXT),
+        ([True], Reason.CAPTION_NOT_TEXT),
+        ([b"bytes"], Reason.CAPTION_NOT_TEXT),
+    ],
+)
+def test_what_cannot_be_a_caption_is_refused_with_its_reason(raw, expected):
+    assert reason(raw) is expected
+
+
+@given(st.text())
+def test_cleaning_is_idempotent_and_leaves_valid_composed_text(text):
+    try:
+        once = clean_caption(text)
+    except Unusable as unusable:
+        assert unusable.reason is Reason.CAPTION_NOT_UTF8
+        return
+    assert clean_caption(once) == once
+    assert once == once.strip()
+    assert unicodedata.is_normalized("NFC", once)
+    once.encode("utf-8")

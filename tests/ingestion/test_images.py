@@ -1,0 +1,307 @@
+"""Any image file becomes upright RGB pixels on white, of its centred square; what cannot be is refused with its reason."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from latentloom.ingestion import images
+from latentloom.ingestion.images import image_id, prepare_image
+from latentloom.ingestion.rejects import Reason, Unusable
+
+SIZE = 32
+
+
+def saved(image: Image.Image | np.ndarray, file_format: str = "PNG", **options) -> bytes:
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def prepared(data: bytes, size: int = SIZE) -> np.ndarray:
+    return prepare_image(data, size).pixels
+
+
+def reason(data: bytes, size: int = SIZE) -> Reason:
+    with pytest.raises(Unusable) as caught:
+        prepare_image(data, size)
+    assert caught.value.detail
+    return caught.value.reason
+
+
+def gradient(height: int = SIZE, width: int = SIZE) -> np.ndarray:
+    """A smooth picture, which lossy formats keep nearly as it is."""
+    y, x = np.mgrid[0:height, 0:width]
+    return np.stack([255 * x / (width - 1), 255 * y / (height - 1), 128 + 0 * x], axis=-1).astype(np.uint8)
+
+
+def lanczos(image: np.ndarray, size: int) -> np.ndarray:
+    """Lanczos with three lobes, widened by the scale so that it does not alias, in float64: one axis after the other."""
+    for axis in (0, 1):
+        length = image.shape[axis]
+        scale = length / size
+        support = 3 * max(scale, 1)
+        centres = (np.arange(size) + 0.5) * scale
+        distance = (np.arange(length) + 0.5 - centres[:, None]) / max(scale, 1)
+        weights = np.where(np.abs(distance) < 3, np.sinc(distance) * np.sinc(distance / 3), 0)
+        assert support <= length
+        weights /= weights.sum(1, keepdims=True)
+        image = np.moveaxis(np.tensordot(weights, image.astype(np.float64), (1, axis)), 0, axis)
+    return np.clip(image, 0, 255)
+
+
+def test_a_picture_of_the_right_size_keeps_its_pixels(picture):
+    assert np.array_equal(prepared(saved(picture(0))), picture(0))
+
+
+@pytest.mark.parametrize(("height", "width"), [(SIZE, 77), (90, SIZE), (SIZE, 33), (35, SIZE)])
+def test_the_centred_square_is_kept(picture, height, width):
+    pixels = picture(1, height, width)
+    top, left = (height - SIZE) // 2, (width - SIZE) // 2
+    assert np.array_equal(prepared(saved(pixels)), pixels[top : top + SIZE, left : left + SIZE])
+
+
+@pytest.mark.parametrize(("height", "width"), [(200, 301), (97, 64), (20, 24)])
+def test_resizing_is_an_antialiased_lanczos_of_the_square_alone(picture, height, width):
+    pixels = picture(2, height, width)
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    expected = lanczos(pixels[top : top + side, left : left + side], SIZE)
+    assert np.abs(prepared(saved(pixels)).astype(float) - expected).max() < 1.6
+
+
+def test_the_original_size_is_that_of_the_upright_picture():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = prepare_image(saved(gradient(40, 60), "JPEG", exif=exif), SIZE)
+    assert (image.width, image.height) == (40, 60)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_every_exif_orientation_is_turned_upright(orientation, file_format):
+    stored = Image.fromarray(gradient(48, 36))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = saved(stored, file_format, exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    expected = np.asarray(ImageOps.fit(expected, (36, 36)))
+    assert np.abs(prepared(data, 40).astype(int).mean((0, 1)) - expected.mean((0, 1))).max() < 2
+    corners = [(2, 2), (2, -3), (-3, 2), (-3, -3)]
+    for row, column in corners:
+        assert np.abs(prepared(data, 40)[row, column].astype(int) - expected[row, column]).max() < 16
+
+
+def test_damaged_exif_leaves_the_picture_as_it_is_stored(picture):
+    data = saved(Image.fromarray(picture(3)), exif=b"Exif\0\0not a TIFF header")
+    assert np.array_equal(prepared(data), picture(3))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I;16", "I", "F"])
+def test_every_mode_of_pillow_is_prepared_or_refused_with_a_reason(mode):
+    if mode == "LAB":
+        image = Image.new("LAB", (SIZE, SIZE), (50, 128, 128))
+    elif mode in ("I;16", "I", "F"):
+        image = Image.new(mode, (SIZE, SIZE), 1 if mode == "F" else 65535)
+    else:
+        image = Image.fromarray(gradient()).convert("RGBA" if mode == "PA" else mode)
+        image = image.convert("P").convert("PA") if mode == "PA" else image
+    file_format = "PNG" if mode in ("1", "L", "P", "LA", "RGB", "RGBA", "I;16") else "TIFF"
+    if mode == "HSV":
+        pixels = np.asarray(images._on_white(image))
+    else:
+        try:
+            pixels = prepared(saved(image, file_format))
+        except Unusable as unusable:
+            assert mode == "LAB"
+            assert unusable.reason is Reason.UNSUPPORTED_PIXELS
+            return
+    assert pixels.shape == (SIZE, SIZE, 3)
+    assert pixels.dtype == np.uint8
+
+
+def test_grey_becomes_three_equal_channels(picture):
+    grey = picture(4)[..., 0]
+    assert np.array_equal(prepared(saved(grey)), np.repeat(grey[..., None], 3, axis=2))
+
+
+def test_one_bit_is_black_and_white():
+    bits = np.indices((SIZE, SIZE)).sum(0) % 2 == 0
+    assert np.array_equal(prepared(saved(bits))[..., 0], bits * 255)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "PPM"])
+@pytest.mark.parametrize("byte_order", ["<u2", ">u2"])
+def test_sixteen_bit_grey_is_scaled_not_clipped(file_format, byte_order):
+    values = np.linspace(0, 65535, SIZE * SIZE).reshape(SIZE, SIZE).astype(np.uint16)
+    mode = "I;16" if byte_order == "<u2" or file_format == "PPM" else "I;16B"
+    image = Image.frombytes(mode, (SIZE, SIZE), values.astype(">u2" if mode == "I;16B" else "<u2").tobytes())
+    expected = np.rint(values / 257)
+    assert np.array_equal(prepared(saved(image, file_format))[..., 1], expected)
+
+
+def test_sixteen_bit_grey_with_a_transparent_value_shows_white():
+    values = np.full((SIZE, SIZE), 1000, np.uint16)
+    values[:, : SIZE // 2] = 40000
+    data = saved(values)
+    chunk = b"tRNS" + struct.pack(">H", 1000)
+    chunk = struct.pack(">I", 2) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    at = data.index(b"IDAT") - 4
+    pixels = prepared(data[:at] + chunk + data[at:])
+    assert (pixels[:, SIZE // 2 :] == 255).all()
+    assert (pixels[:, : SIZE // 2] == round(40000 / 257)).all()
+
+
+def test_floats_from_0_to_1_are_scaled_and_others_refused():
+    values = np.linspace(0, 1, SIZE * SIZE, dtype=np.float32).reshape(SIZE, SIZE)
+    assert np.array_equal(prepared(saved(values, "TIFF"))[..., 0], np.rint(values.astype(np.float64) * 255))
+    assert reason(saved(values * 1000, "TIFF")) is Reason.UNSUPPORTED_PIXELS
+    assert reason(saved(np.full((SIZE, SIZE), np.nan, np.float32), "TIFF")) is Reason.UNSUPPORTED_PIXELS
+
+
+def test_alpha_is_composed_over_white(picture):
+    alpha = picture(5)[..., :1]
+    rgb = picture(6)
+    expected = rgb * (alpha / 255.0) + 255.0 * (1 - alpha / 255.0)
+    for file_format, options in (("PNG", {}), ("WEBP", {"lossless": True, "exact": True}), ("TIFF", {})):
+        pixels = prepared(saved(np.concatenate([rgb, alpha], -1), file_format, **options))
+        assert np.abs(pixels - expected).max() <= 1
+
+
+def test_alpha_is_composed_before_resizing_so_that_hidden_colours_do_not_bleed():
+    rgba = np.zeros((4 * SIZE, 4 * SIZE, 4), np.uint8)
+    rgba[::2] = (0, 0, 255, 255)
+    rgba[1::2] = (255, 0, 0, 0)
+    pixels = prepared(saved(rgba))[8:-8, 8:-8].astype(float)
+    assert np.abs(pixels - [127.5, 127.5, 255]).max() < 2
+
+
+def test_grey_with_alpha_is_composed_over_white():
+    la = np.zeros((SIZE, SIZE, 2), np.uint8)
+    la[:, : SIZE // 2, 1] = 255
+    pixels = prepared(saved(Image.fromarray(la, "LA")))
+    assert (pixels[:, : SIZE // 2] == 0).all()
+    assert (pixels[:, SIZE // 2 :] == 255).all()
+
+
+def test_the_transparent_colour_of_a_palette_shows_white():
+    image = Image.new("P", (SIZE, SIZE), 0)
+    image.putpalette([255, 0, 0, 0, 255, 0])
+    image.paste(1, (0, 0, SIZE, SIZE // 2))
+    for file_format in ("PNG", "GIF"):
+        pixels = prepared(saved(image, file_format, transparency=0))
+        assert (pixels[: SIZE // 2] == (0, 255, 0)).all()
+        assert (pixels[SIZE // 2 :] == 255).all()
+
+
+def test_the_transparent_colour_of_rgb_shows_white():
+    image = Image.new("RGB", (SIZE, SIZE), (10, 20, 30))
+    image.paste((1, 2, 3), (0, 0, SIZE, SIZE // 2))
+    pixels = prepared(saved(image, transparency=(10, 20, 30)))
+    assert (pixels[: SIZE // 2] == (1, 2, 3)).all()
+    assert (pixels[SIZE // 2 :] == 255).all()
+
+
+def test_cmyk_becomes_rgb_whether_jpeg_or_tiff():
+    cmyk = Image.new("CMYK", (SIZE, SIZE), (0, 255, 255, 0))
+    for file_format in ("JPEG", "TIFF"):
+        assert np.abs(prepared(saved(cmyk, file_format)).astype(int) - (255, 0, 0)).max() <= 3
+
+
+@pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_the_first_frame_of_an_animation_is_taken(file_format):
+    frames = [Image.new("RGB", (SIZE, SIZE), colour) for colour in ("red", "blue", "lime")]
+    options = {"lossless": True} if file_format == "WEBP" else {}
+    data = saved(frames[0], file_format, save_all=True, append_images=frames[1:], **options)
+    assert (prepared(data) == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO"])
+def test_the_common_formats_are_read(file_format):
+    pixels = prepared(saved(gradient(), file_format, **({"sizes": [(SIZE, SIZE)]} if file_format == "ICO" else {})))
+    assert np.abs(pixels.astype(int) - gradient()).mean() < 6
+
+
+def test_no_bytes_are_an_empty_file():
+    assert reason(b"") is Reason.EMPTY_FILE
+
+
+@pytest.mark.parametrize("data", [b"<!DOCTYPE html><html>404</html>", b"\0" * 500, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
+def test_other_files_are_not_images_whatever_they_are_called(data):
+    assert reason(data) is Reason.NOT_AN_IMAGE
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "BMP"])
+def test_half_a_file_is_truncated(picture, file_format):
+    data = saved(picture(7, 64, 64), file_format)
+    assert reason(data[: len(data) // 2]) is Reason.TRUNCATED
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "AVIF", "JPEG2000"])
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.9])
+def test_a_file_cut_anywhere_is_refused_or_read_but_never_crashes(picture, file_format, share):
+    data = saved(picture(8, 64, 64), file_format)
+    try:
+        assert prepared(data[: int(len(data) * share)]).shape == (SIZE, SIZE, 3)
+    except Unusable as unusable:
+        assert unusable.reason in (Reason.TRUNCATED, Reason.UNREADABLE, Reason.NOT_AN_IMAGE)
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "GIF", "WEBP", "TIFF"])
+def test_flipped_bytes_are_refused_or_read_but_never_crash(picture, file_format):
+    data = saved(picture(9, 48, 48), file_format)
+    random = np.random.default_rng(0)
+    for _ in range(40):
+        damaged = np.frombuffer(data, np.uint8).copy()
+        places = random.integers(0, min(len(data), 400), 4)
+        damaged[places] = random.integers(0, 256, 4)
+        try:
+            prepared(damaged.tobytes())
+        except Unusable as unusable:
+            assert "0x" not in unusable.detail
+
+
+def test_a_damaged_png_chunk_is_unreadable(picture):
+    data = bytearray(saved(picture(10)))
+    at = data.index(b"IDAT")
+    data[at + 20] ^= 255
+    assert reason(bytes(data)) in (Reason.UNREADABLE, Reason.TRUNCATED)
+
+
+def test_a_header_cut_short_is_told_from_a_file_that_is_no_image(picture):
+    assert reason(saved(picture(11))[:20]) is Reason.UNREADABLE
+
+
+def test_a_side_below_a_quarter_of_the_size_is_too_small():
+    assert reason(saved(gradient(SIZE // 4 - 1, 100))) is Reason.TOO_SMALL
+    assert prepared(saved(gradient(SIZE // 4, 100))).shape == (SIZE, SIZE, 3)
+
+
+@pytest.mark.parametrize("side", [14_000, 60_000])
+def test_a_small_file_that_claims_huge_dimensions_is_refused_before_decoding(side):
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
+    )
+    assert reason(data) is Reason.TOO_MANY_PIXELS
+
+
+def test_a_file_of_too_many_bytes_is_refused_unopened(monkeypatch, picture):
+    monkeypatch.setattr(images, "MAX_BYTES", 100)
+    assert reason(saved(picture(12))) is Reason.TOO_MANY_BYTES
+
+
+def test_an_id_is_that_of_pixels_and_shape(picture):
+    pixels = picture(13)
+    assert image_id(pixels) == image_id(pixels.copy())
+    assert image_id(pixels) == image_id(np.asfortranarray(pixels))
+    assert image_id(pixels) != image_id(pixels.reshape(SIZE // 2, SIZE * 2, 3))
+    changed = pixels.copy()
+    changed[5, 5, 1] ^= 1
+    assert image_id(pixels) != image_id(changed)
+    assert len(image_id(pixels)) == 64

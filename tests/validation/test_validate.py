@@ -1,0 +1,322 @@
+"""Each check fails for its own fault, alone, with the right count and ids; and what is written can be acted on."""
+
+import hashlib
+import logging
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from latentloom.files import read_json
+from latentloom.validation import ValidationReport
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def failing(report: ValidationReport) -> dict[str, tuple[int, tuple[str, ...]]]:
+    """Each failing check, with how many rows break it and the ids it names."""
+    return {check.name: (check.offending, check.ids) for check in report.failures}
+
+
+def test_valid_caches_pass_every_check(caches):
+    report = caches.validate()
+    assert report.success and report.failures == ()
+    assert report.rows == {"latents": 40, "captions": 40, "pairs": 80, "channels": 4, "dataset": 1}
+    names = [check.name for check in report.checks]
+    assert len(set(names)) == len(names) == 33
+
+
+def test_an_image_written_twice(caches):
+    frame = caches.read("latents")
+    again = frame.iloc[[3]].assign(key="another key")
+    caches.write("latents", pd.concat([frame, again]))
+    caches.set_stats("latents", rows=41, train_rows=37)
+    assert failing(caches.validate()) == {"image_ids_unique": (2, (digest("image 3"),) * 2)}
+
+
+def test_an_image_in_both_splits(caches):
+    frame = caches.read("latents")
+    caches.write("latents", pd.concat([frame, frame.iloc[[3]].assign(key="another key", split="validation")]))
+    caches.set_stats("latents", rows=41)
+    twice = (2, (digest("image 3"),) * 2)
+    assert failing(caches.validate()) == {"image_ids_unique": twice, "splits_disjoint": twice}
+
+
+def test_two_latents_under_one_key(caches):
+    ids = caches.set("latents", [4, 7], key="same")
+    assert failing(caches.validate()) == {"latent_keys_unique": (2, tuple(ids))}
+
+
+def test_a_missing_shard_of_latents(caches):
+    ids = caches.set("latents", list(range(6)), shard="00001.safetensors")
+    assert failing(caches.validate()) == {"latent_shards_exist": (6, tuple(ids[:5]))}
+
+
+def test_an_unknown_split(caches):
+    ids = caches.set("latents", [2], split="<i>test</i>")
+    caches.set_stats("latents", train_rows=35)
+    report = caches.validate()
+    assert failing(report) == {"splits_known": (1, tuple(ids))}
+    assert report.failures[0].observed == ("<i>test</i>",)
+    for page in (caches.root / "docs").glob("*.html"):
+        assert "<i>test" not in page.read_text(), f"{page} shows data as HTML"
+
+
+def test_an_image_without_captions(caches):
+    pairs = caches.read("pairs")
+    caches.write("pairs", pairs[pairs["image_id"] != digest("image 5")])
+    assert failing(caches.validate()) == {"images_captioned": (1, (digest("image 5"),))}
+
+
+@pytest.mark.parametrize(("row", "position"), [(10, 2), (11, 0)], ids=["none", "two"])
+def test_not_exactly_one_primary_caption(caches, row, position):
+    caches.set("pairs", [row], position=np.int32(position))
+    assert failing(caches.validate()) == {"primary_caption_single": (1, (digest("image 5"),))}
+
+
+def test_a_latent_marked_as_not_finite(caches):
+    ids = caches.set("latents", [1, 8], finite=False)
+    assert failing(caches.validate()) == {"latents_finite": (2, tuple(ids))}
+
+
+def test_a_latent_whose_statistics_are_nan_is_not_finite_even_when_the_index_says_so(caches):
+    ids = caches.set("latents", [1], mean=np.nan, std=np.nan, abs_max=np.nan)
+    assert failing(caches.validate()) == {"latents_finite": (1, tuple(ids))}
+
+
+@pytest.mark.parametrize("column", ["mean", "std"])
+def test_a_latent_out_of_range(caches, column):
+    ids = caches.set("latents", [1, 2], **{column: np.float32(123.4)})
+    report = caches.validate()
+    assert failing(report) == {f"latent_{column}_in_range": (2, tuple(ids))}
+    assert report.failures[0].observed == (123.4, 123.4)
+
+
+def test_a_latent_of_another_shape(caches):
+    ids = caches.set("latents", [6], height=np.int32(32))
+    report = caches.validate()
+    assert failing(report) == {"latent_shape_constant": (1, tuple(ids))}
+    assert report.failures[0].observed == ("4x32x16",)
+
+
+def test_a_caption_written_twice(caches):
+    frame = caches.read("captions")
+    caches.write("captions", pd.concat([frame, frame.iloc[[3]].assign(key="another key")]))
+    caches.set_stats("text", rows=41)
+    assert failing(caches.validate()) == {"caption_ids_unique": (2, (digest("caption number 3"),) * 2)}
+
+
+def test_two_embeddings_under_one_key(caches):
+    ids = caches.set("captions", [4, 7], key="same")
+    assert failing(caches.validate()) == {"embedding_keys_unique": (2, tuple(ids))}
+
+
+def test_a_missing_shard_of_embeddings(caches):
+    ids = caches.set("captions", [0, 39], shard="00001.safetensors")
+    assert failing(caches.validate()) == {"embedding_shards_exist": (2, tuple(ids))}
+
+
+@pytest.mark.parametrize("text", [None, "", " \n"], ids=["null", "empty", "blank"])
+def test_a_caption_without_words(caches, text):
+    ids = caches.set("captions", [12], text=text)
+    assert failing(caches.validate()) == {"captions_present": (1, tuple(ids))}
+
+
+def test_captions_too_short_or_too_long(caches):
+    ids = caches.set("captions", [1], text=" x ") + caches.set("captions", [2], text="é" * 301)
+    caches.set("captions", [3], text="é" * 300)
+    report = caches.validate()
+    assert failing(report) == {"caption_length_in_range": (2, tuple(ids))}
+    assert report.failures[0].observed == (1, 301)
+
+
+def test_a_caption_of_no_image(caches):
+    frame = caches.read("captions")
+    caches.write("captions", pd.concat([frame, frame.iloc[[3]].assign(id="stray", key="another key")]))
+    caches.set_stats("text", rows=41)
+    assert failing(caches.validate()) == {"captions_used": (1, ("stray",))}
+
+
+@pytest.mark.parametrize("values", [{"finite": False}, {"norm": np.nan}, {"mean": -np.inf}], ids=str)
+def test_an_embedding_that_is_not_finite(caches, values):
+    ids = caches.set("captions", [9], **values)
+    assert failing(caches.validate()) == {"embeddings_finite": (1, tuple(ids))}
+
+
+def test_an_embedding_without_length(caches):
+    ids = caches.set("captions", [9], norm=np.float32(0.0))
+    assert failing(caches.validate()) == {"embedding_norm_in_range": (1, tuple(ids))}
+
+
+def test_an_embedding_of_another_size(caches):
+    ids = caches.set("captions", [9], dim=np.int32(512))
+    assert failing(caches.validate()) == {"embedding_dim_constant": (1, tuple(ids))}
+
+
+def test_a_pair_whose_image_is_unknown(caches):
+    pairs = caches.read("pairs")
+    stray = pairs.iloc[[0]].assign(image_id="stray image")
+    caches.write("pairs", pd.concat([pairs, stray]))
+    assert failing(caches.validate()) == {"pair_images_exist": (1, ("stray image",))}
+
+
+def test_a_pair_whose_caption_is_unknown(caches):
+    pairs = caches.read("pairs")
+    stray = pairs.iloc[[0]].assign(caption_id="stray caption", position=np.int32(2))
+    caches.write("pairs", pd.concat([pairs, stray]))
+    assert failing(caches.validate()) == {"pair_captions_exist": (1, ("stray caption",))}
+
+
+def test_the_same_caption_twice_for_one_image(caches):
+    pairs = caches.read("pairs")
+    caches.write("pairs", pd.concat([pairs, pairs.iloc[[0]].assign(position=np.int32(2))]))
+    assert failing(caches.validate()) == {"pairs_unique": (2, (digest("image 0"),) * 2)}
+
+
+def test_channel_statistics_that_are_not_numbers(caches):
+    caches.set_stats("latents", mean=[None, 0.0, 0.0, 0.0])
+    assert failing(caches.validate()) == {"channel_statistics_finite": (1, ("channel 0",))}
+
+
+def test_a_dead_channel(caches):
+    caches.set_stats("latents", std=[1.0, 1.0, 0.0, 1.0])
+    assert failing(caches.validate()) == {"channel_std_positive": (1, ("channel 2",))}
+
+
+def test_statistics_of_too_few_channels(caches):
+    caches.set_stats("latents", mean=[0.0] * 3, std=[1.0] * 3)
+    assert failing(caches.validate()) == {"channel_statistics_complete": (1, ())}
+
+
+@pytest.mark.parametrize(
+    ("cache", "key", "check"),
+    [
+        ("latents", "rows", "latent_rows_counted"),
+        ("latents", "train_rows", "train_rows_counted"),
+        ("text", "rows", "caption_rows_counted"),
+    ],
+)
+def test_statistics_of_other_rows(caches, cache, key, check):
+    caches.set_stats(cache, **{key: 7})
+    report = caches.validate()
+    assert failing(report) == {check: (1, ())}
+    assert report.failures[0].observed == (7,)
+
+
+@pytest.mark.parametrize(
+    ("argument", "check"),
+    [
+        ("expected_vae_fingerprint", "vae_fingerprint_expected"),
+        ("expected_text_fingerprint", "text_fingerprint_expected"),
+    ],
+)
+def test_an_encoder_that_is_not_the_one_in_params(caches, argument, check):
+    assert failing(caches.validate(**{argument: "another"})) == {check: (1, ())}
+
+
+def test_too_few_training_images(caches):
+    report = caches.validate(caches.limits.model_copy(update={"min_train_images": 37}))
+    assert failing(report) == {"enough_train_images": (1, ())}
+    assert report.failures[0].observed == (36,)
+
+
+def test_a_validation_share_far_from_the_fraction(caches):
+    """4 of 40 images: four standard deviations of a fair draw at 0.6 are 0.31, so 0.1 is too far off."""
+    report = caches.validate(val_fraction=0.6)
+    assert failing(report) == {"validation_share_near_fraction": (1, ())}
+    assert report.failures[0].observed == (0.1,)
+
+
+def test_a_validation_share_within_the_noise_of_a_small_set_passes(caches):
+    """At 0.3 they are 0.29, well beyond the tolerance of 0.1."""
+    assert caches.validate(val_fraction=0.3).success
+
+
+def test_empty_caches_fail_for_want_of_images_rather_than_crash(caches):
+    for table in ("latents", "captions", "pairs"):
+        caches.write(table, caches.read(table).iloc[:0])
+    caches.set_stats("latents", rows=0, train_rows=0)
+    caches.set_stats("text", rows=0)
+    assert failing(caches.validate()) == {"enough_train_images": (1, ())}
+
+
+def test_the_same_input_gives_the_same_bytes(make_caches):
+    written = []
+    for name in ("first", "second"):
+        caches = make_caches(name)
+        caches.set("latents", [1, 2], mean=np.float32(99.0))
+        report = caches.validate()
+        pages = {page.name: page.read_bytes() for page in sorted((caches.root / "docs").iterdir())}
+        written.append((report.to_json(), report.explain(), pages))
+    assert written[0] == written[1]
+
+
+def test_a_failure_says_what_how_many_which_and_what_to_do(caches, capfd, caplog):
+    ids = caches.set("latents", list(range(7)), mean=np.float32(99.0))
+    text = caches.validate().explain()
+    assert "1 of 33 checks failed" in text
+    assert "latent_mean_in_range: 7 of 40 latents" in text
+    assert "lies in [-10.0, 10.0]" in text
+    assert "found: 99.0" in text
+    assert [line.strip() for line in text.splitlines() if re.fullmatch(r"\s+[0-9a-f]{64}", line)] == ids[:5]
+    assert "what to do: look at these images" in text
+    assert capfd.readouterr() == ("", ""), "Great Expectations printed something"
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_the_pages_tell_of_every_table_and_check_and_load_nothing_from_elsewhere(caches):
+    ids = caches.set("latents", [1], mean=np.float32(99.0))
+    report = caches.validate()
+    pages = {page.stem: page.read_text() for page in (caches.root / "docs").iterdir()}
+    assert set(pages) == {"index", *report.rows}
+    for table in report.rows:
+        assert f'href="{table}.html"' in pages["index"]
+        assert f"Table {table}" in pages[table]
+    for check in report.checks:
+        assert check.name in pages["index"]
+    assert ids[0] in pages["index"] and report.failures[0].advice.split(":")[0] in pages["index"]
+    assert "Failed" in pages["latents"] and "Succeeded" in pages["pairs"]
+    for page in pages.values():
+        assert not re.search(r"https?://|<script|<link|<img|\{\{|\{%", page)
+
+
+@pytest.mark.parametrize("name", ["latents/index.parquet", "latents/stats.json", "text/pairs.parquet"])
+def test_a_missing_file_is_named_with_what_to_do(caches, name):
+    (caches.root / name).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{re.escape(name)} does not exist: run `dvc repro`"):
+        caches.validate()
+
+
+@pytest.mark.parametrize("name", ["latents/index.parquet", "latents/stats.json", "text/pairs.parquet"])
+def test_a_damaged_file_is_named_with_what_to_do(caches, name):
+    path = caches.root / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} .*\n?.*run `dvc repro`"):
+        caches.validate()
+
+
+def test_a_file_without_what_it_must_hold_is_named(caches):
+    caches.set_stats("text", dim=None)
+    with pytest.raises(ValueError, match=r"text/stats\.json cannot be used \(dim: "):
+        caches.validate()
+    caches.write("pairs", caches.read("pairs").drop(columns="position"))
+    caches.set_stats("text", dim=384)
+    with pytest.raises(ValueError, match=r"pairs\.parquet cannot be used \(no column position\)"):
+        caches.validate()
+    caches.set("latents", [0, 1], key=None)
+    with pytest.raises(ValueError, match=r"latents/index\.parquet lacks key in 2 of 40 rows"):
+        caches.validate()
+
+
+def test_the_report_as_json_is_keyed_by_check(caches, tmp_path: Path):
+    caches.set("latents", [1], std=np.float32(np.inf))
+    (tmp_path / "report.json").write_text(caches.validate().to_json())
+    document = read_json(tmp_path / "report.json")
+    assert document["success"] is False
+    assert document["rows"]["pairs"] == 80
+    check = document["checks"]["latent_std_in_range"]
+    assert check["offending"] == 1 and check["observed"] == ["inf"] and check["table"] == "latents"
