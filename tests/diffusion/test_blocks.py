@@ -74,8 +74,7 @@ def test_a_residual_block_is_two_normalised_convolutions_modulated_by_its_condit
 @pytest.mark.parametrize("kind", ["self", "cross"])
 @pytest.mark.parametrize("heads", [1, 4])
 def test_attention_is_a_softmax_weighted_mean_of_values(kind, heads):
-    """Against loops over samples and heads, and against torch's own fused attention elsewhere than on a CPU."""
-    channels, size = 32, 8
+    channels = 32
     x, text = torch.randn(2, channels, 3, 3).double(), torch.randn(2, 5, 24).double()
     if kind == "self":
         block = randomise(SpatialAttention(channels, heads=heads)).double()

@@ -26,7 +26,9 @@ def test_forward_noising_mixes_signal_and_noise_as_the_schedule_says(schedule):
     x0, eps, alpha = rng.normal(size=(8, 4, 6, 6)), rng.normal(size=(8, 4, 6, 6)), rng.random(8)
     per_sample = alpha[:, None, None, None]
     expected = GAMMA[schedule](per_sample) * x0 + per_sample * eps
-    x_t = get_schedule(schedule).add_noise(torch.from_numpy(x0), torch.from_numpy(eps), torch.from_numpy(alpha))
+    x_t = get_schedule(schedule).add_noise(
+        torch.from_numpy(x0), torch.from_numpy(eps), torch.from_numpy(alpha)
+    )
     np.testing.assert_allclose(x_t.numpy(), expected, rtol=1e-12)
 
 
@@ -35,7 +37,9 @@ def test_forward_noising_mixes_signal_and_noise_as_the_schedule_says(schedule):
 def test_noise_levels_of_any_per_sample_shape_mean_the_same(schedule, shape):
     x0, eps, alpha = torch.randn(5, 4, 2, 2), torch.randn(5, 4, 2, 2), torch.rand(5)
     forward = get_schedule(schedule).add_noise
-    torch.testing.assert_close(forward(x0, eps, alpha.reshape(shape)), forward(x0, eps, alpha), rtol=0, atol=0)
+    torch.testing.assert_close(
+        forward(x0, eps, alpha.reshape(shape)), forward(x0, eps, alpha), rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("schedule", GAMMA)
@@ -46,7 +50,9 @@ def test_a_reverse_step_with_the_true_x0_lands_on_the_forward_process(schedule, 
     rng = np.random.default_rng(1)
     x0, eps = rng.normal(size=(2, 4, 3, 3)), rng.normal(size=(2, 4, 3, 3))
     then, gamma = now * fraction, GAMMA[schedule]
-    stepped = get_schedule(schedule).step(torch.from_numpy(gamma(now) * x0 + now * eps), torch.from_numpy(x0), now, then)
+    stepped = get_schedule(schedule).step(
+        torch.from_numpy(gamma(now) * x0 + now * eps), torch.from_numpy(x0), now, then
+    )
     np.testing.assert_allclose(stepped.numpy(), gamma(then) * x0 + then * eps, atol=1e-9)
 
 
@@ -172,7 +178,9 @@ def test_dynamic_thresholding_treats_each_sample_apart():
     torch.testing.assert_close(dynamic_thresholding(img), alone, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [((101,), "percentile"), ((99, 0), "bound"), ((99, -1), "bound")])
+@pytest.mark.parametrize(
+    ("arguments", "message"), [((101,), "percentile"), ((99, 0), "bound"), ((99, -1), "bound")]
+)
 def test_dynamic_thresholding_refuses_impossible_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         dynamic_thresholding(np.zeros((1, 4, 4, 4)), *arguments)

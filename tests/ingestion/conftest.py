@@ -23,13 +23,19 @@ def noise(seed: int, height: int = SIZE, width: int = SIZE) -> np.ndarray:
 
 @dataclass
 class Corpus:
-    """A folder of images under ``path``, ingested into ``out``; each call of ``add`` makes a new picture unless given one."""
+    """A folder of images under ``path``, ingested into ``out``; ``add`` makes a new picture unless given one."""
 
     path: Path
     out: Path
     added: int = field(default=0)
 
-    def add(self, name: str, caption: str | bytes | None = None, picture: Image.Image | np.ndarray | bytes | None = None, **options):
+    def add(
+        self,
+        name: str,
+        caption: str | bytes | None = None,
+        picture: Image.Image | np.ndarray | bytes | None = None,
+        **options,
+    ):
         self.added += 1
         if picture is None:
             picture = noise(self.added)

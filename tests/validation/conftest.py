@@ -51,12 +51,14 @@ class Caches:
         path = self.root / cache / "stats.json"
         write_json(path, read_json(path) | values)
 
-    def validate(self, limits: ValidateParams | None = None, **arguments: object) -> ValidationReport:
+    def validate(
+        self, limits: ValidateParams | None = None, docs: bool = False, **arguments: object
+    ) -> ValidationReport:
         return validate(
             self.root / "latents",
             self.root / "text",
             limits or self.limits,
-            docs_folder=self.root / "docs",
+            docs_folder=self.root / "docs" if docs else None,
             **{
                 "val_fraction": 0.1,
                 "expected_vae_fingerprint": "vae-1",

@@ -91,8 +91,8 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: 
     """Attention of `(B, N, C)` queries over `(B, T, C)` keys and values, `heads` times side by side."""
     query, key, value = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (query, key, value))
     if query.device.type == "cpu":
-        # The same function spelt out: over some dozens of tokens, forward and back, it is three to seven times as
-        # fast on a CPU as the fused kernel (torch 2.13).
+        # The same function spelt out: over some dozens of tokens, forward and back, it is three to seven
+        # times as fast on a CPU as the fused kernel (torch 2.13).
         weights = ((query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)).softmax(-1)
         attended = weights @ value
     else:
@@ -202,7 +202,7 @@ class ConditionedLayer(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """`block_depth` layers, then half the resolution: `(B, in_ch, H, W)` -> `(B, out_ch, H/2, W/2)` and skips.
+    """`block_depth` layers, then half the resolution: `(B, in_ch, H, W)` -> `(B, out_ch, H/2, W/2)`, skips.
 
     `forward` returns `(x, skips)`, one skip `(B, out_ch, H, W)` a layer. With `txt_ch`, text enters by
     cross-attention. `downsample=False` keeps the resolution (the deepest level has nowhere to go).

@@ -29,8 +29,8 @@ class Diffuser:
                       denoiser once a sample and step; all others twice, in one batch.
     diffusion_steps:  K, the number of noise levels the denoiser is asked at.
     schedule:         the one the denoiser was trained with.
-    perc, bound:      dynamic thresholding of each guess; `perc=None` leaves it out. `bound` is in the latents'
-                      units: take it from the training latents (standardised ones reach well beyond 1).
+    perc, bound:      dynamic thresholding of each guess; `perc=None` leaves it out. `bound` is in units of
+                      the latents: take it from the training latents (standardised ones reach well beyond 1).
     spacing:          how the noise levels fall, a name from `NOISE_LEVELS`; None: as suits the schedule.
     latent_channels:  C, to tell the layouts apart.
     autocast_dtype:   such as `torch.bfloat16`: the denoiser then runs under autocast, the rest as before.

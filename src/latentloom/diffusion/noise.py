@@ -155,7 +155,7 @@ def sampling_levels(steps: int, spacing: str = "cosine") -> np.ndarray:
 
 
 class NoisedLatents(NamedTuple):
-    """Noised latents `x_t`, the `noise_levels` `(B,)` they are at, and the `noise` in them, shaped like them."""
+    """Noised latents `x_t`, the `noise_levels` `(B,)` they are at, and the `noise` in them."""
 
     x_t: Array
     noise_levels: Array
@@ -211,8 +211,8 @@ def dynamic_thresholding(img: Array, perc: float = 99.5, bound: float = 1.0) -> 
     if x.ndim < 2:
         raise ValueError(f"dynamic thresholding needs a batch (B, ...), but the shape is {tuple(x.shape)}")
     magnitude = x.abs().flatten(1)
-    # The percentile by linear interpolation between order statistics. `topk` sorts just the largest values and,
-    # unlike `torch.quantile`, has no limit on size.
+    # The percentile by linear interpolation between order statistics. `topk` sorts just the largest values
+    # and, unlike `torch.quantile`, has no limit on size.
     position = perc / 100 * (magnitude.shape[1] - 1)
     below = math.floor(position)
     top = magnitude.topk(magnitude.shape[1] - below, dim=1).values

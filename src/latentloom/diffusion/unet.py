@@ -1,10 +1,9 @@
-"""The denoiser: a U-Net that is shown a noised latent, a noise level and a text, and guesses the clean latent.
+"""The denoiser: a U-Net that sees a noised latent, a noise level and a text, and guesses the clean latent.
 
-    x_t (B, C, H, W) ----------- 3x3 conv -- merge -- DownBlocks -- middle -- UpBlocks -- head -- x0_hat (B,
-    C, H, W)
-    noise level -- 32 sinusoids --.            |          |           |          |
-    text embedding -- linear -----'- condition +- FiLM ---+-----------+----------+
-                  '-- linear -- 8 text tokens --- cross-attention (coarser levels)
+    x_t ------------------------ 3x3 conv --- merge --- DownBlocks --- middle --- UpBlocks --- head --> x0_hat
+    noise level -- 32 sinusoids --.             |           |            |           |
+    text embedding --- linear ----'- condition -'-- FiLM ---+------------+-----------'
+                   '-- linear --- 8 tokens --------- cross-attention, at all levels but the finest
 
 The condition enters twice. Merged into the input, it reaches every position once; and by FiLM it rescales the
 features of every residual block, since what a layer should do depends on the noise level: find the large

@@ -4,8 +4,8 @@ Captions come from metadata files (``metadata.csv``, ``.jsonl``, ``.parquet``) i
 ``file_name`` is relative to the folder they lie in; several rows of one image are several captions. An image that no
 metadata row names takes them from ``NAME.txt``, one caption on each line that is not empty.
 
-Hidden files and folders are passed over (``._photo.jpg`` is not a photo), linked folders are not entered, and nothing is
-ever written here. Names and captions are held in memory; images are read one at a time.
+Hidden files and folders are passed over (``._photo.jpg`` is not a photo), linked folders are not entered, and nothing
+is ever written here. Names and captions are held in memory; images are read one at a time.
 """
 
 import os
@@ -18,7 +18,21 @@ from latentloom.ingestion.metadata import COLUMNS_WANTED, READERS, MetadataRow, 
 from latentloom.ingestion.rejects import Reason, Reject, Unusable, printable
 from latentloom.ingestion.sources import IngestError, Sample
 
-EXTENSIONS = {".apng", ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".ico", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"}
+EXTENSIONS = {
+    ".apng",
+    ".avif",
+    ".bmp",
+    ".dib",
+    ".gif",
+    ".heic",
+    ".heif",
+    ".ico",
+    ".jfif",
+    ".jp2",
+    ".jpe",
+    ".jpeg",
+    ".jpg",
+}
 EXTENSIONS |= {".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
 
 
@@ -85,7 +99,7 @@ class FolderSource:
             return
         key = self._key(posixpath.dirname(metadata_key), row.file_name)
         if key is None:
-            detail = f"row {row.line} of {metadata_key} names a file out of the folder; file_name must be relative and stay inside"
+            detail = f"row {row.line} of {metadata_key}: file_name must be relative, and stay inside the source folder"
             self._rejects.setdefault(row.file_name, Reject(row.file_name, Reason.OUTSIDE_FOLDER, detail))
         else:
             self._captions.setdefault(key, []).extend(row.captions)
@@ -105,7 +119,9 @@ class FolderSource:
     def _sample(self, key: str) -> Sample:
         path = self.root / key
         if not _is_file(path):
-            detail = "metadata names it, but there is no such file" if key in self._captions else "there is no such file"
+            detail = (
+                "metadata names it, but there is no such file" if key in self._captions else "there is no such file"
+            )
             raise Unusable(Reason.MISSING_FILE, detail)
         return Sample(printable(key), self._captions_of(key), path.read_bytes)
 
@@ -131,4 +147,6 @@ def _is_file(path: Path) -> bool:
 
 
 def _refuse_folder(error: OSError) -> None:
-    raise IngestError(f"the folder {error.filename} cannot be read ({error.strerror}); make it readable, or move it") from error
+    raise IngestError(
+        f"the folder {error.filename} cannot be read ({error.strerror}); make it readable, or move it"
+    ) from error

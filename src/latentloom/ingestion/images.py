@@ -1,7 +1,8 @@
 """The bytes of any image file -> prepared pixels: uint8 RGB ``(S, S, 3)``, upright, on white, its centred square.
 
-File -> first frame -> upright (EXIF) -> centred square -> 8 bits, RGB, over white -> Lanczos to ``S``. Cropping comes before
-converting, so that a wide picture is never converted whole. Colour profiles are not applied: values are taken as sRGB.
+File -> first frame -> upright (EXIF) -> centred square -> 8 bits, RGB, over white -> Lanczos to ``S``. Cropping comes
+before converting, so that a wide picture is never converted whole. Colour profiles are not applied: values are taken
+as sRGB.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
 """The stage `ingest`: samples of a source -> kept images in shards, the rest in the table of rejects.
 
-Samples stream through one at a time: decoded, prepared, named by the hash of their pixels, put into a split by that name.
-The first of several images with equal pixels is kept; the others are refused as duplicates, captions and all, so that no
-image's captions depend on how many copies of it a source holds. ``limit`` counts the images kept.
+Samples stream through one at a time: decoded, prepared, named by the hash of their pixels, put into a split by that
+name. The first of several images with equal pixels is kept; the others are refused as duplicates, captions and all,
+so that no image's captions depend on how many copies of it a source holds. ``limit`` counts the images kept.
 """
 
 import itertools
@@ -49,11 +49,13 @@ class IngestReport:
         )
 
 
-def ingest(params: IngestParams, images_folder: Path | str, rejects_path: Path | str, progress: bool = True) -> IngestReport:
+def ingest(
+    params: IngestParams, images_folder: Path | str, rejects_path: Path | str, progress: bool = True
+) -> IngestReport:
     """Bring the source of ``params`` into ``images_folder`` and what it refused into ``rejects_path``.
 
     Raises:
-        IngestError: when the source as a whole cannot be used, or nothing of it can; the images folder is then as before.
+        IngestError: when the source cannot be used, or nothing of it can; the images folder is then as before.
     """
     images_folder, rejects_path = Path(images_folder), Path(rejects_path)
     _refuse_outputs_in_source(params, images_folder, rejects_path)
@@ -98,9 +100,13 @@ def ingest(params: IngestParams, images_folder: Path | str, rejects_path: Path |
         captions=counts["captions"],
     )
     if report.found != report.kept + report.rejected:
-        raise RuntimeError(f"{report.found} samples found, but {report.kept} kept and {report.rejected} rejected: one was lost")
+        raise RuntimeError(
+            f"{report.found} samples found, but {report.kept} kept and {report.rejected} rejected: one was lost"
+        )
     if not report.kept:
-        raise IngestError(f"no image of the source {source.name} can be used: {report}; {rejects_path} says why, one by one")
+        raise IngestError(
+            f"no image of the source {source.name} can be used: {report}; {rejects_path} says why, one by one"
+        )
     return report
 
 

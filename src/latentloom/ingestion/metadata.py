@@ -1,7 +1,7 @@
 """Rows of ``metadata.csv``, ``metadata.jsonl`` and ``metadata.parquet``, as the Hugging Face image folder has them.
 
-Columns: ``file_name``, and one or more of ``text``, ``caption`` and ``captions`` (a text, or a list of texts); other columns
-are left alone. A row that cannot be read is a problem of that row; a file that lacks the columns is an error.
+Columns: ``file_name``, and one or more of ``text``, ``caption`` and ``captions`` (a text, or a list of texts); other
+columns are left alone. A row that cannot be read is a problem of that row; a file that lacks the columns is an error.
 """
 
 import csv
@@ -50,12 +50,16 @@ def _csv_rows(path: Path) -> Iterator[MetadataRow]:
             _require_columns(path, reader.fieldnames)
             for row in reader:
                 if None in row:
-                    problem = f"has more fields than the {len(reader.fieldnames)} columns: put captions with commas in quotes"
+                    problem = (
+                        f"has more fields than the {len(reader.fieldnames)} columns: put captions with commas in quotes"
+                    )
                     yield MetadataRow(reader.line_num, problem=problem)
                 else:
                     yield _row(reader.line_num, row)
         except csv.Error as error:
-            raise IngestError(f"{path}, line {reader.line_num}: not valid CSV ({error}); mend or remove it") from error
+            raise IngestError(
+                f"{path}, after line {reader.line_num}: not valid CSV ({error}); mend or remove it"
+            ) from error
 
 
 def _jsonl_rows(path: Path) -> Iterator[MetadataRow]:

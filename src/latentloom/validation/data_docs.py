@@ -5,9 +5,12 @@ times and random ids. So its renderer makes the content of a page for each table
 make the page around it and the index: plain HTML and CSS, the same bytes for the same report.
 """
 
+import copy
+import html
 import itertools
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from great_expectations.core import ExpectationSuiteValidationResult
 from great_expectations.render import RenderedDocumentContent
@@ -45,8 +48,22 @@ def write_data_docs(
 
 
 def _content(result: ExpectationSuiteValidationResult) -> RenderedDocumentContent:
+    result = copy.deepcopy(result)
+    for item in result.results:
+        item.result = _escaped(item.result)
     document = ValidationResultsPageRenderer().render(result)
     overview = document.sections[0]
     # The block that folds away holds load times and run ids, and nothing about the data.
     overview.content_blocks = [block for block in overview.content_blocks if block.content_block_type != "collapse"]
     return document
+
+
+def _escaped(value: Any) -> Any:
+    """``value`` with the markup in its strings made harmless: the renderer puts data into the page as it is."""
+    if isinstance(value, str):
+        return html.escape(value)
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_escaped(item) for item in value)
+    return value

@@ -33,7 +33,7 @@ def validate(
     val_fraction: float,
     expected_vae_fingerprint: str,
     expected_text_fingerprint: str,
-    docs_folder: Path,
+    docs_folder: Path | None,
 ) -> ValidationReport:
     """Check both caches, write the pages for a browser, and return what was found.
 
@@ -44,7 +44,7 @@ def validate(
         val_fraction: the share of validation images that ``ingest`` was asked for.
         expected_vae_fingerprint: that of the VAE in params.
         expected_text_fingerprint: that of the text encoder in params.
-        docs_folder: where ``index.html`` and a page for each table go; written also when a check fails.
+        docs_folder: where ``index.html`` and a page for each table go, also when a check fails; None: nowhere.
 
     Raises:
         FileNotFoundError: naming the file that is missing.
@@ -75,7 +75,8 @@ def validate(
             ),
             rows={name: len(frame) for name, frame in tables.frames().items()},
         )
-        write_data_docs(docs_folder, report, results)
+        if docs_folder is not None:
+            write_data_docs(docs_folder, report, results)
     return report
 
 

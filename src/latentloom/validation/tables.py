@@ -12,6 +12,7 @@ Tensors are never opened: each index carries the mean, std and finiteness of its
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -24,17 +25,24 @@ from pydantic import BaseModel, ValidationError
 
 from latentloom.files import read_json
 
+TEXT, NUMBER, COUNT, FLAG = pa.string(), pa.float32(), pa.int32(), pa.bool_()
 LATENT_INDEX = pa.schema(
-    [("id", pa.string()), ("key", pa.string()), ("split", pa.string()), ("shard", pa.string())]
-    + [("mean", pa.float32()), ("std", pa.float32()), ("abs_max", pa.float32()), ("finite", pa.bool_())]
-    + [("channels", pa.int32()), ("height", pa.int32()), ("width", pa.int32())]
+    {
+        **dict.fromkeys(["id", "key", "split", "shard"], TEXT),
+        **dict.fromkeys(["mean", "std", "abs_max"], NUMBER),
+        "finite": FLAG,
+        **dict.fromkeys(["channels", "height", "width"], COUNT),
+    }
 )
 TEXT_INDEX = pa.schema(
-    [("id", pa.string()), ("text", pa.string()), ("key", pa.string()), ("shard", pa.string())]
-    + [("mean", pa.float32()), ("std", pa.float32()), ("norm", pa.float32())]
-    + [("finite", pa.bool_()), ("dim", pa.int32())]
+    {
+        **dict.fromkeys(["id", "text", "key", "shard"], TEXT),
+        **dict.fromkeys(["mean", "std", "norm"], NUMBER),
+        "finite": FLAG,
+        "dim": COUNT,
+    }
 )
-PAIRS = pa.schema([("image_id", pa.string()), ("caption_id", pa.string()), ("position", pa.int32())])
+PAIRS = pa.schema({"image_id": TEXT, "caption_id": TEXT, "position": COUNT})
 
 
 Stats = TypeVar("Stats", bound=BaseModel)
@@ -167,7 +175,7 @@ def _count_for(ids: pd.Series, mentions: pd.Series) -> pd.Series:
 def _shapes(frame: pd.DataFrame) -> pd.Series:
     """Each row's shape as text such as ``4x16x16``."""
     columns = ["channels", "height", "width"]
-    names = frame[columns].drop_duplicates().astype(str).agg("x".join, axis=1).to_numpy(dtype=object)
+    names = np.array([shape_text(shape) for shape in frame[columns].drop_duplicates().to_numpy()], dtype=object)
     return pd.Series(names[frame.groupby(columns, sort=False).ngroup()], index=frame.index, dtype="str")
 
 
@@ -188,5 +196,5 @@ def _channels_in(stats: LatentStats) -> str:
     return f"{len(stats.mean)} and {len(stats.std)}"
 
 
-def shape_text(shape: tuple[int, ...]) -> str:
+def shape_text(shape: Iterable[int]) -> str:
     return "x".join(map(str, shape))

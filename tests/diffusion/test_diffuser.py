@@ -1,0 +1,244 @@
+"""The Diffuser: against diffusers' DDIM, guidance by its formula, and a small network that obeys text."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from latentloom.diffusion import (
+    Diffuser,
+    UNet,
+    add_noise,
+    dynamic_thresholding,
+    get_schedule,
+    noise_levels_from_uniform,
+)
+
+GAMMA = {"vp": lambda a: np.sqrt(1 - a**2), "linear": lambda a: 1 - a}
+
+
+def wavy(x_t, noise_levels, text):
+    """A deterministic denoiser that depends, not linearly, on all it is given."""
+    level, wish = noise_levels[:, None, None, None], text.mean(1)[:, None, None, None]
+    return torch.tanh(x_t + wish) * (1 - 0.5 * level) + 0.2 * torch.sin(3 * x_t.roll(1, 3)) + 0.1 * wish
+
+
+def seeds_and_labels(batch=3, dtype=np.float64, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(batch, 8, 8, 4)).astype(dtype), rng.normal(size=(batch, 6)).astype(dtype)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 70])
+def test_the_vp_trajectory_is_that_of_diffusers_ddim(steps):
+    seeds, labels = seeds_and_labels()
+    diffuser = Diffuser(wavy, 1.0, steps, perc=None)
+    levels = diffuser.noise_levels()
+
+    scheduler = DDIMScheduler(
+        num_train_timesteps=steps, prediction_type="sample", clip_sample=False, set_alpha_to_one=True
+    )
+    scheduler.alphas_cumprod = torch.from_numpy(GAMMA["vp"](levels[:-1][::-1].copy()) ** 2)
+    scheduler.set_timesteps(steps)
+    assert scheduler.timesteps.tolist() == list(range(steps))[::-1]
+    x, text = torch.from_numpy(seeds).permute(0, 3, 1, 2), torch.from_numpy(labels)
+    for timestep, level in zip(scheduler.timesteps, levels[:-1], strict=True):
+        x = scheduler.step(
+            wavy(x, torch.full((3,), level, dtype=x.dtype), text), timestep, x, eta=0.0
+        ).prev_sample
+    np.testing.assert_allclose(
+        diffuser.reverse_diffusion(seeds, labels), x.permute(0, 2, 3, 1).numpy(), atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("schedule", GAMMA)
+def test_the_trajectory_follows_the_schedules_own_process(schedule):
+    """In float64 NumPy, by way of the noise estimate rather than the coefficients."""
+    seeds, labels = seeds_and_labels()
+    diffuser = Diffuser(wavy, 3.0, 9, schedule=schedule, bound=0.7)
+    x, gamma, levels = seeds.transpose(0, 3, 1, 2), GAMMA[schedule], diffuser.noise_levels()
+    for now, then in pairwise(levels):
+        with_text, without = (
+            wavy(
+                torch.from_numpy(x), torch.full((3,), now, dtype=torch.float64), torch.from_numpy(text)
+            ).numpy()
+            for text in (labels, np.zeros_like(labels))
+        )
+        x0_hat = dynamic_thresholding(3 * with_text - 2 * without, bound=0.7)
+        eps_hat = (x - gamma(now) * x0_hat) / now
+        x = gamma(then) * x0_hat + then * eps_hat
+    np.testing.assert_allclose(diffuser.reverse_diffusion(seeds, labels), x.transpose(0, 2, 3, 1), atol=1e-9)
+
+
+@pytest.mark.parametrize("spacing", [None, "uniform", "half_normal"])
+@pytest.mark.parametrize("schedule", GAMMA)
+def test_errors_that_shrink_with_the_noise_level_leave_no_trace_in_x0(schedule, spacing):
+    truth = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def nearly_perfect(x_t, noise_levels, text):
+        return truth + 1e-3 * noise_levels[:, None, None, None] * x_t
+
+    seeds = torch.randn(5, 8, 8, 4, generator=torch.Generator().manual_seed(1))
+    diffuser = Diffuser(nearly_perfect, 1.0, 70, schedule=schedule, perc=None, spacing=spacing)
+    latents = diffuser.reverse_diffusion(seeds, torch.zeros(5, 6))
+    assert (latents - truth.permute(0, 2, 3, 1)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("schedule", GAMMA)
+def test_a_perfect_denoiser_walks_back_along_the_forward_process(schedule):
+    """Stopped before its end, the walk is at the forward process of the same noise; at its end, at x0."""
+    truth, noise = torch.randn(2, 5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    forward, visited = get_schedule(schedule), []
+
+    def perfect(x_t, noise_levels, text):
+        visited.append((x_t - forward.add_noise(truth, noise, noise_levels)).abs().max().item())
+        return truth
+
+    diffuser = Diffuser(perfect, 1.0, 70, schedule=schedule, perc=None)
+    latents = diffuser.reverse_diffusion(noise, torch.zeros(5, 6))
+    assert len(visited) == 70 and max(visited) < 1e-4
+    assert (latents - truth).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("w", [0.0, 1.0, 3.0, -0.5])
+def test_guidance_mixes_the_guesses_with_and_without_text(w):
+    seeds, labels = seeds_and_labels()
+    x, text = torch.from_numpy(seeds).permute(0, 3, 1, 2), torch.from_numpy(labels)
+    level = torch.full((3,), 0.6, dtype=torch.float64)
+    expected = w * wavy(x, level, text) + (1 - w) * wavy(x, level, torch.zeros_like(text))
+    guess = Diffuser(wavy, w, 5).predict_x_zero(x, text, 0.6)
+    torch.testing.assert_close(guess, expected)
+    as_array = Diffuser(wavy, w, 5).predict_x_zero(seeds, labels, 0.6)
+    np.testing.assert_allclose(as_array, expected.permute(0, 2, 3, 1).numpy())
+
+
+@pytest.mark.parametrize(("w", "samples"), [(0.0, 3), (1.0, 3), (4.0, 6)])
+def test_each_step_is_one_call_and_plain_guidance_costs_no_second_half(w, samples):
+    calls = []
+
+    def counting(x_t, noise_levels, text):
+        calls.append((len(x_t), len(noise_levels), len(text)))
+        return wavy(x_t, noise_levels, text)
+
+    Diffuser(counting, w, 5).reverse_diffusion(*seeds_and_labels())
+    assert calls == [(samples,) * 3] * 5
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+@pytest.mark.parametrize("layout", ["nhwc", "nchw"])
+def test_latents_come_back_in_the_layout_and_kind_of_the_seeds(layout, kind):
+    seeds, labels = seeds_and_labels(dtype=np.float32)
+    diffuser = Diffuser(wavy, 2.0, 4)
+    expected = diffuser.reverse_diffusion(seeds, labels)
+    given = seeds if layout == "nhwc" else seeds.transpose(0, 3, 1, 2)
+    result = diffuser.reverse_diffusion(given if kind == "numpy" else torch.from_numpy(given), labels)
+    assert type(result) is (np.ndarray if kind == "numpy" else torch.Tensor)
+    result = np.asarray(result) if layout == "nhwc" else np.asarray(result).transpose(0, 2, 3, 1)
+    np.testing.assert_array_equal(result, expected)
+
+
+def test_latents_of_four_by_four_are_channels_last_unless_told_otherwise():
+    seeds, labels = np.random.default_rng(0).normal(size=(2, 4, 4, 4)), np.ones((2, 6))
+    diffuser = Diffuser(wavy, 1.0, 4)
+    last = diffuser.reverse_diffusion(seeds, labels)
+    first = diffuser.reverse_diffusion(seeds.transpose(0, 3, 1, 2), labels, layout="nchw")
+    np.testing.assert_allclose(first.transpose(0, 2, 3, 1), last)
+    assert not np.allclose(diffuser.reverse_diffusion(seeds, labels, layout="nchw"), last)
+
+
+def test_progress_is_reported_after_each_step(capsys):
+    steps = []
+    Diffuser(wavy, 1.0, 3, progress=lambda done, total: steps.append((done, total))).reverse_diffusion(
+        *seeds_and_labels()
+    )
+    assert steps == [(1, 3), (2, 3), (3, 3)]
+    Diffuser(wavy, 1.0, 3, progress=True).reverse_diffusion(*seeds_and_labels())
+    assert capsys.readouterr().out.endswith("step 3 of 3\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "cosine"}, "unknown schedule 'cosine'"),
+        ({"spacing": "log"}, "unknown noise level distribution 'log'"),
+        ({"diffusion_steps": 0}, "at least 1 step"),
+        ({"class_guidance": float("nan")}, "class_guidance must be a finite number"),
+        ({"perc": 120}, "percentile"),
+        ({"bound": 0}, "bound must be above 0"),
+    ],
+)
+def test_impossible_settings_are_refused_at_once(options, message):
+    with pytest.raises(ValueError, match=message):
+        Diffuser(**{"denoiser": wavy, "class_guidance": 1.0, "diffusion_steps": 4} | options)
+
+
+def test_seeds_and_labels_that_do_not_match_are_named():
+    seeds, labels = seeds_and_labels()
+    with pytest.raises(ValueError, match=r"\(3, text_dim\).*\(2, 6\)"):
+        Diffuser(wavy, 1.0, 4).reverse_diffusion(seeds, labels[:2])
+    with pytest.raises(ValueError, match=r"\(3, 8, 8, 5\)"):
+        Diffuser(wavy, 1.0, 4).reverse_diffusion(np.zeros((3, 8, 8, 5)), labels)
+
+
+@pytest.fixture(scope="module")
+def two_words():
+    """A tiny network taught that one word means a bright left half, the other a bright right half."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    words = torch.eye(2, 8)
+    meanings = torch.full((2, 4, 8, 8), -1.0)
+    meanings[0, :, :, :4] = meanings[1, :, :, 4:] = 1.0
+    network = UNet(4, (16, 32), 1, 16, 8)
+    optimizer = torch.optim.AdamW(network.parameters(), 3e-3)
+    for _ in range(150):
+        word = torch.randint(2, (32,), generator=generator)
+        x0 = meanings[word]
+        u = torch.rand(32, generator=generator)
+        noised = add_noise(x0, noise_levels=noise_levels_from_uniform(u), generator=generator)
+        text = words[word] * (torch.rand(32, 1, generator=generator) > 0.15)
+        loss = (network(noised.x_t, noised.noise_levels, text) - x0).abs().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return network, words, meanings
+
+
+@pytest.mark.parametrize("w", [1.0, 3.0])
+def test_a_trained_network_draws_what_the_text_says(two_words, w):
+    network, words, meanings = two_words
+    seeds = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    word = torch.tensor([0, 1] * 4)
+    latents = Diffuser(network, w, 12, bound=1.0).reverse_diffusion(seeds, words[word])
+    right = (latents - meanings[word]).abs().mean((1, 2, 3))
+    wrong = (latents - meanings[1 - word]).abs().mean((1, 2, 3))
+    assert (right < 0.3).all() and (wrong > 1.5).all()
+    swapped = Diffuser(network, w, 12, bound=1.0).reverse_diffusion(seeds, words[1 - word])
+    assert ((swapped - latents).abs().mean((1, 2, 3)) > 1).all()
+
+
+def test_the_order_and_the_company_of_a_batch_do_not_matter(two_words):
+    network, words, _ = two_words
+    seeds = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(6))
+    text, order = words[[0, 1, 1, 0]], torch.tensor([2, 0, 3, 1])
+    diffuser = Diffuser(network, 2.0, 10)
+    together = diffuser.reverse_diffusion(seeds, text)
+    torch.testing.assert_close(
+        diffuser.reverse_diffusion(seeds[order], text[order]), together[order], rtol=0, atol=1e-3
+    )
+    alone = torch.cat([diffuser.reverse_diffusion(seeds[i : i + 1], text[i : i + 1]) for i in range(4)])
+    torch.testing.assert_close(alone, together, rtol=0, atol=1e-3)
+
+
+def test_sampling_repeats_itself_leaves_no_gradients_and_keeps_precision_under_autocast(two_words):
+    network, words, _ = two_words
+    seeds = np.random.default_rng(0).normal(size=(2, 8, 8, 4))
+    labels = words.numpy().astype(np.float64)
+    diffuser = Diffuser(network, 2.0, 10)
+    latents = diffuser.reverse_diffusion(seeds, labels)
+    np.testing.assert_array_equal(latents, diffuser.reverse_diffusion(seeds, labels))
+    assert not diffuser.reverse_diffusion(torch.from_numpy(seeds), labels).requires_grad
+    with torch.inference_mode():
+        np.testing.assert_array_equal(latents, diffuser.reverse_diffusion(seeds, labels))
+    half = Diffuser(network, 2.0, 10, autocast_dtype=torch.bfloat16).reverse_diffusion(seeds, labels)
+    assert half.dtype == latents.dtype and 0 < np.abs(half - latents).mean() < 0.05

@@ -1,0 +1,176 @@
+"""The UNet: the shapes and sizes of the design, gradients everywhere, precision, and clear refusals."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from latentloom.diffusion import TiledMerge, UNet, get_network
+
+
+def tiny(**options) -> UNet:
+    torch.manual_seed(0)
+    return UNet(4, (16, 32), 1, 16, 24, **options)
+
+
+def inputs(batch: int = 3, size: int = 8, text_dim: int = 24):
+    generator = torch.Generator().manual_seed(1)
+    x_t = torch.randn(batch, 4, size, size, generator=generator)
+    return x_t, torch.rand(batch, generator=generator), torch.randn(batch, text_dim, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def full_size() -> UNet:
+    torch.manual_seed(0)
+    return get_network(16, 2, 256, 4)
+
+
+def test_the_full_size_network_has_the_shapes_and_the_size_of_the_design(full_size):
+    seen = {}
+    hooks = [
+        module.register_forward_hook(lambda module, args, out, name=name: seen.setdefault(name, out))
+        for name, module in full_size.named_modules()
+        if name in ("noise_embedding", "text_projection", "text_tokens", "middle.1")
+        or (name.startswith(("downs.", "ups.")) and name.count(".") == 1)
+    ]
+    with torch.no_grad():
+        x0_hat = full_size(torch.randn(2, 4, 16, 16), torch.rand(2, 1), torch.randn(2, 512))
+    for hook in hooks:
+        hook.remove()
+    assert x0_hat.shape == (2, 4, 16, 16) and x0_hat.dtype == torch.float32
+    assert seen["noise_embedding"].shape == (2, 32)
+    assert seen["text_projection"].shape == (2, 256)
+    assert seen["text_tokens"].shape == (2, 8, 256)
+    skips = [skip.shape for level in range(3) for skip in seen[f"downs.{level}"][1]]
+    assert skips == [(2, 128, 16, 16)] * 2 + [(2, 256, 8, 8)] * 2 + [(2, 512, 4, 4)] * 2
+    assert seen["middle.1"].shape == (2, 512, 4, 4)
+    assert [seen[f"ups.{i}"].shape[1:] for i in range(3)] == [(512, 4, 4), (256, 8, 8), (128, 16, 16)]
+    assert 40e6 < sum(parameter.numel() for parameter in full_size.parameters()) < 60e6
+
+
+def test_the_full_size_networks_gradient_reaches_every_parameter(full_size):
+    """Zero-initialised layers hide what lies before them until they move, so all weights are moved first."""
+    network = full_size
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=1e-2)
+    x_t, levels, text = inputs(2, 16, 512)
+    (network(x_t, levels, text) - x_t).abs().mean().backward()
+    silent = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    network.zero_grad(set_to_none=True)
+    assert silent == []
+
+
+def test_one_optimizer_step_from_scratch_opens_the_way_to_every_parameter():
+    network, (x_t, levels, text) = tiny(), inputs()
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-3)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (network(x_t, levels, text) - x_t).abs().mean().backward()
+        silent = [
+            name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
+        ]
+        optimizer.step()
+    assert silent == []
+
+
+def test_tiled_merge_is_a_1x1_convolution_of_the_tiled_concatenation():
+    merge = TiledMerge(6, 10, 8).double()
+    x, condition = torch.randn(3, 6, 5, 5).double(), torch.randn(3, 10).double()
+    tiled = torch.cat([x, condition[:, :, None, None].expand(-1, -1, 5, 5)], dim=1)
+    weight = torch.cat([merge.features.weight, merge.condition.weight[:, :, None, None]], dim=1)
+    torch.testing.assert_close(merge(x, condition), F.conv2d(tiled, weight, merge.features.bias))
+
+
+def test_the_config_rebuilds_the_network_and_is_json():
+    network = tiny(attention=(True, False), text_tokens=3)
+    twin = UNet(**json.loads(json.dumps(network.config)))
+    twin.load_state_dict(network.state_dict())
+    torch.testing.assert_close(twin(*inputs()), network(*inputs()), rtol=0, atol=0)
+
+
+def test_the_same_seed_and_inputs_give_the_same_bytes():
+    def weights_after_two_steps():
+        network, (x_t, levels, text) = tiny(), inputs()
+        optimizer = torch.optim.AdamW(network.parameters(), 1e-2)
+        for _ in range(2):
+            optimizer.zero_grad()
+            (network(x_t, levels, text) - x_t).abs().mean().backward()
+            optimizer.step()
+        return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
+
+    assert torch.equal(weights_after_two_steps(), weights_after_two_steps())
+
+
+def test_noise_levels_of_any_shape_mean_the_same_and_memory_format_does_not_matter():
+    network, (x_t, levels, text) = tiny(), inputs()
+    expected = network(x_t, levels, text)
+    for shape in [(3, 1), (3, 1, 1, 1)]:
+        torch.testing.assert_close(network(x_t, levels.reshape(shape), text), expected, rtol=0, atol=0)
+    same = torch.full((3,), 0.3)
+    torch.testing.assert_close(network(x_t, torch.tensor(0.3), text), network(x_t, same, text))
+    torch.testing.assert_close(
+        network(x_t.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), levels, text), expected
+    )
+
+
+def test_a_texts_norm_does_not_matter_and_no_text_is_finite():
+    network, (x_t, levels, text) = tiny(), inputs()
+    torch.testing.assert_close(network(x_t, levels, 100 * text), network(x_t, levels, text))
+    no_text = network(x_t, levels, torch.zeros_like(text))
+    assert no_text.isfinite().all() and not torch.equal(no_text, network(x_t, levels, text))
+
+
+def test_autocast_answers_in_float32_close_to_full_precision():
+    network, (x_t, levels, text) = tiny(), inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        half = network(x_t, levels, text)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, network(x_t, levels, text), rtol=0, atol=0.02)
+
+
+def test_the_network_is_one_graph_with_no_breaks():
+    network, arguments = tiny(), inputs()
+    whole = torch.compile(network, backend="eager", fullgraph=True)
+    torch.testing.assert_close(whole(*arguments), network(*arguments))
+
+
+def test_one_level_and_latents_that_are_not_square_work():
+    assert UNet(8, (16,), 1, 16, 24)(torch.randn(2, 8, 5, 7), torch.rand(2), torch.randn(2, 24)).shape == (
+        2,
+        8,
+        5,
+        7,
+    )
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: get_network(10, 2, 256, 4), "latent_image_size 10 cannot be halved 2 times.*multiple of 4"),
+        (lambda: get_network(16, 0, 256, 4), "block_depth must be at least 1, not 0"),
+        (lambda: get_network(16, 1, 256, 4, widths=()), "widths"),
+        (lambda: UNet(widths=(16, 32), attention=(True,)), "a flag for each of the 2 widths"),
+        (lambda: UNet(widths=(16,), noise_emb_dim=7), "even, not 7"),
+    ],
+)
+def test_an_impossible_network_is_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("x_t", "levels", "text", "message"),
+    [
+        ((2, 8, 8, 4), (2,), (2, 24), r"x_t must be \(B, 4, H, W\), not \(2, 8, 8, 4\)"),
+        ((2, 4, 9, 8), (2,), (2, 24), "multiples of 2, not 9x8"),
+        ((2, 4, 8, 8), (3,), (2, 24), "3 noise levels for 2 samples"),
+        ((2, 4, 8, 8), (2,), (2, 512), r"text_embeddings must be \(2, 24\)"),
+        ((2, 4, 8, 8), (2,), (1, 24), r"text_embeddings must be \(2, 24\)"),
+    ],
+)
+def test_inputs_of_a_wrong_shape_are_named(x_t, levels, text, message):
+    with pytest.raises(ValueError, match=message):
+        tiny()(torch.zeros(x_t), torch.zeros(levels), torch.zeros(text))

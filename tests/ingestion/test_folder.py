@@ -1,0 +1,299 @@
+"""A user's own folder: captions find their images however people write them down, and what does not fit is told."""
+
+import csv
+import io
+import json
+
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from latentloom.ingestion.metadata import read_metadata_rows
+from latentloom.ingestion.sources import IngestError
+
+
+def test_sidecars_caption_images_in_any_depth(corpus):
+    corpus.add("a.png", "a red apple")
+    corpus.add("fruit/tropical/mango.v2.png", "a mango\n\n  two\tmangoes \n")
+    corpus.ingest()
+    assert corpus.captions() == {"a.png": ["a red apple"], "fruit/tropical/mango.v2.png": ["a mango", "two mangoes"]}
+
+
+@pytest.mark.parametrize("extension", ["jpg", "JPG", "jpeg", "png", "webp", "gif", "bmp", "tiff", "TIF", "ppm"])
+def test_extensions_are_known_in_either_case(corpus, extension):
+    corpus.add(f"a.{extension}", "a picture")
+    assert corpus.ingest().kept == 1
+
+
+def test_windows_newlines_and_byte_order_marks_are_no_part_of_a_caption(corpus):
+    corpus.add("a.png", b"\xef\xbb\xbfone\r\ntwo\r\n")
+    corpus.add("sub/b.png")
+    corpus.write("sub/metadata.csv", b"\xef\xbb\xbffile_name,text\r\nb.png,three\r\n")
+    corpus.add("json/c.png")
+    corpus.write("json/metadata.jsonl", b'\xef\xbb\xbf{"file_name": "c.png", "text": "four"}\r\n\r\n')
+    corpus.ingest()
+    assert corpus.captions() == {"a.png": ["one", "two"], "json/c.png": ["four"], "sub/b.png": ["three"]}
+
+
+@pytest.mark.parametrize("column", ["text", "caption", "captions"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_metadata_files_caption_images_below_them(corpus, kind, column):
+    corpus.add("set/a.png")
+    corpus.add("set/deep/b.png")
+    frame = pd.DataFrame(
+        {"file_name": ["a.png", "deep/b.png"], "licence": ["x", "y"], column: ["first, with comma", "second"]}
+    )
+    path = corpus.path / f"set/metadata.{kind}"
+    if kind == "csv":
+        frame.to_csv(path, index=False)
+    elif kind == "jsonl":
+        frame.to_json(path, orient="records", lines=True)
+    else:
+        frame.to_parquet(path)
+    corpus.ingest()
+    assert corpus.captions() == {"set/a.png": ["first, with comma"], "set/deep/b.png": ["second"]}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_column_may_hold_lists_of_captions(corpus, kind):
+    corpus.add("a.png")
+    corpus.add("b.png")
+    frame = pd.DataFrame({"file_name": ["a.png", "b.png"], "captions": [["one", "two"], None]})
+    if kind == "jsonl":
+        frame.to_json(corpus.path / "metadata.jsonl", orient="records", lines=True)
+    else:
+        frame.to_parquet(corpus.path / "metadata.parquet")
+    corpus.ingest()
+    assert corpus.captions() == {"a.png": ["one", "two"]}
+    assert corpus.reasons() == {"b.png": "no_caption"}
+
+
+def test_several_columns_rows_and_files_add_up_in_order(corpus):
+    corpus.add("sub/a.png")
+    corpus.write("metadata.csv", "file_name,caption,text\nsub/a.png,second,first\nsub/a.png,third,first\n")
+    corpus.write("sub/metadata.jsonl", '{"file_name": "a.png", "text": "fourth"}\n')
+    corpus.ingest()
+    assert corpus.captions() == {"sub/a.png": ["first", "second", "third", "fourth"]}
+
+
+def test_metadata_comes_before_a_sidecar_which_serves_the_images_without(corpus):
+    corpus.add("a.png", "from the sidecar")
+    corpus.add("b.png", "from its sidecar")
+    corpus.write("metadata.csv", "file_name,text\na.png,from metadata\n")
+    corpus.ingest()
+    assert corpus.captions() == {"a.png": ["from metadata"], "b.png": ["from its sidecar"]}
+
+
+def test_a_caption_may_span_lines_in_csv(corpus):
+    corpus.add("a.png")
+    corpus.write("metadata.csv", 'file_name,text\na.png,"a quote: ""hi""\nand a line"\n')
+    corpus.ingest()
+    assert corpus.captions() == {"a.png": ['a quote: "hi" and a line']}
+
+
+def test_accents_and_backslashes_find_their_files_however_they_are_written(corpus):
+    corpus.add("cafe\u0301.png")
+    corpus.add("sub/b.png")
+    corpus.write("metadata.csv", "file_name,text\ncaf\u00e9.png,coffee\nsub\\b.png,a b\n")
+    corpus.ingest()
+    assert sorted(corpus.captions().values()) == [["a b"], ["coffee"]]
+
+
+def test_an_image_that_metadata_names_needs_no_known_extension(corpus):
+    picture = corpus.add("a.png")
+    picture.rename(corpus.path / "a")
+    corpus.write("metadata.csv", "file_name,text\na,no extension\n")
+    corpus.ingest()
+    assert corpus.captions() == {"a": ["no extension"]}
+
+
+def test_each_kind_of_unusable_image_or_caption_is_refused_with_its_reason(corpus):
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 90).convert("RGB").save(buffer, "JPEG")
+    corpus.add("good.png", "a good picture")
+    corpus.add("cut.jpg", "half a file", buffer.getvalue()[: len(buffer.getvalue()) // 2])
+    corpus.add("empty.png", "nothing", b"")
+    corpus.add("page.jpg", "a saved web page", b"<!DOCTYPE html><html><body>403</body></html>")
+    corpus.add("tiny.png", "three pixels", Image.new("RGB", (3, 3)))
+    corpus.add("bare.png")
+    corpus.add("blank.png", " \n\n")
+    corpus.add("latin.png", "caf\u00e9".encode("latin-1"))
+    corpus.add("zz copy.png", "the same", Image.open(corpus.path / "good.png"))
+    (corpus.path / "folder.png").mkdir()
+    (corpus.path / "link.png").symlink_to("nowhere.png")
+    report = corpus.ingest()
+    assert corpus.reasons() == {
+        "cut.jpg": "truncated",
+        "empty.png": "empty_file",
+        "page.jpg": "not_an_image",
+        "tiny.png": "too_small",
+        "bare.png": "no_caption",
+        "blank.png": "empty_caption",
+        "latin.png": "caption_not_utf8",
+        "zz copy.png": "duplicate",
+        "link.png": "missing_file",
+    }
+    assert "good.png" in corpus.details()["zz copy.png"]
+    assert all(corpus.details().values())
+    assert (report.found, report.kept, report.rejected) == (10, 1, 9)
+    assert sum(report.reasons.values()) == 9
+
+
+def test_metadata_rows_that_name_no_file_of_the_folder_are_refused(corpus):
+    corpus.add("sub/a.png")
+    (corpus.path.parent / "secret.png").write_bytes((corpus.path / "sub/a.png").read_bytes())
+    names = [
+        "a.png",
+        "gone.png",
+        "../a.png",
+        "../../secret.png",
+        str(corpus.path.parent / "secret.png"),
+        "..",
+        ".",
+        "x" * 5000,
+    ]
+    rows = [{"file_name": name, "text": "a caption"} for name in names]
+    corpus.write("sub/metadata.jsonl", "\n".join(map(json.dumps, rows)))
+    corpus.ingest()
+    assert corpus.captions() == {"sub/a.png": ["a caption"]}
+    assert corpus.reasons() == {
+        "../../secret.png": "outside_folder",
+        str(corpus.path.parent / "secret.png"): "outside_folder",
+        "sub/gone.png": "missing_file",
+        "a.png": "missing_file",
+        "sub": "missing_file",
+        ".": "missing_file",
+        f"sub/{'x' * 5000}": "missing_file",
+    }
+
+
+def test_rows_that_cannot_be_read_are_refused_by_line(corpus):
+    corpus.add("a.png")
+    corpus.add("csv/b.png")
+    corpus.write(
+        "metadata.jsonl",
+        '{"file_name": "a.png", "text": "fine"}\nnot json\n[1]\n{"text": "whose?"}\n{"file_name": 3}\n',
+    )
+    corpus.write("csv/metadata.csv", "file_name,text\nb.png,fine\nb.png,a dog, running\n,whose?\nb.png\n")
+    corpus.ingest()
+    assert set(corpus.captions()) == {"a.png", "csv/b.png"}
+    refused = [f"metadata.jsonl:{line}" for line in (2, 3, 4, 5)] + [f"csv/metadata.csv:{line}" for line in (3, 4)]
+    assert corpus.reasons() == dict.fromkeys(refused, "bad_row")
+    assert "quotes" in corpus.details()["csv/metadata.csv:3"]
+
+
+def test_captions_that_are_no_valid_text_are_refused(corpus):
+    for name in ("latin", "surrogate", "nested", "null", "number"):
+        corpus.add(f"{name}.png")
+    corpus.write("metadata.csv", b"file_name,text\nlatin.png,caf\xe9\n")
+    corpus.write(
+        "metadata.jsonl",
+        '{"file_name": "surrogate.png", "text": "\\ud800"}\n{"file_name": "nested.png", "text": {"en": "x"}}\n'
+        '{"file_name": "null.png", "text": NaN}\n{"file_name": "number.png", "text": 7}\n',
+    )
+    corpus.ingest()
+    assert corpus.captions() == {"number.png": ["7"]}
+    assert corpus.reasons() == {
+        "latin.png": "caption_not_utf8",
+        "surrogate.png": "caption_not_utf8",
+        "nested.png": "caption_not_text",
+        "null.png": "no_caption",
+    }
+
+
+def test_names_that_are_not_utf8_are_kept_with_escapes(corpus):
+    picture = corpus.add("a.png")
+    try:
+        picture.rename(corpus.path / "caf\udce9.png")
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    corpus.add("b\udcff.png")
+    corpus.write("caf\udce9.txt", "coffee")
+    corpus.ingest()
+    assert corpus.captions() == {"caf\\udce9.png": ["coffee"]}
+    assert corpus.reasons() == {"b\\udcff.png": "no_caption"}
+
+
+def test_hidden_files_and_other_files_are_passed_over(corpus):
+    corpus.add("a.png", "a picture")
+    corpus.write("._a.png", b"\0\5\26\7")
+    corpus.write(".thumbnails/a.png", b"junk")
+    corpus.write("notes.md", "not an image")
+    corpus.write("Thumbs.db", b"junk")
+    report = corpus.ingest()
+    assert (report.found, report.kept) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metadata.csv", "filename,text\na.png,x\n"),
+        ("metadata.csv", "file_name,label\na.png,x\n"),
+        ("metadata.csv", "file_name;text\na.png;x\n"),
+        ("metadata.csv", ""),
+        ("metadata.jsonl", '{"file_name": "a.png", "label": "x"}\n'),
+        ("metadata.jsonl", '{"image": "a.png", "text": "x"}\n'),
+    ],
+)
+def test_metadata_without_the_columns_is_an_error_that_names_file_and_columns(corpus, name, content):
+    corpus.add("a.png")
+    path = corpus.write(name, content)
+    with pytest.raises(IngestError) as caught:
+        corpus.ingest()
+    message = str(caught.value)
+    assert str(path) in message
+    assert "file_name and one of text, caption, captions" in message
+    columns = json.loads(content) if name.endswith("jsonl") else content.partition("\n")[0].split(",")
+    assert all(column in message for column in columns)
+
+
+def test_parquet_without_the_columns_is_an_error(corpus):
+    corpus.add("a.png")
+    pd.DataFrame({"file_name": ["a.png"], "label": [1]}).to_parquet(corpus.path / "metadata.parquet")
+    with pytest.raises(IngestError, match="'file_name', 'label'"):
+        corpus.ingest()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("metadata.parquet", b"not parquet", "cannot be read as Parquet"),
+        ("metadata.csv", b"\xff\xfef\0i\0", "UTF-16"),
+        ("metadata.csv", b"file_name,text\na.png," + b"x" * 200_000, "line 1: not valid CSV"),
+    ],
+)
+def test_a_metadata_file_that_cannot_be_read_is_an_error_that_names_it(corpus, name, content, says):
+    corpus.add("a.png")
+    path = corpus.write(name, content)
+    with pytest.raises(IngestError) as caught:
+        corpus.ingest()
+    assert str(path) in str(caught.value)
+    assert says in str(caught.value)
+
+
+def test_a_missing_folder_or_one_without_images_is_an_error_that_says_what_to_do(corpus):
+    with pytest.raises(IngestError, match="holds no images; looked for"):
+        corpus.ingest()
+    corpus.write("notes.txt", "no image here")
+    with pytest.raises(IngestError, match="holds no images; looked for"):
+        corpus.ingest()
+    with pytest.raises(IngestError, match="is not a folder"):
+        corpus.ingest(path=str(corpus.path / "notes.txt"))
+    with pytest.raises(IngestError, match="does not exist"):
+        corpus.ingest(path=str(corpus.path / "nowhere"))
+
+
+cells = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.lists(st.tuples(cells.filter(str.strip), cells), min_size=1, max_size=8))
+def test_any_csv_that_python_writes_is_read_back(tmp_path, rows):
+    path = tmp_path / "metadata.csv"
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("file_name", "text"), *rows])
+    read = [(row.file_name, row.captions) for row in read_metadata_rows(path)]
+    assert [name for name, _ in read] == [name.strip() for name, _ in rows]
+    assert [[text.strip() for text in captions] for _, captions in read] == [[text.strip()] for _, text in rows]

@@ -1,0 +1,215 @@
+"""An ingestion as a whole: what is kept, counted and split, and what a crash leaves behind."""
+
+import pandas as pd
+import pytest
+
+from latentloom.ingestion import ingest as stage
+from latentloom.ingestion import shards
+from latentloom.ingestion.ingest import split_of
+from latentloom.ingestion.rejects import read_rejects
+from latentloom.ingestion.shards import read_manifest, read_metadata
+from latentloom.ingestion.sources import IngestError
+
+
+def test_what_is_found_is_kept_or_rejected(corpus):
+    for number in range(6):
+        corpus.add(f"{number}.png", f"picture {number}\nagain {number}")
+    corpus.add("bare.png")
+    corpus.add("empty.png", "nothing", b"")
+    report = corpus.ingest()
+    assert (report.found, report.kept, report.rejected) == (8, 6, 2)
+    assert report.reasons == {"empty_file": 1, "no_caption": 1}
+    assert report.captions == 12
+    assert report.train + report.validation == 6
+    assert "2 rejected (1 empty_file, 1 no_caption)" in str(report)
+    assert set(report.to_dict()) == {
+        "source",
+        "found",
+        "kept",
+        "rejected",
+        "reasons",
+        "train",
+        "validation",
+        "captions",
+    }
+
+
+def test_the_table_of_rejects_has_the_same_columns_when_it_is_empty(corpus):
+    corpus.add("a.png", "a picture")
+    corpus.ingest()
+    empty = read_rejects(corpus.rejects)
+    corpus.add("b.png")
+    corpus.ingest()
+    filled = read_rejects(corpus.rejects)
+    assert list(empty) == list(filled) == ["source", "key", "reason", "detail"]
+    assert (len(empty), len(filled)) == (0, 1)
+    assert pd.read_parquet(corpus.rejects)["reason"].tolist() == ["no_caption"]
+
+
+def test_many_rejects_are_all_written(corpus, monkeypatch):
+    monkeypatch.setattr("latentloom.ingestion.rejects.ROWS_AT_ONCE", 4)
+    corpus.add("a.png", "a picture")
+    for number in range(11):
+        corpus.add(f"x{number:02}.png", "nothing", b"")
+    corpus.ingest()
+    assert read_rejects(corpus.rejects)["key"].tolist() == [f"x{number:02}.png" for number in range(11)]
+
+
+def test_ids_depend_on_pixels_alone(corpus, new_corpus, picture):
+    corpus.add("a.png", "a caption", picture(1))
+    other = new_corpus("other")
+    other.add("deep/renamed.tiff", "another caption", picture(1))
+    corpus.ingest()
+    other.ingest()
+    assert list(corpus.ids().values()) == list(other.ids().values())
+
+
+def test_new_data_never_moves_old_data_between_the_splits(corpus):
+    for number in range(0, 40, 2):
+        corpus.add(f"{number:02}.png", "a picture")
+    corpus.ingest(val_fraction=0.3)
+    before = read_metadata(corpus.images).set_index("id")["split"]
+    for number in range(1, 40, 2):
+        corpus.add(f"{number:02}.png", "a picture")
+    corpus.ingest(val_fraction=0.3)
+    after = read_metadata(corpus.images).set_index("id")["split"]
+    assert len(after) == 40
+    assert set(before) == {"train", "validation"}
+    assert after[before.index].equals(before)
+
+
+def test_a_larger_validation_share_keeps_the_smaller_one():
+    ids = [f"{number * 2**60 + 12345:016x}" + "0" * 48 for number in range(16)]
+    smaller = {own_id for own_id in ids if split_of(own_id, 0.25) == "validation"}
+    larger = {own_id for own_id in ids if split_of(own_id, 0.5) == "validation"}
+    assert (len(smaller), len(larger)) == (4, 8)
+    assert smaller < larger
+    assert not any(split_of(own_id, 0.0) == "validation" for own_id in ids)
+
+
+def test_of_equal_pictures_the_first_is_kept_with_its_own_captions(corpus, picture):
+    corpus.add("b.bmp", "second", picture(1))
+    corpus.add("a.png", "first", picture(1))
+    corpus.ingest()
+    assert corpus.captions() == {"a.png": ["first"]}
+    assert corpus.details() == {"b.bmp": "the same picture as a.png"}
+
+
+def test_a_copy_without_a_caption_does_not_take_the_place_of_the_captioned(corpus, picture):
+    corpus.add("a.png", None, picture(1))
+    corpus.add("b.png", "captioned", picture(1))
+    corpus.ingest()
+    assert corpus.captions() == {"b.png": ["captioned"]}
+    assert corpus.reasons() == {"a.png": "no_caption"}
+
+
+def test_limit_keeps_the_first_usable_images_in_sorted_order(corpus):
+    corpus.add("0.png", "broken", b"")
+    for name in ("c.png", "b.png", "a.png", "d.png"):
+        corpus.add(name, "a picture")
+    report = corpus.ingest(limit=2)
+    assert list(corpus.captions()) == ["a.png", "b.png"]
+    assert (report.found, report.kept, report.rejected) == (3, 2, 1)
+
+
+def test_two_runs_give_the_same_bytes(corpus, new_corpus, contents, tmp_path):
+    for number in range(5):
+        corpus.add(f"{number}.jpg", f"picture {number}")
+    corpus.add("bad.jpg", "broken", b"\xff\xd8\xff\xe0 not really")
+    corpus.ingest()
+    first = contents(corpus.out)
+    corpus.out = tmp_path / "again"
+    corpus.ingest()
+    assert contents(corpus.out) == first
+
+
+def test_the_source_is_never_written_to(corpus, contents):
+    corpus.add("a.png", "a picture")
+    corpus.add("bad.png", "broken", b"junk")
+    corpus.write("sub/metadata.csv", "file_name,text\ngone.png,x\n")
+    before = contents(corpus.path)
+    corpus.ingest()
+    assert contents(corpus.path) == before
+    with pytest.raises(IngestError, match="never written to"):
+        corpus.ingest(path=str(corpus.out))
+    with pytest.raises(IngestError, match="never written to"):
+        corpus.ingest(path=str(corpus.images))
+
+
+def test_when_nothing_is_left_the_reasons_are_told_and_the_old_images_stay(corpus, contents):
+    good = corpus.add("a.png", "a picture")
+    corpus.ingest()
+    before = contents(corpus.images)
+    good.write_bytes(b"")
+    corpus.add("bare.png")
+    with pytest.raises(IngestError, match=r"0 images.*2 rejected \(1 empty_file, 1 no_caption\)"):
+        corpus.ingest()
+    assert contents(corpus.images) == before
+    assert corpus.reasons() == {"a.png": "empty_file", "bare.png": "no_caption"}
+
+
+@pytest.mark.fault
+def test_shards_and_temporary_files_of_earlier_runs_go_once_the_new_ones_are_whole(corpus, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD_ROWS", 2)
+    for number in range(5):
+        corpus.add(f"{number}.png", "a picture")
+    corpus.ingest()
+    (corpus.images / ".00001.parquet.999.tmp").write_bytes(b"of a killed run")
+    corpus.ingest(limit=2)
+    assert sorted(path.name for path in corpus.images.iterdir()) == ["00000.parquet", "manifest.json"]
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    "error", [RuntimeError("a fault"), KeyboardInterrupt(), MemoryError(), OSError(28, "No space left on device")]
+)
+def test_a_failure_in_the_middle_leaves_no_partial_file_and_no_manifest(corpus, monkeypatch, failing_after, error):
+    monkeypatch.setattr(shards, "SHARD_ROWS", 2)
+    for number in range(5):
+        corpus.add(f"{number}.png", "a picture")
+    corpus.ingest(limit=1)
+    monkeypatch.setattr(shards, "encode", failing_after(shards.encode, 4, error))
+    with pytest.raises(type(error)):
+        corpus.ingest()
+    assert [path.name for path in corpus.images.iterdir()] == ["00000.parquet"]
+    assert [path.name for path in corpus.out.iterdir() if path.is_file()] == ["rejects.parquet"]
+    assert read_rejects(corpus.rejects).empty
+    with pytest.raises(FileNotFoundError, match="dvc repro"):
+        read_manifest(corpus.images)
+    monkeypatch.undo()
+    corpus.ingest()
+    assert len(read_metadata(corpus.images)) == 5
+
+
+def test_a_file_that_the_disk_will_not_give_is_refused_and_the_rest_goes_on(corpus, monkeypatch, failing_after):
+    corpus.add("a.png", "a picture")
+    corpus.add("b.png", "a picture")
+    path_type = type(corpus.path)
+    monkeypatch.setattr(
+        path_type, "read_bytes", failing_after(path_type.read_bytes, 4, OSError(5, "Input/output error"))
+    )
+    corpus.ingest()
+    assert corpus.reasons() == {"b.png": "unreadable"}
+    assert corpus.details() == {"b.png": "Input/output error"}
+
+
+def test_a_lost_sample_is_noticed(corpus, monkeypatch):
+    corpus.add("a.png", "a picture")
+    corpus.add("b.png", "a picture")
+    kept = stage._kept
+    monkeypatch.setattr(stage, "_kept", lambda *arguments: (row for row in kept(*arguments) if row.key != "a.png"))
+    with pytest.raises(RuntimeError, match="one was lost"):
+        corpus.ingest()
+
+
+def test_progress_goes_to_standard_error_with_rate(corpus, capsys):
+    corpus.add("a.png", "a picture")
+    stage.ingest(
+        stage.IngestParams(source="folder", path=str(corpus.path), image_size=32, limit=None, val_fraction=0.1),
+        corpus.images,
+        corpus.rejects,
+    )
+    captured = capsys.readouterr()
+    assert "ingest: 100%" in captured.err
+    assert "image/s" in captured.err
+    assert captured.out == ""

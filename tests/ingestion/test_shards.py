@@ -1,0 +1,180 @@
+"""The shards of data/images: what others open, byte for byte the same, damaged files told by name."""
+
+import io
+import json
+
+import datasets
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from latentloom.ingestion import shards
+from latentloom.ingestion.shards import SCHEMA, decode, encode, iterate_images, read_manifest, read_metadata
+
+COLUMNS = ["id", "image", "captions", "split", "source", "key", "width", "height"]
+
+
+@pytest.fixture
+def filled(corpus):
+    for number in range(7):
+        corpus.add(f"{number}.png", f"picture {number}\nnumber {number}")
+    return corpus
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(shards, "SHARD_ROWS", 3)
+    monkeypatch.setattr(shards, "ROW_GROUP_ROWS", 2)
+
+
+def test_shards_hold_a_bounded_number_of_rows_in_the_sources_order(filled, small_shards):
+    filled.ingest()
+    assert sorted(path.name for path in filled.images.iterdir()) == [
+        "00000.parquet",
+        "00001.parquet",
+        "00002.parquet",
+        "manifest.json",
+    ]
+    assert [shard["rows"] for shard in read_manifest(filled.images)["shards"]] == [3, 3, 1]
+    assert pq.ParquetFile(filled.images / "00000.parquet").num_row_groups == 2
+    assert read_metadata(filled.images)["key"].tolist() == [f"{number}.png" for number in range(7)]
+    assert [own_id for own_id, _ in iterate_images(filled.images)] == read_metadata(filled.images)["id"].tolist()
+
+
+def test_a_full_last_shard_is_followed_by_no_empty_one(filled, small_shards):
+    filled.ingest(limit=6)
+    assert [shard["rows"] for shard in read_manifest(filled.images)["shards"]] == [3, 3]
+
+
+def test_the_manifest_says_what_the_shards_hold(filled, small_shards):
+    report = filled.ingest()
+    manifest = read_manifest(filled.images)
+    frame = read_metadata(filled.images)
+    assert manifest["format_version"] == 1
+    assert manifest["source"] == "folder"
+    assert manifest["image_size"] == 32
+    assert manifest["images"] == len(frame) == report.kept
+    assert manifest["train"] == (frame["split"] == "train").sum() == report.train
+    assert manifest["validation"] == (frame["split"] == "validation").sum() == report.validation
+    assert manifest["attribution"] is None
+    assert manifest["licence"] is None
+
+
+def test_pandas_opens_a_shard(filled):
+    filled.ingest()
+    frame = pd.read_parquet(filled.images / "00000.parquet")
+    assert list(frame) == COLUMNS
+    assert (frame["width"].dtype, frame["height"].dtype) == (np.int32, np.int32)
+    image = frame["image"][0]
+    assert image["path"] == f"{frame['id'][0]}.png"
+    assert Image.open(io.BytesIO(image["bytes"])).format == "PNG"
+    assert list(frame["captions"][0]) == ["picture 0", "number 0"]
+
+
+def test_hugging_face_datasets_opens_the_shards_with_decoded_pictures(filled, small_shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    filled.ingest()
+    files = sorted(map(str, filled.images.glob("*.parquet")))
+    opened = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    assert isinstance(opened.features["image"], datasets.Image)
+    pixels = filled.pixels()
+    assert len(opened) == 7
+    for row in opened:
+        assert np.array_equal(np.asarray(row["image"]), pixels[row["key"]])
+        assert row["captions"] == filled.captions()[row["key"]]
+
+
+def test_the_schema_is_what_hugging_face_datasets_itself_would_write():
+    text = datasets.Value("string")
+    features = datasets.Features(
+        {
+            "id": text,
+            "image": datasets.Image(),
+            "captions": datasets.List(text),
+            "split": text,
+            "source": text,
+            "key": text,
+            "width": datasets.Value("int32"),
+            "height": datasets.Value("int32"),
+        }
+    )
+    assert SCHEMA.equals(features.arrow_schema)
+    assert json.loads(SCHEMA.metadata[b"huggingface"]) == json.loads(features.arrow_schema.metadata[b"huggingface"])
+
+
+def test_pixels_come_back_as_they_went_in(picture):
+    assert np.array_equal(decode(encode(picture(0, 24, 40))), picture(0, 24, 40))
+    assert decode(encode(picture(0))).flags.writeable
+    with pytest.raises(ValueError, match="not a whole PNG"):
+        decode(encode(picture(0))[:300])
+
+
+def test_metadata_is_read_without_the_pictures(filled, monkeypatch):
+    filled.ingest()
+    monkeypatch.setattr(shards, "decode", None)
+    frame = read_metadata(filled.images)
+    assert list(frame) == ["id", "captions", "split", "key", "source", "width", "height"]
+    assert frame["captions"][3] == ["picture 3", "number 3"]
+
+
+def test_only_wanted_images_are_decoded(filled, small_shards, monkeypatch):
+    filled.ingest()
+    ids = read_metadata(filled.images)["id"].tolist()
+    decoded = []
+    monkeypatch.setattr(shards, "decode", lambda png: decoded.append(png) or decode(png))
+    assert [own_id for own_id, _ in iterate_images(filled.images, wanted={ids[5], ids[1]})] == [ids[1], ids[5]]
+    assert len(decoded) == 2
+    assert list(iterate_images(filled.images, wanted=set())) == []
+
+
+@pytest.mark.parametrize("batch_rows", [1, 2, 100])
+def test_batches_of_any_size_give_the_same_images(filled, small_shards, batch_rows):
+    filled.ingest()
+    ids = read_metadata(filled.images)["id"].tolist()
+    assert [own_id for own_id, _ in iterate_images(filled.images, batch_rows=batch_rows)] == ids
+
+
+def test_a_missing_manifest_or_shard_is_told_by_name(filled):
+    with pytest.raises(FileNotFoundError, match=r"manifest\.json.*dvc repro"):
+        read_metadata(filled.images)
+    filled.ingest()
+    (filled.images / "00000.parquet").unlink()
+    for read in (read_metadata, lambda folder: list(iterate_images(folder))):
+        with pytest.raises(FileNotFoundError, match=r"00000\.parquet.*dvc repro"):
+            read(filled.images)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("damage", ["cut", "flipped", "not parquet", "empty", "other rows"])
+def test_a_damaged_shard_is_told_by_name(filled, damage):
+    filled.ingest()
+    path = filled.images / "00000.parquet"
+    data = bytearray(path.read_bytes())
+    if damage == "cut":
+        data = data[: len(data) // 2]
+    elif damage == "flipped":
+        data[len(data) // 3] ^= 1
+    elif damage == "not parquet":
+        data = bytearray(b"<html>" * 100)
+    elif damage == "empty":
+        data = bytearray()
+    else:
+        filled.ingest(limit=3)
+        data = bytearray(path.read_bytes())
+        filled.ingest()
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"00000\.parquet.*dvc repro"):
+        list(iterate_images(filled.images))
+
+
+def test_a_manifest_of_another_format_is_refused(filled):
+    filled.ingest()
+    manifest = read_manifest(filled.images)
+    (filled.images / "manifest.json").write_text(json.dumps(manifest | {"format_version": 99}))
+    with pytest.raises(ValueError, match="format version 99"):
+        read_metadata(filled.images)
+    (filled.images / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match=r"manifest\.json is not valid JSON"):
+        read_metadata(filled.images)
