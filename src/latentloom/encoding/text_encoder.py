@@ -100,7 +100,7 @@ def load_text_encoder(reference: str, device: torch.device | str = "cpu") -> Tex
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = loader.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"encode_text.model: {reference} cannot be loaded ({error})") from error
     model = model.eval().requires_grad_(False).to(device)
     max_tokens = min(tokenizer.model_max_length, model.config.max_position_embeddings)

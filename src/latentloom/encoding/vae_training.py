@@ -114,8 +114,9 @@ def losses(decoded: Tensor, images: Tensor) -> dict[str, Tensor]:
 @torch.no_grad()
 def _update_average(state: TrainingState, decay: float) -> None:
     decay = min(decay, (1 + state.step) / (10 + state.step))
-    for name, average in state.average.state_dict().items():
-        average.lerp_(state.network.state_dict()[name], 1 - decay)
+    torch._foreach_lerp_(list(state.average.parameters()), list(state.network.parameters()), 1 - decay)
+    for average, buffer in zip(state.average.buffers(), state.network.buffers(), strict=True):
+        average.copy_(buffer)
 
 
 @torch.no_grad()

@@ -1,0 +1,31 @@
+"""What several test folders share: prepared images on disk, as the ingest stage leaves them."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+@pytest.fixture
+def prepare_images(tmp_path: Path) -> Callable[..., Path]:
+    """Write images as the ingest stage does: ``prepare_images(seeds, size=32)`` -> the folder; a fourth go to validation."""
+    from latentloom.ingestion.images import image_id
+    from latentloom.ingestion.shards import ImageRow, Manifest, write_images
+
+    def prepare(seeds: Sequence[int], size: int = 32, name: str = "images") -> Path:
+        def row(seed: int) -> ImageRow:
+            pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+            captions = [f"picture {seed}", f"noise of kind {seed % 3}"]
+            split = "validation" if seed % 4 == 3 else "train"
+            return ImageRow(image_id(pixels), pixels, captions, split, "folder", f"{seed}.png", size, size)
+
+        manifest = Manifest(source="folder", image_size=size, attribution="made by a test", licence="CC0")
+        write_images((row(seed) for seed in seeds), tmp_path / name, manifest)
+        return tmp_path / name
+
+    return prepare

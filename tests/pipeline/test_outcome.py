@@ -1,0 +1,123 @@
+"""What a finished pipeline leaves for the person who ran it."""
+
+import json
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+pytestmark = pytest.mark.pipeline
+
+
+def read(project, path):
+    return json.loads((project.folder / path).read_text())
+
+
+def test_every_stage_says_in_one_line_what_it_did(make_project):
+    project = make_project("lines")
+    output = project.run("dvc", "repro").stdout
+    for stage, words in {
+        "ingest": "40 images",
+        "encode_images": "40 images: encoded 40, reused 0",
+        "encode_text": "captions: encoded",
+        "validate": "checks passed on 40 images",
+        "train": "8 steps on",
+        "evaluate": "2 prompts drawn, caption_recall_at_1",
+    }.items():
+        (line,) = [line for line in output.splitlines() if line.startswith(f"{stage}: ")]
+        assert words in line
+        assert line.endswith(" s)")
+
+
+def test_the_sheet_and_the_figures_are_there(finished):
+    with Image.open(finished.folder / "reports/evaluate/samples.png") as sheet:
+        assert sheet.width > 1000
+    metrics = read(finished, "reports/evaluate/metrics.json")
+    assert 0 <= metrics["caption_recall_at_1"] <= 1
+    assert metrics["recall_captions"] == 4
+    trained = read(finished, "reports/train/metrics.json")
+    # The same weights, read back from the disk, err by the same: training and evaluation agree.
+    assert metrics["val_mae"] == pytest.approx(trained["val_mae"], rel=1e-3)
+    summary = finished.run("latentloom", "summary").stdout
+    assert "reports/evaluate/samples.png" in summary
+
+
+def test_the_attribution_travels_from_the_source_to_the_model(finished):
+    for path in ("data/images/manifest.json", "data/latents/stats.json", "models/unet/config.json"):
+        described = read(finished, path)
+        assert "OpenMoji" in described["attribution"]
+        assert described["licence"] == "CC BY-SA 4.0"
+
+
+def test_the_encoders_size_flows_into_the_model(finished):
+    assert read(finished, "models/unet/config.json")["text_dim"] == read(finished, "data/text/stats.json")["dim"] == 384
+
+
+def test_refused_images_are_listed_with_a_reason(finished):
+    rejects = pd.read_parquet(finished.folder / "data/rejects.parquet")
+    assert list(rejects.columns) == ["source", "key", "reason", "detail"]
+    report = read(finished, "reports/ingest.json")
+    assert report["found"] == report["kept"] + report["rejected"]
+    assert len(rejects) == report["rejected"]
+
+
+def test_validation_left_json_and_pages(finished):
+    report = read(finished, "reports/validation.json")
+    assert report["success"] is True
+    assert (finished.folder / "reports/data_docs/index.html").exists()
+
+
+def test_dvc_shows_metrics_and_draws_plots(finished, tmp_path):
+    metrics = json.loads(finished.run("dvc", "metrics", "show", "--json").stdout)
+    shown = str(metrics)
+    for name in ("train_mae", "val_mae", "caption_recall_at_1"):
+        assert name in shown
+    finished.run("dvc", "plots", "show", "--out", str(tmp_path / "plots"))
+    page = (tmp_path / "plots" / "index.html").read_text()
+    for title in ("Mean absolute error while training", "Mean absolute error on held-out images"):
+        assert title in page
+    assert "samples.png" in page
+
+
+def test_mlflow_has_one_run_with_curves_pictures_data_and_tags(finished, monkeypatch):
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    client = MlflowClient(f"sqlite:///{finished.folder / 'mlflow.db'}")
+    (experiment,) = [found for found in client.search_experiments() if found.name == "latentloom"]
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.run_id == read(finished, "reports/train/run.json")["mlflow_run_id"]
+    assert run.info.status == "FINISHED"
+    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "train/mae")] == [2, 4, 6, 8]
+    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "val/mae")] == [4, 8]
+    bins = [name for name in run.data.metrics if name.startswith("val/mae_noise_")]
+    assert len(bins) >= 3
+    for name in ("train/learning_rate", "train/images_per_second", "evaluate/caption_recall_at_1"):
+        assert name in run.data.metrics
+    pictures = [artifact.path for artifact in client.list_artifacts(run.info.run_id, "images")]
+    assert sum(path.startswith("images/samples") and path.endswith(".png") for path in pictures) == 2
+    assert run.data.params["train.learning_rate"] == "0.001"
+    assert run.data.params["ingest.source"] == "openmoji"
+    assert len(run.data.tags["mlflow.source.git.commit"]) == 40
+    assert run.data.tags["git.dirty"] in ("true", "false")
+    assert {"input.latents", "input.text", "input.validation"} <= run.data.tags.keys()
+    datasets = {given.tags[0].value: given.dataset for given in run.inputs.dataset_inputs}
+    assert datasets.keys() == {"training", "validation"}
+    assert len(datasets["training"].digest) == 16
+
+
+def test_training_reads_the_caches_without_dvc_and_without_mlflow(finished, tmp_path):
+    import shutil
+
+    for part in ("data", "src", "pipelines", "params.yaml", "reports"):
+        source = finished.folder / part
+        copy = shutil.copytree if source.is_dir() else shutil.copy2
+        copy(source, tmp_path / part)
+    hidden = "import sys; sys.modules['mlflow'] = sys.modules['dvc'] = sys.modules['great_expectations'] = None; "
+    code = hidden + "import runpy; runpy.run_path('pipelines/train.py', run_name='__main__')"
+    environment = finished.environment | {"PYTHONPATH": "src"}
+    finished.run(
+        "env", "-C", str(tmp_path), *(f"{k}={v}" for k, v in environment.items() if k == "PYTHONPATH"), "python", "-c", code
+    )
+    trained = tmp_path / "models/unet/model.safetensors"
+    assert trained.read_bytes() == (finished.folder / "models/unet/model.safetensors").read_bytes()

@@ -1,0 +1,63 @@
+"""Data and models as versions: pushed, pulled into another clone, tried out as experiments."""
+
+import json
+
+import pytest
+
+pytestmark = pytest.mark.pipeline
+
+
+@pytest.fixture(scope="module")
+def project(make_project):
+    project = make_project("versions")
+    project.repro()
+    project.run("git", "add", "-A")
+    project.run("git", "commit", "-q", "-m", "First model")
+    return project
+
+
+def test_a_second_clone_pulls_everything_and_has_nothing_to_do(project):
+    from dataclasses import replace
+
+    project.run("dvc", "push", "-q")
+    clone = replace(project, folder=project.folder.parent / "clone")
+    project.run("git", "clone", "-q", str(project.folder), str(clone.folder))
+    clone.run("dvc", "pull", "-q")
+    for path in ("models/unet/model.safetensors", "data/latents/00000.safetensors", "data/images/00000.parquet"):
+        assert (clone.folder / path).read_bytes() == (project.folder / path).read_bytes()
+    assert clone.repro() == []
+
+
+def test_an_experiment_changes_a_param_is_tracked_under_its_name_and_can_be_compared(project):
+    project.run("dvc", "exp", "run", "-n", "slow-rate", "-S", "train.learning_rate=0.0005")
+    shown = project.run("dvc", "exp", "show", "--csv", "--no-pager").stdout
+    assert "slow-rate" in shown
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{project.folder / 'mlflow.db'}")
+    (experiment,) = [found for found in client.search_experiments() if found.name == "latentloom"]
+    runs = client.search_runs([experiment.experiment_id], "tags.`dvc.experiment` = 'slow-rate'")
+    assert [run.data.params["train.learning_rate"] for run in runs] == ["0.0005"]
+    project.run("git", "checkout", "-q", "-f", "main")
+    project.run("dvc", "checkout", "-q", "-f")
+
+
+def test_an_experiment_from_the_queue_runs_elsewhere_and_lands_in_the_same_store(project):
+    project.run("dvc", "exp", "run", "--queue", "-n", "queued-rate", "-S", "train.learning_rate=0.002")
+    before = (project.folder / "reports/train/metrics.json").read_text()
+    project.run("dvc", "exp", "run", "--run-all")
+    assert (project.folder / "reports/train/metrics.json").read_text() == before
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{project.folder / 'mlflow.db'}")
+    (experiment,) = [found for found in client.search_experiments() if found.name == "latentloom"]
+    (run,) = client.search_runs([experiment.experiment_id], "tags.`dvc.experiment` = 'queued-rate'")
+    pictures = client.list_artifacts(run.info.run_id, "images")
+    assert pictures
+    local = client.download_artifacts(run.info.run_id, pictures[0].path)
+    assert str(project.folder) in local
+
+
+def test_the_model_is_an_artifact_of_the_project(project):
+    listed = json.loads(project.run("python", "-c", "import json, dvc.api; print(json.dumps(dvc.api.artifacts_show('unet')))").stdout)
+    assert listed["path"] == "models/unet"

@@ -1,0 +1,48 @@
+"""A reader never meets half a file."""
+
+import subprocess
+import sys
+
+import pytest
+
+from latentloom.files import atomic_path, read_json, write_json
+
+
+def test_the_old_file_stays_when_writing_fails(tmp_path):
+    path = tmp_path / "file.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(RuntimeError), atomic_path(path) as temporary:
+        temporary.write_text("half of")
+        raise RuntimeError
+    assert read_json(path) == {"a": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_numbers_that_json_does_not_know_are_refused_and_nothing_is_written(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "file.json", {"a": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_and_damaged_json_is_named_with_what_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.json does not exist: run `dvc repro`"):
+        read_json(tmp_path / "none.json")
+    (tmp_path / "half.json").write_text('{"a": ')
+    with pytest.raises(ValueError, match=r"half\.json is not valid JSON .*delete it and run `dvc repro`"):
+        read_json(tmp_path / "half.json")
+
+
+def test_a_full_disk_names_the_file_and_the_room_and_leaves_nothing_behind(tmp_path):
+    code = (
+        "import resource, signal, sys\n"
+        "from latentloom.files import write_text\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "write_text(sys.argv[1], 'x' * 5000)\n"
+    )
+    path = tmp_path / "big.txt"
+    result = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, env={"PYTHONPATH": ":".join(sys.path)})
+    assert result.returncode != 0
+    assert f"could not write {path}" in result.stderr
+    assert "MiB free there" in result.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,97 @@
+"""params.yaml: the shipped files are valid, and everything else is refused by key, value and what is allowed."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from latentloom.params import ParamsError, load_params
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = yaml.safe_load((ROOT / "params.yaml").read_text())
+
+
+@pytest.mark.parametrize("path", [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))], ids=lambda p: p.name)
+def test_every_shipped_params_file_is_valid(path):
+    load_params(path)
+
+
+def test_there_are_presets():
+    assert {path.name for path in (ROOT / "presets").glob("*.yaml")} >= {"h200.yaml", "sd-clip.yaml"}
+
+
+def refused(tmp_path, change) -> str:
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    change(params)
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(params))
+    with pytest.raises(ParamsError) as caught:
+        load_params(path)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("train", "steps", 0, "train.steps = 0: input should be greater than or equal to 1"),
+        ("train", "steps", True, "train.steps = True: input should be a valid integer"),
+        ("train", "steps", 1.5, "train.steps = 1.5: input should be a valid integer"),
+        ("train", "learning_rate", "fast", "train.learning_rate = 'fast': input should be a valid number"),
+        ("train", "learning_rate", float("nan"), "train.learning_rate = nan"),
+        ("train", "precision", "fp8", "train.precision = 'fp8': input should be 'auto', 'fp32' or 'bf16'"),
+        ("diffusion", "schedule", "cosine", "diffusion.schedule = 'cosine': input should be 'vp' or 'linear'"),
+        ("diffusion", "label_dropout", 1.0, "diffusion.label_dropout = 1.0: input should be less than 1"),
+        ("ingest", "source", "imagenet", "ingest.source = 'imagenet': input should be 'openmoji', 'folder'"),
+        ("ingest", "source", "parquet", "the source 'parquet' is not supported yet; use 'openmoji' or 'folder'"),
+        ("ingest", "source", "folder", "source: folder needs path"),
+        ("ingest", "path", "pictures", "set source: folder"),
+        ("ingest", "image_size", 100, "ingest.image_size = 100: input should be a multiple of 8"),
+        ("validate", "latent_std", [2, 1], "must be [lowest, highest] with lowest < highest"),
+        ("evaluate", "prompts", [], "evaluate.prompts = []"),
+        ("model", "widths", [64, 60], "model.widths.1 = 60: input should be a multiple of 16"),
+        ("train", "learning_rat", 1, "train.learning_rat = 1: unknown key (did you mean learning_rate?); allowed here: steps"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_key_and_what_is_allowed(tmp_path, section, key, value, message):
+    assert message in refused(tmp_path, lambda params: params[section].update({key: value}))
+
+
+@pytest.mark.parametrize("section", sorted(SHIPPED))
+def test_a_missing_section_is_named(tmp_path, section):
+    assert f"  {section}: missing" in refused(tmp_path, lambda params: params.pop(section))
+
+
+@pytest.mark.parametrize(("section", "key"), [(s, k) for s, keys in SHIPPED.items() if isinstance(keys, dict) for k in keys])
+def test_a_missing_key_is_named(tmp_path, section, key):
+    assert f"  {section}.{key}: missing" in refused(tmp_path, lambda params: params[section].pop(key))
+
+
+def test_all_faults_are_told_at_once(tmp_path):
+    def break_two(params):
+        params["trian"] = params.pop("train")
+        params["seed"] = -1
+
+    message = refused(tmp_path, break_two)
+    assert "trian" in message
+    assert "did you mean train?" in message
+    assert "seed = -1" in message
+
+
+@pytest.mark.parametrize("text", ["seed: [", "- a\n- b\n", "", "\xff"])
+def test_what_is_no_params_file_is_refused(tmp_path, text):
+    path = tmp_path / "params.yaml"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ParamsError, match=r"params\.yaml"):
+        load_params(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ParamsError, match="does not exist: run from the project's root"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_a_number_in_scientific_notation_is_a_number(tmp_path):
+    text = (ROOT / "params.yaml").read_text().replace("learning_rate: 1.0e-3", "learning_rate: 1e-3")
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    assert load_params(path).train.learning_rate == 0.001

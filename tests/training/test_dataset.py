@@ -1,0 +1,66 @@
+"""The training data as the caches hold it: standardised, joined with its captions, in the order of ids."""
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+
+from latentloom.encoding.captions import encode_captions, read_captions
+from latentloom.encoding.latents import encode_images, read_latents
+from latentloom.encoding.text_encoder import load_text_encoder
+from latentloom.encoding.vae import load_vae
+from latentloom.ingestion.shards import read_metadata
+from latentloom.training.dataset import load_caches
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return load_vae(str(tiny_models.save_kl_vae(folder / "vae"))), load_text_encoder(str(tiny_models.save_clip(folder / "clip")))
+
+
+@pytest.fixture
+def caches(models, prepare_images, tmp_path):
+    vae, encoder = models
+    images = prepare_images(range(40))
+    encode_images(vae, images, tmp_path / "latents", tmp_path / "s1")
+    encode_captions(encoder, images, tmp_path / "text", tmp_path / "s2")
+    return load_caches(tmp_path / "latents", tmp_path / "text")
+
+
+def test_training_latents_have_zero_mean_and_unit_std_a_channel(caches):
+    samples = caches.train.mean + caches.train.std * torch.randn(200, *caches.train.mean.shape)
+    np.testing.assert_allclose(samples.mean((0, 1, 3, 4)), 0, atol=0.02)
+    np.testing.assert_allclose(samples.transpose(2, 4).flatten(0, 3).std(0), 1, atol=0.02)
+
+
+def test_splits_share_no_image_and_are_in_the_order_of_ids(caches):
+    assert (len(caches.train), len(caches.validation)) == (30, 10)
+    assert not set(caches.train.ids) & set(caches.validation.ids)
+    assert caches.train.ids == sorted(caches.train.ids)
+
+
+def test_each_image_has_its_own_captions_and_latent(caches, tmp_path):
+    metadata = read_metadata(tmp_path / "images").set_index("id")
+    index, tensors, statistics = read_latents(tmp_path / "latents")
+    text_index, _, embeddings, _ = read_captions(tmp_path / "text")
+    row_of_text = {text: row for row, text in enumerate(text_index["text"])}
+    row_of_id = {own: row for row, own in enumerate(index["id"])}
+    scale, center = (np.array(statistics[name])[:, None, None] for name in ("std", "mean"))
+    for position, own in enumerate(caches.train.ids):
+        own_texts = [caches.train.texts[row] for row in caches.train.captions[position][: caches.train.caption_counts[position]]]
+        assert own_texts == list(metadata.loc[own, "captions"])
+        raw = tensors["mean"][row_of_id[own]].double().numpy()
+        np.testing.assert_allclose(caches.train.mean[position], (raw - center) / scale, atol=1e-4)
+        primary = embeddings[row_of_text[own_texts[0]]].float()
+        assert torch.equal(caches.train.primary_embeddings()[position], primary)
+
+
+def test_the_digest_follows_images_and_captions(caches):
+    assert caches.train.digest() == caches.train.digest() != caches.validation.digest()
+    assert caches.train.take(29).digest() != caches.train.digest()
+
+
+def test_a_missing_cache_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"latents/stats\.json does not exist: run `dvc repro`"):
+        load_caches(tmp_path / "latents", tmp_path / "text")

@@ -1,0 +1,87 @@
+"""The model on disk: what is saved comes back, what does not fit is named."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from latentloom.training.model_files import EncoderReference, ModelConfig, load_model, save_model
+
+CONFIG = ModelConfig(
+    format_version=1,
+    latent_shape=(4, 8, 8),
+    widths=(16, 32),
+    block_depth=1,
+    emb_size=16,
+    text_dim=12,
+    schedule="vp",
+    latent_mean=(0.0,) * 4,
+    latent_std=(1.0,) * 4,
+    latent_bound=3.0,
+    vae=EncoderReference(reference="bundled", class_name="AutoencoderTiny", fingerprint="0" * 64),
+    text_encoder=EncoderReference(reference="bundled", class_name="BertModel", fingerprint="1" * 64),
+    attribution="somebody",
+    licence=None,
+)
+
+
+@pytest.fixture
+def model(tmp_path):
+    torch.manual_seed(0)
+    network = CONFIG.build()
+    save_model(tmp_path / "unet", network, CONFIG)
+    return tmp_path / "unet", network
+
+
+def test_a_saved_model_answers_as_it_did(model):
+    folder, network = model
+    loaded, config = load_model(folder)
+    inputs = torch.randn(2, 4, 8, 8), torch.rand(2), torch.randn(2, 12)
+    torch.testing.assert_close(loaded(*inputs), network.eval()(*inputs))
+    assert config == CONFIG
+
+
+def test_the_same_model_gives_the_same_bytes(model, tmp_path):
+    folder, network = model
+    save_model(tmp_path / "again", network, CONFIG)
+    for path in folder.iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+
+def test_a_tensor_of_another_shape_is_named(model):
+    folder, _ = model
+    tensors = load_file(folder / "model.safetensors")
+    tensors["head.weight"] = torch.zeros(3, 3)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"1 tensors differ, the first: head\.weight is \(3, 3\), expected \(4, 16, 3, 3\)"):
+        load_model(folder)
+
+
+def test_missing_and_unknown_tensors_are_named(model):
+    folder, _ = model
+    tensors = load_file(folder / "model.safetensors")
+    tensors["zzz"] = tensors.pop("head.bias")
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"2 tensors differ, the first: head\.bias is absent, expected \(4,\)"):
+        load_model(folder)
+
+
+def test_truncated_weights_are_named(model):
+    folder, _ = model
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"model\.safetensors is missing or damaged"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"widths": "wide"}, "widths"), ({"surprise": 1}, "surprise"), ({"format_version": 99}, "format version 99")],
+)
+def test_a_config_that_is_not_ours_is_refused_with_the_key(model, change, message):
+    folder, _ = model
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        load_model(folder)
