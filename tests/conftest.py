@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from projects import finished, make_project  # noqa: F401 (fixtures)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")

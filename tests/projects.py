@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 STAGES = ("ingest", "encode_images", "encode_text", "validate", "train", "evaluate")
 PARTS = ("dvc.yaml", "params.yaml", "pipelines", "src", "notebooks", "pyproject.toml", ".gitignore", ".dvcignore")
 
