@@ -13,7 +13,9 @@ from latentloom.stage import run_stage, state_folder
 def main(params: Params) -> str:
     vae = load_vae(params.encode_images.vae, choose_device())
     counts = encode_images(vae, Path("data/images"), Path("data/latents"), state_folder("latents"))
-    write_json("reports/encode_images.json", {"images": counts.rows, "vae": vae.reference, "vae_fingerprint": vae.fingerprint})
+    write_json(
+        "reports/encode_images.json", {"images": counts.rows, "vae": vae.reference, "vae_fingerprint": vae.fingerprint}
+    )
     return f"{counts.rows} images: encoded {counts.encoded}, reused {counts.reused}"
 
 

@@ -15,7 +15,12 @@ def main(params: Params) -> str:
     counts = encode_captions(encoder, Path("data/images"), Path("data/text"), state_folder("text"))
     write_json(
         "reports/encode_text.json",
-        {"captions": counts.rows, "dim": encoder.dim, "encoder": encoder.reference, "encoder_fingerprint": encoder.fingerprint},
+        {
+            "captions": counts.rows,
+            "dim": encoder.dim,
+            "encoder": encoder.reference,
+            "encoder_fingerprint": encoder.fingerprint,
+        },
     )
     return f"{counts.rows} captions: encoded {counts.encoded}, reused {counts.reused}"
 

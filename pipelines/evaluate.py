@@ -52,8 +52,11 @@ def main(params: Params) -> str:
         tracked.log_metrics({f"evaluate/{name}": value for name, value in metrics.items()}, params.train.steps)
         tracked.log_image(np.asarray(evaluation.sheet), "evaluation", params.train.steps)
         tracked.log_file(REPORTS / "samples.png")
-        tracked.set_tags({f"evaluate.{key}": str(value) for key, value in settings.model_dump().items() if key != "prompts"})
-    return f"{len(settings.prompts)} prompts drawn, caption_recall_at_1 {metrics['caption_recall_at_1']:.3f}, see {REPORTS / 'samples.png'}"
+        tracked.set_tags(
+            {f"evaluate.{key}": str(value) for key, value in settings.model_dump().items() if key != "prompts"}
+        )
+    recall = f"caption_recall_at_1 {metrics['caption_recall_at_1']:.3f}"
+    return f"{len(settings.prompts)} prompts drawn, {recall}, see {REPORTS / 'samples.png'}"
 
 
 if __name__ == "__main__":

@@ -20,13 +20,23 @@ def main(params: Params) -> str:
     device = choose_device()
     caches = load_caches(LATENTS, TEXT)
     tags = git_tags(Path.cwd()) | dvc_tags() | {"device": str(device)}
-    inputs = {"latents": LATENTS / "index.parquet", "text": TEXT / "index.parquet", "validation": Path("reports/validation.json")}
+    inputs = {
+        "latents": LATENTS / "index.parquet",
+        "text": TEXT / "index.parquet",
+        "validation": Path("reports/validation.json"),
+    }
     tags |= input_tags({name: path for name, path in inputs.items() if path.exists()})
     with new_run(project_root(), name=os.environ.get("DVC_EXP_NAME"), tags=tags) as tracked:
         tracked.log_params(params.model_dump(by_alias=True, exclude={"evaluate"}))
         tracked.log_file(Path("params.yaml"))
         for context, data in (("training", caches.train), ("validation", caches.validation)):
-            tracked.log_dataset(data.table(), name=f"{params.ingest.source}-{context}", source=str(LATENTS), digest=data.digest(), context=context)
+            tracked.log_dataset(
+                data.table(),
+                name=f"{params.ingest.source}-{context}",
+                source=str(LATENTS),
+                digest=data.digest(),
+                context=context,
+            )
         result = run_training(
             params,
             caches,
@@ -38,9 +48,14 @@ def main(params: Params) -> str:
         )
         tracked.log_file(Path("models/unet/config.json"), "model")
     write_json(REPORTS / "metrics.json", result.metrics)
-    write_json(REPORTS / "run.json", {"mlflow_run_id": tracked.id, "images_per_second": round(result.images_per_second, 1)})
-    figures = ", ".join(f"{name} {result.metrics[name]:.3f}" for name in ("train_mae", "val_mae") if name in result.metrics)
-    return f"{params.train.steps} steps on {len(caches.train)} images, {figures}, {result.images_per_second:.0f} images/s on {device}"
+    write_json(
+        REPORTS / "run.json", {"mlflow_run_id": tracked.id, "images_per_second": round(result.images_per_second, 1)}
+    )
+    figures = ", ".join(
+        f"{name} {result.metrics[name]:.3f}" for name in ("train_mae", "val_mae") if name in result.metrics
+    )
+    speed = f"{result.images_per_second:.0f} images/s on {device}"
+    return f"{params.train.steps} steps on {len(caches.train)} images, {figures}, {speed}"
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from projects import finished, make_project  # noqa: F401 (fixtures)
+from projects import finished, first_run, make_project  # noqa: F401 (fixtures)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -14,7 +14,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 @pytest.fixture
 def prepare_images(tmp_path: Path) -> Callable[..., Path]:
-    """Write images as the ingest stage does: ``prepare_images(seeds, size=32)`` -> the folder; a fourth go to validation."""
+    """``prepare_images(seeds, size=32)`` writes images as the ingest stage does; a fourth go to validation."""
     from latentloom.ingestion.images import image_id
     from latentloom.ingestion.shards import ImageRow, Manifest, write_images
 

@@ -25,9 +25,13 @@ class Project:
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a command as a user would, in the project's environment; fail with its output."""
-        result = subprocess.run(command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=600)
+        result = subprocess.run(
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=600
+        )
         if check and result.returncode:
-            pytest.fail(f"{' '.join(command)} ended with {result.returncode}:\n{result.stdout[-4000:]}\n{result.stderr[-4000:]}")
+            pytest.fail(
+                f"{' '.join(command)} ended with {result.returncode}:\n{result.stdout[-4000:]}\n{result.stderr[-4000:]}"
+            )
         return result
 
     def repro(self) -> list[str]:
@@ -50,9 +54,15 @@ class Project:
     @property
     def environment(self) -> dict[str, str]:
         """The environment of a user who has made the virtual environment active."""
-        environment = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_", "LATENTLOOM_"))}
+        environment = {
+            key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_", "LATENTLOOM_"))
+        }
         scripts = str(Path(sys.executable).parent)
-        return environment | {"PATH": os.pathsep.join([scripts, environment["PATH"]]), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+        return environment | {
+            "PATH": os.pathsep.join([scripts, environment["PATH"]]),
+            "HF_HUB_OFFLINE": "1",
+            "TQDM_DISABLE": "1",
+        }
 
 
 def tiny_params() -> dict[str, Any]:
@@ -61,9 +71,21 @@ def tiny_params() -> dict[str, Any]:
     params["ingest"] |= {"image_size": 64, "limit": 40, "val_fraction": 0.2}
     params["validate"]["val_fraction_tolerance"] = 0.2
     params["model"] = {"widths": [16, 32], "block_depth": 1, "emb_size": 16}
-    params["train"] |= {"steps": 8, "batch_size": 8, "warmup_steps": 2, "log_every": 2, "validate_every": 4, "sample_every": 4}
+    params["train"] |= {
+        "steps": 8,
+        "batch_size": 8,
+        "warmup_steps": 2,
+        "log_every": 2,
+        "validate_every": 4,
+        "sample_every": 4,
+    }
     params["train"] |= {"sample_count": 4}
-    params["evaluate"] |= {"diffusion_steps": 4, "prompts": ["red apple", "snowman"], "held_out_captions": 2, "recall_captions": 4}
+    params["evaluate"] |= {
+        "diffusion_steps": 4,
+        "prompts": ["red apple", "snowman"],
+        "held_out_captions": 2,
+        "recall_captions": 4,
+    }
     return params
 
 
@@ -96,8 +118,13 @@ def make_project(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pr
 
 
 @pytest.fixture(scope="session")
-def finished(make_project: Callable[[str], Project]) -> Project:
-    """A project whose stages have all run once; tests must leave it as they found it."""
+def first_run(make_project: Callable[[str], Project]) -> tuple[Project, str]:
+    """A project whose stages have all run once, and what `dvc repro` printed."""
     project = make_project("finished")
-    project.repro()
-    return project
+    return project, project.run("dvc", "repro").stdout
+
+
+@pytest.fixture(scope="session")
+def finished(first_run: tuple[Project, str]) -> Project:
+    """A project whose stages have all run once; tests must leave it as they found it."""
+    return first_run[0]

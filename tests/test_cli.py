@@ -30,7 +30,10 @@ def test_a_bad_params_file_is_told(invoke, tmp_path):
 
 
 def test_the_summary_names_the_sheet_the_figures_and_mlflow(invoke, tmp_path):
-    for stage, figures in (("train", {"train_mae": 0.1234}), ("evaluate", {"val_mae": 0.5, "caption_recall_at_1": 1.0})):
+    for stage, figures in (
+        ("train", {"train_mae": 0.1234}),
+        ("evaluate", {"val_mae": 0.5, "caption_recall_at_1": 1.0}),
+    ):
         folder = tmp_path / "reports" / stage
         folder.mkdir(parents=True)
         (folder / "metrics.json").write_text(json.dumps(figures))

@@ -41,7 +41,9 @@ def test_a_full_disk_names_the_file_and_the_room_and_leaves_nothing_behind(tmp_p
         "write_text(sys.argv[1], 'x' * 5000)\n"
     )
     path = tmp_path / "big.txt"
-    result = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, env={"PYTHONPATH": ":".join(sys.path)})
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, env={"PYTHONPATH": ":".join(sys.path)}
+    )
     assert result.returncode != 0
     assert f"could not write {path}" in result.stderr
     assert "MiB free there" in result.stderr

@@ -11,7 +11,9 @@ ROOT = Path(__file__).parents[1]
 SHIPPED = yaml.safe_load((ROOT / "params.yaml").read_text())
 
 
-@pytest.mark.parametrize("path", [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))], ids=lambda p: p.name
+)
 def test_every_shipped_params_file_is_valid(path):
     load_params(path)
 
@@ -49,7 +51,12 @@ def refused(tmp_path, change) -> str:
         ("validate", "latent_std", [2, 1], "must be [lowest, highest] with lowest < highest"),
         ("evaluate", "prompts", [], "evaluate.prompts = []"),
         ("model", "widths", [64, 60], "model.widths.1 = 60: input should be a multiple of 16"),
-        ("train", "learning_rat", 1, "train.learning_rat = 1: unknown key (did you mean learning_rate?); allowed here: steps"),
+        (
+            "train",
+            "learning_rat",
+            1,
+            "train.learning_rat = 1: unknown key (did you mean learning_rate?); allowed here: steps",
+        ),
     ],
 )
 def test_a_wrong_value_is_named_with_its_key_and_what_is_allowed(tmp_path, section, key, value, message):
@@ -61,7 +68,9 @@ def test_a_missing_section_is_named(tmp_path, section):
     assert f"  {section}: missing" in refused(tmp_path, lambda params: params.pop(section))
 
 
-@pytest.mark.parametrize(("section", "key"), [(s, k) for s, keys in SHIPPED.items() if isinstance(keys, dict) for k in keys])
+@pytest.mark.parametrize(
+    ("section", "key"), [(s, k) for s, keys in SHIPPED.items() if isinstance(keys, dict) for k in keys]
+)
 def test_a_missing_key_is_named(tmp_path, section, key):
     assert f"  {section}.{key}: missing" in refused(tmp_path, lambda params: params[section].pop(key))
 

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -12,7 +13,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train your o
 
 
 @app.command()
-def check(params: Path = typer.Argument(Path("params.yaml"), help="A params file.")) -> None:
+def check(params: Annotated[Path, typer.Argument(help="A params file.")] = Path("params.yaml")) -> None:
     """Check a params file: every key and value, before any work."""
     try:
         load_params(params)
@@ -29,7 +30,12 @@ def summary() -> None:
             sys.exit(f"{path} does not exist yet: run `make repro`")
         figures |= json.loads(path.read_text(encoding="utf-8"))
     print("\nSamples   reports/evaluate/samples.png")
-    print("Figures   " + ", ".join(f"{name} {figures[name]:.4g}" for name in ("caption_recall_at_1", "val_mae", "train_mae") if name in figures))
+    print(
+        "Figures   "
+        + ", ".join(
+            f"{name} {figures[name]:.4g}" for name in ("caption_recall_at_1", "val_mae", "train_mae") if name in figures
+        )
+    )
     print("Model     models/unet")
     print("Data      reports/data_docs/index.html")
     print("MLflow    make ui, then open http://127.0.0.1:5000")

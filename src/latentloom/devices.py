@@ -22,7 +22,9 @@ def choose_device() -> torch.device:
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:
             first_line = str(error).splitlines()[0]
-            raise ValueError(f"LATENTLOOM_DEVICE={name} cannot be used here ({first_line}); try cuda, mps or cpu") from error
+            raise ValueError(
+                f"LATENTLOOM_DEVICE={name} cannot be used here ({first_line}); try cuda, mps or cpu"
+            ) from error
         return device
     if torch.cuda.is_available():
         return torch.device("cuda")

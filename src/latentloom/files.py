@@ -7,6 +7,7 @@ A process killed at any moment leaves the old file, or the new one, and at worst
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,13 +28,12 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
-        stats = os.statvfs(path.parent)
         raise OSError(
             error.errno,
             f"could not write {path}: {error.strerror or error} "
-            f"({stats.f_bavail * stats.f_frsize / 2**20:.0f} MiB free there). Make room and run the stage again.",
+            f"({shutil.disk_usage(path.parent).free / 2**20:.0f} MiB free there). Make room and run the stage again.",
         ) from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 Count = Annotated[StrictInt, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -44,7 +53,9 @@ class IngestParams(Section):
         if self.source == "folder" and not self.path:
             raise ValueError("source: folder needs path, the folder that holds your images")
         if self.source == "openmoji" and self.path:
-            raise ValueError(f"source: openmoji takes no path, yet path is {self.path!r}; set source: folder, or path: null")
+            raise ValueError(
+                f"source: openmoji takes no path, yet path is {self.path!r}; set source: folder, or path: null"
+            )
         return self
 
 

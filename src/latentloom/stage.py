@@ -24,10 +24,10 @@ def run_stage(name: str, main: Callable[[Params], str]) -> None:
 
 
 def project_root() -> Path:
-    """The project's root, also where DVC runs an experiment in a temporary copy of it (DVC then names it in ``DVC_ROOT``)."""
+    """The project's root, which DVC names in ``DVC_ROOT`` when it runs an experiment in a temporary copy."""
     return Path(os.environ.get("DVC_ROOT") or ".").resolve()
 
 
 def state_folder(name: str) -> Path:
-    """Where a stage keeps what only saves work, shared by all experiments of the project; it may be deleted at any time."""
+    """Where a stage keeps what only saves work, for all experiments alike; it may be deleted at any time."""
     return project_root() / ".state" / name

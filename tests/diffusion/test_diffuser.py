@@ -44,12 +44,8 @@ def test_the_vp_trajectory_is_that_of_diffusers_ddim(steps):
     assert scheduler.timesteps.tolist() == list(range(steps))[::-1]
     x, text = torch.from_numpy(seeds).permute(0, 3, 1, 2), torch.from_numpy(labels)
     for timestep, level in zip(scheduler.timesteps, levels[:-1], strict=True):
-        x = scheduler.step(
-            wavy(x, torch.full((3,), level, dtype=x.dtype), text), timestep, x, eta=0.0
-        ).prev_sample
-    np.testing.assert_allclose(
-        diffuser.reverse_diffusion(seeds, labels), x.permute(0, 2, 3, 1).numpy(), atol=1e-9
-    )
+        x = scheduler.step(wavy(x, torch.full((3,), level, dtype=x.dtype), text), timestep, x, eta=0.0).prev_sample
+    np.testing.assert_allclose(diffuser.reverse_diffusion(seeds, labels), x.permute(0, 2, 3, 1).numpy(), atol=1e-9)
 
 
 @pytest.mark.parametrize("schedule", GAMMA)
@@ -60,9 +56,7 @@ def test_the_trajectory_follows_the_schedules_own_process(schedule):
     x, gamma, levels = seeds.transpose(0, 3, 1, 2), GAMMA[schedule], diffuser.noise_levels()
     for now, then in pairwise(levels):
         with_text, without = (
-            wavy(
-                torch.from_numpy(x), torch.full((3,), now, dtype=torch.float64), torch.from_numpy(text)
-            ).numpy()
+            wavy(torch.from_numpy(x), torch.full((3,), now, dtype=torch.float64), torch.from_numpy(text)).numpy()
             for text in (labels, np.zeros_like(labels))
         )
         x0_hat = dynamic_thresholding(3 * with_text - 2 * without, bound=0.7)

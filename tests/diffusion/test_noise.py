@@ -26,9 +26,7 @@ def test_forward_noising_mixes_signal_and_noise_as_the_schedule_says(schedule):
     x0, eps, alpha = rng.normal(size=(8, 4, 6, 6)), rng.normal(size=(8, 4, 6, 6)), rng.random(8)
     per_sample = alpha[:, None, None, None]
     expected = GAMMA[schedule](per_sample) * x0 + per_sample * eps
-    x_t = get_schedule(schedule).add_noise(
-        torch.from_numpy(x0), torch.from_numpy(eps), torch.from_numpy(alpha)
-    )
+    x_t = get_schedule(schedule).add_noise(torch.from_numpy(x0), torch.from_numpy(eps), torch.from_numpy(alpha))
     np.testing.assert_allclose(x_t.numpy(), expected, rtol=1e-12)
 
 
@@ -37,9 +35,7 @@ def test_forward_noising_mixes_signal_and_noise_as_the_schedule_says(schedule):
 def test_noise_levels_of_any_per_sample_shape_mean_the_same(schedule, shape):
     x0, eps, alpha = torch.randn(5, 4, 2, 2), torch.randn(5, 4, 2, 2), torch.rand(5)
     forward = get_schedule(schedule).add_noise
-    torch.testing.assert_close(
-        forward(x0, eps, alpha.reshape(shape)), forward(x0, eps, alpha), rtol=0, atol=0
-    )
+    torch.testing.assert_close(forward(x0, eps, alpha.reshape(shape)), forward(x0, eps, alpha), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("schedule", GAMMA)
@@ -97,9 +93,7 @@ def test_half_normal_levels_are_distributed_as_truncated_normal_draws_are():
     drawn = np.sort(np.sin(np.pi / 2 * normal[normal < 3] / 3))
     ours = np.sort(noise_levels_from_uniform(rng.random(200_000), "half_normal"))
     grid = np.linspace(0, 1, 2001)
-    distance = np.abs(
-        np.searchsorted(drawn, grid) / len(drawn) - np.searchsorted(ours, grid) / len(ours)
-    ).max()
+    distance = np.abs(np.searchsorted(drawn, grid) / len(drawn) - np.searchsorted(ours, grid) / len(ours)).max()
     assert distance < 1.95 * np.sqrt(2 / 199_000)  # the 0.1 % critical value
 
 
@@ -178,9 +172,7 @@ def test_dynamic_thresholding_treats_each_sample_apart():
     torch.testing.assert_close(dynamic_thresholding(img), alone, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"), [((101,), "percentile"), ((99, 0), "bound"), ((99, -1), "bound")]
-)
+@pytest.mark.parametrize(("arguments", "message"), [((101,), "percentile"), ((99, 0), "bound"), ((99, -1), "bound")])
 def test_dynamic_thresholding_refuses_impossible_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         dynamic_thresholding(np.zeros((1, 4, 4, 4)), *arguments)

@@ -69,9 +69,7 @@ def test_one_optimizer_step_from_scratch_opens_the_way_to_every_parameter():
     for _ in range(2):
         optimizer.zero_grad()
         (network(x_t, levels, text) - x_t).abs().mean().backward()
-        silent = [
-            name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
-        ]
+        silent = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
         optimizer.step()
     assert silent == []
 

@@ -95,7 +95,7 @@ def test_a_row_does_not_depend_on_its_neighbours_order_or_name(tiny, prepare_ima
     encode_images(tiny, prepare_images([33, 7, 20], name="b"), tmp_path / "lb", tmp_path / "sb")
     all_index, all_tensors, _ = read_latents(tmp_path / "la")
     few_index, few_tensors, _ = read_latents(tmp_path / "lb")
-    by_id = {own: row for own, row in zip(all_index["id"], all_tensors["mean"], strict=True)}
+    by_id = dict(zip(all_index["id"], all_tensors["mean"], strict=True))
     for own, row in zip(few_index["id"], few_tensors["mean"], strict=True):
         assert torch.equal(row, by_id[own])
     assert set(few_index["key"]) <= set(all_index["key"])

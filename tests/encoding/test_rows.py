@@ -42,7 +42,9 @@ def test_rows_come_out_in_the_order_of_their_keys(tmp_path):
     shards, asked = run(tmp_path / "out", tmp_path / "state", keys)
     assert asked == keys
     assert [shard.path.name for shard in shards] == ["00000.safetensors", "00001.safetensors", "00002.safetensors"]
-    assert torch.equal(torch.cat([shard.tensors["value"] for shard in shards]), torch.stack([expected(key) for key in keys]))
+    assert torch.equal(
+        torch.cat([shard.tensors["value"] for shard in shards]), torch.stack([expected(key) for key in keys])
+    )
 
 
 def test_a_second_run_computes_nothing_and_gives_the_same_bytes(tmp_path):
@@ -58,7 +60,9 @@ def test_only_new_rows_are_computed_wherever_they_stand(tmp_path):
     keys = ["new0", *(f"k{i}" for i in range(9, -1, -1)), "new1"]
     shards, asked = run(tmp_path / "b", tmp_path / "state", keys)
     assert asked == ["new0", "new1"]
-    assert torch.equal(torch.cat([shard.tensors["value"] for shard in shards]), torch.stack([expected(key) for key in keys]))
+    assert torch.equal(
+        torch.cat([shard.tensors["value"] for shard in shards]), torch.stack([expected(key) for key in keys])
+    )
 
 
 def test_appending_leaves_earlier_shards_byte_identical(tmp_path):
@@ -120,7 +124,9 @@ def test_rows_are_loaded_in_the_order_of_an_index(tmp_path):
     keys = [f"k{i}" for i in range(10)]
     run(tmp_path / "out", tmp_path / "state", keys)
     wanted = [9, 0, 5, 4]
-    loaded = load_rows(tmp_path / "out", [f"{i // 4:05d}.safetensors" for i in wanted], np.array([i % 4 for i in wanted]))
+    loaded = load_rows(
+        tmp_path / "out", [f"{i // 4:05d}.safetensors" for i in wanted], np.array([i % 4 for i in wanted])
+    )
     assert torch.equal(loaded["value"], torch.stack([expected(f"k{i}") for i in wanted]))
 
 

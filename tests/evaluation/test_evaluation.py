@@ -151,7 +151,9 @@ def test_the_nearest_reference_is_found_as_numpy_finds_it():
 def test_the_sheet_shows_every_picture_whole_and_grows_with_their_number(tmp_path):
     red = np.zeros((9, 32, 32, 3), dtype=np.uint8)
     red[..., 0] = 255
-    section = Section("Title", [f"a label {i} that is long enough to be wrapped" for i in range(9)], [Row("sample", red)])
+    section = Section(
+        "Title", [f"a label {i} that is long enough to be wrapped" for i in range(9)], [Row("sample", red)]
+    )
     sheet = draw_sheet([section], "a footer")
     is_red = (np.asarray(sheet) == [255, 0, 0]).all(-1).sum()
     assert is_red == 9 * CELL * CELL

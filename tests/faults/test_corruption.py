@@ -23,7 +23,9 @@ pytestmark = pytest.mark.fault
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
 def test_the_file_is_named(finished, tmp_path, stage, path, damage):
     copy = replace(finished, folder=tmp_path / "project")
-    shutil.copytree(finished.folder, copy.folder, ignore=shutil.ignore_patterns(".git", ".dvc", "cache", "mlartifacts", ".state"))
+    shutil.copytree(
+        finished.folder, copy.folder, ignore=shutil.ignore_patterns(".git", ".dvc", "cache", "mlartifacts", ".state")
+    )
     target = copy.folder / path
     content = target.read_bytes()
     target.unlink()
@@ -42,7 +44,9 @@ def test_an_index_that_does_not_fit_fails_the_validation_and_leaves_its_report(f
     import pandas as pd
 
     copy = replace(finished, folder=tmp_path / "project")
-    shutil.copytree(finished.folder, copy.folder, ignore=shutil.ignore_patterns(".git", ".dvc", "cache", "mlartifacts", ".state"))
+    shutil.copytree(
+        finished.folder, copy.folder, ignore=shutil.ignore_patterns(".git", ".dvc", "cache", "mlartifacts", ".state")
+    )
     path = copy.folder / "data/text/index.parquet"
     index = pd.read_parquet(path)
     path.unlink()

@@ -13,7 +13,12 @@ pytestmark = pytest.mark.fault
 def start(project, stage: str) -> subprocess.Popen:
     environment = project.environment | {"PYTHONPATH": "src"}
     return subprocess.Popen(
-        ["python", f"pipelines/{stage}.py"], cwd=project.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ["python", f"pipelines/{stage}.py"],
+        cwd=project.folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -65,7 +70,9 @@ def test_a_killed_ingest_is_not_taken_for_finished_and_starts_over(projects):
     assert contents(images) == contents(whole.folder / "data/images")
 
 
-@pytest.mark.parametrize(("stage", "out", "state"), [("encode_images", "latents", "latents"), ("encode_text", "text", "text")])
+@pytest.mark.parametrize(
+    ("stage", "out", "state"), [("encode_images", "latents", "latents"), ("encode_text", "text", "text")]
+)
 def test_a_killed_encoder_loses_no_finished_shard(projects, stage, out, state):
     whole, killed = projects
     finish(whole, stage)

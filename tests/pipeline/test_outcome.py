@@ -13,9 +13,8 @@ def read(project, path):
     return json.loads((project.folder / path).read_text())
 
 
-def test_every_stage_says_in_one_line_what_it_did(make_project):
-    project = make_project("lines")
-    output = project.run("dvc", "repro").stdout
+def test_every_stage_says_in_one_line_what_it_did(first_run):
+    _, output = first_run
     for stage, words in {
         "ingest": "40 images",
         "encode_images": "40 images: encoded 40, reused 0",
@@ -117,7 +116,13 @@ def test_training_reads_the_caches_without_dvc_and_without_mlflow(finished, tmp_
     code = hidden + "import runpy; runpy.run_path('pipelines/train.py', run_name='__main__')"
     environment = finished.environment | {"PYTHONPATH": "src"}
     finished.run(
-        "env", "-C", str(tmp_path), *(f"{k}={v}" for k, v in environment.items() if k == "PYTHONPATH"), "python", "-c", code
+        "env",
+        "-C",
+        str(tmp_path),
+        *(f"{k}={v}" for k, v in environment.items() if k == "PYTHONPATH"),
+        "python",
+        "-c",
+        code,
     )
     trained = tmp_path / "models/unet/model.safetensors"
     assert trained.read_bytes() == (finished.folder / "models/unet/model.safetensors").read_bytes()

@@ -56,7 +56,11 @@ def test_image_size_reruns_everything(project):
 
 def test_another_text_encoder_reruns_what_reads_text(project, tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoder") / "clip"
-    project.run("python", "-c", f"import sys; sys.path.insert(0, {str(TESTS)!r}); import tiny_models; tiny_models.save_clip({str(folder)!r})")
+    project.run(
+        "python",
+        "-c",
+        f"import sys; sys.path.insert(0, {str(TESTS)!r}); import tiny_models; tiny_models.save_clip({str(folder)!r})",
+    )
     project.set_params(encode_text__model=str(folder))
     assert project.repro() == ["encode_text", "validate", "train", "evaluate"]
     config = json.loads((project.folder / "models/unet/config.json").read_text())

@@ -59,5 +59,7 @@ def test_an_experiment_from_the_queue_runs_elsewhere_and_lands_in_the_same_store
 
 
 def test_the_model_is_an_artifact_of_the_project(project):
-    listed = json.loads(project.run("python", "-c", "import json, dvc.api; print(json.dumps(dvc.api.artifacts_show('unet')))").stdout)
+    listed = json.loads(
+        project.run("python", "-c", "import json, dvc.api; print(json.dumps(dvc.api.artifacts_show('unet')))").stdout
+    )
     assert listed["path"] == "models/unet"

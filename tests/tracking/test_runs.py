@@ -133,7 +133,9 @@ def test_nested_params_are_flattened_with_dots():
 def test_the_commit_and_a_dirty_tree_are_told(tmp_path):
     def git(*arguments):
         identity = ("-c", "user.name=T", "-c", "user.email=t@example.org")
-        return subprocess.run(["git", "-C", tmp_path, *identity, *arguments], check=True, capture_output=True, text=True).stdout
+        return subprocess.run(
+            ["git", "-C", tmp_path, *identity, *arguments], check=True, capture_output=True, text=True
+        ).stdout
 
     git("init", "-q", "-b", "main")
     (tmp_path / "file").write_text("1")

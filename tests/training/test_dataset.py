@@ -16,7 +16,9 @@ from latentloom.training.dataset import load_caches
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    return load_vae(str(tiny_models.save_kl_vae(folder / "vae"))), load_text_encoder(str(tiny_models.save_clip(folder / "clip")))
+    return load_vae(str(tiny_models.save_kl_vae(folder / "vae"))), load_text_encoder(
+        str(tiny_models.save_clip(folder / "clip"))
+    )
 
 
 @pytest.fixture
@@ -48,7 +50,9 @@ def test_each_image_has_its_own_captions_and_latent(caches, tmp_path):
     row_of_id = {own: row for row, own in enumerate(index["id"])}
     scale, center = (np.array(statistics[name])[:, None, None] for name in ("std", "mean"))
     for position, own in enumerate(caches.train.ids):
-        own_texts = [caches.train.texts[row] for row in caches.train.captions[position][: caches.train.caption_counts[position]]]
+        own_texts = [
+            caches.train.texts[row] for row in caches.train.captions[position][: caches.train.caption_counts[position]]
+        ]
         assert own_texts == list(metadata.loc[own, "captions"])
         raw = tensors["mean"][row_of_id[own]].double().numpy()
         np.testing.assert_allclose(caches.train.mean[position], (raw - center) / scale, atol=1e-4)

@@ -61,7 +61,11 @@ def test_a_rows_noise_does_not_depend_on_the_other_rows(make_data):
     from dataclasses import replace
 
     fourth = replace(
-        data, ids=data.ids[3:4], mean=data.mean[3:4], captions=data.captions[3:4], caption_counts=data.caption_counts[3:4]
+        data,
+        ids=data.ids[3:4],
+        mean=data.mean[3:4],
+        captions=data.captions[3:4],
+        caption_counts=data.caption_counts[3:4],
     )
     assert denoising_error(Returns(), fourth, **SETTINGS)["mae"] == pytest.approx(alone[1] - alone[0], rel=1e-4)
 

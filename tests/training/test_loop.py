@@ -47,7 +47,10 @@ def test_the_average_is_the_exponential_moving_average_of_the_weights(make_data,
     average = [parameter.detach().double() for parameter in net.parameters()]
     for state in train(net, make_data(8), params=train_params, diffusion=diffusion_params, seed=0):
         decay = min(0.9, state.step / (state.step + 9))
-        average = [decay * old + (1 - decay) * new.detach().double() for old, new in zip(average, net.parameters(), strict=True)]
+        average = [
+            decay * old + (1 - decay) * new.detach().double()
+            for old, new in zip(average, net.parameters(), strict=True)
+        ]
     for ours, expected in zip(state.average.parameters(), average, strict=True):
         torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-4)
 
@@ -64,7 +67,9 @@ def test_averaging_forgets_the_first_weights_soon():
 
 
 @pytest.mark.parametrize("fault", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_stops_the_run_and_says_when_and_what_to_try(make_data, train_params, diffusion_params, fault):
+def test_a_loss_that_is_no_number_stops_the_run_and_says_when_and_what_to_try(
+    make_data, train_params, diffusion_params, fault
+):
     net = network()
     steps = train(net, make_data(8), params=train_params, diffusion=diffusion_params, seed=0)
     for _ in range(7):
@@ -78,7 +83,9 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_when_and_what_to_try(ma
 def test_bf16_learns_as_well(make_data, train_params, diffusion_params):
     settings = train_params.model_copy(update={"steps": 60})
     plain = run(make_data(8), settings, diffusion_params)
-    states = list(train(network(), make_data(8), params=settings, diffusion=diffusion_params, seed=0, dtype=torch.bfloat16))
+    states = list(
+        train(network(), make_data(8), params=settings, diffusion=diffusion_params, seed=0, dtype=torch.bfloat16)
+    )
     assert float(states[-1].mae) == pytest.approx(float(plain[-1].mae), rel=0.1)
     assert all(parameter.dtype == torch.float32 for parameter in states[-1].average.parameters())
 

@@ -54,7 +54,9 @@ def test_a_tensor_of_another_shape_is_named(model):
     tensors = load_file(folder / "model.safetensors")
     tensors["head.weight"] = torch.zeros(3, 3)
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(ValueError, match=r"1 tensors differ, the first: head\.weight is \(3, 3\), expected \(4, 16, 3, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"1 tensors differ, the first: head\.weight is \(3, 3\), expected \(4, 16, 3, 3\)"
+    ):
         load_model(folder)
 
 

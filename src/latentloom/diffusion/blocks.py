@@ -121,9 +121,7 @@ class ResidualBlock(nn.Module):
         h = self.norm2(h)
         if self.film is not None:
             if condition is None:
-                raise ValueError(
-                    "this ResidualBlock was built with cond_ch: call it with a condition (B, cond_ch)"
-                )
+                raise ValueError("this ResidualBlock was built with cond_ch: call it with a condition (B, cond_ch)")
             scale, shift = self.film(condition)[:, :, None, None].chunk(2, dim=1)
             h = torch.addcmul(shift, h, 1 + scale)
         return self.shortcut(x) + self.conv2(F.silu(h))

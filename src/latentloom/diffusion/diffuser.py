@@ -77,9 +77,7 @@ class Diffuser:
         with torch.no_grad():
             return restore(self._guided(x, text, float(noise_level_scalar)))
 
-    def reverse_diffusion(
-        self, seeds_nhwc: Array, labels_np: Array, *, layout: Layout | None = None
-    ) -> Array:
+    def reverse_diffusion(self, seeds_nhwc: Array, labels_np: Array, *, layout: Layout | None = None) -> Array:
         """Denoise standard normal seeds into latents that fit the labels, like the seeds in layout and kind.
 
         `seeds_nhwc`: `(B, H, W, C)` or `(B, C, H, W)`; `labels_np`: `(B, text_dim)`; arrays or tensors. The
@@ -126,9 +124,7 @@ class Diffuser:
         device, dtype = None, None
         if home is not None:
             device, dtype = home.device, torch.promote_types(home.dtype, torch.float32)
-        x, restore = to_nchw(
-            latents, latent_channels=self.latent_channels, layout=layout, device=device, dtype=dtype
-        )
+        x, restore = to_nchw(latents, latent_channels=self.latent_channels, layout=layout, device=device, dtype=dtype)
         text, _ = to_tensor(labels, device=x.device, dtype=dtype)
         if text.ndim != 2 or text.shape[0] != x.shape[0]:
             raise ValueError(

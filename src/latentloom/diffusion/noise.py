@@ -31,9 +31,7 @@ def per_sample(level: float | Array, like: torch.Tensor) -> float | torch.Tensor
     if not isinstance(level, torch.Tensor) or level.ndim == 0:
         return level
     if level.numel() not in (1, like.shape[0]):
-        raise ValueError(
-            f"{level.numel()} noise levels for a batch of {like.shape[0]}: need one, or one a sample"
-        )
+        raise ValueError(f"{level.numel()} noise levels for a batch of {like.shape[0]}: need one, or one a sample")
     return level.reshape(-1, *[1] * (like.ndim - 1))
 
 

@@ -38,9 +38,7 @@ def decode_latents(
     """
     home = next(iter(vae.parameters()), None) if hasattr(vae, "parameters") else None
     device, dtype = (None, torch.float32) if home is None else (home.device, home.dtype)
-    z, _ = to_nchw(
-        latents, latent_channels=latent_channels, layout=layout, device=device, dtype=torch.float32
-    )
+    z, _ = to_nchw(latents, latent_channels=latent_channels, layout=layout, device=device, dtype=torch.float32)
     std, mean = _per_channel(std_latent, "std_latent", z), _per_channel(mean_latent, "mean_latent", z)
     z = (z * std + mean).to(dtype)
     pages = []

@@ -141,9 +141,7 @@ class UNet(nn.Module):
             self.head.weight.mul_(0.1)
             self.head.bias.zero_()
 
-    def forward(
-        self, x_t: torch.Tensor, noise_levels: torch.Tensor, text_embeddings: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, x_t: torch.Tensor, noise_levels: torch.Tensor, text_embeddings: torch.Tensor) -> torch.Tensor:
         """Guess the clean latents from noised ones.
 
         `x_t` `(B, C, H, W)`; `noise_levels` in [0, 1], `(B,)`, `(B, 1)` or `(B, 1, 1, 1)`, or one for all;
@@ -173,9 +171,7 @@ class UNet(nn.Module):
         with torch.autocast(x_t.device.type, enabled=False):  # the answer itself keeps all its digits
             return self.head(h.to(dtype))
 
-    def _check_shapes(
-        self, x_t: torch.Tensor, noise_levels: torch.Tensor, text_embeddings: torch.Tensor
-    ) -> None:
+    def _check_shapes(self, x_t: torch.Tensor, noise_levels: torch.Tensor, text_embeddings: torch.Tensor) -> None:
         if x_t.ndim != 4 or x_t.shape[1] != self.latent_channels:
             raise ValueError(f"x_t must be (B, {self.latent_channels}, H, W), not {tuple(x_t.shape)}")
         height, width = x_t.shape[2:]
@@ -185,9 +181,7 @@ class UNet(nn.Module):
                 f"{2**self.halvings}, not {height}x{width}"
             )
         if noise_levels.numel() not in (1, x_t.shape[0]):
-            raise ValueError(
-                f"{noise_levels.numel()} noise levels for {x_t.shape[0]} samples: need one, or one each"
-            )
+            raise ValueError(f"{noise_levels.numel()} noise levels for {x_t.shape[0]} samples: need one, or one each")
         if text_embeddings.shape != (x_t.shape[0], self.text_dim):
             raise ValueError(
                 f"text_embeddings must be ({x_t.shape[0]}, {self.text_dim}), one a sample, "

@@ -1,9 +1,9 @@
 """The text cache: distinct captions -> embeddings.
 
-    data/images/*.parquet -> data/text/NNNNN.safetensors   `embedding` (M, dim), fp16, one row a distinct caption
-                             data/text/index.parquet       one row a caption: its text, where its embedding lies, scalar statistics
-                             data/text/pairs.parquet       which captions belong to which image; position 0 is the primary one
-                             data/text/stats.json          what made it
+data/images/*.parquet -> data/text/NNNNN.safetensors   `embedding` (M, dim), fp16, one row a distinct caption
+                         data/text/index.parquet       one row a caption: its text, its place, statistics
+                         data/text/pairs.parquet       whose caption it is; position 0 is the primary one
+                         data/text/stats.json          what made it
 """
 
 import hashlib
@@ -31,7 +31,7 @@ def caption_id(text: str) -> str:
 
 
 def encode_captions(encoder: TextEncoder, images: Path, out: Path, state: Path) -> EncodeCounts:
-    """Embed every distinct caption of ``images`` into ``out``; rows that the store in ``state`` knows are not computed again."""
+    """Embed every distinct caption of ``images`` into ``out``; rows that the store ``state`` knows are not computed."""
     metadata = read_metadata(images)
     pairs = metadata[["id", "captions"]].explode("captions", ignore_index=True)
     pairs = pd.DataFrame(
@@ -72,7 +72,11 @@ def encode_captions(encoder: TextEncoder, images: Path, out: Path, state: Path) 
         out / "stats.json",
         {
             "format_version": FORMAT_VERSION,
-            "encoder": {"reference": encoder.reference, "class": encoder.class_name, "fingerprint": encoder.fingerprint},
+            "encoder": {
+                "reference": encoder.reference,
+                "class": encoder.class_name,
+                "fingerprint": encoder.fingerprint,
+            },
             "dim": encoder.dim,
             "rows": len(ids),
         },
@@ -92,7 +96,9 @@ def read_captions(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, torch.Tenso
         try:
             frames.append(pd.read_parquet(folder / name))
         except (OSError, ValueError) as error:
-            raise ValueError(f"{folder / name} is missing or damaged ({error}); delete it and run `dvc repro`") from error
+            raise ValueError(
+                f"{folder / name} is missing or damaged ({error}); delete it and run `dvc repro`"
+            ) from error
     index, pairs = frames
     embeddings = load_rows(folder, index["shard"].tolist(), index["row"].to_numpy())["embedding"]
     return index, pairs, embeddings, statistics

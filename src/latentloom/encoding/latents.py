@@ -2,7 +2,7 @@
 
     data/images/*.parquet -> data/latents/NNNNN.safetensors   raw VAE output, fp16: `mean` (and `std`) (N, C, h, w)
                              data/latents/index.parquet       one row an image: where its latent lies, scalar statistics
-                             data/latents/stats.json          what made it, and its statistics a channel on the training split
+                             data/latents/stats.json          what made it; statistics a channel, training split only
 
 Scaling is not applied here, so another scaling never invalidates the cache.
 """
@@ -132,7 +132,9 @@ def read_latents(folder: Path) -> tuple[pd.DataFrame, Tensors, dict]:
     try:
         index = pd.read_parquet(folder / "index.parquet")
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / 'index.parquet'} is missing or damaged ({error}); delete it and run `dvc repro`") from error
+        raise ValueError(
+            f"{folder / 'index.parquet'} is missing or damaged ({error}); delete it and run `dvc repro`"
+        ) from error
     return index, load_rows(folder, index["shard"].tolist(), index["row"].to_numpy()), statistics
 
 

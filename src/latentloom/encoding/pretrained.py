@@ -25,10 +25,14 @@ def resolve_folder(reference: str, *, bundled: Path, what: str) -> Path:
     folder = Path(reference).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ValueError(f"{what}: the folder {reference} has no config.json; give a folder written by save_pretrained")
+            raise ValueError(
+                f"{what}: the folder {reference} has no config.json; give a folder written by save_pretrained"
+            )
         return folder
     if reference.startswith((".", "/", "~")) or reference.count("/") != 1:
-        raise ValueError(f"{what}: {reference!r} is no folder here and no hub id; allowed: bundled, a hub id (owner/name), a folder")
+        raise ValueError(
+            f"{what}: {reference!r} is no folder here and no hub id; allowed: bundled, a hub id (owner/name), a folder"
+        )
     return _download(reference, what)
 
 
@@ -65,9 +69,15 @@ def fingerprint(folder: Path) -> str:
     weights = _weight_files(folder)
     if not weights:
         raise ValueError(f"{folder} holds no weights ({' or '.join(WEIGHT_PATTERNS)})")
-    config = {key: value for key, value in read_config(folder).items() if not key.startswith("_") or key == "_class_name"}
+    config = {
+        key: value for key, value in read_config(folder).items() if not key.startswith("_") or key == "_class_name"
+    }
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    tokenizer = [path for name in ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt") if (path := folder / name).is_file()]
+    tokenizer = [
+        path
+        for name in ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt")
+        if (path := folder / name).is_file()
+    ]
     for path in [*weights, *tokenizer]:
         digest.update(f"{path.name}={sha256_file(path)}\n".encode())
     return digest.hexdigest()

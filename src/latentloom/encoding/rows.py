@@ -1,6 +1,6 @@
 """Tensor rows in safetensors shards, each row keyed by the content that it was computed from.
 
-    keys  ->  shards of SHARD_ROWS rows (the stage's outs)  <->  the same files, hard-linked, in the row store (`.state/`)
+    keys  ->  shards of SHARD_ROWS rows (the stage's outs)  <->  the same files, hard-linked, in the row store
 
 A shard that the store has is linked; of any other shard, the rows that the store knows are copied and only the rest is
 computed. A finished shard enters the store at once, so a killed stage loses at most the shard it was working on. The
@@ -34,7 +34,7 @@ def row_key(*parts: str) -> str:
 
 @dataclass(frozen=True)
 class Shard:
-    """One finished shard: its file, the positions of its rows in the whole, its tensors (rows first), and what it cost."""
+    """One finished shard: its file, its rows' positions in the whole, its tensors, and how many rows were computed."""
 
     path: Path
     positions: range
@@ -53,7 +53,9 @@ class RowStore:
             try:
                 self._learn(path, _read_keys(path))
             except (SafetensorError, OSError, KeyError) as error:
-                warnings.warn(f"{path} is damaged and will not be used ({error}); its rows are computed again", stacklevel=2)
+                warnings.warn(
+                    f"{path} is damaged and will not be used ({error}); its rows are computed again", stacklevel=2
+                )
                 path.unlink(missing_ok=True)
 
     def path_for(self, keys: Sequence[str]) -> Path:
@@ -118,7 +120,11 @@ def write_shards(
 
 
 def _assemble(
-    store: RowStore, keys: Sequence[str], positions: range, missing: list[int], compute: Callable[[Sequence[int]], Tensors]
+    store: RowStore,
+    keys: Sequence[str],
+    positions: range,
+    missing: list[int],
+    compute: Callable[[Sequence[int]], Tensors],
 ) -> Tensors:
     fresh = compute(missing) if missing else {}
     known = [position for position in positions if keys[position] in store]
@@ -136,7 +142,11 @@ def _assemble(
 def save_shard(path: Path, tensors: Tensors, keys: Sequence[str]) -> None:
     """Write one shard atomically; its header holds the keys of its rows. The same rows give the same bytes."""
     with atomic_path(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"keys": ",".join(keys)})
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            temporary,
+            metadata={"keys": ",".join(keys)},
+        )
 
 
 def load_shard(path: Path) -> Tensors:
@@ -153,7 +163,7 @@ def load_shard(path: Path) -> Tensors:
 
 
 def load_rows(folder: Path, shards: Sequence[str], rows: np.ndarray) -> Tensors:
-    """The rows that an index names, in its order: ``shards[i]`` is a file's name in ``folder``, ``rows[i]`` a row in it."""
+    """The rows that an index names, in its order: row ``rows[i]`` of the file ``shards[i]`` in ``folder``."""
     names = np.asarray(shards)
     result: Tensors = {}
     for shard in dict.fromkeys(shards):

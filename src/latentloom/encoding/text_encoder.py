@@ -49,7 +49,9 @@ class TextEncoder:
         A caption's embedding depends on that caption alone: each is padded to a length that its own tokens decide, and
         batches always have the same size, so neighbours change neither shapes nor the order of sums.
         """
-        lengths = [len(ids) for ids in self.tokenizer(list(captions), truncation=True, max_length=self.max_tokens)["input_ids"]]
+        lengths = [
+            len(ids) for ids in self.tokenizer(list(captions), truncation=True, max_length=self.max_tokens)["input_ids"]
+        ]
         padded = [min(-(-length // PADDING_STEP) * PADDING_STEP, self.max_tokens) for length in lengths]
         embeddings = np.empty((len(captions), self.dim), dtype=np.float32)
         for length in sorted(set(padded)):
@@ -76,7 +78,8 @@ def text_folder(reference: str) -> Path:
     spec = importlib.util.find_spec(BUNDLED_PACKAGE)
     bundled = Path(spec.origin).parent / "model" if spec and spec.origin else None
     if reference == "bundled" and bundled is None:
-        raise ValueError(f"encode_text.model: bundled needs the package {BUNDLED_PACKAGE.replace('_', '-')}; install requirements.lock")
+        package = BUNDLED_PACKAGE.replace("_", "-")
+        raise ValueError(f"encode_text.model: bundled needs the package {package}; install requirements.lock")
     return pretrained.resolve_folder(reference, bundled=bundled or Path(), what="encode_text.model")
 
 
@@ -89,7 +92,7 @@ def load_text_encoder(reference: str, device: torch.device | str = "cpu") -> Tex
     """Load a text encoder and its tokenizer in fp32.
 
     Raises:
-        ValueError: when the reference cannot be resolved, or its files are not those of a model that transformers knows.
+        ValueError: when the reference cannot be resolved, or its files are no model that transformers knows.
     """
     import transformers
 

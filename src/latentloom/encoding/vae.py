@@ -32,7 +32,7 @@ class Vae:
 
     @torch.inference_mode()
     def encode(self, images: np.ndarray) -> dict[str, torch.Tensor]:
-        """Encode uint8 images (B, H, W, 3) into raw latents: ``mean`` and, for moments, ``std``, each (B, C, H/8, W/8), fp32."""
+        """Encode uint8 images (B, H, W, 3): raw ``mean`` and, for moments, ``std``, each (B, C, H/8, W/8) in fp32."""
         device = next(self.module.parameters()).device
         pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
         pixels = pixels.contiguous(memory_format=torch.channels_last)
@@ -49,7 +49,17 @@ class Vae:
         images = []
         for batch in latents.to(parameter.device, parameter.dtype).split(batch_size):
             pixels = self.module.decode(batch.contiguous(memory_format=torch.channels_last)).sample
-            images.append(pixels.float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
+            images.append(
+                pixels.float()
+                .add(1.0)
+                .mul(127.5)
+                .round()
+                .clamp(0, 255)
+                .to(torch.uint8)
+                .permute(0, 2, 3, 1)
+                .cpu()
+                .numpy()
+            )
         return np.concatenate(images)
 
 

@@ -3,8 +3,8 @@
 OpenMoji's drawings (4,495 SVGs, one a code point sequence) are rendered twice: *exact* at the size that
 the pipeline uses, and *large* for zooms and turns. A hash of an emoji's family (the sequence without skin
 tone, gender, hair and direction) decides whether the whole family is held out, so no variant of a held-out
-drawing is ever trained on. A batch is a function of (seed, step): half exact renders with flips and whole-pixel
-shifts, half affine views of the large renders, a share of both recoloured.
+drawing is ever trained on. A batch is a function of (seed, step): exact renders with flips and whole-pixel
+shifts, then affine views of the large renders, a share of both recoloured.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ def family_key(stem: str) -> str:
     if points and points[0] in COUPLES:
         points = ["person", *COUPLES[points[0]].split("-"), "person"]
     points = ["person" if point in PERSONS else point for point in points]
-    if len(points) > 1 and set(points) == {"person"} or points == ["1F46A"]:
+    if (len(points) > 1 and set(points) == {"person"}) or points == ["1F46A"]:
         points = ["family"]
     return "-".join(points)
 
@@ -99,7 +99,7 @@ def rendered(stems: list[str], size: int, cache: Path | None = None) -> Tensor:
 
 @dataclass(frozen=True)
 class Pictures:
-    """The training drawings, rendered: uint8 `exact` `(N, 3, S, S)`, `large` `(N, 3, L, L)`, and how often each is drawn."""
+    """The training drawings, uint8: `exact` `(N, 3, S, S)` and `large` `(N, 3, L, L)`; how often each is drawn."""
 
     exact: Tensor
     large: Tensor
@@ -124,16 +124,18 @@ def training_pictures(size: int, large_size: int, fraction: float, cache: Path |
     return Pictures(exact, large, weights)
 
 
-def draw_batch(pictures: Pictures, batch_size: int, seed: int, step: int, recoloured: float = 0.3) -> Tensor:
-    """The batch of a training step: floats in [0, 1], `(B, 3, S, S)`; the first half of it exact renders.
+def draw_batch(
+    pictures: Pictures, batch_size: int, seed: int, step: int, *, exact_share: float = 0.5, recoloured: float = 0.3
+) -> Tensor:
+    """The batch of a training step: floats in [0, 1], `(B, 3, S, S)`; the first `exact_share` of it exact renders.
 
     `recoloured` is the share of pictures whose colours are mixed anew or that lie on coloured paper.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     chosen = torch.multinomial(pictures.weights, batch_size, replacement=True, generator=generator)
-    half = batch_size // 2
-    exact = _shifted_and_flipped(pictures.exact[chosen[:half]].float() / 255, generator)
-    turned = _affine(pictures.large[chosen[half:]].float() / 255, pictures.exact.shape[-1], generator)
+    count = round(batch_size * exact_share)
+    exact = _shifted_and_flipped(pictures.exact[chosen[:count]].float() / 255, generator)
+    turned = _affine(pictures.large[chosen[count:]].float() / 255, pictures.exact.shape[-1], generator)
     return _recoloured(torch.cat([exact, turned]), recoloured, generator)
 
 
@@ -175,4 +177,4 @@ def _recoloured(images: Tensor, share: float, generator: torch.Generator) -> Ten
     paper = 0.5 + 0.5 * torch.rand(count, 3, 1, 1, generator=generator)
     draw = torch.rand(2, count, 1, 1, 1, generator=generator)
     images = torch.where(draw[0] < share, mixed, images)
-    return torch.where(draw[1] < share / 2, images * paper, images)
+    return torch.where(draw[1] < share / 2, images * paper, images).clamp(0, 1)

@@ -51,9 +51,7 @@ class UpsampledConv(nn.Module):
         phases = F.conv2d(x, kernels.reshape(4 * out_channels, in_channels, 2, 2), padding=1)
         phases = phases.permute(0, 2, 3, 1).unflatten(-1, (2, 2, out_channels))
         height, width = x.shape[-2:]
-        rows = [
-            torch.stack([phases[:, p : p + height, q : q + width, p, q] for q in (0, 1)], dim=3) for p in (0, 1)
-        ]
+        rows = [torch.stack([phases[:, p : p + height, q : q + width, p, q] for q in (0, 1)], dim=3) for p in (0, 1)]
         return torch.stack(rows, dim=2).view(x.shape[0], 2 * height, 2 * width, out_channels).permute(0, 3, 1, 2)
 
 
@@ -184,8 +182,6 @@ def _narrow_decoder(layers: nn.Sequential, architecture: Architecture) -> None:
             level += 1
             layers[index] = UpsampledConv(layer.weight.detach()[: widths[level], : widths[level - 1]].clone())
     _narrow(layers[-1], 3, widths[-1])
-
-
 
 
 @torch.no_grad()

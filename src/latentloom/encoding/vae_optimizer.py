@@ -31,7 +31,7 @@ def orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with Nesterov momentum for parameters of two dimensions or more; the learning rate bounds a step's spectral norm."""
+    """Muon with Nesterov momentum, for kernels and matrices; the learning rate is a step's spectral norm, about."""
 
     def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})

@@ -7,18 +7,16 @@ Every random draw is a function of (seed, step), so an interrupted run goes on f
 """
 
 import copy
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderTiny
-from torch import Tensor, nn
+from torch import Tensor
 
-from .vae_data import Pictures, draw_batch
-from .vae_network import Architecture, TrainingAutoencoder, plain_autoencoder, standardise
-from .vae_optimizer import build_optimizers
+from latentloom.encoding.vae_data import Pictures, draw_batch
+from latentloom.encoding.vae_network import Architecture, TrainingAutoencoder, plain_autoencoder, standardise
+from latentloom.encoding.vae_optimizer import build_optimizers
 
 
 @dataclass(frozen=True)
@@ -29,22 +27,25 @@ class Recipe:
     steps: int
     batch_size: int
     seed: int = 0
-    muon_rate: float = 0.02  #       spectral norm of one step of a kernel
+    muon_rate: float = 0.002  #      spectral norm of one step of a kernel
     adam_rate: float = 2e-3
     weight_decay: float = 0.01
     warmup_steps: int = 100
-    decay_share: float = 0.35  #     last share of the steps, in which the rates fall linearly to zero
+    decay_start: int = 10**9  #      step from which the rates fall linearly, to zero after the last
     noise: float = 0.35  #           largest std of the noise on the latents
+    decay_noise: float = 0.28  #     the same while the rates fall: less, for the sake of clean latents
     clean_share: float = 0.2  #      share of pictures decoded without noise
     edge_weight: float = 0.5
     rmse_weight: float = 1.0
+    exact_share: float = 0.5  #      share of a batch that is exact renders, at least a half
+    decay_exact_share: float = 0.75  # the same while the rates fall
     recoloured: float = 0.3
     ema_decay: float = 0.998
 
     def rate(self, step: int) -> float:
         """The learning rates' factor at `step`: warm-up, plateau, linear decay (warmup-stable-decay)."""
-        decay_steps = self.decay_share * self.steps
-        return max(0.0, min(1.0, (step + 1) / self.warmup_steps, (self.steps - step) / max(1.0, decay_steps)))
+        decay = (self.steps - step) / max(1, self.steps - self.decay_start)
+        return max(0.0, min(1.0, (step + 1) / self.warmup_steps, decay))
 
 
 @dataclass
@@ -70,7 +71,11 @@ def train(state: TrainingState, pictures: Pictures, recipe: Recipe, bf16: bool =
     """Train up to `recipe.steps`, yielding the same state, updated, after each step."""
     base_rates = [[recipe.muon_rate], [recipe.adam_rate]]
     while state.step < recipe.steps:
-        images = draw_batch(pictures, recipe.batch_size, recipe.seed, state.step, recipe.recoloured)
+        decaying = state.step >= recipe.decay_start
+        exact_share = recipe.decay_exact_share if decaying else recipe.exact_share
+        images = draw_batch(
+            pictures, recipe.batch_size, recipe.seed, state.step, exact_share=exact_share, recoloured=recipe.recoloured
+        )
         images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             latent = state.network.encode(images)
@@ -90,10 +95,11 @@ def train(state: TrainingState, pictures: Pictures, recipe: Recipe, bf16: bool =
 
 
 def latent_noise(latent: Tensor, recipe: Recipe, step: int) -> Tensor:
-    """Gaussian noise for latents `(B, C, h, w)`, its std drawn for each picture from U(0, `recipe.noise`)."""
+    """Gaussian noise for latents `(B, C, h, w)`, its std for each picture from U(0, `recipe.noise`)."""
     generator = torch.Generator().manual_seed((recipe.seed + 1) * 7_000_003 + step)
     strength = torch.rand(2, latent.shape[0], 1, 1, 1, generator=generator)
-    std = torch.where(strength[0] < recipe.clean_share, 0.0, strength[1] * recipe.noise)
+    largest = recipe.decay_noise if step >= recipe.decay_start else recipe.noise
+    std = torch.where(strength[0] < recipe.clean_share, 0.0, strength[1] * largest)
     return std * torch.randn(latent.shape, generator=generator)
 
 
@@ -148,6 +154,8 @@ def psnr(decoded: Tensor, images: Tensor) -> Tensor:
     return -10 * torch.log10(squared.clamp_min(1e-10))
 
 
-def evaluate(vae: AutoencoderTiny, images: Tensor, noises: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3)) -> dict[float, float]:
+def evaluate(
+    vae: AutoencoderTiny, images: Tensor, noises: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3)
+) -> dict[float, float]:
     """Mean PSNR in dB on uint8 `images` for each std of noise on the latents."""
     return {noise: psnr(reconstruct(vae, images, noise), images).mean().item() for noise in noises}

@@ -1,4 +1,4 @@
-"""One whole evaluation: figures on the validation split, samples for prompts and captions, and whether they are right."""
+"""One whole evaluation: figures on the validation split, samples for captions, and whether they are right."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,11 +34,13 @@ class Evaluation:
     sheet: Image.Image
 
 
-def evaluate(params: Params, sampler: Sampler, caches: Caches, images: Path, *, decoder: Decoder, embedder: Embedder) -> Evaluation:
+def evaluate(
+    params: Params, sampler: Sampler, caches: Caches, images: Path, *, decoder: Decoder, embedder: Embedder
+) -> Evaluation:
     """Measure and draw.
 
-    ``caption_recall_at_1``: of ``evaluate.recall_captions`` training captions, the share whose sample's nearest training
-    latent, among all of them, is the one that the caption belongs to.
+    ``caption_recall_at_1``: of ``evaluate.recall_captions`` training captions, the share whose sample's nearest
+    training latent, among all of them, is the one that the caption belongs to.
 
     Args:
         params: the whole params.
@@ -64,7 +66,7 @@ def evaluate(params: Params, sampler: Sampler, caches: Caches, images: Path, *, 
     latents = sampler.latents(embeddings, names, params.seed)
     drawn = decoder.decode(to_raw(latents, sampler.config))
 
-    of_prompts, of_known, of_held_out = latents.split([len(prompted), len(known), len(held_out)])
+    of_prompts, of_known, _ = latents.split([len(prompted), len(known), len(held_out)])
     hits = nearest(of_known, caches.train.mean) == np.arange(len(known))
     metrics = {f"val_{name}": round(value, 5) for name, value in error.items()} | {
         "caption_recall_at_1": round(float(hits.mean()), 4),

@@ -42,7 +42,9 @@ def draw_sheet(sections: Sequence[Section], footer: str) -> Image.Image:
     name_width = max((int(small.getlength(row.name)) + 8 for section in sections for row in section.rows), default=0)
     left = MARGIN + name_width
     width = left + COLUMNS * (CELL + GAP) - GAP + MARGIN
-    strips = sum(-(-len(section.labels) // COLUMNS) * (len(section.rows) * (CELL + 4) + label_height) for section in sections)
+    strips = sum(
+        -(-len(section.labels) // COLUMNS) * (len(section.rows) * (CELL + 4) + label_height) for section in sections
+    )
     footer_lines = textwrap.wrap(footer, width=int((width - 2 * MARGIN) / 6.4))
     height = MARGIN + len(sections) * 44 + strips + 16 * len(footer_lines) + MARGIN
     sheet = Image.new("RGB", (width, height), PAPER)

@@ -62,7 +62,9 @@ class TrackedRun:
             from mlflow.entities import Metric
 
             now = int(time.time() * 1000)
-            self.client.log_batch(self.id, metrics=[Metric(key, float(value), now, step) for key, value in metrics.items()])
+            self.client.log_batch(
+                self.id, metrics=[Metric(key, float(value), now, step) for key, value in metrics.items()]
+            )
 
         self._try(log)
 
@@ -82,7 +84,7 @@ class TrackedRun:
         self._try(log)
 
     def log_dataset(self, frame: "pd.DataFrame", *, name: str, source: str, digest: str, context: str) -> None:
-        """Log a data set as an input of the run: its name, where it lies, its digest, and the frame's schema and size."""
+        """Log a data set as an input of the run: name, place, digest, and the frame's schema and size."""
 
         def log() -> None:
             import mlflow.data
@@ -102,7 +104,9 @@ class TrackedRun:
         def log() -> None:
             from mlflow.entities import RunTag
 
-            self.client.log_batch(self.id, tags=[RunTag(key, str(value)) for key, value in tags.items() if value is not None])
+            self.client.log_batch(
+                self.id, tags=[RunTag(key, str(value)) for key, value in tags.items() if value is not None]
+            )
 
         self._try(log)
 
@@ -121,7 +125,10 @@ class TrackedRun:
     def _warn(self, error: Exception) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(f"MLflow could not be written to ({_first_line(error)}); the stage goes on, its files have all figures", stacklevel=3)
+            warnings.warn(
+                f"MLflow could not be written to ({_first_line(error)}); the stage goes on, its files have all figures",
+                stacklevel=3,
+            )
 
 
 @contextmanager
@@ -130,7 +137,9 @@ def new_run(root: Path, *, name: str | None = None, tags: Mapping[str, str | Non
     run = TrackedRun()
     try:
         client = _client(root)
-        created = client.create_run(_experiment_id(client, root), run_name=name, tags={k: v for k, v in tags.items() if v is not None})
+        created = client.create_run(
+            _experiment_id(client, root), run_name=name, tags={k: v for k, v in tags.items() if v is not None}
+        )
         run = TrackedRun(client, created.info.run_id)
     except Exception as error:
         run._warn(error)

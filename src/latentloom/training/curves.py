@@ -10,7 +10,7 @@ from latentloom.files import atomic_path
 class Curves:
     """Rows by file name, written whole and atomically each time: a killed training leaves the curves so far.
 
-    They hold what the seed decides and nothing of the machine (no rates, no times), so the same run gives the same files.
+    They hold what the seed decides and nothing of the machine (no times): the same run gives the same files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -21,7 +21,10 @@ class Curves:
         """Add a row to ``NAME.csv``, whose columns are those of its first row."""
         rows = self._rows.setdefault(name, [])
         rows.append({key: round(value, 6) for key, value in values.items()})
-        with atomic_path(self.folder / f"{name}.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        with (
+            atomic_path(self.folder / f"{name}.csv") as temporary,
+            open(temporary, "w", newline="", encoding="utf-8") as file,
+        ):
             writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)

@@ -64,19 +64,25 @@ class LatentDataset:
     def digest(self) -> str:
         """A short hash of which images with which captions these are: 16 hexadecimal digits."""
         rows = zip(self.ids, self.captions.tolist(), self.caption_counts.tolist(), strict=True)
-        lines = (f"{own_id}:{'|'.join(self.texts[row] for row in captions[:count])}" for own_id, captions, count in rows)
+        lines = (
+            f"{own_id}:{'|'.join(self.texts[row] for row in captions[:count])}" for own_id, captions, count in rows
+        )
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
     def to(self, device: torch.device) -> "LatentDataset":
         """The same data on ``device``."""
         names = ("mean", "std", "embeddings", "captions", "caption_counts")
-        return replace(self, **{name: tensor.to(device) for name in names if (tensor := getattr(self, name)) is not None})
+        return replace(
+            self, **{name: tensor.to(device) for name in names if (tensor := getattr(self, name)) is not None}
+        )
 
     def take(self, count: int) -> "LatentDataset":
         """The first ``count`` images."""
         names = ("mean", "std", "captions", "caption_counts")
         return replace(
-            self, ids=self.ids[:count], **{name: tensor[:count] for name in names if (tensor := getattr(self, name)) is not None}
+            self,
+            ids=self.ids[:count],
+            **{name: tensor[:count] for name in names if (tensor := getattr(self, name)) is not None},
         )
 
 
@@ -130,13 +136,17 @@ def load_caches(latents: Path, text: Path) -> Caches:
     return Caches(train, split("validation"), latent_statistics, text_statistics)
 
 
-def _caption_table(image_ids: pd.Series, pairs: pd.DataFrame, caption_ids: pd.Series) -> tuple[torch.Tensor, torch.Tensor]:
+def _caption_table(
+    image_ids: pd.Series, pairs: pd.DataFrame, caption_ids: pd.Series
+) -> tuple[torch.Tensor, torch.Tensor]:
     rows_of = pd.Series(np.arange(len(caption_ids)), index=caption_ids)
     ordered = pairs.sort_values(["image_id", "position"])
     lists = rows_of.loc[ordered["caption_id"]].groupby(ordered["image_id"].to_numpy()).agg(list)
     missing = image_ids[~image_ids.isin(lists.index)]
     if len(missing):
-        raise ValueError(f"{len(missing)} images have no caption in the text cache, the first: {missing.iloc[0]}; run `dvc repro`")
+        raise ValueError(
+            f"{len(missing)} images have no caption in the text cache, the first: {missing.iloc[0]}; run `dvc repro`"
+        )
     own = [lists[image_id] for image_id in image_ids]
     width = max(len(rows) for rows in own)
     table = np.array([(rows * width)[:width] for rows in own], dtype=np.int64)

@@ -20,7 +20,7 @@ def generator(device: torch.device | str, *parts: int | str) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step needs: clean latents (B, C, h, w), noise of that shape, noise levels (B,), text embeddings (B, dim)."""
+    """What a step needs: clean latents and noise (B, C, h, w), noise levels (B,), text embeddings (B, dim)."""
 
     latents: torch.Tensor
     noise: torch.Tensor
@@ -31,16 +31,22 @@ class Batch:
 def batch_rows(seed: int, step: int, batch_size: int, size: int) -> torch.Tensor:
     """The rows (B,) of step ``step``: epochs are permutations of all rows, and each row comes once an epoch."""
     positions = torch.arange(step * batch_size, (step + 1) * batch_size)
-    epochs = positions // size
-    orders = {int(epoch): torch.randperm(size, generator=generator("cpu", seed, "epoch", int(epoch))) for epoch in epochs.unique()}
-    return torch.stack([orders[epoch][place] for epoch, place in zip(epochs.tolist(), (positions % size).tolist(), strict=True)])
+    epochs, places = positions // size, positions % size
+    rows = torch.empty_like(positions)
+    for epoch in epochs.unique().tolist():
+        inside = epochs == epoch
+        rows[inside] = torch.randperm(size, generator=generator("cpu", seed, "epoch", epoch))[places[inside]]
+    return rows
 
 
-def draw_batch(data: LatentDataset, *, seed: int, step: int, batch_size: int, distribution: str, label_dropout: float) -> Batch:
-    """Draw the batch of a step: rows, one caption an image, a sample of the latent, noise, noise levels, dropped labels.
+def draw_batch(
+    data: LatentDataset, *, seed: int, step: int, batch_size: int, distribution: str, label_dropout: float
+) -> Batch:
+    """Draw the batch of a step: rows, a caption for each, a sample of each latent, noise, noise levels, dropped labels.
 
-    Noise levels are stratified over the batch: one from each of B equal slices of the distribution (as in Kingma et al.
-    2021, section 4.3), which lowers the variance of the loss. A dropped label is the zero embedding (Ho & Salimans 2022).
+    Noise levels are stratified over the batch: one from each of B equal slices of the distribution (in the spirit of
+    Kingma et al. 2021, appendix I.1), which lowers the variance of the loss. A dropped label is the zero embedding (Ho
+    & Salimans 2022).
     """
     device = data.mean.device
     rows = batch_rows(seed, step, batch_size, len(data)).to(device)

@@ -44,7 +44,7 @@ class StepState:
 
 
 def learning_rate_at(step: int, params: TrainParams) -> float:
-    """The rate of step ``step`` (from 0): linear warm-up, then a half cosine to zero (Loshchilov & Hutter 2017, eq. 5)."""
+    """The rate of step ``step`` (from 0): linear warm-up, then half a cosine to zero (Loshchilov & Hutter 2017)."""
     if step < params.warmup_steps:
         return params.learning_rate * (step + 1) / params.warmup_steps
     progress = (step - params.warmup_steps) / max(params.steps - params.warmup_steps, 1)
@@ -84,7 +84,10 @@ def train(
     average = copy.deepcopy(network).eval().requires_grad_(False)
     weights, averaged = list(network.parameters()), list(average.parameters())
     optimizer = torch.optim.AdamW(
-        _decay_groups(network, params.weight_decay), lr=params.learning_rate, betas=(0.9, 0.99), fused=device.type in ("cpu", "cuda")
+        _decay_groups(network, params.weight_decay),
+        lr=params.learning_rate,
+        betas=(0.9, 0.99),
+        fused=device.type in ("cpu", "cuda"),
     )
     network.train()
     unchecked: list[torch.Tensor] = []

@@ -52,13 +52,17 @@ class ModelConfig(BaseModel):
     def build(self) -> UNet:
         """The network that the config describes, with fresh weights."""
         channels, height, _ = self.latent_shape
-        return get_network(height, self.block_depth, self.emb_size, channels, widths=self.widths, text_dim=self.text_dim)
+        return get_network(
+            height, self.block_depth, self.emb_size, channels, widths=self.widths, text_dim=self.text_dim
+        )
 
 
 def save_model(folder: Path, network: UNet, config: ModelConfig) -> None:
     """Write a model folder; the same weights and config give the same bytes."""
     with atomic_path(folder / "model.safetensors") as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}, temporary)
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}, temporary
+        )
     write_json(folder / "config.json", config.model_dump(mode="json"))
 
 
@@ -75,7 +79,9 @@ def read_config(folder: Path) -> ModelConfig:
         first = error.errors()[0]
         raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; run `dvc repro`") from error
     if config.format_version != FORMAT_VERSION:
-        raise ValueError(f"{path}: format version {config.format_version}, but this code reads {FORMAT_VERSION}; run `dvc repro`")
+        raise ValueError(
+            f"{path}: format version {config.format_version}, but this code reads {FORMAT_VERSION}; run `dvc repro`"
+        )
     return config
 
 

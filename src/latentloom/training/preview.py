@@ -43,9 +43,15 @@ def preview_subjects(caches: Caches, count: int, seed: int) -> PreviewSubjects:
 
 
 def draw_preview(
-    network: nn.Module, config: ModelConfig, subjects: PreviewSubjects, decoder: Decoder, *, guidance: float, dtype: torch.dtype | None
+    network: nn.Module,
+    config: ModelConfig,
+    subjects: PreviewSubjects,
+    decoder: Decoder,
+    *,
+    guidance: float,
+    dtype: torch.dtype | None,
 ) -> np.ndarray:
-    """One picture, uint8 (H, W, 3): a sample for each caption, in a grid about as wide as high, in the captions' order."""
+    """One picture, uint8 (H, W, 3): a sample for each caption, in a grid, in the captions' order."""
     diffuser = Diffuser(
         network,
         guidance,

@@ -94,16 +94,24 @@ def run_training(
             since = time.monotonic()
         if state.step % settings.validate_every == 0 or last:
             error = denoising_error(
-                state.average, caches.validation, schedule=params.diffusion.schedule, noise_levels=params.diffusion.noise_levels, dtype=dtype
+                state.average,
+                caches.validation,
+                schedule=params.diffusion.schedule,
+                noise_levels=params.diffusion.noise_levels,
+                dtype=dtype,
             )
             if error:
                 metrics |= {f"val_{name}": value for name, value in error.items()}
-                curves.add("validation", {"step": state.step, **{f"val_{name}": value for name, value in error.items()}})
+                curves.add(
+                    "validation", {"step": state.step, **{f"val_{name}": value for name, value in error.items()}}
+                )
                 tracked.log_metrics({f"val/{name}": value for name, value in error.items()}, state.step)
             since = time.monotonic()
         if state.step % settings.sample_every == 0 or last:
             decoder = decoder or load_decoder()
-            picture = draw_preview(state.average, config, subjects, decoder, guidance=settings.sample_guidance, dtype=dtype)
+            picture = draw_preview(
+                state.average, config, subjects, decoder, guidance=settings.sample_guidance, dtype=dtype
+            )
             tracked.log_image(picture, "samples", state.step)
             since = time.monotonic()
     progress.close()
@@ -111,7 +119,12 @@ def run_training(
     rounded = {name: round(value, 5) for name, value in metrics.items()}
     seen = settings.steps * settings.batch_size
     return TrainingResult(
-        {**rounded, "steps": settings.steps, "images_seen": seen, "parameters": sum(p.numel() for p in network.parameters())},
+        {
+            **rounded,
+            "steps": settings.steps,
+            "images_seen": seen,
+            "parameters": sum(p.numel() for p in network.parameters()),
+        },
         seen / computing,
     )
 
@@ -127,8 +140,8 @@ def model_config(params: Params, caches: Caches) -> ModelConfig:
     halvings = len(params.model.widths) - 1
     if shape[1] != shape[2] or shape[1] % 2**halvings:
         raise ValueError(
-            f"model.widths = {params.model.widths}: {len(params.model.widths)} widths halve the latent {halvings} times, but "
-            f"latents are {shape[1]}x{shape[2]}; use fewer widths or another ingest.image_size"
+            f"model.widths = {params.model.widths}: so many widths halve the latent {halvings} times, but latents "
+            f"are {shape[1]}x{shape[2]}; use fewer widths or another ingest.image_size"
         )
     return ModelConfig(
         format_version=FORMAT_VERSION,
@@ -149,13 +162,16 @@ def model_config(params: Params, caches: Caches) -> ModelConfig:
 
 
 def latent_bound(data: LatentDataset) -> float:
-    """The bound for dynamic thresholding: what the 99.5th percentile of \\|z\\| of 99 % of the training latents stays under.
+    """The bound for dynamic thresholding: 99 % of the training latents have their 99.5th percentile of |z| below it.
 
-    Imagen's bound of 1 presumes data in [-1, 1] (Saharia et al. 2022, section 2.3); standardised latents reach further.
+    Imagen's bound of 1 presumes data in [-1, 1] (Saharia et al. 2022, section 2.3); standardised
+    latents reach further.
     """
     percentiles = torch.quantile(data.mean.flatten(1).abs(), BOUND_PERCENTILE, dim=1)
     return round(float(torch.quantile(percentiles, BOUND_SHARE)), 4)
 
 
 def _encoder_reference(made_by: dict[str, str]) -> EncoderReference:
-    return EncoderReference(reference=made_by["reference"], class_name=made_by["class"], fingerprint=made_by["fingerprint"])
+    return EncoderReference(
+        reference=made_by["reference"], class_name=made_by["class"], fingerprint=made_by["fingerprint"]
+    )

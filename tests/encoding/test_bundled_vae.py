@@ -1,0 +1,43 @@
+"""The VAE that the package carries keeps the promises of its model card, on emoji that it never saw."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderTiny
+
+import latentloom.encoding
+from latentloom.encoding.vae_data import evaluation_stems, rendered
+from latentloom.encoding.vae_training import encode_all, psnr, reconstruct
+
+FOLDER = Path(latentloom.encoding.__file__).parent / "bundled_vae"
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return AutoencoderTiny.from_pretrained(FOLDER, torch_dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    return rendered(evaluation_stems(), 128)
+
+
+def test_the_figures_are_taken_on_at_least_128_held_out_emoji(held_out):
+    assert len(held_out) >= 128
+
+
+@pytest.mark.parametrize(("noise", "promised_db"), [(0.0, 25.5), (0.2, 24.5), (0.3, 23.5)])
+def test_held_out_emoji_are_reconstructed_as_promised_also_from_noisy_latents(vae, held_out, noise, promised_db):
+    assert psnr(reconstruct(vae, held_out, noise), held_out).mean().item() >= promised_db
+
+
+def test_latents_are_4x16x16_of_zero_mean_and_unit_std_in_each_channel(vae, held_out):
+    latents = encode_all(vae, held_out)
+    assert latents.shape == (len(held_out), 4, 16, 16)
+    assert latents.mean((0, 2, 3)).abs().max() < 0.1
+    assert (latents.std((0, 2, 3)) - 1).abs().max() < 0.1
+
+
+def test_the_weights_take_at_most_6_mb():
+    assert (FOLDER / "diffusion_pytorch_model.safetensors").stat().st_size <= 6_000_000
