@@ -51,9 +51,9 @@ def main(params: Params) -> str:
     write_json(
         REPORTS / "run.json", {"mlflow_run_id": tracked.id, "images_per_second": round(result.images_per_second, 1)}
     )
-    figures = ", ".join(
-        f"{name} {result.metrics[name]:.3f}" for name in ("train_mae", "val_mae") if name in result.metrics
-    )
+    figures = f"train_mae {result.metrics['train_mae']:.3f}"
+    if result.val_mae is not None:
+        figures += f", val_mae {result.val_mae:.3f}"
     speed = f"{result.images_per_second:.0f} images/s on {device}"
     return f"{params.train.steps} steps on {len(caches.train)} images, {figures}, {speed}"
 

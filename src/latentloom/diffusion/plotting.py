@@ -113,7 +113,9 @@ def plot_images(
     columns = min(columns or math.ceil(math.sqrt(count)), count)
     rows = math.ceil(count / columns)
     height = image_size * (1.2 if labels is not None else 1.0)
-    figure, axes = plt.subplots(rows, columns, figsize=(columns * image_size, rows * height), squeeze=False)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(columns * image_size, rows * height), squeeze=False, layout="constrained"
+    )
     for i, ax in enumerate(axes.flat):
         if i < count:
             imshow(images[i], labels[i] if labels is not None else None, ax=ax)
@@ -121,5 +123,4 @@ def plot_images(
             ax.set_axis_off()
     if title:
         figure.suptitle(title)
-    figure.tight_layout(pad=0.3)
     return figure

@@ -40,7 +40,7 @@ class Recipe:
     exact_share: float = 0.5  #      share of a batch that is exact renders, at least a half
     decay_exact_share: float = 0.75  # the same while the rates fall
     recoloured: float = 0.3
-    ema_decay: float = 0.998
+    ema_decay: float = 0.995
 
     def rate(self, step: int) -> float:
         """The learning rates' factor at `step`: warm-up, plateau, linear decay (warmup-stable-decay)."""

@@ -41,7 +41,7 @@ class Sampler:
         does not change those already asked for.
         """
         device = next(self.network.parameters()).device
-        noise = torch.stack([self._noise(name, seed) for name in names]).to(device)
+        noise = torch.stack([self.starting_noise(name, seed) for name in names]).to(device)
         diffuser = Diffuser(
             self.network,
             self.guidance,
@@ -60,7 +60,8 @@ class Sampler:
                 progress.update(len(samples[-1]))
         return torch.cat(samples)
 
-    def _noise(self, name: str, seed: int) -> torch.Tensor:
+    def starting_noise(self, name: str, seed: int) -> torch.Tensor:
+        """The noise (C, h, w) that the sample of that name starts from."""
         return torch.randn(self.config.latent_shape, generator=generator("cpu", seed, "sample", name))
 
 

@@ -6,11 +6,13 @@ from pathlib import Path
 
 from latentloom.files import sha256_file
 
+WRITTEN_BY_THE_PIPELINE = (":!dvc.lock", ":!reports")
+
 
 def git_tags(root: Path) -> dict[str, str | None]:
-    """The commit and whether the tree had uncommitted changes; None where git cannot say."""
+    """The commit, and whether files other than the pipeline's own results differ from it; None where git cannot say."""
     commit = _git(root, "rev-parse", "HEAD")
-    status = _git(root, "status", "--porcelain", "--untracked-files=no")
+    status = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", *WRITTEN_BY_THE_PIPELINE)
     return {
         "mlflow.source.git.commit": commit,
         "git.dirty": None if status is None else str(bool(status)).lower(),

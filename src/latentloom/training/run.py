@@ -1,7 +1,8 @@
 """One whole training: the network, the loop, and what is measured and shown on the way."""
 
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ class TrainingResult:
     """The figures of a finished training; ``images_per_second`` alone depends on the machine."""
 
     metrics: dict[str, float]
+    val_mae: float | None
     images_per_second: float
 
 
@@ -59,74 +61,115 @@ def run_training(
     torch.manual_seed(params.seed)
     config = model_config(params, caches)
     network = config.build().to(device, memory_format=torch.channels_last)
-    caches = caches.to(device)
-    subjects = preview_subjects(caches, settings.sample_count, params.seed)
-    curves = Curves(curves_folder)
-    decoder: Decoder | None = None
-    metrics: dict[str, float] = {}
-    recent: list[torch.Tensor] = []
-    computing, since = 0.0, time.monotonic()
-
-    steps = train(network, caches.train, params=settings, diffusion=params.diffusion, seed=params.seed, dtype=dtype)
-    progress = tqdm(total=settings.steps * settings.batch_size, desc="train", unit="image", unit_scale=True)
-    state: StepState | None = None
-    for state in steps:
-        recent.append(state.mae)
-        last = state.step == settings.steps
-        if state.step % settings.log_every == 0 or last:
-            mae = float(torch.stack(recent).mean())
-            elapsed = time.monotonic() - since
-            computing += elapsed
-            curves.add("train", {"step": state.step, "train_mae": mae, "learning_rate": state.learning_rate})
-            tracked.log_metrics(
-                {
-                    "train/mae": mae,
-                    "train/learning_rate": state.learning_rate,
-                    "train/gradient_norm": float(state.gradient_norm),
-                    "train/images_per_second": len(recent) * settings.batch_size / elapsed,
-                },
-                state.step,
-            )
-            metrics["train_mae"] = mae
-            progress.update(state.step * settings.batch_size - progress.n)
-            progress.set_postfix(mae=f"{mae:.3f}", refresh=False)
-            recent.clear()
-            since = time.monotonic()
-        if state.step % settings.validate_every == 0 or last:
-            error = denoising_error(
-                state.average,
-                caches.validation,
-                schedule=params.diffusion.schedule,
-                noise_levels=params.diffusion.noise_levels,
-                dtype=dtype,
-            )
-            if error:
-                metrics |= {f"val_{name}": value for name, value in error.items()}
-                curves.add(
-                    "validation", {"step": state.step, **{f"val_{name}": value for name, value in error.items()}}
-                )
-                tracked.log_metrics({f"val/{name}": value for name, value in error.items()}, state.step)
-            since = time.monotonic()
-        if state.step % settings.sample_every == 0 or last:
-            decoder = decoder or load_decoder()
-            picture = draw_preview(
-                state.average, config, subjects, decoder, guidance=settings.sample_guidance, dtype=dtype
-            )
-            tracked.log_image(picture, "samples", state.step)
-            since = time.monotonic()
-    progress.close()
+    watch = TrainingWatch(params, config, caches.to(device), Curves(curves_folder), tracked, dtype, load_decoder)
+    steps = train(
+        network, watch.caches.train, params=settings, diffusion=params.diffusion, seed=params.seed, dtype=dtype
+    )
+    for state in watch.timed(steps):
+        watch.step(state)
     save_model(model_folder, state.average, config)
-    rounded = {name: round(value, 5) for name, value in metrics.items()}
-    seen = settings.steps * settings.batch_size
     return TrainingResult(
         {
-            **rounded,
+            "train_mae": round(watch.train_mae, 5),
             "steps": settings.steps,
-            "images_seen": seen,
+            "images_seen": settings.steps * settings.batch_size,
             "parameters": sum(p.numel() for p in network.parameters()),
         },
-        seen / computing,
+        watch.val_mae,
+        settings.steps * settings.batch_size / watch.seconds,
     )
+
+
+class TrainingWatch:
+    """Watches a training: what is measured, drawn and logged at which steps."""
+
+    def __init__(
+        self,
+        params: Params,
+        config: ModelConfig,
+        caches: Caches,
+        curves: Curves,
+        tracked: TrackedRun,
+        dtype: torch.dtype | None,
+        load_decoder: Callable[[], Decoder],
+    ) -> None:
+        self.settings, self.diffusion, self.config, self.caches = params.train, params.diffusion, config, caches
+        self.train_mae = float("nan")
+        self.val_mae: float | None = None
+        self.seconds = 0.0
+        self._curves, self._tracked, self._dtype = curves, tracked, dtype
+        self._decoder = functools.cache(load_decoder)
+        self._subjects = preview_subjects(caches, self.settings.sample_count, params.seed)
+        self._unlogged: list[torch.Tensor] = []
+        self._logged_seconds = 0.0
+        images = self.settings.steps * self.settings.batch_size
+        self._progress = tqdm(total=images, desc="train", unit="image", unit_scale=True)
+
+    def timed(self, steps: Iterator[StepState]) -> Iterator[StepState]:
+        """The same steps; ``seconds`` adds up what they alone take."""
+        with self._progress:
+            while True:
+                started = time.monotonic()
+                state = next(steps, None)
+                self.seconds += time.monotonic() - started
+                if state is None:
+                    return
+                yield state
+
+    def step(self, state: StepState) -> None:
+        """Do what is due after this step."""
+        self._unlogged.append(state.mae)
+        for every, action in (
+            (self.settings.log_every, self._log),
+            (self.settings.validate_every, self._validate),
+            (self.settings.sample_every, self._preview),
+        ):
+            if state.step % every == 0 or state.step == self.settings.steps:
+                action(state)
+
+    def _log(self, state: StepState) -> None:
+        self.train_mae = float(torch.stack(self._unlogged).mean())
+        images = len(self._unlogged) * self.settings.batch_size
+        self._curves.add(
+            "train", {"step": state.step, "train_mae": self.train_mae, "learning_rate": state.learning_rate}
+        )
+        self._tracked.log_metrics(
+            {
+                "train/mae": self.train_mae,
+                "train/learning_rate": state.learning_rate,
+                "train/gradient_norm": float(state.gradient_norm),
+                "train/images_per_second": images / (self.seconds - self._logged_seconds),
+            },
+            state.step,
+        )
+        self._progress.set_postfix(mae=f"{self.train_mae:.3f}", refresh=False)
+        self._progress.update(images)
+        self._logged_seconds = self.seconds
+        self._unlogged.clear()
+
+    def _validate(self, state: StepState) -> None:
+        error = denoising_error(
+            state.average,
+            self.caches.validation,
+            schedule=self.diffusion.schedule,
+            noise_levels=self.diffusion.noise_levels,
+            dtype=self._dtype,
+        )
+        if error:
+            self.val_mae = error["mae"]
+            self._curves.add("validation", {"step": state.step} | {f"val_{name}": mae for name, mae in error.items()})
+            self._tracked.log_metrics({f"val/{name}": mae for name, mae in error.items()}, state.step)
+
+    def _preview(self, state: StepState) -> None:
+        picture = draw_preview(
+            state.average,
+            self.config,
+            self._subjects,
+            self._decoder(),
+            guidance=self.settings.sample_guidance,
+            dtype=self._dtype,
+        )
+        self._tracked.log_image(picture, "samples", state.step)
 
 
 def model_config(params: Params, caches: Caches) -> ModelConfig:
