@@ -68,5 +68,6 @@ def save_vae(vae: AutoencoderTiny, folder: Path) -> AutoencoderTiny:
     with TemporaryDirectory(dir=folder.parent) as temporary:
         vae.half().save_pretrained(temporary)
         for path in sorted(Path(temporary).iterdir()):
+            path.chmod(0o644)
             path.replace(folder / path.name)
     return AutoencoderTiny.from_pretrained(folder, torch_dtype=torch.float32).eval()

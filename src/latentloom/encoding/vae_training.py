@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor
@@ -32,20 +33,23 @@ class Recipe:
     weight_decay: float = 0.01
     warmup_steps: int = 100
     decay_start: int = 10**9  #      step from which the rates fall linearly, to zero after the last
+    decay_knots: tuple[tuple[int, float], ...] = ()  # (step, factor) points that the falling rates pass through
     noise: float = 0.35  #           largest std of the noise on the latents
     decay_noise: float = 0.28  #     the same while the rates fall: less, for the sake of clean latents
     clean_share: float = 0.2  #      share of pictures decoded without noise
     edge_weight: float = 0.5
     rmse_weight: float = 1.0
+    log_mse_weight: float = 0.0  #   of the term that serves the mean PSNR directly, from step `log_mse_start` on
+    log_mse_start: int = 0
     exact_share: float = 0.5  #      share of a batch that is exact renders, at least a half
     decay_exact_share: float = 0.75  # the same while the rates fall
     recoloured: float = 0.3
     ema_decay: float = 0.995
 
     def rate(self, step: int) -> float:
-        """The learning rates' factor at `step`: warm-up, plateau, linear decay (warmup-stable-decay)."""
-        decay = (self.steps - step) / max(1, self.steps - self.decay_start)
-        return max(0.0, min(1.0, (step + 1) / self.warmup_steps, decay))
+        """The learning rates' factor at `step`: warm-up, plateau, decay in straight lines (warmup-stable-decay)."""
+        knots = [(self.decay_start, 1.0), *self.decay_knots, (max(self.steps, self.decay_start + 1), 0.0)]
+        return min(1.0, (step + 1) / self.warmup_steps, float(np.interp(step, *zip(*knots, strict=True))))
 
 
 @dataclass
@@ -82,6 +86,8 @@ def train(state: TrainingState, pictures: Pictures, recipe: Recipe, bf16: bool =
             decoded = state.network.decode(latent + latent_noise(latent, recipe, state.step))
         parts = losses(decoded, images)
         loss = parts["l1"] + recipe.edge_weight * parts["edges"] + recipe.rmse_weight * parts["rmse"]
+        if state.step >= recipe.log_mse_start:
+            loss = loss + recipe.log_mse_weight * parts["log_mse"]
         loss.backward()
         for optimizer, rates in zip(state.optimizers, base_rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -107,13 +113,14 @@ def losses(decoded: Tensor, images: Tensor) -> dict[str, Tensor]:
     """Means over the batch, pixels `(B, 3, H, W)` in [0, 1].
 
     `l1`: absolute error. `edges`: absolute error of the differences between neighbours, which keeps outlines crisp.
-    `rmse`: root mean squared error of each picture, the monotone twin of its PSNR.
+    `rmse`: root mean squared error of each picture. `log_mse`: its logarithm, which is the PSNR but for a factor.
     """
     error = decoded - images
     return {
         "l1": error.abs().mean(),
         "edges": error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean(),
         "rmse": (error.square().mean((1, 2, 3)) + 1e-6).sqrt().mean(),
+        "log_mse": (error.square().mean((1, 2, 3)) + 1e-5).log().mean(),
     }
 
 
