@@ -10,7 +10,7 @@ import yaml
 from tqdm import tqdm
 
 from latentloom.encoding.vae_checkpoint import checkpoint_path, resume, save_checkpoint, save_vae
-from latentloom.encoding.vae_data import calibration_pictures, evaluation_stems, rendered, training_pictures
+from latentloom.encoding.vae_data import evaluation_stems, rendered, training_pictures
 from latentloom.encoding.vae_network import Architecture
 from latentloom.encoding.vae_report import figures_table, save_reconstructions
 from latentloom.encoding.vae_training import Recipe, begin, evaluate, finished_vae, train
@@ -26,7 +26,7 @@ def main(params_path: Path) -> None:
     training = training_pictures(pictures["size"], pictures["large_size"], pictures["held_out"], cache)
     stems = evaluation_stems(pictures["held_out"])
     held_out = rendered(stems, pictures["size"], cache)
-    calibration = calibration_pictures(training, 2048)
+    calibration = training.exact[training.weights > 0]
 
     state = begin(recipe)
     checkpoint = checkpoint_path(cache, recipe)
@@ -38,7 +38,7 @@ def main(params_path: Path) -> None:
             if state.step % params["checkpoint_every"] == 0:
                 save_checkpoint(state, checkpoint)
             if state.step % params["evaluate_every"] == 0:
-                vae = finished_vae(state, calibration)
+                vae = finished_vae(state, calibration[::8])
                 save_vae(vae, checkpoint.with_suffix(""))
                 bar.write(f"step {state.step}: " + figures_table(evaluate(vae, held_out)))
 

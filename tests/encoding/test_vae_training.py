@@ -17,7 +17,7 @@ from latentloom.encoding.vae_data import (
 )
 from latentloom.encoding.vae_network import Architecture, LatentNorm, UpsampledConv, plain_autoencoder
 from latentloom.encoding.vae_optimizer import orthogonalised
-from latentloom.encoding.vae_training import Recipe, begin, evaluate, finished_vae, train
+from latentloom.encoding.vae_training import Recipe, begin, encode_all, finished_vae, train
 
 TINY = Architecture((8, 16, 16, 16), (0, 1, 1, 1), (16, 16, 16, 8), (1, 1, 1, 0))
 
@@ -98,13 +98,16 @@ def test_orthogonalised_moves_all_singular_values_near_one():
     assert 0.6 < values.min() <= values.max() < 1.3
 
 
-def test_training_on_a_handful_of_pictures_lowers_the_loss_and_raises_the_psnr(pictures):
-    state = begin(recipe(60))
-    before = evaluate(finished_vae(state, pictures.exact), pictures.exact, (0.0,))[0.0]
-    losses = [after.losses["loss"] for after in train(state, pictures, recipe(60))]
-    vae = finished_vae(state, pictures.exact)
-    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
-    assert evaluate(vae, pictures.exact, (0.0,))[0.0] > before + 1
+def test_training_on_a_handful_of_pictures_lowers_the_loss(pictures):
+    state = begin(recipe(100))
+    losses = [after.losses["loss"] for after in train(state, pictures, recipe(100))]
+    assert sum(losses[-20:]) < 0.85 * sum(losses[:20])
+
+
+def test_a_finished_vae_standardises_the_latents_of_the_pictures_it_is_given(pictures):
+    latents = encode_all(finished_vae(begin(recipe(1)), pictures.exact), pictures.exact)
+    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), atol=1e-4, rtol=0)
 
 
 def test_a_resumed_training_goes_on_as_if_it_had_never_stopped(pictures, tmp_path):

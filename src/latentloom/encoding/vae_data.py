@@ -124,12 +124,6 @@ def training_pictures(size: int, large_size: int, fraction: float, cache: Path |
     return Pictures(exact, large, weights)
 
 
-def calibration_pictures(pictures: Pictures, count: int, seed: int = 0) -> Tensor:
-    """`count` exact renders, uint8 `(count, 3, S, S)`, each emoji as likely as in training: what latents are scaled by."""
-    generator = torch.Generator().manual_seed(seed)
-    return pictures.exact[torch.multinomial(pictures.weights, count, generator=generator)]
-
-
 def draw_batch(
     pictures: Pictures, batch_size: int, seed: int, step: int, *, exact_share: float = 0.5, recoloured: float = 0.3
 ) -> Tensor:

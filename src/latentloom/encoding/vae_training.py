@@ -32,7 +32,7 @@ class Recipe:
     adam_rate: float = 2e-3
     weight_decay: float = 0.01
     warmup_steps: int = 100
-    decay_start: int = 10**9  #      step from which the rates fall linearly, to zero after the last
+    decay_start: int = 10**9  #      step from which the rates fall, to zero after the last
     decay_knots: tuple[tuple[int, float], ...] = ()  # (step, factor) points that the falling rates pass through
     noise: float = 0.35  #           largest std of the noise on the latents
     decay_noise: float = 0.28  #     the same while the rates fall: less, for the sake of clean latents
