@@ -13,6 +13,12 @@ from latentloom.tracking.runs import new_run
 from latentloom.training.dataset import load_caches
 from latentloom.training.run import run_training
 
+# MLflow repeats a run's params beside each picture, so it gets those that decide the model; params.yaml is an artifact.
+NOT_COMPARED = {
+    "evaluate": True,
+    "validate_": True,
+    "train": {"log_every", "validate_every", "sample_every", "sample_count", "sample_guidance"},
+}
 LATENTS, TEXT, REPORTS = Path("data/latents"), Path("data/text"), Path("reports/train")
 
 
@@ -27,7 +33,7 @@ def main(params: Params) -> str:
     }
     tags |= input_tags({name: path for name, path in inputs.items() if path.exists()})
     with new_run(project_root(), name=os.environ.get("DVC_EXP_NAME"), tags=tags) as tracked:
-        tracked.log_params(params.model_dump(by_alias=True, exclude={"evaluate"}))
+        tracked.log_params(params.model_dump(by_alias=True, exclude=NOT_COMPARED))
         tracked.log_file(Path("params.yaml"))
         for context, data in (("training", caches.train), ("validation", caches.validation)):
             tracked.log_dataset(

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 EXPERIMENT = "latentloom"
+# So that the UI opens on runs, charts and image grids; without it, it guesses a project of language-model prompts.
+SHOWN_AS = {"mlflow.experimentKind": "custom_model_development"}
 MAX_PARAM_LENGTH = 500
 
 # MLflow reads these when it is imported. Its usage statistics are off unless the user turns them on; a server that is
@@ -213,7 +215,7 @@ def _experiment_id(client: "MlflowClient", root: Path) -> str:
             return found.experiment_id
         own_store = not os.environ.get("MLFLOW_TRACKING_URI")
         location = (root.resolve() / "mlartifacts").as_uri() if own_store else None
-        return client.create_experiment(EXPERIMENT, artifact_location=location)
+        return client.create_experiment(EXPERIMENT, artifact_location=location, tags=SHOWN_AS)
 
 
 def _first_line(error: Exception) -> str:
