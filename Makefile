@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export DO_NOT_TRACK ?= 1
 
-.PHONY: repro test test-fast ui lint bench install clean
+.PHONY: repro test test-fast ui lint install clean
 
 repro: install ## run every stage that is not up to date
 	@latentloom check
@@ -26,9 +26,6 @@ ui: install ## MLflow's pages on http://127.0.0.1:5000
 lint: install
 	ruff check .
 	ruff format --check .
-
-bench: install
-	python benchmarks/sample.py
 
 install: $(INSTALLED)
 
