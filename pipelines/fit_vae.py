@@ -1,4 +1,4 @@
-"""Train the bundled VAE on rendered OpenMoji: `python pipelines/fit_vae.py [PARAMS]` (default presets/fit_vae.yaml).
+"""Train the bundled VAE on rendered OpenMoji: `python pipelines/fit_vae.py [PARAMS]` (default pipelines/fit_vae.yaml).
 
 No stage of the DVC graph: the weights it makes are shipped. An interrupted training goes on from its last checkpoint.
 """
@@ -48,4 +48,4 @@ def main(params_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "presets/fit_vae.yaml"))
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "pipelines/fit_vae.yaml"))

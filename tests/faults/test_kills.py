@@ -29,10 +29,12 @@ def finish(project, stage: str) -> str:
     return output
 
 
-def kill_when(project, stage: str, moment) -> None:
+def kill_when(project, stage: str, moment, *, may_end_first: bool = False) -> None:
     process = start(project, stage)
     deadline = time.monotonic() + 120
     while not moment():
+        if may_end_first and process.poll() == 0:
+            break
         assert process.poll() is None, f"{stage} ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -87,7 +89,7 @@ def test_a_killed_encoder_loses_no_finished_shard(projects, stage, out, state):
 def test_no_half_file_is_left_under_a_final_name_by_kills_at_many_moments(projects):
     whole, killed = projects
     expected = contents(whole.folder / "data/latents")
-    for delay in (0.0, 0.05, 0.1, 0.2, 0.4):
+    for delay in (0.0, 0.01, 0.02, 0.04, 0.08, 0.16):
         for folder in (killed.folder / ".state/latents", killed.folder / "data/latents"):
             for path in folder.iterdir():
                 path.unlink()
@@ -98,7 +100,7 @@ def test_no_half_file_is_left_under_a_final_name_by_kills_at_many_moments(projec
                 started.append(time.monotonic())
             return bool(started) and time.monotonic() - started[0] >= delay
 
-        kill_when(killed, "encode_images", moment)
+        kill_when(killed, "encode_images", moment, may_end_first=True)
         for path in (killed.folder / "data/latents").glob("*.safetensors"):
             assert path.read_bytes() == expected[path.name]
     finish(killed, "encode_images")
