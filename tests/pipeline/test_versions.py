@@ -55,5 +55,5 @@ def test_an_experiment_from_the_queue_runs_elsewhere_and_lands_in_the_same_store
 
 
 def test_the_model_is_an_artifact_of_the_project(project):
-    code = "from dvc.repo import Repo; print(*(a.path for found in Repo().artifacts.read().values() for a in found.values()))"
+    code = "import dvc.repo as r; print(*(a.path for own in r.Repo().artifacts.read().values() for a in own.values()))"
     assert project.run("python", "-c", code).stdout.split() == ["models/unet"]
