@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from latentloom.encoding.vae_training import Recipe, TrainingState
+from latentloom.files import atomic_path
 
 
 def checkpoint_path(cache: Path, recipe: Recipe) -> Path:
@@ -25,17 +26,15 @@ def checkpoint_path(cache: Path, recipe: Recipe) -> Path:
 
 
 def save_checkpoint(state: TrainingState, path: Path) -> None:
-    """Write all that `resume` needs, under a temporary name first."""
+    """Write all that `resume` needs, atomically."""
     tensors = {f"network.{name}": tensor for name, tensor in state.network.state_dict().items()}
     tensors |= {f"average.{name}": tensor for name, tensor in state.average.state_dict().items()}
     for number, optimizer in enumerate(state.optimizers):
         for parameter, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{parameter}.{name}": value for name, value in moments.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, temporary, metadata={"step": str(state.step)})
-    temporary.replace(path)
+    with atomic_path(path) as temporary:
+        save_file(contiguous, temporary, metadata={"step": str(state.step)})
 
 
 def resume(state: TrainingState, path: Path) -> bool:
