@@ -1,7 +1,6 @@
 """A change reruns exactly the stages it must: DVC itself is asked, on a whole project with tiny data."""
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -97,11 +96,9 @@ def test_a_wrong_param_is_refused_at_once_and_changes_nothing(project, name, val
     before = lock(project)
     try:
         project.set_params(**{name: value})
-        started = time.monotonic()
         result = project.run("dvc", "repro", check=False)
         assert result.returncode != 0
         assert expected in result.stdout + result.stderr
-        assert time.monotonic() - started < 60
         result = project.run("latentloom", "check", check=False)
         assert result.returncode == 1
         assert expected in result.stderr
