@@ -12,9 +12,12 @@ import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
+    StrictBool,
     StrictInt,
     StrictStr,
+    Tag,
     ValidationError,
     field_validator,
     model_validator,
@@ -23,6 +26,7 @@ from pydantic import (
 Count = Annotated[StrictInt, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+SourceName = Literal["openmoji", "folder", "webdataset", "parquet"]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
@@ -34,33 +38,75 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class IngestParams(Section):
-    source: Literal["openmoji", "folder", "webdataset", "parquet"]
-    path: StrictStr | None
-    image_size: Annotated[StrictInt, Field(ge=32, le=1024, multiple_of=8)]
-    limit: Count | None
-    val_fraction: Fraction
+class SourceParams(Section):
+    """One source of captioned images, as an entry of a list under ``ingest.source``."""
 
-    @field_validator("source")
-    @classmethod
-    def _only_what_is_built(cls, source: str) -> str:
-        if source in ("webdataset", "parquet"):
-            raise ValueError(f"the source {source!r} is not supported yet; use 'openmoji' or 'folder'")
-        return source
+    source: SourceName
+    path: StrictStr | None = None
+    name: Annotated[StrictStr, Field(min_length=1)] | None = None  # null: the value of ``source``
+    weight: Positive = 1.0
+    image_column: StrictStr | None = None  # of parquet; null: the first known name that is there
+    caption_column: StrictStr | None = None
 
     @model_validator(mode="after")
-    def _path_goes_with_source(self) -> "IngestParams":
-        if self.source == "folder" and not self.path:
-            raise ValueError("source: folder needs path, the folder that holds your images")
+    def _keys_go_with_source(self) -> "SourceParams":
         if self.source == "openmoji" and self.path:
             raise ValueError(
                 f"source: openmoji takes no path, yet path is {self.path!r}; set source: folder, or path: null"
             )
+        if self.source != "openmoji" and not self.path:
+            raise ValueError(f"source: {self.source} needs path, {WHAT_A_PATH_HOLDS[self.source]}")
+        if self.source != "parquet" and (self.image_column or self.caption_column):
+            raise ValueError(f"source: {self.source} has no columns; image_column and caption_column are for parquet")
         return self
+
+
+WHAT_A_PATH_HOLDS = {
+    "folder": "the folder that holds your images",
+    "webdataset": "a tar file, a folder of them, or a pattern such as shards/*.tar",
+    "parquet": "a Parquet file, a folder of them, or a pattern such as train-*.parquet",
+}
+
+
+class IngestParams(Section):
+    source: Annotated[
+        Annotated[SourceName, Tag("one source")]
+        | Annotated[list[SourceParams], Field(min_length=1), Tag("several sources")],
+        Discriminator(lambda source: "several sources" if isinstance(source, list) else "one source"),
+    ]
+    path: StrictStr | None
+    image_size: Annotated[StrictInt, Field(ge=32, le=1024, multiple_of=8)]
+    limit: Count | None
+    val_fraction: Fraction
+    max_pixels: Count
+    max_aspect_ratio: Annotated[float, Field(ge=1.0, allow_inf_nan=False)]
+    near_duplicate_distance: Annotated[StrictInt, Field(ge=0, le=64)] | None
+    max_reject_fraction: Annotated[float, Field(ge=0.0, le=1.0)]
+
+    @model_validator(mode="after")
+    def _sources_are_whole(self) -> "IngestParams":
+        if isinstance(self.source, list) and self.path:
+            raise ValueError(
+                f"each source of the list has a path of its own, yet path is {self.path!r}; set path: null"
+            )
+        names = [entry.name or entry.source for entry in self.sources]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two sources are called {name!r}; give each a name of its own (name: ...)")
+        return self
+
+    @property
+    def sources(self) -> list[SourceParams]:
+        """The sources in their order, whichever way they were written."""
+        if isinstance(self.source, str):
+            return [SourceParams(source=self.source, path=self.path)]
+        return self.source
 
 
 class EncodeImagesParams(Section):
     vae: StrictStr
+    precision: Literal["fp32", "bf16", "fp16"]
+    flip: StrictBool
 
 
 class EncodeTextParams(Section):
@@ -71,6 +117,7 @@ Range = Annotated[list[float], Field(min_length=2, max_length=2)]
 
 
 class ValidateParams(Section):
+    on_failure: Literal["stop", "warn"]
     min_train_images: Count
     caption_length: Range
     latent_mean: Range
@@ -158,7 +205,7 @@ def load_params(path: Path | str = "params.yaml") -> Params:
 
 
 def _explain(error: dict[str, Any]) -> str:
-    location = [str(part) for part in error["loc"]]
+    location = [str(part) for part in error["loc"] if part not in ("one source", "several sources")]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
         allowed = _allowed_keys(_section_at(location[:-1]))
@@ -168,7 +215,8 @@ def _explain(error: dict[str, Any]) -> str:
     if error["type"] == "missing":
         return f"  {key}: missing; every key of the section must be given"
     message = error["msg"].removeprefix("Value error, ")
-    return f"  {key} = {error['input']!r}: {message[0].lower()}{message[1:]}"
+    value = "" if isinstance(error["input"], dict) else f" = {error['input']!r}"
+    return f"  {key}{value}: {message[0].lower()}{message[1:]}"
 
 
 def _allowed_keys(section: type[BaseModel]) -> list[str]:
@@ -178,5 +226,7 @@ def _allowed_keys(section: type[BaseModel]) -> list[str]:
 def _section_at(location: list[str]) -> type[BaseModel]:
     section: type[BaseModel] = Params
     for key in location:
+        if key == "source":
+            return SourceParams
         section = next(f.annotation for n, f in section.model_fields.items() if (f.alias or n) == key)
     return section

@@ -15,6 +15,13 @@ from latentloom.ingestion.shards import iterate_images, read_metadata
 from latentloom.params import IngestParams
 
 SIZE = 32
+UNBOUNDED = {  # params of `ingest` that refuse nothing
+    "limit": None,
+    "max_pixels": 178_956_970,
+    "max_aspect_ratio": 1e9,
+    "near_duplicate_distance": None,
+    "max_reject_fraction": 1.0,
+}
 
 
 def noise(seed: int, height: int = SIZE, width: int = SIZE) -> np.ndarray:
@@ -65,9 +72,12 @@ class Corpus:
     def rejects(self) -> Path:
         return self.out / "rejects.parquet"
 
+    def params(self, **changes) -> IngestParams:
+        own = {"source": "folder", "path": str(self.path), "image_size": SIZE, "val_fraction": 0.5}
+        return IngestParams(**(UNBOUNDED | own | changes))
+
     def ingest(self, **changes) -> IngestReport:
-        params = {"source": "folder", "path": str(self.path), "image_size": SIZE, "limit": None, "val_fraction": 0.5}
-        return ingest(IngestParams(**(params | changes)), self.images, self.rejects, progress=False)
+        return ingest(self.params(**changes), self.images, self.rejects, progress=False)
 
     def reasons(self) -> dict[str, str]:
         """Of the last ingestion: key -> reason."""

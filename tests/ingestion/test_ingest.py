@@ -205,7 +205,7 @@ def test_a_lost_sample_is_noticed(corpus, monkeypatch):
 def test_progress_goes_to_standard_error_with_rate(corpus, capsys):
     corpus.add("a.png", "a picture")
     stage.ingest(
-        stage.IngestParams(source="folder", path=str(corpus.path), image_size=32, limit=None, val_fraction=0.1),
+        corpus.params(),
         corpus.images,
         corpus.rejects,
     )

@@ -20,7 +20,17 @@ def captions():
 
 
 def run(folder, limit):
-    params = IngestParams(source="openmoji", path=None, image_size=64, limit=limit, val_fraction=0.1)
+    params = IngestParams(
+        source="openmoji",
+        path=None,
+        image_size=64,
+        limit=limit,
+        val_fraction=0.1,
+        max_pixels=2**20,
+        max_aspect_ratio=1.0,
+        near_duplicate_distance=None,
+        max_reject_fraction=1.0,
+    )
     return ingest(params, folder / "images", folder / "rejects.parquet", progress=False)
 
 

@@ -14,6 +14,7 @@ from latentloom.params import ValidateParams
 from latentloom.validation import ValidationReport, validate
 
 LIMITS = ValidateParams(
+    on_failure="stop",
     min_train_images=16,
     caption_length=[2, 300],
     latent_mean=[-10.0, 10.0],
