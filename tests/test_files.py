@@ -38,7 +38,7 @@ def test_a_full_disk_names_the_file_and_the_room_and_leaves_nothing_behind(tmp_p
         "from latentloom.files import write_text\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        "write_text(sys.argv[1], 'x' * 5000)\n"
+        "write_text(sys.argv[1], 'x' * 3 * 2**20)\n"
     )
     path = tmp_path / "big.txt"
     result = subprocess.run(
@@ -46,5 +46,6 @@ def test_a_full_disk_names_the_file_and_the_room_and_leaves_nothing_behind(tmp_p
     )
     assert result.returncode != 0
     assert f"could not write {path}" in result.stderr
-    assert "MiB free there" in result.stderr
+    assert "it needs 3.0 MiB" in result.stderr
+    assert "MiB are free there" in result.stderr
     assert not list(tmp_path.iterdir())

@@ -8,18 +8,23 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
 @contextmanager
-def atomic_path(path: Path | str) -> Iterator[Path]:
+def atomic_path(path: Path | str, room: int | Callable[[], int] | None = None) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; rename it onto ``path`` when the block ends without an error.
 
+    Args:
+        path: the final name.
+        room: how many bytes the file will take, or what tells it when asked; for the message of a full disk.
+
     Raises:
-        OSError: what the disk said, with the final name and the room left, when the file cannot be written.
+        OSError: what the disk said, with the final name, the room needed and the room left, when the file cannot be
+            written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,10 +35,13 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
+        needed = room() if callable(room) else room
+        needs = "" if needed is None else f"it needs {needed / 2**20:.1f} MiB, "
+        free = shutil.disk_usage(path.parent).free / 2**20
         raise OSError(
             error.errno,
-            f"could not write {path}: {error.strerror or error} "
-            f"({shutil.disk_usage(path.parent).free / 2**20:.0f} MiB free there). Make room and run the stage again.",
+            f"could not write {path}: {error.strerror or error}; {needs}{free:.0f} MiB are free there. "
+            "Make room and run the stage again.",
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -41,8 +49,9 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
 def write_text(path: Path | str, text: str) -> None:
     """Write ``text`` as UTF-8 with Unix newlines, atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(text.encode("utf-8"))
+    data = text.encode("utf-8")
+    with atomic_path(path, room=len(data)) as temporary:
+        temporary.write_bytes(data)
 
 
 def write_json(path: Path | str, data: Any) -> None:
