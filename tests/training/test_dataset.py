@@ -7,6 +7,7 @@ import torch
 
 from latentloom.encoding.captions import encode_captions, read_captions
 from latentloom.encoding.latents import encode_images, read_latents
+from latentloom.encoding.row_store import RowStore
 from latentloom.encoding.text_encoder import load_text_encoder
 from latentloom.encoding.vae import load_vae
 from latentloom.ingestion.shards import read_metadata
@@ -25,8 +26,8 @@ def models(tmp_path_factory):
 def caches(models, prepare_images, tmp_path):
     vae, encoder = models
     images = prepare_images(range(40))
-    encode_images(vae, images, tmp_path / "latents", tmp_path / "s1")
-    encode_captions(encoder, images, tmp_path / "text", tmp_path / "s2")
+    encode_images(vae, images, tmp_path / "latents", RowStore(tmp_path / "s1", 2**30))
+    encode_captions(encoder, images, tmp_path / "text", RowStore(tmp_path / "s2", 2**30))
     return load_caches(tmp_path / "latents", tmp_path / "text")
 
 
