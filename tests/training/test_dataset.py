@@ -1,6 +1,7 @@
 """The training data as the caches hold it: standardised, joined with its captions, in the order of ids."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import tiny_models
 import torch
@@ -59,6 +60,28 @@ def test_each_image_has_its_own_captions_and_latent(caches, tmp_path):
         np.testing.assert_allclose(caches.train.mean[position], (raw - center) / scale, atol=1e-4)
         primary = embeddings[row_of_text[own_texts[0]]].float()
         assert torch.equal(caches.train.primary_embeddings()[position], primary)
+
+
+def test_mirrored_latents_and_weights_come_from_the_caches(models, prepare_images, tmp_path):
+    vae, encoder = models
+    images = prepare_images(range(12))
+    encode_images(vae, images, tmp_path / "latents", RowStore(tmp_path / "s1", 2**30), flip=True)
+    encode_captions(encoder, images, tmp_path / "text", RowStore(tmp_path / "s2", 2**30))
+    assert load_caches(tmp_path / "latents", tmp_path / "text").train.weights is None
+    path = tmp_path / "latents" / "index.parquet"
+    index = pd.read_parquet(path)
+    index["weight"] = np.arange(1, 13, dtype=np.float32)
+    path.unlink()
+    index.to_parquet(path, index=False)
+    train = load_caches(tmp_path / "latents", tmp_path / "text").train
+    weight_of = dict(zip(index["id"], index["weight"], strict=True))
+    assert train.weights.tolist() == [weight_of[own] for own in train.ids]
+    both = torch.cat([train.mean, train.flipped_mean])
+    np.testing.assert_allclose(both.double().mean((0, 2, 3)), 0, atol=1e-3)
+    _, tensors, statistics = read_latents(tmp_path / "latents")
+    row = index["id"].tolist().index(train.ids[0])
+    scale = np.array(statistics["std"])[:, None, None]
+    np.testing.assert_allclose(train.flipped_std[0], tensors["flipped_std"][row].double() / scale, rtol=1e-3)
 
 
 def test_the_digest_follows_images_and_captions(caches):
