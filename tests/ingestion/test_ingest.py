@@ -4,8 +4,8 @@ import pandas as pd
 import pytest
 
 from latentloom.ingestion import ingest as stage
-from latentloom.ingestion import shards
-from latentloom.ingestion.ingest import split_of
+from latentloom.ingestion import prepared
+from latentloom.ingestion.prepared import split_of
 from latentloom.ingestion.rejects import read_rejects
 from latentloom.ingestion.shards import read_manifest, read_metadata
 from latentloom.ingestion.sources import IngestError
@@ -23,7 +23,6 @@ def test_what_is_found_is_kept_or_rejected(corpus):
     assert report.train + report.validation == 6
     assert "2 rejected (1 empty_file, 1 no_caption)" in str(report)
     assert set(report.to_dict()) == {
-        "source",
         "found",
         "kept",
         "rejected",
@@ -31,6 +30,9 @@ def test_what_is_found_is_kept_or_rejected(corpus):
         "train",
         "validation",
         "captions",
+        "sources",
+        "near_duplicates",
+        "moved_to_train",
     }
 
 
@@ -41,7 +43,7 @@ def test_the_table_of_rejects_has_the_same_columns_when_it_is_empty(corpus):
     corpus.add("b.png")
     corpus.ingest()
     filled = read_rejects(corpus.rejects)
-    assert list(empty) == list(filled) == ["source", "key", "reason", "detail"]
+    assert list(empty) == list(filled) == ["source", "key", "reason", "detail", "preview"]
     assert (len(empty), len(filled)) == (0, 1)
     assert pd.read_parquet(corpus.rejects)["reason"].tolist() == ["no_caption"]
 
@@ -136,21 +138,48 @@ def test_the_source_is_never_written_to(corpus, contents):
         corpus.ingest(path=str(corpus.images))
 
 
-def test_when_nothing_is_left_the_reasons_are_told_and_the_old_images_stay(corpus, contents):
+def test_when_nothing_is_left_the_reasons_are_told_and_the_images_are_not_taken_for_finished(corpus):
     good = corpus.add("a.png", "a picture")
     corpus.ingest()
-    before = contents(corpus.images)
     good.write_bytes(b"")
     corpus.add("bare.png")
-    with pytest.raises(IngestError, match=r"0 images.*2 rejected \(1 empty_file, 1 no_caption\)"):
+    with pytest.raises(IngestError, match=r"2 of 2 samples \(100\.0%\) were refused, and no image is left") as caught:
         corpus.ingest()
-    assert contents(corpus.images) == before
+    assert "1 empty_file, such as folder: a.png" in str(caught.value)
     assert corpus.reasons() == {"a.png": "empty_file", "bare.png": "no_caption"}
+    with pytest.raises(FileNotFoundError, match="dvc repro"):
+        read_manifest(corpus.images)
 
 
-@pytest.mark.fault
-def test_shards_and_temporary_files_of_earlier_runs_go_once_the_new_ones_are_whole(corpus, monkeypatch):
-    monkeypatch.setattr(shards, "SHARD_ROWS", 2)
+def test_too_many_rejects_stop_the_stage_with_the_reasons_counted_most_frequent_first(corpus):
+    for number in range(4):
+        corpus.add(f"{number}.png", "a picture")
+    for number in range(3):
+        corpus.add(f"bare{number}.png")
+    corpus.add("empty.png", "nothing", b"")
+    assert corpus.ingest(max_reject_fraction=0.5).rejected == 4
+    corpus.add("zero.png", "nothing", b"")
+    with pytest.raises(IngestError) as caught:
+        corpus.ingest(max_reject_fraction=0.5)
+    first, most, second, last = str(caught.value).splitlines()
+    assert first == "5 of 9 samples (55.6%) were refused, and ingest.max_reject_fraction allows 50.0%:"
+    assert most == "  3 no_caption, such as folder: bare0.png"
+    assert second == "  2 empty_file, such as folder: empty.png"
+    assert str(corpus.rejects) in last
+    assert "raise ingest.max_reject_fraction" in last
+    assert len(read_rejects(corpus.rejects)) == 5
+    assert not (corpus.images / "manifest.json").exists()
+
+
+def test_where_the_limit_ends_the_run_only_what_was_looked_at_counts_as_refused(corpus):
+    corpus.add("a.png", "a picture")
+    for number in range(9):
+        corpus.add(f"bare{number}.png")
+    assert corpus.ingest(limit=1, max_reject_fraction=0.1).rejected == 0
+
+
+def test_shards_and_temporary_files_of_earlier_runs_go_once_the_new_ones_are_whole(corpus, shards_of):
+    shards_of(2)
     for number in range(5):
         corpus.add(f"{number}.png", "a picture")
     corpus.ingest()
@@ -160,23 +189,27 @@ def test_shards_and_temporary_files_of_earlier_runs_go_once_the_new_ones_are_who
 
 
 @pytest.mark.fault
+@pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.parametrize(
     "error", [RuntimeError("a fault"), KeyboardInterrupt(), MemoryError(), OSError(28, "No space left on device")]
 )
-def test_a_failure_in_the_middle_leaves_no_partial_file_and_no_manifest(corpus, monkeypatch, failing_after, error):
-    monkeypatch.setattr(shards, "SHARD_ROWS", 2)
+def test_a_failure_in_the_middle_leaves_no_partial_file_and_no_manifest(
+    corpus, shards_of, monkeypatch, failing_after, error, workers
+):
+    shards_of(2)
+    monkeypatch.setenv("LATENTLOOM_WORKERS", workers)
     for number in range(5):
         corpus.add(f"{number}.png", "a picture")
     corpus.ingest(limit=1)
-    monkeypatch.setattr(shards, "encode", failing_after(shards.encode, 4, error))
-    with pytest.raises(type(error)):
-        corpus.ingest()
-    assert [path.name for path in corpus.images.iterdir()] == ["00000.parquet"]
-    assert [path.name for path in corpus.out.iterdir() if path.is_file()] == ["rejects.parquet"]
+    with monkeypatch.context() as patch:
+        patch.setattr(prepared, "encode", failing_after(prepared.encode, 4, error))
+        with pytest.raises(type(error)):
+            corpus.ingest()
+    assert "00000.parquet" in {path.name for path in corpus.images.iterdir()}
+    assert not [path.name for path in corpus.out.rglob(".*")]
     assert read_rejects(corpus.rejects).empty
     with pytest.raises(FileNotFoundError, match="dvc repro"):
         read_manifest(corpus.images)
-    monkeypatch.undo()
     corpus.ingest()
     assert len(read_metadata(corpus.images)) == 5
 
@@ -196,8 +229,10 @@ def test_a_file_that_the_disk_will_not_give_is_refused_and_the_rest_goes_on(corp
 def test_a_lost_sample_is_noticed(corpus, monkeypatch):
     corpus.add("a.png", "a picture")
     corpus.add("b.png", "a picture")
-    kept = stage._kept
-    monkeypatch.setattr(stage, "_kept", lambda *arguments: (row for row in kept(*arguments) if row.key != "a.png"))
+    write = stage.write_shards
+    monkeypatch.setattr(
+        stage, "write_shards", lambda rows, folder: write((row for row in rows if row.key != "a.png"), folder)
+    )
     with pytest.raises(RuntimeError, match="one was lost"):
         corpus.ingest()
 
@@ -208,6 +243,7 @@ def test_progress_goes_to_standard_error_with_rate(corpus, capsys):
         corpus.params(),
         corpus.images,
         corpus.rejects,
+        corpus.near_duplicates,
     )
     captured = capsys.readouterr()
     assert "ingest: 100%" in captured.err

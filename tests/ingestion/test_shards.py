@@ -24,9 +24,8 @@ def filled(corpus):
 
 
 @pytest.fixture
-def small_shards(monkeypatch):
-    monkeypatch.setattr(shards, "SHARD_ROWS", 3)
-    monkeypatch.setattr(shards, "ROW_GROUP_ROWS", 2)
+def small_shards(shards_of):
+    shards_of(3, group=2)
 
 
 def test_shards_hold_a_bounded_number_of_rows_in_the_sources_order(filled, small_shards):
@@ -52,8 +51,7 @@ def test_the_manifest_says_what_the_shards_hold(filled, small_shards):
     report = filled.ingest()
     manifest = read_manifest(filled.images)
     frame = read_metadata(filled.images)
-    assert manifest["format_version"] == 1
-    assert manifest["source"] == "folder"
+    assert manifest["format_version"] == 2
     assert manifest["image_size"] == 32
     assert manifest["images"] == len(frame) == report.kept
     assert manifest["train"] == (frame["split"] == "train").sum() == report.train

@@ -61,13 +61,14 @@ class FolderSource:
             for row in read_metadata_rows(self.root / key):
                 self._take(key, row)
         self._keys = sorted(self._images.union(self._captions))
-        if not self:
+        if not self.total:
             raise IngestError(
                 f"ingest.path: {self.root} holds no images; looked for the extensions {' '.join(sorted(EXTENSIONS))} "
                 f"in it and its sub-folders, and for metadata files ({', '.join(READERS)}; {COLUMNS_WANTED})"
             )
 
-    def __len__(self) -> int:
+    @property
+    def total(self) -> int:
         return len(self._keys) + len(self._rejects)
 
     def samples(self) -> Iterator[Sample | Reject]:

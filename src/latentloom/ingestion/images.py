@@ -19,7 +19,6 @@ from latentloom.ingestion.rejects import Reason, Unusable
 # Pillow's formats without those that start programs (EPS) or that any bytes may pass for (TGA).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")
 MAX_BYTES = 2**30
-MAX_PIXELS = 178_956_970  # where Pillow, too, takes a file for a decompression bomb: half a GiB of RGB
 LARGEST_ENLARGEMENT = 4
 
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
@@ -45,14 +44,16 @@ class PreparedImage:
     height: int
 
 
-def prepare_image(data: bytes, size: int) -> PreparedImage:
+def prepare_image(data: bytes, size: int, *, max_pixels: int, max_aspect_ratio: float) -> PreparedImage:
     """Decode an image file and prepare its pixels at ``size`` by ``size``.
 
     Raises:
         Unusable: with the reason, where the bytes are no image that can be used.
     """
-    image = _decode(data)
+    image = _decode(data, max_pixels)
     width, height = image.size
+    if max(width, height) > max_aspect_ratio * min(width, height):
+        raise Unusable(Reason.TOO_EXTREME_ASPECT, f"{width}x{height} pixels")
     smallest = -(-size // LARGEST_ENLARGEMENT)
     if min(width, height) < smallest:
         raise Unusable(
@@ -72,7 +73,7 @@ def image_id(pixels: np.ndarray) -> str:
     return hashlib.sha256(f"{shape}:".encode() + np.ascontiguousarray(pixels, np.uint8).tobytes()).hexdigest()
 
 
-def _decode(data: bytes) -> Image.Image:
+def _decode(data: bytes, max_pixels: int) -> Image.Image:
     """The first frame, upright, in whatever mode the file has."""
     if not data:
         raise Unusable(Reason.EMPTY_FILE, "the file holds no bytes")
@@ -82,13 +83,13 @@ def _decode(data: bytes) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
             image = Image.open(io.BytesIO(data), formats=FORMATS)
-            if image.width * image.height > MAX_PIXELS:
-                raise Unusable(Reason.TOO_MANY_PIXELS, f"{image.width}x{image.height} pixels; at most {MAX_PIXELS:,}")
+            if image.width * image.height > max_pixels:
+                raise Unusable(Reason.TOO_MANY_PIXELS, f"{image.width}x{image.height} pixels; at most {max_pixels:,}")
             image.load()
     except (Unusable, MemoryError):
         raise
     except Image.DecompressionBombError:
-        raise Unusable(Reason.TOO_MANY_PIXELS, f"more than {MAX_PIXELS:,} pixels") from None
+        raise Unusable(Reason.TOO_MANY_PIXELS, f"more than {max_pixels:,} pixels") from None
     except UnidentifiedImageError:
         if data.startswith(SIGNATURES):
             raise Unusable(Reason.UNREADABLE, "begins as an image, but its header is damaged or cut off") from None

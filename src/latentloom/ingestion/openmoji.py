@@ -57,7 +57,8 @@ class OpenMojiSource:
                 names[key] = _names(sequence, entry["en"], entry.get("alias") or [])
         return _told_apart(names)
 
-    def __len__(self) -> int:
+    @property
+    def total(self) -> int:
         return len(self.captions)
 
     def samples(self) -> Iterator[Sample]:
