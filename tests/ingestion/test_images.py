@@ -1,6 +1,7 @@
 """Any image file becomes upright RGB pixels on white, of its centred square; the rest is refused with its reason."""
 
 import io
+import re
 import struct
 import zlib
 
@@ -13,6 +14,7 @@ from latentloom.ingestion.images import image_id, prepare_image
 from latentloom.ingestion.rejects import Reason, Unusable
 
 SIZE = 32
+BOUNDS = {"max_pixels": 178_956_970, "max_aspect_ratio": 100.0}
 
 
 def saved(image: Image.Image | np.ndarray, file_format: str = "PNG", **options) -> bytes:
@@ -23,12 +25,12 @@ def saved(image: Image.Image | np.ndarray, file_format: str = "PNG", **options) 
 
 
 def prepared(data: bytes, size: int = SIZE) -> np.ndarray:
-    return prepare_image(data, size).pixels
+    return prepare_image(data, size, **BOUNDS).pixels
 
 
-def reason(data: bytes, size: int = SIZE) -> Reason:
+def reason(data: bytes, **bounds: float) -> Reason:
     with pytest.raises(Unusable) as caught:
-        prepare_image(data, size)
+        prepare_image(data, SIZE, **(BOUNDS | bounds))
     assert caught.value.detail
     return caught.value.reason
 
@@ -77,7 +79,7 @@ def test_resizing_is_an_antialiased_lanczos_of_the_square_alone(picture, height,
 def test_the_original_size_is_that_of_the_upright_picture():
     exif = Image.Exif()
     exif[0x0112] = 6
-    image = prepare_image(saved(gradient(40, 60), "JPEG", exif=exif), SIZE)
+    image = prepare_image(saved(gradient(40, 60), "JPEG", exif=exif), SIZE, **BOUNDS)
     assert (image.width, image.height) == (40, 60)
 
 
@@ -266,7 +268,7 @@ def test_flipped_bytes_are_refused_or_read_but_never_crash(picture, file_format)
         try:
             prepared(damaged.tobytes())
         except Unusable as unusable:
-            assert "0x" not in unusable.detail
+            assert not re.search(r"\b0x", unusable.detail)
 
 
 def test_a_damaged_png_chunk_is_unreadable(picture):

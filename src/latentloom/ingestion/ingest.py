@@ -19,10 +19,12 @@ from latentloom.ingestion.captions import clean_captions
 from latentloom.ingestion.folder import FolderSource
 from latentloom.ingestion.images import image_id, prepare_image
 from latentloom.ingestion.openmoji import OpenMojiSource
+from latentloom.ingestion.parquet import ParquetSource
 from latentloom.ingestion.rejects import Reason, Reject, RejectWriter, Unusable
 from latentloom.ingestion.shards import ImageRow, Manifest, write_images
 from latentloom.ingestion.sources import IngestError, Sample, Source
-from latentloom.params import IngestParams
+from latentloom.ingestion.webdataset import WebDatasetSource
+from latentloom.params import IngestParams, SourceParams
 
 
 @dataclass(frozen=True)
@@ -59,30 +61,32 @@ def ingest(
     """
     images_folder, rejects_path = Path(images_folder), Path(rejects_path)
     _refuse_outputs_in_source(params, images_folder, rejects_path)
-    source = open_source(params)
+    entry = params.sources[0]
+    name, source = entry.name or entry.source, open_source(entry, params.image_size)
+    total = source.total or 0
     counts: Counter[str] = Counter()
     bar = tqdm(
-        total=min(len(source), params.limit or len(source)),
+        total=min(total, params.limit or total),
         desc="ingest",
         unit="image",
         disable=not progress,
         mininterval=0.2 if sys.stderr.isatty() else 10.0,
     )
-    with bar, RejectWriter(rejects_path, source.name) as rejects:
+    with bar, RejectWriter(rejects_path, name) as rejects:
 
         def refuse(reject: Reject) -> None:
             rejects.add(reject)
-            bar.total = min(len(source), bar.total + 1) if params.limit else bar.total
+            bar.total = min(total, bar.total + 1) if params.limit else bar.total
 
         def seen(item: Sample | Reject) -> Sample | Reject:
             counts["found"] += 1
             bar.update()
             return item
 
-        rows = itertools.islice(_kept(map(seen, source.samples()), source.name, params, refuse), params.limit)
+        rows = itertools.islice(_kept(map(seen, source.samples()), name, params, refuse), params.limit)
         first = next(rows, None)
         manifest = Manifest(
-            source=source.name,
+            source=name,
             image_size=params.image_size,
             attribution=source.attribution,
             licence=source.licence,
@@ -90,7 +94,7 @@ def ingest(
         if first is not None:
             manifest = write_images(_counted(itertools.chain([first], rows), counts), images_folder, manifest)
     report = IngestReport(
-        source=source.name,
+        source=name,
         found=counts["found"],
         kept=manifest.images,
         rejected=rejects.reasons.total(),
@@ -104,25 +108,25 @@ def ingest(
             f"{report.found} samples found, but {report.kept} kept and {report.rejected} rejected: one was lost"
         )
     if not report.kept:
-        raise IngestError(
-            f"no image of the source {source.name} can be used: {report}; {rejects_path} says why, one by one"
-        )
+        raise IngestError(f"no image of the source {name} can be used: {report}; {rejects_path} says why, one by one")
     return report
 
 
-def open_source(params: IngestParams) -> Source:
-    """The source that ``params`` names.
+def open_source(entry: SourceParams, image_size: int) -> Source:
+    """The source that ``entry`` names.
 
     Raises:
         IngestError: when it is not there, or cannot be used as a whole.
     """
-    match params.source:
+    match entry.source:
         case "openmoji":
-            return OpenMojiSource(params.image_size)
+            return OpenMojiSource(image_size)
         case "folder":
-            return FolderSource(params.path)
-        case _:
-            raise IngestError(f"ingest.source: {params.source!r} is not supported yet; use openmoji or folder")
+            return FolderSource(entry.path)
+        case "webdataset":
+            return WebDatasetSource(entry.path)
+        case "parquet":
+            return ParquetSource(entry.path, entry.image_column, entry.caption_column)
 
 
 def split_of(image_id: str, val_fraction: float) -> str:
@@ -157,7 +161,9 @@ def _row(sample: Sample, source: str, params: IngestParams) -> ImageRow:
         data = sample.read()
     except OSError as error:
         raise Unusable(Reason.UNREADABLE, error.strerror or type(error).__name__) from error
-    image = prepare_image(data, params.image_size)
+    image = prepare_image(
+        data, params.image_size, max_pixels=params.max_pixels, max_aspect_ratio=params.max_aspect_ratio
+    )
     own_id = image_id(image.pixels)
     split = split_of(own_id, params.val_fraction)
     return ImageRow(own_id, image.pixels, captions, split, source, sample.key, image.width, image.height)
