@@ -106,7 +106,7 @@ class ParquetSource:
 
 
 def _open(path: Path) -> pq.ParquetFile:
-    return pq.ParquetFile(path, buffer_size=BUFFER_BYTES, page_checksum_verification=True)
+    return pq.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True)
 
 
 def _pick(wanted: str | None, known: tuple[str, ...], columns: list[str]) -> str | None:
