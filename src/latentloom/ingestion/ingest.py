@@ -23,11 +23,13 @@ from latentloom.ingestion.folder import FolderSource
 from latentloom.ingestion.near_duplicates import find_near_duplicates, joined_by_twins, write_near_duplicates
 from latentloom.ingestion.openmoji import OpenMojiSource
 from latentloom.ingestion.parallel import ordered_map, worker_count
+from latentloom.ingestion.parquet import ParquetSource
 from latentloom.ingestion.prepared import Prepared, prepare_sample
 from latentloom.ingestion.rejects import Reject
 from latentloom.ingestion.shards import Manifest, SourceCount, move_to_train, write_manifest, write_shards
 from latentloom.ingestion.sieve import ID_BYTES, Sieve
 from latentloom.ingestion.sources import IngestError, Sample, Source
+from latentloom.ingestion.webdataset import WebDatasetSource
 from latentloom.params import IngestParams, SourceParams
 
 
@@ -143,8 +145,10 @@ def open_source(entry: SourceParams, image_size: int) -> Source:
             return OpenMojiSource(image_size)
         case "folder":
             return FolderSource(entry.path)
-        case _:
-            raise IngestError(f"ingest.source: {entry.source!r} is not supported yet; use openmoji or folder")
+        case "webdataset":
+            return WebDatasetSource(entry.path)
+        case "parquet":
+            return ParquetSource(entry.path, entry.image_column, entry.caption_column)
 
 
 def _watched(

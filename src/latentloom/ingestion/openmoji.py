@@ -36,7 +36,6 @@ class OpenMojiSource:
 
     image_size: int
 
-    name = "openmoji"
     licence = "CC BY-SA 4.0"
     attribution = (
         "All emojis designed by OpenMoji (https://openmoji.org) – the open-source emoji and icon project. "

@@ -29,7 +29,9 @@ class Reason(StrEnum):
 
     MISSING_FILE = "missing_file"  # metadata names a file that is not there
     OUTSIDE_FOLDER = "outside_folder"  # metadata names a file out of the source folder
-    BAD_ROW = "bad_row"  # a metadata row that cannot be read
+    UNSAFE_PATH = "unsafe_path"  # a tar member that is a link, or whose path is absolute or leads upwards
+    DUPLICATE_KEY = "duplicate_key"  # a key of a tar that comes again
+    BAD_ROW = "bad_row"  # metadata that cannot be read: a row of a file, or the JSON of one image
     UNREADABLE = "unreadable"  # the disk or the decoder gave up
     EMPTY_FILE = "empty_file"
     TRUNCATED = "truncated"
