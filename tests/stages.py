@@ -16,6 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from projects import Project
 
@@ -98,6 +99,7 @@ def _out_paths(project: Project, stage: str) -> list[Path]:
 
 def _run(folder: Path, environment: dict[str, str], stage: str, largest_file: int | None) -> None:
     assert "latentloom" not in sys.modules
+    torch.set_num_threads(1)  # tiny models: a second thread only waits for its turn on a busy machine
     os.setpgrp()
     os.chdir(folder)
     os.environ.clear()

@@ -121,18 +121,15 @@ def test_the_state_may_be_deleted_while_a_stage_runs(uninterrupted, project, sta
 
 def test_a_training_killed_while_mlflow_makes_its_store_is_tracked_when_it_reruns(uninterrupted, project):
     moments = random.Random(0)
-    for _ in range(4):
-        for path in project.folder.glob("*mlflow*"):
-            path.unlink()
+    for path in project.folder.glob("*mlflow*"):
+        path.unlink()
+    for _ in range(5):
         process = start(project, "train")
-        while not list(project.folder.glob("*mlflow.db*")):
-            assert process.is_alive(), end(project, process)
-            time.sleep(0.002)
-        process.join(moments.uniform(0.0, uninterrupted.seconds["train"] / 3))
+        process.join(moments.uniform(0.0, uninterrupted.seconds["train"] / 2))  # the store comes first, and takes long
         assert kill(process)
-        printed = finish(project, "train")
-        assert "MLflow could not be written to" not in printed
-        assert json.loads((project.folder / "reports/train/run.json").read_text())["mlflow_run_id"]
+    printed = finish(project, "train")
+    assert "MLflow could not be written to" not in printed
+    assert json.loads((project.folder / "reports/train/run.json").read_text())["mlflow_run_id"]
 
 
 def assert_nothing_is_half_written(project, stage, whole) -> None:
