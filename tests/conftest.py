@@ -25,7 +25,10 @@ def prepare_images(tmp_path: Path) -> Callable[..., Path]:
             split = "validation" if seed % 4 == 3 else "train"
             return ImageRow(image_id(pixels), pixels, captions, split, "folder", f"{seed}.png", size, size)
 
-        manifest = Manifest(source="folder", image_size=size, attribution="made by a test", licence="CC0")
+        sources = [{"name": "folder", "weight": 1.0}]
+        manifest = Manifest(
+            source="folder", image_size=size, sources=sources, attribution="made by a test", licence="CC0"
+        )
         write_images((row(seed) for seed in seeds), tmp_path / name, manifest)
         return tmp_path / name
 

@@ -84,6 +84,7 @@ class Manifest:
     format_version: int = FORMAT_VERSION
     source: str
     image_size: int
+    sources: list[dict[str, Any]] = field(default_factory=list)
     images: int = 0
     train: int = 0
     validation: int = 0

@@ -17,6 +17,8 @@ import torch
 from latentloom.encoding.captions import read_captions
 from latentloom.encoding.latents import read_latents
 
+BY_IMAGE = ("mean", "std", "flipped_mean", "flipped_std", "captions", "caption_counts")  # tensors on the device
+
 
 @dataclass(frozen=True)
 class LatentDataset:
@@ -31,6 +33,9 @@ class LatentDataset:
         captions: for each image the rows of its captions in ``embeddings`` (N, K), the primary one first; short lists
             are filled by repeating from the start, so a uniform draw of a column below ``caption_counts`` is fair.
         caption_counts: captions an image (N).
+        weights: how often each image is drawn, relative to the others (N), float64, on the CPU; None: all alike.
+        flipped_mean: as ``mean``, of the mirrored images; None where they were not encoded.
+        flipped_std: as ``std``, of the mirrored images.
     """
 
     ids: list[str]
@@ -40,6 +45,9 @@ class LatentDataset:
     texts: list[str]
     captions: torch.Tensor
     caption_counts: torch.Tensor
+    weights: torch.Tensor | None = None
+    flipped_mean: torch.Tensor | None = None
+    flipped_std: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -71,19 +79,16 @@ class LatentDataset:
 
     def to(self, device: torch.device) -> "LatentDataset":
         """The same data on ``device``."""
-        names = ("mean", "std", "embeddings", "captions", "caption_counts")
-        return replace(
-            self, **{name: tensor.to(device) for name in names if (tensor := getattr(self, name)) is not None}
-        )
+        moved = {
+            name: tensor.to(device) for name in (*BY_IMAGE, "embeddings") if (tensor := getattr(self, name)) is not None
+        }
+        return replace(self, **moved)
 
     def take(self, count: int) -> "LatentDataset":
         """The first ``count`` images."""
-        names = ("mean", "std", "captions", "caption_counts")
-        return replace(
-            self,
-            ids=self.ids[:count],
-            **{name: tensor[:count] for name in names if (tensor := getattr(self, name)) is not None},
-        )
+        names = (*BY_IMAGE, "weights")
+        taken = {name: tensor[:count] for name in names if (tensor := getattr(self, name)) is not None}
+        return replace(self, ids=self.ids[:count], **taken)
 
 
 @dataclass(frozen=True)
@@ -112,8 +117,9 @@ def load_caches(latents: Path, text: Path) -> Caches:
     text_index, pairs, embeddings, text_statistics = read_captions(text)
     center = torch.tensor(latent_statistics["mean"], dtype=torch.float32).view(1, -1, 1, 1)
     scale = torch.tensor(latent_statistics["std"], dtype=torch.float32).view(1, -1, 1, 1)
-    mean = (tensors["mean"].float() - center) / scale
-    std = tensors["std"].float() / scale if "std" in tensors else None
+    for name, tensor in tensors.items():
+        tensors[name] = (tensor.float() - (center if name.endswith("mean") else 0.0)) / scale
+    weights = torch.from_numpy(index["weight"].to_numpy(np.float64))
     captions, counts = _caption_table(index["id"], pairs, text_index["id"])
     texts = text_index["text"].tolist()
 
@@ -122,12 +128,12 @@ def load_caches(latents: Path, text: Path) -> Caches:
         rows = torch.from_numpy(chosen)
         return LatentDataset(
             ids=index["id"].iloc[chosen].tolist(),
-            mean=mean[rows],
-            std=None if std is None else std[rows],
             embeddings=embeddings.float(),
             texts=texts,
             captions=captions[rows],
             caption_counts=counts[rows],
+            weights=None if weights.unique().numel() == 1 else weights[rows],
+            **{"std": None} | {name: tensor[rows] for name, tensor in tensors.items()},
         )
 
     train = split("train")
