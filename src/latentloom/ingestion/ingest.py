@@ -83,7 +83,7 @@ def ingest(
     images_folder, rejects_path, near_duplicates_path = outputs
     for entry in params.sources:
         _refuse_outputs_in_source(entry, outputs)
-    sources = {entry.name or entry.source: open_source(entry, params.image_size) for entry in params.sources}
+    sources = {entry.label: open_source(entry, params.image_size) for entry in params.sources}
     counts = {
         name: SourceCount(name, entry.source, entry.weight, source.attribution, source.licence)
         for entry, (name, source) in zip(params.sources, sources.items(), strict=True)
