@@ -4,8 +4,8 @@ Images are bytes, or Hugging Face's struct of ``bytes`` and ``path``; captions a
 params name no column, it is the first of ``IMAGE_COLUMNS`` that holds images, and the first of ``CAPTION_COLUMNS``, in
 upper or lower case.
 
-A few rows are in memory at a time, whatever the size of a row group. A damaged row group, or file, is one reject; the
-others are used.
+A page of a column (of 1,024 rows or fewer, as the common writers cut them) is in memory at a time, whatever the size
+of a row group. A damaged row group, or file, is one reject; the others are used.
 """
 
 from collections.abc import Iterator
@@ -106,7 +106,7 @@ class ParquetSource:
 
 
 def _open(path: Path) -> pq.ParquetFile:
-    return pq.ParquetFile(path, buffer_size=BUFFER_BYTES, page_checksum_verification=True)
+    return pq.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True)
 
 
 def _pick(wanted: str | None, known: tuple[str, ...], columns: list[str]) -> str | None:
@@ -118,7 +118,8 @@ def _pick(wanted: str | None, known: tuple[str, ...], columns: list[str]) -> str
 
 def _holds_bytes(arrow_type: pa.DataType) -> bool:
     if types.is_struct(arrow_type):
-        return any(field.name == "bytes" and _holds_bytes(field.type) for field in arrow_type)
+        inner = [field.type for field in arrow_type if field.name == "bytes"]
+        return any(types.is_null(of_bytes) or _holds_bytes(of_bytes) for of_bytes in inner)
     if types.is_dictionary(arrow_type):
         return _holds_bytes(arrow_type.value_type)
     return types.is_binary(arrow_type) or types.is_large_binary(arrow_type) or types.is_binary_view(arrow_type)

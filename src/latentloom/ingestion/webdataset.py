@@ -97,9 +97,9 @@ class StrictHeader(tarfile.TarInfo):
     """A member's header. One that is damaged or cut off is an error, where tarfile would see the archive's end."""
 
     @classmethod
-    def frombuffer(cls, buf: bytes, encoding: str, errors: str) -> Self:
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> Self:
         try:
-            return super().frombuffer(buf, encoding, errors)
+            return super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
             if len(buf) < tarfile.BLOCKSIZE:
                 raise tarfile.ReadError(CUT_OFF) from None
@@ -187,5 +187,5 @@ def _split(name: str) -> tuple[str, str]:
 def _is_wanted(name: str) -> bool:
     """Images, texts and JSON, but no hidden files; an image's extension may have more dots."""
     base = posixpath.basename(name)
-    extension = _split(base)[1]
-    return not base.startswith(".") and (extension in (TXT, JSON) or posixpath.splitext(extension)[1] in EXTENSIONS)
+    is_text, is_image = _split(base)[1] in (TXT, JSON), posixpath.splitext(base)[1].lower() in EXTENSIONS
+    return (is_text or is_image) and not base.startswith(".")
