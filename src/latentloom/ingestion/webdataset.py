@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Self
 
 from latentloom.ingestion.captions import caption_lines, flat_captions
 from latentloom.ingestion.images import EXTENSIONS, MAX_BYTES
@@ -93,21 +92,6 @@ class Group:
         return captions
 
 
-class StrictHeader(tarfile.TarInfo):
-    """A member's header. One that is damaged or cut off is an error, where tarfile would see the archive's end."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> Self:
-        try:
-            return super().frombuf(buf, encoding, errors)
-        except tarfile.HeaderError as error:
-            if len(buf) < tarfile.BLOCKSIZE:
-                raise tarfile.ReadError(CUT_OFF) from None
-            if any(buf):
-                raise tarfile.ReadError(str(error)) from None
-            raise  # zeros: the archive's end indeed
-
-
 def _samples(tar: str, path: Path) -> Iterator[Sample | Reject]:
     group, stems = Group(tar), set()
     try:
@@ -124,7 +108,7 @@ def _samples(tar: str, path: Path) -> Iterator[Sample | Reject]:
             if extension.count(".") > 1:
                 group.dotted = name
             elif kind in group.contents:
-                yield Reject(f"{tar}/{name}", Reason.DUPLICATE_KEY, f"its key has {kind} already; the first is used")
+                yield Reject(f"{tar}/{name}", Reason.DUPLICATE_KEY, f"this key has its {kind} already, which is used")
             else:
                 group.contents[kind] = content
     except Unusable as damage:
@@ -145,7 +129,7 @@ def _members(path: Path) -> Iterator[tuple[str, bytes | Unusable]]:
     try:
         if not path.stat().st_size:
             raise Unusable(Reason.EMPTY_FILE, "the file holds no bytes")
-        with tarfile.open(path, tarinfo=StrictHeader) as tar:
+        with tarfile.open(path) as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # which would list all members in the end
                 last = printable(member.name)
@@ -155,6 +139,7 @@ def _members(path: Path) -> Iterator[tuple[str, bytes | Unusable]]:
                     yield last, problem
                 elif member.isfile() and _is_wanted(last):
                     yield last, tar.extractfile(member).read()
+            _require_end(tar)
     except (Unusable, MemoryError):
         raise
     except Exception as error:  # tarfile meets damaged bytes with nearly any exception: each costs this tar alone
@@ -165,6 +150,16 @@ def _members(path: Path) -> Iterator[tuple[str, bytes | Unusable]]:
         what = "cut off" if is_cut else f"damaged ({told(error)})"
         detail = f"{what} in or after the member {last}; what follows is lost"
         raise Unusable(Reason.TRUNCATED if is_cut else Reason.UNREADABLE, detail) from error
+
+
+def _require_end(tar: tarfile.TarFile) -> None:
+    """Zeros end an archive; tarfile stops, without a word, at a damaged header and at the file's end as well."""
+    tar.fileobj.seek(tar.offset)
+    block = tar.fileobj.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(CUT_OFF)
+    if any(block):
+        raise tarfile.ReadError("no valid header")
 
 
 def _problem(member: tarfile.TarInfo) -> Unusable | None:
