@@ -1,7 +1,8 @@
 """Pairs of pictures that look alike, by perceptual hash, and the split that keeps such pairs together.
 
 A picture's perceptual hash has 256 bits: which of the 16x16 lowest frequencies of its 64x64 grey version lie above
-their median (``imagehash.phash``). It is blind to colour. Two pictures are near duplicates when few bits differ.
+their median (``imagehash.phash``). Two pictures are near duplicates when few bits differ: a photograph saved again as
+JPEG, scaled or made darker differs in 0 to 4 bits. The hash is blind to colour, and noise where all is smooth.
 
 All such pairs are found without comparing all pairs, by multi-index hashing (Norouzi, Punjani & Fleet 2012: "Fast
 search in Hamming space with multi-index hashing", section 3): cut the bits into one band more than may differ, and
