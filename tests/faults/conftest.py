@@ -24,7 +24,12 @@ def uninterrupted(make_project, tmp_path_factory) -> Uninterrupted:
     project = make_project("uninterrupted")
     encoder = save_clip(tmp_path_factory.mktemp("clip"), dim=384)
     project.set_params(
-        ingest__limit=None, ingest__image_size=32, encode_text__model=str(encoder), model__widths=[32, 64]
+        ingest__limit=None,
+        ingest__image_size=32,
+        encode_text__model=str(encoder),
+        model__widths=[32, 64],
+        train__steps=4,
+        train__sample_count=2,
     )
     warm_up = SERVER.Process(target=int)  # the server makes its imports before it answers for the first time
     warm_up.start()
