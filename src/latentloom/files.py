@@ -4,6 +4,7 @@ Every file is written under a temporary name in its own folder, flushed to the d
 A process killed at any moment leaves the old file, or the new one, and at worst a stray ``.NAME.PID.tmp``.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -12,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -35,14 +38,13 @@ def atomic_path(path: Path | str, room: int | Callable[[], int] | None = None) -
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        needed = room() if callable(room) else room
-        needs = "" if needed is None else f"it needs {needed / 2**20:.1f} MiB, "
-        free = shutil.disk_usage(path.parent).free / 2**20
-        raise OSError(
-            error.errno,
-            f"could not write {path}: {error.strerror or error}; {needs}{free:.0f} MiB are free there. "
-            "Make room and run the stage again.",
-        ) from error
+        message = f"could not write {path}: {error.strerror or error}"
+        if error.errno in NO_ROOM:
+            needed = room() if callable(room) else room
+            needs = "" if needed is None else f"it needs {needed / 2**20:.1f} MiB, "
+            free = shutil.disk_usage(path.parent).free / 2**20
+            message += f"; {needs}{free:.0f} MiB are free there. Make room and run the stage again."
+        raise OSError(error.errno, message) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -17,7 +17,7 @@ def test_every_stage_says_in_one_line_what_it_did(first_run):
     _, output = first_run
     for stage, words in {
         "ingest": "40 images",
-        "encode_images": "40 images: encoded 40, reused 0",
+        "encode_images": "40 latents: encoded 40, reused 0",
         "encode_text": "captions: encoded",
         "validate": "checks passed on 40 images",
         "train": "8 steps on",
