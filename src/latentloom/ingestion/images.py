@@ -173,7 +173,7 @@ def _on_white(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     try:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
     except ValueError as error:
         raise Unusable(Reason.UNSUPPORTED_PIXELS, f"{error}; save it as RGB") from error
 

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -84,19 +85,13 @@ def ingest(
     for entry in params.sources:
         _refuse_outputs_in_source(entry, outputs)
     sources = {entry.label: open_source(entry, params.image_size) for entry in params.sources}
-    counts = {
-        name: SourceCount(name, entry.source, entry.weight, source.attribution, source.licence)
+    counts = [
+        SourceCount(name, entry.source, entry.weight, source.attribution, source.licence)
         for entry, (name, source) in zip(params.sources, sources.items(), strict=True)
-    }
+    ]
     sieve = Sieve(counts)
-
-    def prepare(item: tuple[str, Sample | Reject]) -> tuple[str, Prepared | Reject]:
-        name, sample = item
-        if isinstance(sample, Reject):
-            return item
-        return name, prepare_sample(name, sample, params, sieve.rejects.wants_preview)
-
     samples = ((name, sample) for name, source in sources.items() for sample in source.samples())
+    prepare = partial(_prepare, params, sieve)
     # Pillow's remarks on odd but readable files are not for here; filters are the process's, not a thread's.
     with warnings.catch_warnings(), closing(ordered_map(prepare, samples, worker_count())) as results:
         warnings.filterwarnings("ignore", module="PIL")
@@ -109,29 +104,18 @@ def ingest(
     move_to_train(images_folder, shards, moved)
     manifest = Manifest(
         image_size=params.image_size,
-        found=sieve.total("found"),
-        rejected=sieve.total("rejected"),
-        images=sieve.total("kept"),
+        found=sieve.found,
+        rejected=sieve.rejected,
+        images=sieve.found - sieve.rejected,
         train=int(sieve.in_train().sum()) + len(moved),
         validation=int((~sieve.in_train()).sum()) - len(moved),
-        sources=list(counts.values()),
-        attribution=_joined(count.attribution for count in counts.values() if count.kept),
-        licence=_joined(count.licence for count in counts.values() if count.kept),
+        sources=counts,
+        attribution=_joined(count.attribution for count in counts if count.kept),
+        licence=_joined(count.licence for count in counts if count.kept),
         shards=shards,
     )
     write_manifest(images_folder, manifest)
-    return IngestReport(
-        found=manifest.found,
-        kept=manifest.images,
-        rejected=manifest.rejected,
-        reasons={reason.value: sieve.rejects.reasons[reason] for reason in sorted(sieve.rejects.reasons)},
-        train=manifest.train,
-        validation=manifest.validation,
-        captions=sieve.captions,
-        sources=[_without_credits(count) for count in counts.values()],
-        near_duplicates=pairs,
-        moved_to_train=len(moved),
-    )
+    return _report(manifest, sieve, pairs, len(moved))
 
 
 def open_source(entry: SourceParams, image_size: int) -> Source:
@@ -151,12 +135,16 @@ def open_source(entry: SourceParams, image_size: int) -> Source:
             return ParquetSource(entry.path, entry.image_column, entry.caption_column)
 
 
+def _prepare(params: IngestParams, sieve: Sieve, item: tuple[str, Sample | Reject]) -> tuple[str, Prepared | Reject]:
+    """What a worker does with a sample of the source it is named with."""
+    name, sample = item
+    if isinstance(sample, Reject):
+        return name, sample
+    return name, prepare_sample(name, sample, params, sieve.rejects.wants_preview)
+
+
 def _watched(
-    results: Iterable[tuple[str, Prepared | Reject]],
-    total: int | None,
-    limit: int | None,
-    sieve: Sieve,
-    progress: bool,
+    results: Iterable[tuple[str, Prepared | Reject]], total: int | None, limit: int | None, sieve: Sieve, progress: bool
 ) -> Iterator[tuple[str, Prepared | Reject]]:
     """The results as they are, with a progress bar of how many of all, or as many as ``limit`` takes."""
     most = total or sys.maxsize
@@ -167,7 +155,7 @@ def _watched(
             bar.update()
             yield result
             if limit is not None:
-                bar.total = min(most, limit + sieve.total("rejected"))
+                bar.total = min(most, limit + sieve.rejected)
 
 
 def _total(sources: Mapping[str, Source]) -> int | None:
@@ -176,16 +164,15 @@ def _total(sources: Mapping[str, Source]) -> int | None:
 
 
 def _check_none_was_lost(sieve: Sieve, shards: list[dict[str, Any]]) -> None:
-    written, refused = sum(shard["rows"] for shard in shards), sieve.rejects.reasons.total()
-    if sieve.total("found") != written + refused:
+    written = sum(shard["rows"] for shard in shards)
+    if sieve.found != written + sieve.rejected:
         raise RuntimeError(
-            f"{sieve.total('found')} samples found, but {written} kept and {refused} rejected: one was lost"
+            f"{sieve.found} samples found, but {written} kept and {sieve.rejected} rejected: one was lost"
         )
 
 
 def _refuse_too_many_rejects(sieve: Sieve, most: float, rejects_path: Path) -> None:
-    found, rejects = sieve.total("found"), sieve.rejects
-    refused = rejects.reasons.total()
+    found, refused, rejects = sieve.found, sieve.rejected, sieve.rejects
     if refused < found and refused <= most * found:
         return
     reasons = "".join(
@@ -212,8 +199,23 @@ def _joined(texts: Iterable[str | None]) -> str | None:
     return "; ".join(dict.fromkeys(text for text in texts if text)) or None
 
 
-def _without_credits(count: SourceCount) -> dict[str, Any]:
-    return {name: value for name, value in asdict(count).items() if name not in ("attribution", "licence")}
+def _report(manifest: Manifest, sieve: Sieve, near_duplicates: int, moved_to_train: int) -> IngestReport:
+    reasons = sieve.rejects.reasons
+    return IngestReport(
+        found=manifest.found,
+        kept=manifest.images,
+        rejected=manifest.rejected,
+        reasons={reason.value: reasons[reason] for reason in sorted(reasons)},
+        train=manifest.train,
+        validation=manifest.validation,
+        captions=sieve.captions,
+        sources=[
+            {name: value for name, value in asdict(count).items() if name not in ("attribution", "licence")}
+            for count in manifest.sources
+        ],
+        near_duplicates=near_duplicates,
+        moved_to_train=moved_to_train,
+    )
 
 
 def _refuse_outputs_in_source(entry: SourceParams, outputs: Iterable[Path]) -> None:

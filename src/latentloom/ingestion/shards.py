@@ -174,32 +174,25 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def _write_shard(path: Path, rows: Iterator[ImageRow], room: int) -> int:
-    """Write the rows of one shard, as many as ``rows`` has for it, and give their number."""
-    count = 0
-    group: list[ImageRow] = []
+    """Write one shard, of as many ``rows`` as belong into it; give their number."""
+    of_shard, count = _up_to_its_end(rows), 0
     with atomic_path(path, room) as temporary, pq.ParquetWriter(temporary, SCHEMA, **WRITER_OPTIONS) as writer:
-        for count, row in enumerate(rows, start=1):
-            group.append(row)
-            is_last = sharding.ends_shard(row.id, count)
-            if is_last or len(group) == ROW_GROUP_ROWS:
-                writer.write_table(_table(group))
-                group.clear()
-            if is_last:
-                return count
-        if group:
+        while group := list(itertools.islice(of_shard, ROW_GROUP_ROWS)):
             writer.write_table(_table(group))
+            count += len(group)
     return count
 
 
+def _up_to_its_end(rows: Iterator[ImageRow]) -> Iterator[ImageRow]:
+    for count, row in enumerate(rows, start=1):
+        yield row
+        if sharding.ends_shard(row.id, count):
+            return
+
+
 def _table(group: list[ImageRow]) -> pa.Table:
-    images = [pa.array([row.png for row in group]), pa.array([f"{row.id}.png" for row in group])]
-    columns = [
-        pa.StructArray.from_arrays(images, fields=list(field.type))
-        if field.name == "image"
-        else pa.array([getattr(row, field.name) for row in group], field.type)
-        for field in SCHEMA
-    ]
-    return pa.table(columns, SCHEMA)
+    columns = {name: [getattr(row, name) for row in group] for name in COLUMNS if name != "image"}
+    return pa.table(columns | {"image": [(row.png, f"{row.id}.png") for row in group]}, SCHEMA)
 
 
 def _rewrite_shard(path: Path, moved: np.ndarray) -> None:

@@ -4,7 +4,7 @@ All else streams through. Remembered are, for every image kept, its id with its 
 duplicate of, its split and its perceptual hash: some 250 bytes.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -20,11 +20,11 @@ class Sieve:
     """Lets every picture through once, and counts.
 
     Args:
-        counts: of the sources, by their names; filled in here.
+        counts: of the sources; filled in here.
     """
 
-    def __init__(self, counts: Mapping[str, SourceCount]) -> None:
-        self.counts = counts
+    def __init__(self, counts: Iterable[SourceCount]) -> None:
+        self._counts = {count.name: count for count in counts}
         self.rejects = RejectTable()
         self.captions = 0
         self._keys: dict[bytes, str] = {}
@@ -34,15 +34,23 @@ class Sieve:
     def kept(self, results: Iterable[tuple[str, Prepared | Reject]]) -> Iterator[ImageRow]:
         """The rows to keep, of results that come with their sources' names, in order."""
         for source, result in results:
-            self.counts[source].found += 1
+            self._counts[source].found += 1
             outcome = result if isinstance(result, Reject) else self._unless_duplicate(result)
             if isinstance(outcome, Reject):
-                self.counts[source].rejected += 1
+                self._counts[source].rejected += 1
                 self.rejects.add(source, outcome)
             else:
-                self.counts[source].kept += 1
+                self._counts[source].kept += 1
                 self.captions += len(outcome.captions)
                 yield outcome
+
+    @property
+    def found(self) -> int:
+        return sum(count.found for count in self._counts.values())
+
+    @property
+    def rejected(self) -> int:
+        return self.rejects.reasons.total()
 
     def ids(self) -> np.ndarray:
         """Of all kept images, in their order: uint8 ``(N, 32)``."""
@@ -56,16 +64,12 @@ class Sieve:
         """The perceptual hashes: uint8 ``(N, 32)``, or ``(0, 32)`` where none were wanted."""
         return np.frombuffer(self._hashes, np.uint8).reshape(-1, HASH_BYTES)
 
-    def total(self, name: str) -> int:
-        """``found``, ``kept`` or ``rejected`` over all sources."""
-        return sum(getattr(count, name) for count in self.counts.values())
-
     def _unless_duplicate(self, prepared: Prepared) -> ImageRow | Reject:
         row, own_id = prepared.row, bytes.fromhex(prepared.row.id)
         if own_id in self._keys:
             picture = preview(row.png) if self.rejects.wants_preview(Reason.DUPLICATE) else None
             return Reject(row.key, Reason.DUPLICATE, f"the same picture as {self._keys[own_id]}", picture)
-        self._keys[own_id] = row.key if len(self.counts) == 1 else f"{row.key} of {row.source}"
+        self._keys[own_id] = row.key if len(self._counts) == 1 else f"{row.key} of {row.source}"
         self._in_train.append(row.split == "train")
         self._hashes += prepared.hash
         return row
