@@ -85,7 +85,7 @@ def read_outs(project: Project, stage: str) -> dict[str, bytes]:
 
 
 def is_whole(path: str, content: bytes, finished: bytes) -> bool:
-    """Whether a file that an interrupted stage left is the ``finished`` one, or one that a reader takes no harm from."""
+    """Whether a file that an interrupted stage left is the ``finished`` one, or else does a reader no harm."""
     if path.endswith(".csv"):  # a curve so far
         return content.endswith(b"\n") and finished.startswith(content)
     if path.startswith("data/images/") and content != finished:  # the splits are final when the manifest is there
