@@ -45,14 +45,8 @@ def shards(project) -> dict[str, bytes]:
     }
 
 
-def stored(project) -> dict[str, int]:
-    """DVC's cache: object -> bytes."""
-    cache = project.folder / ".dvc/cache/files"
-    return {str(path.relative_to(cache)): path.stat().st_size for path in cache.rglob("*") if path.is_file()}
-
-
-def test_added_images_alone_are_encoded_and_dvc_stores_little_more(project, pictures):
-    before, objects = set(shards(project).values()), stored(project)
+def test_added_images_alone_are_encoded_and_shards_beyond_them_stay(project, pictures):
+    before = set(shards(project).values())
     add_pictures(pictures / "a", range(2000, 2012))  # a folder that sorts before the other
     output = project.run("dvc", "repro", "encode_images", "encode_text").stdout
     assert "1512 latents: encoded 12, reused 1500" in output
@@ -61,8 +55,6 @@ def test_added_images_alone_are_encoded_and_dvc_stores_little_more(project, pict
     assert read_json(project.folder / "reports/encode_text.json")["encoded"] == 12
     after = shards(project)
     assert len(before & set(after.values())) >= 3  # of images, of latents and of text, those after the change
-    new = {name: size for name, size in stored(project).items() if name not in objects}
-    assert sum(new.values()) < 0.8 * sum(objects.values())
     state = {path.stat().st_ino for path in (project.folder / ".state/latents").iterdir()}
     assert all(path.stat().st_ino in state for path in (project.folder / "data/latents").glob("0*"))
 

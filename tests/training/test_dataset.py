@@ -92,3 +92,14 @@ def test_the_digest_follows_images_and_captions(caches):
 def test_a_missing_cache_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"latents/stats\.json does not exist: run `dvc repro`"):
         load_caches(tmp_path / "latents", tmp_path / "text")
+
+
+@pytest.mark.parametrize(("column", "says"), [("caption_id", "has no embedding"), ("image_id", "no caption in the")])
+def test_caches_that_do_not_belong_together_are_refused(caches, tmp_path, column, says):
+    path = tmp_path / "text" / "pairs.parquet"
+    pairs = pd.read_parquet(path)
+    path.unlink()
+    pairs.loc[pairs[column] == pairs.loc[0, column], column] = "another"
+    pairs.to_parquet(path, index=False)
+    with pytest.raises(ValueError, match=says):
+        load_caches(tmp_path / "latents", tmp_path / "text")

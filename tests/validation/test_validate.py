@@ -25,9 +25,115 @@ def failing(report: ValidationReport) -> dict[str, tuple[int, tuple[str, ...]]]:
 def test_valid_caches_pass_every_check(caches):
     report = caches.validate()
     assert report.success and report.failures == ()
-    assert report.rows == {"latents": 40, "captions": 40, "pairs": 80, "channels": 4, "dataset": 1}
+    assert report.rows == {
+        "sources": 2,
+        "images": 41,
+        "rejects": 9,
+        "near_duplicates": 1,
+        "latents": 40,
+        "captions": 40,
+        "pairs": 81,
+        "channels": 4,
+        "dataset": 1,
+    }
     names = [check.name for check in report.checks]
-    assert len(set(names)) == len(names) == 33
+    assert len(set(names)) == len(names) == 44
+
+
+def test_a_sample_neither_kept_nor_refused(caches):
+    rejects = caches.read("rejects")
+    caches.write("rejects", rejects.iloc[2:])
+    report = caches.validate()
+    assert failing(report) == {"samples_accounted_for": (1, ("photos",))}
+    assert report.failures[0].observed == (2,)
+
+
+def test_a_refused_sample_of_a_source_that_the_manifest_does_not_name(caches):
+    caches.set("rejects", [0], source="drawers")
+    report = caches.validate()
+    assert failing(report) == {"samples_accounted_for": (2, ("photos", "drawers"))}
+    assert report.failures[0].observed == (1, -1)
+
+
+def test_a_manifest_whose_counts_disagree(caches):
+    caches.set_manifest(found=50)
+    report = caches.validate()
+    assert failing(report) == {"found_counted": (1, ())}
+    assert report.failures[0].observed == (50,)
+
+
+def test_an_image_that_was_not_encoded(caches):
+    frame = caches.read("latents")
+    caches.write("latents", frame.drop(index=[3]))
+    caches.set_stats("latents", rows=39, train_rows=35)
+    lost = (digest("image 3"),)
+    assert failing(caches.validate()) == {"images_encoded": (1, lost), "pair_images_exist": (2, lost * 2)}
+
+
+def test_an_image_whose_latent_was_refused_is_no_failure_and_its_pairs_neither(caches):
+    """One is so from the start; here is another, among the first forty."""
+    frame, rejects = caches.read("latents"), caches.read("latent_rejects")
+    refused = rejects.assign(id=digest("image 3"))
+    caches.write("latents", frame.drop(index=[3]))
+    caches.write("latent_rejects", pd.concat([rejects, refused]))
+    caches.set_stats("latents", rows=39, train_rows=35, rejected=2)
+    # Two of 41 are more than one in a hundred: that alone is wrong.
+    report = caches.validate()
+    assert failing(report) == {"few_latents_refused": (1, ())}
+    assert report.failures[0].observed == (round(2 / 41, 7),)
+
+
+def test_a_latent_of_an_image_that_is_gone(caches):
+    caches.set("latents", [3], id="gone")
+    pairs = caches.read("pairs").replace(digest("image 3"), "gone")
+    caches.write("pairs", pairs)
+    assert failing(caches.validate()) == {
+        "images_encoded": (1, (digest("image 3"),)),
+        "latent_images_exist": (1, ("gone",)),
+    }
+
+
+def test_a_latent_in_another_split_than_ingest_drew(caches):
+    ids = caches.set("latents", [3], split="validation")
+    caches.set_stats("latents", train_rows=35)
+    assert failing(caches.validate()) == {"splits_as_ingested": (1, tuple(ids))}
+
+
+def test_refusals_for_a_reason_that_nobody_knows(caches):
+    keys = caches.set("rejects", [1, 6], reason="bad mood")
+    caches.set("latent_rejects", [0], reason="tired")
+    report = caches.validate()
+    assert failing(report) == {"reject_reasons_known": (3, (*keys, "too bright.png"))}
+    assert report.failures[0].observed == ("bad mood", "bad mood", "tired")
+
+
+@pytest.mark.parametrize(("image", "twin"), [(9, 0), (0, 9)])
+def test_a_validation_image_with_a_near_duplicate_in_train(caches, image, twin):
+    """The validation image is the one named, whichever of the two comes first."""
+    pair = caches.read("near_duplicates")
+    apart = pair.assign(image_id=digest(f"image {image}"), twin_id=digest(f"image {twin}"))
+    both_held_out = pair.assign(image_id=digest("image 19"), twin_id=digest("image 29"))
+    caches.write("near_duplicates", pd.concat([pair, both_held_out, apart]))
+    assert failing(caches.validate()) == {"near_duplicates_in_one_split": (1, (digest("image 9"),))}
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, np.nan, np.inf])
+def test_a_weight_that_no_image_can_be_drawn_by(caches, weight):
+    ids = caches.set("latents", [2, 5], weight=np.float32(weight))
+    assert failing(caches.validate()) == {"weights_positive": (2, tuple(ids))}
+
+
+def test_a_missing_shard_of_mirrored_latents_counts_only_where_there_are_any(caches):
+    (caches.root / "latents/flipped/00000.safetensors").unlink()
+    ids = tuple(digest(f"image {n}") for n in range(5))
+    assert failing(caches.validate()) == {"flipped_shards_exist": (40, ids)}
+    caches.set_stats("latents", flip=False)
+    assert caches.validate().success
+
+
+def test_refused_latents_that_nobody_counted(caches):
+    caches.set_stats("latents", rejected=0)
+    assert failing(caches.validate()) == {"refused_latents_counted": (1, ())}
 
 
 def test_an_image_written_twice(caches):
@@ -52,6 +158,7 @@ def test_two_latents_under_one_key(caches):
 
 
 def test_a_missing_shard_of_latents(caches):
+    (caches.root / "latents/flipped/00001.safetensors").touch()
     ids = caches.set("latents", list(range(6)), shard="00001.safetensors")
     assert failing(caches.validate()) == {"latent_shards_exist": (6, tuple(ids[:5]))}
 
@@ -230,11 +337,13 @@ def test_a_validation_share_within_the_noise_of_a_small_set_passes(caches):
 
 
 def test_empty_caches_fail_for_want_of_images_rather_than_crash(caches):
-    for table in ("latents", "captions", "pairs"):
+    for table in ("rejects", "near_duplicates", "latents", "latent_rejects", "captions", "pairs"):
         caches.write(table, caches.read(table).iloc[:0])
-    caches.set_stats("latents", rows=0, train_rows=0)
+    caches.set_manifest(found=0, sources=[], shards=[])
+    caches.set_stats("latents", rows=0, train_rows=0, rejected=0)
     caches.set_stats("text", rows=0)
-    assert failing(caches.validate()) == {"enough_train_images": (1, ())}
+    assert failing(caches.validate(docs=True)) == {"enough_train_images": (1, ())}
+    assert "No image was kept" in (caches.root / "docs/index.html").read_text()
 
 
 def test_the_same_input_gives_the_same_bytes(make_caches):
@@ -243,7 +352,8 @@ def test_the_same_input_gives_the_same_bytes(make_caches):
         caches = make_caches(name)
         caches.set("latents", [1, 2], mean=np.float32(99.0))
         report = caches.validate(docs=True)
-        pages = {page.name: page.read_bytes() for page in sorted((caches.root / "docs").iterdir())}
+        docs = caches.root / "docs"
+        pages = {str(file.relative_to(docs)): file.read_bytes() for file in docs.rglob("*.*")}
         written.append((report.to_json(), report.explain(), pages))
     assert written[0] == written[1]
 
@@ -251,7 +361,7 @@ def test_the_same_input_gives_the_same_bytes(make_caches):
 def test_a_failure_says_what_how_many_which_and_what_to_do(caches, capfd, caplog):
     ids = caches.set("latents", list(range(7)), mean=np.float32(99.0))
     text = caches.validate().explain()
-    assert "1 of 33 checks failed" in text
+    assert "1 of 44 checks failed" in text
     assert "latent_mean_in_range: 7 of 40 latents" in text
     assert "lies in [-10.0, 10.0]" in text
     assert "found: 99.0" in text
@@ -264,7 +374,7 @@ def test_a_failure_says_what_how_many_which_and_what_to_do(caches, capfd, caplog
 def test_the_pages_tell_of_every_table_and_check_and_load_nothing_from_elsewhere(caches):
     ids = caches.set("latents", [1], mean=np.float32(99.0))
     report = caches.validate(docs=True)
-    pages = {page.stem: page.read_text() for page in (caches.root / "docs").iterdir()}
+    pages = {page.stem: page.read_text() for page in (caches.root / "docs").glob("*.html")}
     assert set(pages) == {"index", *report.rows}
     for table in report.rows:
         assert f'href="{table}.html"' in pages["index"]
@@ -274,17 +384,32 @@ def test_the_pages_tell_of_every_table_and_check_and_load_nothing_from_elsewhere
     assert ids[0] in pages["index"] and report.failures[0].advice.split(":")[0] in pages["index"]
     assert "Failed" in pages["latents"] and "Succeeded" in pages["pairs"]
     for page in pages.values():
-        assert not re.search(r"https?://|<script|<link|<img|\{\{|\{%", page)
+        assert not re.search(r"https?://|<script|<link|\{\{|\{%", page)
+        for source in re.findall(r'src="([^"]*)"', page):
+            assert re.fullmatch(r"pictures/[0-9a-f]{16}\.png", source) and (caches.root / "docs" / source).is_file()
 
 
-@pytest.mark.parametrize("name", ["latents/index.parquet", "latents/stats.json", "text/pairs.parquet"])
+FILES = [
+    "images/manifest.json",
+    "rejects.parquet",
+    "near_duplicates.parquet",
+    "latents/index.parquet",
+    "latents/rejects.parquet",
+    "latents/stats.json",
+    "text/index.parquet",
+    "text/pairs.parquet",
+    "text/stats.json",
+]
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_a_missing_file_is_named_with_what_to_do(caches, name):
     (caches.root / name).unlink()
     with pytest.raises(FileNotFoundError, match=rf"{re.escape(name)} does not exist: run `dvc repro`"):
         caches.validate()
 
 
-@pytest.mark.parametrize("name", ["latents/index.parquet", "latents/stats.json", "text/pairs.parquet"])
+@pytest.mark.parametrize("name", [*FILES, "images/00000.parquet"])
 def test_a_damaged_file_is_named_with_what_to_do(caches, name):
     path = caches.root / name
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -310,6 +435,6 @@ def test_the_report_as_json_is_keyed_by_check(caches, tmp_path: Path):
     (tmp_path / "report.json").write_text(caches.validate().to_json())
     document = read_json(tmp_path / "report.json")
     assert document["success"] is False
-    assert document["rows"]["pairs"] == 80
+    assert document["rows"]["pairs"] == 81
     check = document["checks"]["latent_std_in_range"]
     assert check["offending"] == 1 and check["observed"] == ["inf"] and check["table"] == "latents"

@@ -117,23 +117,25 @@ def load_caches(latents: Path, text: Path) -> Caches:
     text_index, pairs, embeddings, text_statistics = read_captions(text)
     center = torch.tensor(latent_statistics["mean"], dtype=torch.float32).view(1, -1, 1, 1)
     scale = torch.tensor(latent_statistics["std"], dtype=torch.float32).view(1, -1, 1, 1)
-    for name, tensor in tensors.items():
-        tensors[name] = (tensor.float() - (center if name.endswith("mean") else 0.0)) / scale
     weights = torch.from_numpy(index["weight"].to_numpy(np.float64))
     captions, counts = _caption_table(index["id"], pairs, text_index["id"])
-    texts = text_index["text"].tolist()
+    texts, embeddings = text_index["text"].tolist(), embeddings.float()
+
+    def standardised(name: str, rows: torch.Tensor) -> torch.Tensor:
+        values = tensors[name][rows].float()
+        return (values.sub_(center) if name.endswith("mean") else values).div_(scale)
 
     def split(name: str) -> LatentDataset:
         chosen = index[index["split"] == name].sort_values("id").index.to_numpy(copy=True)
         rows = torch.from_numpy(chosen)
         return LatentDataset(
             ids=index["id"].iloc[chosen].tolist(),
-            embeddings=embeddings.float(),
+            embeddings=embeddings,
             texts=texts,
             captions=captions[rows],
             caption_counts=counts[rows],
             weights=None if weights.unique().numel() == 1 else weights[rows],
-            **{"std": None} | {name: tensor[rows] for name, tensor in tensors.items()},
+            **{"std": None} | {name: standardised(name, rows) for name in tensors},
         )
 
     train = split("train")
@@ -145,15 +147,18 @@ def load_caches(latents: Path, text: Path) -> Caches:
 def _caption_table(
     image_ids: pd.Series, pairs: pd.DataFrame, caption_ids: pd.Series
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    rows_of = pd.Series(np.arange(len(caption_ids)), index=caption_ids)
     ordered = pairs.sort_values(["image_id", "position"])
-    lists = rows_of.loc[ordered["caption_id"]].groupby(ordered["image_id"].to_numpy()).agg(list)
-    missing = image_ids[~image_ids.isin(lists.index)]
-    if len(missing):
+    caption_rows = pd.Index(caption_ids).get_indexer(ordered["caption_id"])
+    if (caption_rows < 0).any():
+        unknown = ordered["caption_id"].iloc[int(np.argmin(caption_rows))]
+        raise ValueError(f"data/text/pairs.parquet names a caption that has no embedding: {unknown}; run `dvc repro`")
+    by_image = ordered.groupby("image_id")["position"].size()
+    counts = by_image.reindex(image_ids).fillna(0).to_numpy(np.int64, copy=True)
+    if not counts.all():
+        missing = image_ids[counts == 0]
         raise ValueError(
             f"{len(missing)} images have no caption in the text cache, the first: {missing.iloc[0]}; run `dvc repro`"
         )
-    own = [lists[image_id] for image_id in image_ids]
-    width = max(len(rows) for rows in own)
-    table = np.array([(rows * width)[:width] for rows in own], dtype=np.int64)
-    return torch.from_numpy(table), torch.tensor([len(rows) for rows in own])
+    firsts = (by_image.cumsum() - by_image).reindex(image_ids).to_numpy(np.int64)
+    table = caption_rows[firsts[:, None] + np.arange(counts.max(initial=1)) % counts[:, None]]
+    return torch.from_numpy(table), torch.from_numpy(counts)

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from great_expectations import expectations as gxe
 from great_expectations.expectations import Expectation
 
+from latentloom.ingestion.rejects import Reason
 from latentloom.params import ValidateParams
 
 NOISE_BOUND = 4.0  # standard deviations of a fair draw
+REASONS = [*(reason.value for reason in Reason), "latent_not_finite"]
+MOST_REFUSED = 0.01  # of all latents
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,10 @@ class Expected:
     vae_fingerprint: str
     text_fingerprint: str
     val_fraction: float
-    images: int
+    found: int  # samples, summed over the sources
+    latents: int
     train_images: int
+    refused_latents: int
     captions: int
     latent_shape: str  # "4x16x16"
     channels: int
@@ -43,9 +48,22 @@ def share_bounds(val_fraction: float, images: int, tolerance: float) -> tuple[fl
     return max(0.0, val_fraction - bound), min(1.0, val_fraction + bound)
 
 
+def refused_bound(latents: int) -> float:
+    """The largest share of refused latents that says nothing against the VAE.
+
+    A latent is refused when it is not finite in fp32 either, which a sound VAE makes of no sound picture. One odd
+    picture may always be refused; more than one in a hundred and it is the VAE, or how images reach it.
+    """
+    return max(MOST_REFUSED, 1.0 / max(latents, 1))
+
+
 def expectations(limits: ValidateParams, expected: Expected) -> dict[str, list[Expectation]]:
     """The suites by table, each in the order in which its checks are reported."""
     return {
+        "sources": sources(),
+        "images": images(),
+        "rejects": rejects(),
+        "near_duplicates": near_duplicates(),
         "latents": latents(limits, expected),
         "captions": captions(limits, expected),
         "pairs": pairs(),
@@ -59,8 +77,72 @@ def check(name: str, requirement: str, advice: str, ids: str = "id") -> dict:
     return {"description": requirement, "notes": advice, "meta": {"name": name, "ids": ids}}
 
 
+INGEST = "run `dvc repro -f ingest`"
 REENCODE_IMAGES = "run `dvc repro -f encode_images`"
 REENCODE_TEXT = "run `dvc repro -f encode_text`"
+
+
+def sources() -> list[Expectation]:
+    return [
+        # A sample neither kept nor refused was lost: the set is smaller than its source, and nobody can say why.
+        gxe.ExpectColumnValuesToBeInSet(
+            column="unaccounted",
+            value_set=[0],
+            **check(
+                "samples_accounted_for",
+                "no sample of a source is unaccounted for: found - kept - refused = 0",
+                f"data/images and data/rejects.parquet were not written together: {INGEST}; if it persists, ingest "
+                "loses samples of this source: compare data/images and data/rejects.parquet with it by key",
+            ),
+        ),
+    ]
+
+
+def images() -> list[Expectation]:
+    return [
+        # An image without a latent is never drawn: the model trains on fewer pictures than were kept, silently.
+        gxe.ExpectColumnValuesToBeInSet(
+            column="encoded",
+            value_set=[True],
+            **check(
+                "images_encoded",
+                "every kept image has a latent, or is in data/latents/rejects.parquet",
+                f"the latents are those of an earlier ingest: {REENCODE_IMAGES}",
+            ),
+        ),
+    ]
+
+
+def rejects() -> list[Expectation]:
+    return [
+        # Reports count by reason: one that is not in the vocabulary is counted and explained nowhere.
+        gxe.ExpectColumnValuesToBeInSet(
+            column="reason",
+            value_set=REASONS,
+            **check(
+                "reject_reasons_known",
+                "every reason of a refusal is one of the fixed vocabulary",
+                f"the rejects were written by another version of the code: {INGEST}, and then {REENCODE_IMAGES}",
+                ids="key",
+            ),
+        ),
+    ]
+
+
+def near_duplicates() -> list[Expectation]:
+    return [
+        # A held-out image whose near twin is trained on is half learnt by heart: val/mae looks better than it is.
+        gxe.ExpectColumnValuesToBeInSet(
+            column="apart",
+            value_set=[False],
+            **check(
+                "near_duplicates_in_one_split",
+                "no validation image has a near duplicate in the split train",
+                f"the splits were not drawn by the ingest that found these twins: {INGEST}, which keeps twins together",
+                ids="held_out",
+            ),
+        ),
+    ]
 
 
 def latents(limits: ValidateParams, expected: Expected) -> list[Expectation]:
@@ -96,6 +178,17 @@ def latents(limits: ValidateParams, expected: Expected) -> list[Expectation]:
                 f"or, where that cannot find them, {REENCODE_IMAGES}",
             ),
         ),
+        # With encode_images.flip, training opens this one too when it draws a mirrored image, and stops without it.
+        gxe.ExpectColumnValuesToBeInSet(
+            column="flipped_shard_exists",
+            value_set=[True],
+            **check(
+                "flipped_shards_exist",
+                "where stats.json says flip, the shard of every mirrored image's latent lies in data/latents/flipped",
+                "files are missing from data/latents/flipped: run `dvc checkout data/latents`, "
+                f"or, where that cannot find them, {REENCODE_IMAGES}",
+            ),
+        ),
         # A row of any other split is read by nobody, silently: the training set is smaller than it looks.
         gxe.ExpectColumnValuesToBeInSet(
             column="split",
@@ -114,6 +207,36 @@ def latents(limits: ValidateParams, expected: Expected) -> list[Expectation]:
                 "splits_disjoint",
                 "no image is in two splits",
                 "val/mae would be graded on training images: run `dvc repro -f ingest`, which draws the splits",
+            ),
+        ),
+        # A latent of an image that is gone: training goes on with pictures that were taken out of the source.
+        gxe.ExpectColumnValuesToBeInSet(
+            column="image_exists",
+            value_set=[True],
+            **check(
+                "latent_images_exist",
+                "every latent is that of a kept image",
+                f"the latents are those of an earlier ingest: {REENCODE_IMAGES}",
+            ),
+        ),
+        # ingest keeps twins out of validation: by splits of before that, training is graded on what it has seen.
+        gxe.ExpectColumnValuesToBeInSet(
+            column="split_as_ingested",
+            value_set=[True],
+            **check(
+                "splits_as_ingested",
+                "every latent is in the split that ingest drew for its image",
+                f"the latents are those of an earlier ingest: {REENCODE_IMAGES}",
+            ),
+        ),
+        # Images are drawn in proportion to their weights: one that is no positive number breaks the draw of all.
+        gxe.ExpectColumnValuesToBeInSet(
+            column="weight_usable",
+            value_set=[True],
+            **check(
+                "weights_positive",
+                "every image's weight is a finite number above 0",
+                f"set the weight of these images' source in ingest.source to a number above 0, and {REENCODE_IMAGES}",
             ),
         ),
         # An image without a caption cannot be drawn as a training pair: the data loader has nothing to pick from.
@@ -294,7 +417,7 @@ def pairs() -> list[Expectation]:
             value_set=[True],
             **check(
                 "pair_images_exist",
-                "the image of every pair has a latent",
+                "the image of every pair has a latent, or is in data/latents/rejects.parquet",
                 "the two caches come from different ingests: run `dvc repro`; if it persists, "
                 "`dvc repro -f encode_images encode_text`",
                 ids="image_id",
@@ -352,7 +475,8 @@ def channels() -> list[Expectation]:
 
 
 def dataset(limits: ValidateParams, expected: Expected) -> list[Expectation]:
-    low, high = share_bounds(expected.val_fraction, expected.images, limits.val_fraction_tolerance)
+    low, high = share_bounds(expected.val_fraction, expected.latents, limits.val_fraction_tolerance)
+    most_refused = refused_bound(expected.latents + expected.refused_latents)
     return [
         # With a handful of images every batch is the same few, and the curves say nothing about the model.
         gxe.ExpectColumnValuesToBeBetween(
@@ -378,6 +502,17 @@ def dataset(limits: ValidateParams, expected: Expected) -> list[Expectation]:
                 "validate.val_fraction_tolerance",
             ),
         ),
+        # A VAE that gives NaN for many pictures is poor for the others too, and what it refuses is no fair sample.
+        gxe.ExpectColumnValuesToBeBetween(
+            column="refused_latents",
+            max_value=most_refused,
+            **check(
+                "few_latents_refused",
+                f"the share of images whose latent is not finite is at most {most_refused:.4g}",
+                "data/latents/rejects.parquet names them: when they are sound pictures, the VAE is at fault: choose "
+                "another encode_images.vae, or encode_images.precision: fp32",
+            ),
+        ),
         # Latents of another VAE train well and decode to noise: nothing before the first sample would tell.
         gxe.ExpectColumnValuesToBeInSet(
             column="vae_fingerprint",
@@ -398,13 +533,23 @@ def dataset(limits: ValidateParams, expected: Expected) -> list[Expectation]:
                 f"the encoder's weights changed after the embeddings were made: {REENCODE_TEXT}",
             ),
         ),
+        # Two counts in one manifest that disagree: neither can be held against what was kept and refused.
+        gxe.ExpectColumnValuesToBeInSet(
+            column="found_in_manifest",
+            value_set=[expected.found],
+            **check(
+                "found_counted",
+                f"data/images/manifest.json counts the {expected.found} samples of its sources",
+                f"the manifest was changed by hand, or by another version of the code: {INGEST}",
+            ),
+        ),
         # Statistics of other rows than these scale the latents wrongly: they were not written together.
         gxe.ExpectColumnValuesToBeInSet(
             column="latent_rows_in_stats",
-            value_set=[expected.images],
+            value_set=[expected.latents],
             **check(
                 "latent_rows_counted",
-                f"data/latents/stats.json counts the {expected.images} rows of the index",
+                f"data/latents/stats.json counts the {expected.latents} rows of the index",
                 f"the statistics and the index were not written together: {REENCODE_IMAGES}",
             ),
         ),
@@ -416,6 +561,16 @@ def dataset(limits: ValidateParams, expected: Expected) -> list[Expectation]:
                 "train_rows_counted",
                 f"data/latents/stats.json counts the {expected.train_images} training rows of the index",
                 f"the statistics and the index were not written together: {REENCODE_IMAGES}",
+            ),
+        ),
+        # Refused latents that nobody counted, or counted ones that nobody can name, are images lost on the way.
+        gxe.ExpectColumnValuesToBeInSet(
+            column="refused_rows_in_stats",
+            value_set=[expected.refused_latents],
+            **check(
+                "refused_latents_counted",
+                f"data/latents/stats.json counts the {expected.refused_latents} rows of data/latents/rejects.parquet",
+                f"the statistics and the rejects were not written together: {REENCODE_IMAGES}",
             ),
         ),
         # A channel without its mean or std cannot be scaled.

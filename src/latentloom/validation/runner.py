@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from latentloom.params import ValidateParams
+from latentloom.validation.inputs import read_inputs
+from latentloom.validation.overview import describe
 from latentloom.validation.report import Check, ValidationReport
-from latentloom.validation.tables import CacheTables, read_tables, shape_text
+from latentloom.validation.tables import Tables, derive_tables, shape_text
 
 if TYPE_CHECKING:
     from great_expectations.core import ExpectationSuiteValidationResult
@@ -26,8 +28,7 @@ SHOWN = 5  # offending rows that a check names
 
 
 def validate(
-    latents: Path,
-    text: Path,
+    data: Path,
     params: ValidateParams,
     *,
     val_fraction: float,
@@ -35,23 +36,24 @@ def validate(
     expected_text_fingerprint: str,
     docs_folder: Path | None,
 ) -> ValidationReport:
-    """Check both caches, write the pages for a browser, and return what was found.
+    """Check what the earlier stages left, write the pages for a browser, and return what was found.
 
     Args:
-        latents: the folder that ``encode_images`` wrote.
-        text: the folder that ``encode_text`` wrote.
+        data: the folder with ``images``, ``rejects.parquet``, ``near_duplicates.parquet``, ``latents`` and ``text``.
         params: the bounds.
         val_fraction: the share of validation images that ``ingest`` was asked for.
         expected_vae_fingerprint: that of the VAE in params.
         expected_text_fingerprint: that of the text encoder in params.
-        docs_folder: where ``index.html`` and a page for each table go, also when a check fails; None: nowhere.
+        docs_folder: where ``index.html``, its pictures and a page for each table go, also when a check fails; None:
+            nowhere.
 
     Raises:
         FileNotFoundError: naming the file that is missing.
         ValueError: naming the file that is damaged and what to do. A failing check is not an error here: it is in
             the report.
     """
-    tables = read_tables(latents, text)
+    inputs = read_inputs(data)
+    tables = derive_tables(inputs)
     os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
     from latentloom.validation.data_docs import write_data_docs
     from latentloom.validation.expectations import Expected, expectations
@@ -60,12 +62,14 @@ def validate(
         vae_fingerprint=expected_vae_fingerprint,
         text_fingerprint=expected_text_fingerprint,
         val_fraction=val_fraction,
-        images=len(tables.latents),
+        found=sum(source.found for source in inputs.manifest.sources),
+        latents=len(tables.latents),
         train_images=int(tables.dataset["train_images"].iloc[0]),
+        refused_latents=len(inputs.latent_rejects),
         captions=len(tables.captions),
-        latent_shape=shape_text(tables.latent_stats.latent_shape),
-        channels=tables.latent_stats.latent_shape[0],
-        embedding_dim=tables.text_stats.dim,
+        latent_shape=shape_text(inputs.latent_stats.latent_shape),
+        channels=inputs.latent_stats.latent_shape[0],
+        embedding_dim=inputs.text_stats.dim,
     )
     with _quiet():
         results = _run(expectations(params, expected), tables)
@@ -76,7 +80,8 @@ def validate(
             rows={name: len(frame) for name, frame in tables.frames().items()},
         )
         if docs_folder is not None:
-            write_data_docs(docs_folder, report, results)
+            overview = describe(inputs, tables, val_fraction)
+            write_data_docs(docs_folder, report, results, overview)
     return report
 
 
@@ -91,13 +96,13 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _run(suites: dict[str, list["Expectation"]], tables: CacheTables) -> dict[str, "ExpectationSuiteValidationResult"]:
+def _run(suites: dict[str, list["Expectation"]], tables: Tables) -> dict[str, "ExpectationSuiteValidationResult"]:
     import great_expectations as gx
 
     context = gx.get_context(mode="ephemeral")
     context.enable_analytics(False)
     context.variables.progress_bars = {"globally": False}
-    source = context.data_sources.add_pandas("caches")
+    source = context.data_sources.add_pandas("data")
     results = {}
     for name, frame in tables.frames().items():
         batch = source.add_dataframe_asset(name).add_batch_definition_whole_dataframe("whole")

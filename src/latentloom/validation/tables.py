@@ -1,166 +1,153 @@
-"""The scalar tables that the expectations look at, derived from what the encoders wrote.
+"""The scalar tables that the expectations look at, derived from what the earlier stages wrote.
 
-Index files and statistics -> five frames, one row a thing that can be wrong:
-
-    latents   one row an image: the index, with its captions counted and its shard looked for
-    captions  one row a distinct caption: the index, with its images counted and its shard looked for
-    pairs     one row an (image, caption), with both ends looked for
-    channels  one row a channel of the latents' statistics
-    dataset   one row for the whole: counts, shares and the encoders' fingerprints
-
-Tensors are never opened: each index carries the mean, std and finiteness of its tensors, taken when they were made.
+sources          one row a source: found, kept and refused samples counted
+images           one row a kept image, with its latent looked for
+rejects          one row a refused sample, and one an image whose latent was refused
+near_duplicates  one row a pair of images that look alike, with the splits of both
+latents          one row an image in the cache: the index, with its captions counted and its shard looked for
+captions         one row a distinct caption: the index, with its images counted and its shard looked for
+pairs            one row an (image, caption), with both ends looked for
+channels         one row a channel of the latents' statistics
+dataset          one row for the whole: counts, shares and the encoders' fingerprints
 """
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, TypeVar
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
-from pydantic import BaseModel, ValidationError
 
-from latentloom.files import read_json
+from latentloom.validation.inputs import Inputs, LatentStats, Manifest
 
-TEXT, NUMBER, COUNT, FLAG = pa.string(), pa.float32(), pa.int32(), pa.bool_()
-LATENT_INDEX = pa.schema(
-    {
-        **dict.fromkeys(["id", "key", "split", "shard"], TEXT),
-        **dict.fromkeys(["mean", "std", "abs_max"], NUMBER),
-        "finite": FLAG,
-        **dict.fromkeys(["channels", "height", "width"], COUNT),
-    }
-)
-TEXT_INDEX = pa.schema(
-    {
-        **dict.fromkeys(["id", "text", "key", "shard"], TEXT),
-        **dict.fromkeys(["mean", "std", "norm"], NUMBER),
-        "finite": FLAG,
-        "dim": COUNT,
-    }
-)
-PAIRS = pa.schema({"image_id": TEXT, "caption_id": TEXT, "position": COUNT})
-
-
-Stats = TypeVar("Stats", bound=BaseModel)
-
-
-class Encoder(BaseModel):
-    fingerprint: str
-
-
-class LatentStats(BaseModel):
-    format_version: Literal[1]
-    vae: Encoder
-    distribution: Literal["mean", "moments"]
-    latent_shape: tuple[int, int, int]
-    rows: int
-    train_rows: int
-    mean: list[float | None]
-    std: list[float | None]
-
-
-class TextStats(BaseModel):
-    format_version: Literal[1]
-    encoder: Encoder
-    dim: int
-    rows: int
+SPLITS = ["train", "validation"]
 
 
 @dataclass(frozen=True)
-class CacheTables:
+class Tables:
+    """The tables in the order in which they are reported."""
+
+    sources: pd.DataFrame
+    images: pd.DataFrame
+    rejects: pd.DataFrame
+    near_duplicates: pd.DataFrame
     latents: pd.DataFrame
     captions: pd.DataFrame
     pairs: pd.DataFrame
     channels: pd.DataFrame
     dataset: pd.DataFrame
-    latent_stats: LatentStats
-    text_stats: TextStats
 
     def frames(self) -> dict[str, pd.DataFrame]:
-        return {name: getattr(self, name) for name in ("latents", "captions", "pairs", "channels", "dataset")}
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-def read_tables(latents: Path, text: Path) -> CacheTables:
-    """Read both caches' indexes and statistics and derive the scalar columns.
+def derive_tables(inputs: Inputs) -> Tables:
+    """The tables of ``inputs``, whose frames are extended in place."""
+    images, latents, captions, pairs = inputs.images, inputs.latents, inputs.captions, inputs.pairs
+    refused = inputs.latent_rejects["id"]
 
-    Args:
-        latents: the folder with ``index.parquet``, ``stats.json`` and the shards of ``encode_images``.
-        text: the folder with ``index.parquet``, ``pairs.parquet``, ``stats.json`` and the shards of ``encode_text``.
+    images["encoded"] = images["id"].isin(latents["id"]) | images["id"].isin(refused)
 
-    Raises:
-        FileNotFoundError: naming the file that is missing.
-        ValueError: naming the file that is damaged, or lacks a column or a value it must have, and what to do.
-    """
-    latent_stats = _read_stats(latents / "stats.json", LatentStats)
-    text_stats = _read_stats(text / "stats.json", TextStats)
-    images = _read_index(latents / "index.parquet", LATENT_INDEX)
-    captions = _read_index(text / "index.parquet", TEXT_INDEX, may_be_null=("text",))
-    pairs = _read_index(text / "pairs.parquet", PAIRS)
-
-    images["finite"] &= _all_finite(images, ["mean", "std", "abs_max"])
-    images["shape"] = _shapes(images)
-    images["shard_exists"] = _shard_exists(images["shard"], latents)
-    images["splits"] = _count_for(images["id"], images[["id", "split"]].drop_duplicates()["id"])
-    images["captions"] = _count_for(images["id"], pairs["image_id"])
-    # Null, which expectations pass over, where there is no caption at all: that is another check's finding.
-    primary = _count_for(images["id"], pairs.loc[pairs["position"] == 0, "image_id"])
-    images["primary_captions"] = primary.where(images["captions"] > 0)
+    latents["finite"] &= _all_finite(latents, ["mean", "std", "abs_max"])
+    latents["weight_usable"] = np.isfinite(latents["weight"]) & (latents["weight"] > 0)
+    latents["shape"] = _shapes(latents)
+    latents["shard_exists"] = _shard_exists(latents["shard"], inputs.folder / "latents")
+    flipped = inputs.folder / "latents" / "flipped"
+    latents["flipped_shard_exists"] = _shard_exists(latents["shard"], flipped) if inputs.latent_stats.flip else None
+    latents["splits"] = _count_for(latents["id"], latents[["id", "split"]].drop_duplicates()["id"])
+    drawn = latents["id"].map(images.drop_duplicates("id").set_index("id")["split"])
+    latents["image_exists"] = drawn.notna()
+    # Null, which expectations pass over, where another check finds the fault: here, the split itself or the image.
+    judged = latents["split"].isin(SPLITS) & (latents["splits"] == 1) & latents["image_exists"]
+    latents["split_as_ingested"] = (latents["split"] == drawn).astype("boolean").where(judged)
+    latents["captions"] = _count_for(latents["id"], pairs["image_id"])
+    primary = _count_for(latents["id"], pairs.loc[pairs["position"] == 0, "image_id"])
+    latents["primary_captions"] = primary.where(latents["captions"] > 0)
 
     stripped = captions["text"].fillna("").str.strip()
     captions["blank"] = stripped == ""
     captions["length"] = stripped.str.len().where(~captions["blank"])
     captions["finite"] &= _all_finite(captions, ["mean", "std", "norm"])
-    captions["shard_exists"] = _shard_exists(captions["shard"], text)
+    captions["shard_exists"] = _shard_exists(captions["shard"], inputs.folder / "text")
     captions["images"] = _count_for(captions["id"], pairs["caption_id"])
 
-    pairs["image_exists"] = pairs["image_id"].isin(images["id"])
+    pairs["image_exists"] = pairs["image_id"].isin(latents["id"]) | pairs["image_id"].isin(refused)
     pairs["caption_exists"] = pairs["caption_id"].isin(captions["id"])
 
-    in_train = int((images["split"] == "train").sum())
-    in_validation = int((images["split"] == "validation").sum())
-    dataset = pd.DataFrame(
+    return Tables(
+        sources=_sources(inputs.manifest, images, inputs.rejects),
+        images=images,
+        rejects=pd.concat([inputs.rejects, inputs.latent_rejects], ignore_index=True),
+        near_duplicates=_near_duplicates(inputs.near_duplicates, latents),
+        latents=latents,
+        captions=captions,
+        pairs=pairs,
+        channels=_channels(inputs.latent_stats),
+        dataset=_dataset(inputs),
+    )
+
+
+def shape_text(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _sources(manifest: Manifest, images: pd.DataFrame, rejects: pd.DataFrame) -> pd.DataFrame:
+    """Also a source that the manifest does not name, if an image or a reject bears its name."""
+    kept, refused = images["source"].value_counts(), rejects["source"].value_counts()
+    found = pd.Series({source.name: source.found for source in manifest.sources}, dtype="int64")
+    names = found.index.union(kept.index, sort=False).union(refused.index, sort=False)
+    frame = pd.DataFrame({"id": names.astype("str")})
+    for name, counts in {"found": found, "kept": kept, "refused": refused}.items():
+        frame[name] = counts.reindex(names, fill_value=0).to_numpy()
+    return frame.assign(unaccounted=frame["found"] - frame["kept"] - frame["refused"])
+
+
+def _near_duplicates(near: pd.DataFrame, latents: pd.DataFrame) -> pd.DataFrame:
+    """With the splits as training reads them; no split where the latent was refused."""
+    known = latents[latents["id"].isin(near["image_id"]) | latents["id"].isin(near["twin_id"])]
+    splits = known.drop_duplicates("id").set_index("id")["split"]
+    ours, theirs = near["image_id"].map(splits), near["twin_id"].map(splits)
+    return near.assign(
+        split=ours,
+        twin_split=theirs,
+        held_out=near["image_id"].where(ours == "validation", near["twin_id"]),
+        apart=ours.isin(SPLITS) & theirs.isin(SPLITS) & (ours != theirs),
+    )
+
+
+def _channels(stats: LatentStats) -> pd.DataFrame:
+    mean, std = pd.Series(stats.mean, dtype="float64"), pd.Series(stats.std, dtype="float64")
+    frame = pd.DataFrame({"mean": mean, "std": std})
+    frame.insert(0, "id", [f"channel {number}" for number in range(len(frame))])
+    frame["finite"] = _all_finite(frame, ["mean", "std"])
+    return frame
+
+
+def _dataset(inputs: Inputs) -> pd.DataFrame:
+    latents, stats = inputs.latents, inputs.latent_stats
+    in_train, in_validation = ((latents["split"] == split).sum() for split in SPLITS)
+    refused = len(inputs.latent_rejects)
+    return pd.DataFrame(
         {
-            "train_images": [in_train],
-            "validation_share": [in_validation / len(images) if len(images) else math.nan],
-            "latent_rows_in_stats": [latent_stats.rows],
-            "train_rows_in_stats": [latent_stats.train_rows],
-            "channels_in_stats": [_channels_in(latent_stats)],
-            "caption_rows_in_stats": [text_stats.rows],
-            "vae_fingerprint": [latent_stats.vae.fingerprint],
-            "text_fingerprint": [text_stats.encoder.fingerprint],
+            "train_images": [int(in_train)],
+            "validation_share": [_share(in_validation, len(latents))],
+            "refused_latents": [_share(refused, refused + len(latents))],
+            "found_in_manifest": [inputs.manifest.found],
+            "latent_rows_in_stats": [stats.rows],
+            "train_rows_in_stats": [stats.train_rows],
+            "refused_rows_in_stats": [stats.rejected],
+            # How many channels the statistics cover, as "MEANS and STDS": "4 and 4".
+            "channels_in_stats": [f"{len(stats.mean)} and {len(stats.std)}"],
+            "caption_rows_in_stats": [inputs.text_stats.rows],
+            "vae_fingerprint": [stats.vae.fingerprint],
+            "text_fingerprint": [inputs.text_stats.encoder.fingerprint],
         }
     )
-    return CacheTables(images, captions, pairs, _channels(latent_stats), dataset, latent_stats, text_stats)
 
 
-def _read_index(path: Path, schema: pa.Schema, may_be_null: tuple[str, ...] = ()) -> pd.DataFrame:
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: run `dvc repro`, which makes it")
-    try:
-        file = pq.ParquetFile(path)
-        missing = [name for name in schema.names if name not in file.schema_arrow.names]
-        if missing:
-            raise ValueError(f"no column {', '.join(missing)}")
-        table = file.read(columns=schema.names).select(schema.names).cast(schema)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be used ({error}): delete it and run `dvc repro`") from error
-    for name in schema.names:
-        nulls = table[name].null_count
-        if nulls and name not in may_be_null and not pa.types.is_floating(schema.field(name).type):
-            raise ValueError(f"{path} lacks {name} in {nulls} of {len(table)} rows: delete it and run `dvc repro`")
-    return table.to_pandas(ignore_metadata=True)
-
-
-def _read_stats(path: Path, model: type[Stats]) -> Stats:
-    try:
-        return model.model_validate(read_json(path))
-    except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg'].lower()}" for item in error.errors())
-        raise ValueError(f"{path} cannot be used ({faults}): delete it and run `dvc repro`") from error
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else math.nan
 
 
 def _all_finite(frame: pd.DataFrame, columns: list[str]) -> np.ndarray:
@@ -181,20 +168,3 @@ def _shapes(frame: pd.DataFrame) -> pd.Series:
 
 def _shard_exists(shards: pd.Series, folder: Path) -> pd.Series:
     return shards.map({shard: (folder / shard).is_file() for shard in shards.unique()}).astype(bool)
-
-
-def _channels(stats: LatentStats) -> pd.DataFrame:
-    mean, std = pd.Series(stats.mean, dtype="float64"), pd.Series(stats.std, dtype="float64")
-    frame = pd.DataFrame({"mean": mean, "std": std})
-    frame.insert(0, "id", [f"channel {number}" for number in range(len(frame))])
-    frame["finite"] = _all_finite(frame, ["mean", "std"])
-    return frame
-
-
-def _channels_in(stats: LatentStats) -> str:
-    """How many channels the statistics cover, as ``MEANS and STDS``: ``4 and 4``."""
-    return f"{len(stats.mean)} and {len(stats.std)}"
-
-
-def shape_text(shape: Iterable[int]) -> str:
-    return "x".join(map(str, shape))
