@@ -54,4 +54,4 @@ def test_a_full_disk_names_the_file_and_the_room_and_leaves_nothing_behind(tmp_p
 def test_an_error_that_room_would_not_cure_does_not_ask_for_room(tmp_path):
     with pytest.raises(OSError, match="could not write") as caught, atomic_path(tmp_path / "a.txt"):
         pass  # nothing is written, so there is nothing to rename
-    assert "room" not in str(caught.value)
+    assert "Make room" not in str(caught.value)
