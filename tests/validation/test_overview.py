@@ -72,14 +72,14 @@ def test_every_reason_is_counted_with_an_example(page):
 
 
 def test_the_contact_sheet_shows_each_image_above_its_own_caption(caches, page):
-    """In the order of their ids; the file behind each has the colour that its image was made of."""
+    """In the order of their ids read backwards; the file behind each has the colour that its image was made of."""
     by_id = {digest(f"image {n}"): (caches.colour(n), f"caption number {n}") for n in range(40)}
     by_id[digest("refused latent")] = (caches.colour(40), "caption number 0")
     shown = []
     for source, caption in page.pictures[:41]:
         with Image.open(caches.root / "docs" / source) as picture:
             shown.append((picture.getpixel((0, 0)), caption))
-    assert shown == [by_id[image_id] for image_id in sorted(by_id)]
+    assert shown == [by_id[image_id] for image_id in sorted(by_id, key=lambda own: own[::-1])]
 
 
 def test_no_more_images_are_shown_than_a_person_looks_at(make_caches):
@@ -90,7 +90,21 @@ def test_no_more_images_are_shown_than_a_person_looks_at(make_caches):
     captions = [caption for _, caption in page.pictures[:48]]
     ids = {digest(f"image {n}"): f"caption number {n}" for n in range(80)}
     ids[digest("refused latent")] = "caption number 0"
-    assert captions == [ids[image_id] for image_id in sorted(ids)[:48]]
+    assert captions == [ids[image_id] for image_id in sorted(ids, key=lambda own: own[::-1])[:48]]
+
+
+def test_the_contact_sheet_is_no_sample_of_one_split(make_caches):
+    """The split is drawn by how an id begins: chosen by that too, all of validation would come first."""
+    caches = make_caches("larger", images=80)
+    frame = caches.read("latents").sort_values("id", ignore_index=True)
+    held_out = frame["id"].iloc[:8].tolist()
+    for table in ("images", "latents"):
+        ids = caches.read(table)["id"]
+        caches.set(table, list(ids.index), split="train")
+        caches.set(table, list(ids.index[ids.isin(held_out)]), split="validation")
+    caches.validate(docs=True)
+    framed = (caches.root / "docs/index.html").read_text().count('class="tile held-out"')
+    assert 0 < framed < 8
 
 
 def test_refused_images_are_shown_where_there_is_a_picture_and_named_where_there_is_none(caches, page):
