@@ -4,19 +4,31 @@ from pathlib import Path
 
 from latentloom.devices import choose_device
 from latentloom.encoding.latents import encode_images
+from latentloom.encoding.row_store import RowStore
 from latentloom.encoding.vae import load_vae
 from latentloom.files import write_json
 from latentloom.params import Params
-from latentloom.stage import run_stage, state_folder
+from latentloom.stage import run_stage, state_folder, state_limit
 
 
 def main(params: Params) -> str:
-    vae = load_vae(params.encode_images.vae, choose_device())
-    counts = encode_images(vae, Path("data/images"), Path("data/latents"), state_folder("latents"))
+    settings = params.encode_images
+    vae = load_vae(settings.vae, choose_device(), settings.precision)
+    store = RowStore(state_folder("latents"), state_limit())
+    counts = encode_images(vae, Path("data/images"), Path("data/latents"), store, flip=settings.flip)
     write_json(
-        "reports/encode_images.json", {"images": counts.rows, "vae": vae.reference, "vae_fingerprint": vae.fingerprint}
+        "reports/encode_images.json",
+        {
+            "latents": counts.rows,
+            "encoded": counts.encoded,
+            "reused": counts.reused,
+            "rejected": counts.rejected,
+            "vae": vae.reference,
+            "vae_fingerprint": vae.fingerprint,
+        },
     )
-    return f"{counts.rows} images: encoded {counts.encoded}, reused {counts.reused}"
+    refused = f", rejected {counts.rejected} (see data/latents/rejects.parquet)" if counts.rejected else ""
+    return f"{counts.rows} latents: encoded {counts.encoded}, reused {counts.reused}{refused}"
 
 
 if __name__ == "__main__":

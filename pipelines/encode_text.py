@@ -4,19 +4,23 @@ from pathlib import Path
 
 from latentloom.devices import choose_device
 from latentloom.encoding.captions import encode_captions
+from latentloom.encoding.row_store import RowStore
 from latentloom.encoding.text_encoder import load_text_encoder
 from latentloom.files import write_json
 from latentloom.params import Params
-from latentloom.stage import run_stage, state_folder
+from latentloom.stage import run_stage, state_folder, state_limit
 
 
 def main(params: Params) -> str:
     encoder = load_text_encoder(params.encode_text.model, choose_device())
-    counts = encode_captions(encoder, Path("data/images"), Path("data/text"), state_folder("text"))
+    store = RowStore(state_folder("text"), state_limit())
+    counts = encode_captions(encoder, Path("data/images"), Path("data/text"), store)
     write_json(
         "reports/encode_text.json",
         {
             "captions": counts.rows,
+            "encoded": counts.encoded,
+            "reused": counts.reused,
             "dim": encoder.dim,
             "encoder": encoder.reference,
             "encoder_fingerprint": encoder.fingerprint,

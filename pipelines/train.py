@@ -35,10 +35,11 @@ def main(params: Params) -> str:
     with new_run(project_root(), name=os.environ.get("DVC_EXP_NAME"), tags=tags) as tracked:
         tracked.log_params(params.model_dump(by_alias=True, exclude=NOT_COMPARED))
         tracked.log_file(Path("params.yaml"))
+        sources = "+".join(entry.label for entry in params.ingest.sources)
         for context, data in (("training", caches.train), ("validation", caches.validation)):
             tracked.log_dataset(
                 data.table(),
-                name=f"{params.ingest.source}-{context}",
+                name=f"{sources}-{context}",
                 source=str(LATENTS),
                 digest=data.digest(),
                 context=context,

@@ -16,17 +16,31 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 def prepare_images(tmp_path: Path) -> Callable[..., Path]:
     """``prepare_images(seeds, size=32)`` writes images as the ingest stage does; a fourth go to validation."""
     from latentloom.ingestion.images import image_id
-    from latentloom.ingestion.shards import ImageRow, Manifest, write_images
+    from latentloom.ingestion.shards import ImageRow, Manifest, SourceCount, encode, write_manifest, write_shards
 
     def prepare(seeds: Sequence[int], size: int = 32, name: str = "images") -> Path:
         def row(seed: int) -> ImageRow:
             pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
             captions = [f"picture {seed}", f"noise of kind {seed % 3}"]
             split = "validation" if seed % 4 == 3 else "train"
-            return ImageRow(image_id(pixels), pixels, captions, split, "folder", f"{seed}.png", size, size)
+            return ImageRow(image_id(pixels), encode(pixels), captions, split, "folder", f"{seed}.png", size, size)
 
-        manifest = Manifest(source="folder", image_size=size, attribution="made by a test", licence="CC0")
-        write_images((row(seed) for seed in seeds), tmp_path / name, manifest)
-        return tmp_path / name
+        folder, rows = tmp_path / name, [row(seed) for seed in seeds]
+        validation = sum(row.split == "validation" for row in rows)
+        count = SourceCount("folder", "folder", 1.0, "made by a test", "CC0", found=len(rows), kept=len(rows))
+        manifest = Manifest(
+            image_size=size,
+            found=len(rows),
+            rejected=0,
+            images=len(rows),
+            train=len(rows) - validation,
+            validation=validation,
+            sources=[count],
+            attribution=count.attribution,
+            licence=count.licence,
+            shards=write_shards(rows, folder),
+        )
+        write_manifest(folder, manifest)
+        return folder
 
     return prepare

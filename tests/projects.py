@@ -35,7 +35,10 @@ class Project:
         return result
 
     def repro(self) -> list[str]:
-        """``dvc repro``; the stages that DVC really ran, not those it skipped or took from its run cache."""
+        """``dvc repro``; the stages that DVC really ran, not those it skipped or took from its run cache.
+
+        Apart from `find_sources`, which always runs.
+        """
         output = self.run("dvc", "repro").stdout
         return [stage for stage in STAGES if f"Running stage '{stage}'" in output]
 

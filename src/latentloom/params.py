@@ -43,7 +43,7 @@ class SourceParams(Section):
 
     source: SourceName
     path: StrictStr | None = None
-    name: Annotated[StrictStr, Field(min_length=1)] | None = None  # null: the value of ``source``
+    name: Annotated[StrictStr, Field(min_length=1)] | None = None
     weight: Positive = 1.0
     image_column: StrictStr | None = None  # of parquet; null: the first known name that is there
     caption_column: StrictStr | None = None
@@ -59,6 +59,11 @@ class SourceParams(Section):
         if self.source != "parquet" and (self.image_column or self.caption_column):
             raise ValueError(f"source: {self.source} has no columns; image_column and caption_column are for parquet")
         return self
+
+    @property
+    def label(self) -> str:
+        """What the source is called in tables and reports: its name, or else what it is."""
+        return self.name or self.source
 
 
 WHAT_A_PATH_HOLDS = {
@@ -89,7 +94,7 @@ class IngestParams(Section):
             raise ValueError(
                 f"each source of the list has a path of its own, yet path is {self.path!r}; set path: null"
             )
-        names = [entry.name or entry.source for entry in self.sources]
+        names = [entry.label for entry in self.sources]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two sources are called {name!r}; give each a name of its own (name: ...)")

@@ -31,3 +31,19 @@ def project_root() -> Path:
 def state_folder(name: str) -> Path:
     """Where a stage keeps what only saves work, for all experiments alike; it may be deleted at any time."""
     return project_root() / ".state" / name
+
+
+def state_limit() -> int:
+    """The bytes that each folder of `.state` may hold besides what the last run used: ``LATENTLOOM_STATE_GIB``, or 50.
+
+    Raises:
+        ValueError: when it is not a number of GiB.
+    """
+    value = os.environ.get("LATENTLOOM_STATE_GIB") or "50"
+    try:
+        limit = int(float(value) * 2**30)
+    except (ValueError, OverflowError):
+        limit = -1
+    if limit < 0:
+        raise ValueError(f"LATENTLOOM_STATE_GIB={value} is not a number of GiB; try 50")
+    return limit

@@ -1,15 +1,24 @@
 """The latent cache, from prepared images by VAEs of both classes."""
 
+import contextlib
 import json
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import tiny_models
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
+from latentloom import sharding
+from latentloom.encoding import latents
 from latentloom.encoding.latents import ChannelStatistics, encode_images, read_latents
-from latentloom.encoding.vae import load_vae, vae_fingerprint
+from latentloom.encoding.row_store import RowStore
+from latentloom.encoding.vae import Vae, load_vae, vae_fingerprint
 from latentloom.ingestion.shards import iterate_images, read_metadata
 
 
@@ -25,7 +34,7 @@ def kl(tmp_path_factory):
 
 def test_latents_of_a_deterministic_vae_are_diffusers_own(tiny, prepare_images, tmp_path):
     images = prepare_images(range(6))
-    counts = encode_images(tiny, images, tmp_path / "latents", tmp_path / "state")
+    counts = encode_images(tiny, images, tmp_path / "latents", RowStore(tmp_path / "state", 2**30))
     index, tensors, statistics = read_latents(tmp_path / "latents")
     assert (counts.rows, counts.encoded, counts.reused) == (6, 6, 0)
     assert set(tensors) == {"mean"}
@@ -40,7 +49,7 @@ def test_latents_of_a_deterministic_vae_are_diffusers_own(tiny, prepare_images, 
 
 def test_latents_of_a_vae_with_a_distribution_are_moments(kl, prepare_images, tmp_path):
     images = prepare_images(range(3))
-    encode_images(kl, images, tmp_path / "latents", tmp_path / "state")
+    encode_images(kl, images, tmp_path / "latents", RowStore(tmp_path / "state", 2**30))
     _, tensors, statistics = read_latents(tmp_path / "latents")
     assert statistics["distribution"] == "moments"
     pixels = np.stack([array for _, array in iterate_images(images)])
@@ -51,7 +60,7 @@ def test_latents_of_a_vae_with_a_distribution_are_moments(kl, prepare_images, tm
 
 
 def test_statistics_are_those_of_the_training_split(tiny, prepare_images, tmp_path):
-    encode_images(tiny, prepare_images(range(40)), tmp_path / "latents", tmp_path / "state")
+    encode_images(tiny, prepare_images(range(40)), tmp_path / "latents", RowStore(tmp_path / "state", 2**30))
     index, tensors, statistics = read_latents(tmp_path / "latents")
     chosen = tensors["mean"].numpy().astype(np.float64)[(index["split"] == "train").to_numpy()]
     np.testing.assert_allclose(statistics["mean"], chosen.mean((0, 2, 3)), rtol=1e-9)
@@ -80,7 +89,7 @@ def test_statistics_of_moments_are_those_of_samples():
 
 
 def test_the_index_describes_each_row(tiny, prepare_images, tmp_path):
-    encode_images(tiny, prepare_images(range(5)), tmp_path / "latents", tmp_path / "state")
+    encode_images(tiny, prepare_images(range(5)), tmp_path / "latents", RowStore(tmp_path / "state", 2**30))
     index, tensors, _ = read_latents(tmp_path / "latents")
     rows = tensors["mean"].float().flatten(1).numpy()
     np.testing.assert_allclose(index["mean"], rows.mean(1), atol=1e-5)
@@ -91,8 +100,8 @@ def test_the_index_describes_each_row(tiny, prepare_images, tmp_path):
 
 
 def test_a_row_does_not_depend_on_its_neighbours_order_or_name(tiny, prepare_images, tmp_path):
-    encode_images(tiny, prepare_images(range(40), name="a"), tmp_path / "la", tmp_path / "sa")
-    encode_images(tiny, prepare_images([33, 7, 20], name="b"), tmp_path / "lb", tmp_path / "sb")
+    encode_images(tiny, prepare_images(range(40), name="a"), tmp_path / "la", RowStore(tmp_path / "sa", 2**30))
+    encode_images(tiny, prepare_images([33, 7, 20], name="b"), tmp_path / "lb", RowStore(tmp_path / "sb", 2**30))
     all_index, all_tensors, _ = read_latents(tmp_path / "la")
     few_index, few_tensors, _ = read_latents(tmp_path / "lb")
     by_id = dict(zip(all_index["id"], all_tensors["mean"], strict=True))
@@ -102,16 +111,18 @@ def test_a_row_does_not_depend_on_its_neighbours_order_or_name(tiny, prepare_ima
 
 
 def test_added_images_alone_are_encoded(tiny, prepare_images, tmp_path):
-    encode_images(tiny, prepare_images(range(20), name="a"), tmp_path / "la", tmp_path / "state")
-    counts = encode_images(tiny, prepare_images(range(22), name="b"), tmp_path / "lb", tmp_path / "state")
+    encode_images(tiny, prepare_images(range(20), name="a"), tmp_path / "la", RowStore(tmp_path / "state", 2**30))
+    counts = encode_images(
+        tiny, prepare_images(range(22), name="b"), tmp_path / "lb", RowStore(tmp_path / "state", 2**30)
+    )
     assert (counts.encoded, counts.reused) == (2, 20)
 
 
 def test_other_weights_of_the_same_class_are_never_served_from_the_store(tiny, prepare_images, tmp_path):
     other = load_vae(str(tiny_models.save_tiny_vae(tmp_path / "other", seed=1)))
     images = prepare_images(range(4))
-    encode_images(tiny, images, tmp_path / "a", tmp_path / "state")
-    counts = encode_images(other, images, tmp_path / "b", tmp_path / "state")
+    encode_images(tiny, images, tmp_path / "a", RowStore(tmp_path / "state", 2**30))
+    counts = encode_images(other, images, tmp_path / "b", RowStore(tmp_path / "state", 2**30))
     assert counts.reused == 0
     assert not torch.equal(read_latents(tmp_path / "a")[1]["mean"], read_latents(tmp_path / "b")[1]["mean"])
 
@@ -119,9 +130,9 @@ def test_other_weights_of_the_same_class_are_never_served_from_the_store(tiny, p
 def test_two_runs_from_nothing_write_the_same_bytes(tiny, prepare_images, tmp_path):
     images = prepare_images(range(10))
     for name in ("a", "b"):
-        encode_images(tiny, images, tmp_path / name, tmp_path / f"state-{name}")
+        encode_images(tiny, images, tmp_path / name, RowStore(tmp_path / f"state-{name}", 2**30))
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert files == ["00000.safetensors", "index.parquet", "stats.json"]
+    assert files == ["00000.safetensors", "index.parquet", "rejects.parquet", "stats.json"]
     for name in files:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
@@ -160,12 +171,166 @@ def test_another_class_is_refused(tmp_path):
 
 
 def test_a_damaged_index_is_named(tiny, prepare_images, tmp_path):
-    encode_images(tiny, prepare_images(range(2)), tmp_path / "latents", tmp_path / "state")
+    encode_images(tiny, prepare_images(range(2)), tmp_path / "latents", RowStore(tmp_path / "state", 2**30))
     (tmp_path / "latents" / "index.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match=r"index\.parquet is missing or damaged"):
         read_latents(tmp_path / "latents")
 
 
 def test_pandas_opens_the_index(tiny, prepare_images, tmp_path):
-    encode_images(tiny, prepare_images(range(2)), tmp_path / "latents", tmp_path / "state")
+    encode_images(tiny, prepare_images(range(2)), tmp_path / "latents", RowStore(tmp_path / "state", 2**30))
     assert len(pd.read_parquet(tmp_path / "latents" / "index.parquet")) == 2
+
+
+def scaled(folder: Path, *, early: float = 1.0, late: float = 1.0) -> Path:
+    """A tiny VAE whose first and last convolutions of the encoder are scaled."""
+    tiny_models.save_tiny_vae(folder)
+    path = folder / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    convolutions = [name for name in weights if name.startswith("encoder.") and weights[name].ndim == 4]
+    order = sorted(convolutions, key=lambda name: int(name.split(".")[2]))
+    weights[order[0]] *= early
+    weights[order[-1]] *= late
+    weights[order[-1].replace("weight", "bias")] *= late
+    save_file(weights, path)
+    return folder
+
+
+def test_latents_that_overflow_in_fp16_are_computed_once_more_in_fp32(prepare_images, tmp_path):
+    folder = scaled(tmp_path / "vae", early=2e5, late=1e-5)
+    images = prepare_images(range(6))
+    half = load_vae(str(folder), precision="fp16")
+    pixels = np.stack([array for _, array in iterate_images(images)])
+    assert not half.encode(pixels)["mean"].isfinite().all()
+    counts = encode_images(half, images, tmp_path / "half", RowStore(tmp_path / "s1", 2**30))
+    assert (counts.encoded, counts.rejected) == (6, 0)
+    encode_images(load_vae(str(folder)), images, tmp_path / "whole", RowStore(tmp_path / "s2", 2**30))
+    assert torch.equal(read_latents(tmp_path / "half")[1]["mean"], read_latents(tmp_path / "whole")[1]["mean"])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_image_whose_latent_is_not_finite_is_refused_with_its_id(tiny, prepare_images, tmp_path, precision):
+    images = prepare_images(range(8))
+    pixels = np.stack([array for _, array in iterate_images(images)])
+    largest = tiny.encode(pixels)["mean"].abs().flatten(1).amax(1)
+    worst = int(largest.argmax())
+    others = largest[torch.arange(8) != worst].max()
+    bound = float((largest[worst] * others).sqrt())  # the largest is above it, all others below
+    vae = load_vae(str(scaled(tmp_path / "vae", late=65504 / bound)), precision=precision)
+    counts = encode_images(vae, images, tmp_path / "latents", RowStore(tmp_path / "state", 2**30))
+    own_id, key = read_metadata(images).loc[worst, ["id", "key"]]
+    assert counts.rejected == 1
+    index, tensors, statistics = read_latents(tmp_path / "latents")
+    rejects = pd.read_parquet(tmp_path / "latents" / "rejects.parquet")
+    assert rejects[["id", "source", "key", "reason"]].values.tolist() == [[own_id, "folder", key, "latent_not_finite"]]
+    assert precision in rejects["detail"].item()
+    assert own_id not in set(index["id"])
+    assert len(index) == len(tensors["mean"]) == statistics["rows"] == 7
+    assert statistics["rejected"] == 1
+    assert tensors["mean"].isfinite().all()
+    chosen = tensors["mean"].numpy().astype(np.float64)[(index["split"] == "train").to_numpy()]
+    np.testing.assert_allclose(statistics["std"], chosen.std((0, 2, 3)), rtol=1e-9)
+    again = encode_images(vae, images, tmp_path / "latents", RowStore(tmp_path / "state", 2**30))
+    assert (again.encoded, again.rejected) == (0, 1)
+
+
+def test_each_precision_has_keys_of_its_own(tmp_path, prepare_images):
+    folder = str(tiny_models.save_tiny_vae(tmp_path / "vae"))
+    images = prepare_images(range(4))
+    keys = {}
+    for precision in ("fp32", "bf16", "fp16"):
+        vae = load_vae(folder, precision=precision)
+        counts = encode_images(vae, images, tmp_path / precision, RowStore(tmp_path / "state", 2**30))
+        assert counts.reused == 0
+        index, tensors, statistics = read_latents(tmp_path / precision)
+        keys[precision] = set(index["key"])
+        assert statistics["precision"] == precision
+        torch.testing.assert_close(tensors["mean"], read_latents(tmp_path / "fp32")[1]["mean"], atol=0.02, rtol=0.02)
+    assert len(set.union(*keys.values())) == 12
+
+
+def test_flip_stores_the_latents_of_the_mirrored_images_too(tiny, kl, prepare_images, tmp_path):
+    images = prepare_images(range(6))
+    pixels = np.stack([array for _, array in iterate_images(images)])
+    for vae in (tiny, kl):
+        out, state = tmp_path / vae.class_name, tmp_path / f"state-{vae.class_name}"
+        plain = encode_images(vae, images, out, RowStore(state, 2**30))
+        before = {path.name: path.read_bytes() for path in out.glob("*.safetensors")}
+        both = encode_images(vae, images, out, RowStore(state, 2**30), flip=True)
+        assert (plain.rows, both.rows, both.encoded, both.reused) == (6, 12, 6, 6)
+        assert {path.name: path.read_bytes() for path in out.glob("*.safetensors")} == before
+        _, tensors, statistics = read_latents(out)
+        direct = vae.encode(np.ascontiguousarray(pixels[:, :, ::-1]))
+        for name, tensor in direct.items():
+            torch.testing.assert_close(tensors[f"flipped_{name}"].float(), tensor, atol=2e-3, rtol=2e-3)
+        assert statistics["flip"] is True
+        encode_images(vae, images, out, RowStore(state, 2**30))
+        assert not (out / "flipped").exists()
+
+
+def test_statistics_with_flip_are_those_of_both_views(tiny, prepare_images, tmp_path):
+    encode_images(tiny, prepare_images(range(8)), tmp_path / "out", RowStore(tmp_path / "state", 2**30), flip=True)
+    index, tensors, statistics = read_latents(tmp_path / "out")
+    is_train = (index["split"] == "train").to_numpy(copy=True)
+    both = torch.cat([tensors["mean"][is_train], tensors["flipped_mean"][is_train]]).double().numpy()
+    np.testing.assert_allclose(statistics["mean"], both.mean((0, 2, 3)), rtol=1e-9)
+    np.testing.assert_allclose(statistics["std"], both.std((0, 2, 3)), rtol=1e-9)
+
+
+def test_one_percent_more_images_cost_at_most_two_percent_of_the_encoders_work(tiny, prepare_images, tmp_path):
+    work = []
+    hook = tiny.module.encoder.register_forward_pre_hook(lambda _, inputs: work.append(len(inputs[0])))
+    try:
+        encode_images(tiny, prepare_images(range(2000), name="a"), tmp_path / "a", RowStore(tmp_path / "s", 2**30))
+        whole = sum(work)
+        work.clear()
+        grown = sorted(range(2020), key=lambda seed: seed * 7919 % 2020)  # the new ones anywhere in the list
+        counts = encode_images(tiny, prepare_images(grown, name="b"), tmp_path / "b", RowStore(tmp_path / "s", 2**30))
+    finally:
+        hook.remove()
+    assert counts.encoded == 20
+    assert 0 < sum(work) <= 0.02 * whole
+
+
+IMAGES = st.lists(st.integers(0, 12), unique=True, min_size=1, max_size=10)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(IMAGES, st.booleans(), st.integers(0, 3)), min_size=1, max_size=4))
+def test_after_any_history_the_cache_equals_a_rebuild(tiny, prepare_images, tmp_path, monkeypatch, history):
+    """Additions, removals, another order, flip on and off, crashes after a number of batches."""
+    monkeypatch.setattr(sharding, "FEWEST_ROWS", 3)
+    monkeypatch.setattr(sharding, "MOST_ROWS", 5)
+    monkeypatch.setattr(latents, "BATCH_SIZE", 4)
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))
+    for seeds, flip, batches in history:
+        images = prepare_images(seeds, name=f"{folder.name}-images")
+        crash = crashing_after(tiny, batches)
+        with contextlib.suppress(KeyboardInterrupt, ValueError):  # ValueError: no image of the training split
+            encode_images(crash, images, folder / "out", RowStore(folder / "state", 2**30), flip=flip)
+    outcomes = []
+    for name, state in (("out", "state"), ("rebuilt", "fresh")):
+        try:
+            encode_images(tiny, images, folder / name, RowStore(folder / state, 2**30), flip=flip)
+        except ValueError as error:
+            outcomes.append(str(error))
+        else:
+            outcomes.append(contents(folder / name))
+    assert outcomes[0] == outcomes[1]
+
+
+def crashing_after(vae: Vae, batches: int) -> Vae:
+    """``vae``, interrupted in the batch after so many."""
+    remaining = iter(range(batches))
+
+    class Interrupted(type(vae)):
+        def encode(self, images):
+            if next(remaining, None) is None:
+                raise KeyboardInterrupt
+            return super().encode(images)
+
+    return Interrupted(vae.module, vae.reference, vae.class_name, vae.fingerprint)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

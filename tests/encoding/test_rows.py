@@ -1,40 +1,68 @@
 """Rows keyed by content: what is known is not computed, what changed is not served."""
 
+import contextlib
+import errno
 import hashlib
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
+import safetensors.numpy
+import safetensors.torch
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from latentloom.encoding import rows
-from latentloom.encoding.rows import RowStore, load_rows, load_shard, row_key, write_shards
+from latentloom import sharding
+from latentloom.encoding.row_store import RowStore
+from latentloom.encoding.rows import load_rows, row_key, write_shards
+from latentloom.encoding.tensor_shards import DamagedShardError, load_shard
+
+ENOUGH = 2**30
 
 
 class Counting:
-    """Computes a row from its key, and remembers for which keys it was asked."""
+    """Computes a row from its key, in batches of 3, and remembers for which keys it was asked."""
 
     def __init__(self, keys):
         self.keys, self.asked = keys, []
 
     def __call__(self, positions):
-        self.asked += [self.keys[position] for position in positions]
-        return {"value": torch.stack([expected(self.keys[position]) for position in positions])}
+        for start in range(0, len(positions), 3):
+            batch = [self.keys[position] for position in positions[start : start + 3]]
+            self.asked += batch
+            yield {"value": torch.stack([expected(key) for key in batch])}
+
+
+def digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
 
 
 def expected(key: str) -> torch.Tensor:
-    return torch.tensor(list(hashlib.sha256(key.encode()).digest()[:4]), dtype=torch.float16)
+    return torch.tensor(list(digest(key)[:4]), dtype=torch.float16)
 
 
-def run(folder: Path, state: Path, keys):
-    compute = Counting(keys)
-    shards = list(write_shards(folder, RowStore(state), keys, compute))
+def run(folder: Path, state: Path, keys, limit=ENOUGH):
+    compute, store = Counting(keys), RowStore(state, limit)
+    ids = [digest(f"id of {key}").hex() for key in keys]
+    shards = list(write_shards(folder, store, ids, keys, compute))
+    store.trim()
     return shards, compute.asked
+
+
+def values(shards) -> torch.Tensor:
+    return torch.cat([shard.tensors["value"] for shard in shards])
 
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(rows, "SHARD_ROWS", 4)
+    """Shards of exactly 4 rows."""
+    monkeypatch.setattr(sharding, "FEWEST_ROWS", 4)
+    monkeypatch.setattr(sharding, "MOST_ROWS", 4)
 
 
 def test_rows_come_out_in_the_order_of_their_keys(tmp_path):
@@ -93,10 +121,23 @@ def test_a_damaged_stored_shard_is_left_aside_and_computed_again(tmp_path):
     (stored,) = (tmp_path / "state").iterdir()
     stored.unlink()
     stored.write_bytes(good[:20])
-    with pytest.warns(UserWarning, match="damaged"):
+    with pytest.warns(UserWarning, match="computed again"):
         (again,), asked = run(tmp_path / "b", tmp_path / "state", keys)
     assert asked == keys
     assert again.path.read_bytes() == good
+
+
+def test_a_stored_shard_with_one_changed_bit_is_noticed(tmp_path):
+    keys = ["a", "b", "c"]
+    (first,), _ = run(tmp_path / "a", tmp_path / "state", keys)
+    good = first.path.read_bytes()
+    (stored,) = (tmp_path / "state").iterdir()
+    stored.unlink()
+    stored.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    with pytest.warns(UserWarning, match="checksum"):
+        (again,), asked = run(tmp_path / "b", tmp_path / "state", [*keys, "d"])
+    assert sorted(asked) == [*keys, "d"]
+    assert torch.equal(again.tensors["value"], torch.stack([expected(key) for key in [*keys, "d"]]))
 
 
 def test_work_done_before_a_crash_is_not_done_again(tmp_path):
@@ -104,14 +145,150 @@ def test_work_done_before_a_crash_is_not_done_again(tmp_path):
     compute = Counting(keys)
 
     def crashing(positions):
-        if positions[0] >= 8:
-            raise KeyboardInterrupt
-        return compute(positions)
+        for batch in compute(positions):
+            if len(compute.asked) > 9:
+                raise KeyboardInterrupt
+            yield batch
 
     with pytest.raises(KeyboardInterrupt):
-        list(write_shards(tmp_path / "out", RowStore(tmp_path / "state"), keys, crashing))
+        ids = [digest(f"id of {key}").hex() for key in keys]
+        list(write_shards(tmp_path / "out", RowStore(tmp_path / "state", ENOUGH), ids, keys, crashing))
     _, asked = run(tmp_path / "out", tmp_path / "state", keys)
     assert asked == keys[8:]
+
+
+def test_new_rows_of_many_shards_are_computed_in_full_batches(tmp_path):
+    run(tmp_path / "a", tmp_path / "state", [f"k{i}" for i in range(40)])
+    keys = [f"k{i}" if i % 7 else f"new{i}" for i in range(40)]
+    sizes = []
+
+    def compute(positions):
+        sizes.append(len(positions))
+        yield from Counting(keys)(positions)
+
+    ids = [digest(f"id of {key}").hex() for key in keys]
+    shards = list(write_shards(tmp_path / "b", RowStore(tmp_path / "state", ENOUGH), ids, keys, compute))
+    assert sizes == [6]
+    assert torch.equal(values(shards), torch.stack([expected(key) for key in keys]))
+
+
+def test_the_store_may_be_deleted_while_a_stage_runs(tmp_path):
+    keys = [f"k{i}" for i in range(20)]
+    whole, _ = run(tmp_path / "whole", tmp_path / "state", keys)
+    ids = [digest(f"id of {key}").hex() for key in keys]
+    shards = []
+    for shard in write_shards(tmp_path / "out", RowStore(tmp_path / "state", ENOUGH), ids, keys, Counting(keys)):
+        shards.append(shard)
+        shutil.rmtree(tmp_path / "state", ignore_errors=True)
+    assert [shard.path.read_bytes() for shard in shards] == [shard.path.read_bytes() for shard in whole]
+    assert sum(shard.computed for shard in shards) == 16
+
+
+def test_the_rows_of_a_shard_that_the_store_lost_are_found_in_others_or_computed(tmp_path):
+    run(tmp_path / "a", tmp_path / "state", ["k2", "k3", "x", "y"])
+    keys = [f"k{i}" for i in range(4)]
+    run(tmp_path / "b", tmp_path / "state", keys)
+    store = RowStore(tmp_path / "state", ENOUGH)
+    assert "k1" in store
+    next((tmp_path / "state").glob(f"{hashlib.sha256(''.join(keys).encode()).hexdigest()}*")).unlink()
+    compute = Counting(keys)
+    (shard,) = write_shards(tmp_path / "c", store, [digest(key).hex() for key in keys], keys, compute)
+    assert {"k0", "k1"} <= set(compute.asked)
+    assert torch.equal(shard.tensors["value"], torch.stack([expected(key) for key in keys]))
+
+
+def test_the_store_keeps_the_last_used_within_its_limit(tmp_path):
+    size = run(tmp_path / "0", tmp_path / "state", ["a0", "a1"])[0][0].path.stat().st_size
+    for name in ("b", "c", "d"):
+        run(tmp_path / name, tmp_path / "state", [f"{name}0", f"{name}1"])
+    run(tmp_path / "again", tmp_path / "state", ["a0", "a1"])  # the oldest is used once more
+    _, asked = run(tmp_path / "e", tmp_path / "state", ["e0", "e1"], limit=2 * size)
+    assert asked == ["e0", "e1"]
+    store = RowStore(tmp_path / "state", ENOUGH)
+    assert [name for name in "abcde" if f"{name}0" in store] == ["a", "d", "e"]
+
+
+def test_what_a_run_used_is_not_trimmed_by_it(tmp_path):
+    keys = [f"k{i}" for i in range(12)]
+    run(tmp_path / "a", tmp_path / "state", keys, limit=0)
+    assert run(tmp_path / "b", tmp_path / "state", keys, limit=0)[1] == []
+    run(tmp_path / "c", tmp_path / "state", ["other"], limit=0)
+    assert len(list((tmp_path / "state").iterdir())) == 1
+
+
+def test_use_is_marked_without_a_new_modification_time(tmp_path):
+    (shard,), _ = run(tmp_path / "a", tmp_path / "state", ["a"])
+    os.utime(shard.path, ns=(0, 0))
+    (again,), _ = run(tmp_path / "b", tmp_path / "state", ["a"])
+    assert again.path.stat().st_mtime_ns == 0
+    assert again.path.stat().st_atime_ns > 0
+
+
+def test_where_links_are_not_possible_the_store_holds_a_copy(tmp_path, monkeypatch):
+    def no_links(*_):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", no_links)
+    keys = [f"k{i}" for i in range(6)]
+    first, _ = run(tmp_path / "a", tmp_path / "state", keys)
+    second, asked = run(tmp_path / "b", tmp_path / "state", keys)
+    assert asked == []
+    assert [shard.path.read_bytes() for shard in first] == [shard.path.read_bytes() for shard in second]
+
+
+def test_a_store_that_cannot_be_written_costs_a_warning_not_the_shards(tmp_path):
+    (tmp_path / "state").write_text("a file where the folder should be")
+    keys = [f"k{i}" for i in range(3)]
+    with pytest.warns(UserWarning, match="could not be kept"):
+        shards, asked = run(tmp_path / "a", tmp_path / "state", keys)
+    assert asked == keys
+    assert torch.equal(values(shards), torch.stack([expected(key) for key in keys]))
+
+
+def test_shards_of_an_earlier_run_and_temporary_files_go(tmp_path):
+    run(tmp_path / "out", tmp_path / "state", [f"k{i}" for i in range(9)])
+    (tmp_path / "out" / ".00000.safetensors.77.tmp").write_text("half")
+    run(tmp_path / "out", tmp_path / "state", ["k0"])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["00000.safetensors"]
+
+
+def test_safetensors_own_tools_open_a_shard(tmp_path):
+    (shard,), _ = run(tmp_path / "out", tmp_path / "state", ["a", "b"])
+    assert torch.equal(safetensors.torch.load_file(shard.path)["value"], shard.tensors["value"])
+    assert np.array_equal(safetensors.numpy.load_file(shard.path)["value"], shard.tensors["value"].numpy())
+
+
+ROWS = st.lists(st.integers(0, 40), unique=True, max_size=30)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(ROWS, st.integers(0, 40), st.booleans()), min_size=1, max_size=6))
+def test_after_any_history_of_changes_and_crashes_the_outs_equal_a_rebuild(history):
+    """Each run of a history has its own list of rows, may crash after some computed rows, and may lose the store."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for chosen, computed_before_crash, store_is_lost in history:
+            keys = [f"k{number}" for number in chosen]
+            ids = [digest(f"id of {key}").hex() for key in keys]
+            compute = Counting(keys)
+
+            def crashing(positions, compute=compute, computed_before_crash=computed_before_crash):
+                for batch in compute(positions):
+                    if len(compute.asked) > computed_before_crash:
+                        raise KeyboardInterrupt
+                    yield batch
+
+            with contextlib.suppress(KeyboardInterrupt):
+                list(write_shards(folder / "out", RowStore(folder / "state", ENOUGH), ids, keys, crashing))
+            if store_is_lost:
+                shutil.rmtree(folder / "state", ignore_errors=True)
+        run(folder / "out", folder / "state", keys)
+        run(folder / "rebuilt", folder / "fresh", keys)
+        assert contents(folder / "out") == contents(folder / "rebuilt")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_keys_differ_with_every_part():
@@ -131,5 +308,5 @@ def test_rows_are_loaded_in_the_order_of_an_index(tmp_path):
 
 
 def test_a_missing_shard_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"00007\.safetensors is missing or damaged"):
+    with pytest.raises(DamagedShardError, match=r"00007\.safetensors is missing or damaged"):
         load_shard(tmp_path / "00007.safetensors")

@@ -1,107 +1,150 @@
 """A stage that is killed leaves nothing half-written, and the rerun ends where an uninterrupted run does."""
 
+import json
+import os
+import random
+import shutil
 import signal
-import subprocess
 import time
-from pathlib import Path
 
 import pytest
+from projects import STAGES
+from safetensors import safe_open
+from stages import copy_project, end, finish, is_whole, read_outs, remove_outs, start
 
 pytestmark = pytest.mark.fault
 
-
-def start(project, stage: str) -> subprocess.Popen:
-    environment = project.environment | {"PYTHONPATH": "src"}
-    return subprocess.Popen(
-        ["python", f"pipelines/{stage}.py"],
-        cwd=project.folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+ROUNDS = 2
+KILLS_A_ROUND = 2  # so 24 kills of the six stages
+EARLIER = b"what an earlier run left"
 
 
-def finish(project, stage: str) -> str:
+@pytest.fixture
+def project(uninterrupted, tmp_path):
+    return copy_project(uninterrupted.project, tmp_path / "project")
+
+
+def kill(process) -> bool:
+    """Kill a stage and see all of its processes go; whether it had not ended yet."""
+    process.kill()
+    process.join()
+    deadline = time.monotonic() + 10
+    while _has_processes(process.pid):
+        if time.monotonic() > deadline:
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail("ten seconds after a stage was killed, processes that it started were still there")
+        time.sleep(0.01)
+    return process.exitcode == -signal.SIGKILL
+
+
+def kill_when(project, stage, moment) -> None:
+    """Kill a stage at the first look at which ``moment`` is true."""
     process = start(project, stage)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
-
-
-def kill_when(project, stage: str, moment, *, may_end_first: bool = False) -> None:
-    process = start(project, stage)
-    deadline = time.monotonic() + 120
     while not moment():
-        if may_end_first and process.poll() == 0:
-            break
-        assert process.poll() is None, f"{stage} ended before it could be killed"
-        assert time.monotonic() < deadline
+        assert process.is_alive(), f"{stage} ended before it could be killed: {end(project, process)}"
+        time.sleep(0.002)
+    assert kill(process)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_killed_at_random_moments_leaves_whole_files_and_reruns_to_the_same_result(
+    uninterrupted, project, stage
+):
+    moments = random.Random(stage)
+    whole = uninterrupted.outs[stage]
+    hits = 0
+    for round_ in range(ROUNDS):
+
+        def begin(earlier=round_ % 2 == 1) -> None:
+            remove_outs(project, stage)
+            shutil.rmtree(project.folder / ".state", ignore_errors=True)
+            for path in whole if earlier else ():
+                (project.folder / path).parent.mkdir(parents=True, exist_ok=True)
+                (project.folder / path).write_bytes(EARLIER)
+
+        begin()
+        for _ in range(KILLS_A_ROUND):  # the second one meets what the first one left
+            latest = uninterrupted.seconds[stage]
+            while True:
+                moment = moments.uniform(0.0, latest)
+                process = start(project, stage)
+                process.join(moment)
+                if kill(process):
+                    break
+                assert process.exitcode == 0, end(project, process)
+                latest = moment
+                begin()
+            hits += 1
+            assert_nothing_is_half_written(project, stage, whole)
+        finish(project, stage)
+        assert read_outs(project, stage) == whole
+    assert hits == ROUNDS * KILLS_A_ROUND
+
+
+def test_a_killed_ingest_is_not_taken_for_finished(project):
+    remove_outs(project, "ingest")
+    kill_when(project, "ingest", (project.folder / "data/images/00000.parquet").exists)
+    assert not (project.folder / "data/images/manifest.json").exists()
+    process = start(project, "encode_images")
+    printed = end(project, process)
+    assert process.exitcode == 1
+    assert "manifest.json does not exist: run `dvc repro`" in printed
+
+
+@pytest.mark.parametrize(("stage", "state"), [("encode_images", "latents"), ("encode_text", "text")])
+def test_a_killed_encoder_loses_no_finished_shard(uninterrupted, project, stage, state):
+    remove_outs(project, stage)
+    store = project.folder / ".state" / state
+    kill_when(project, stage, lambda: list(store.glob("*.safetensors")))
+    rows = sum(rows_of(shard) for shard in store.glob("*.safetensors"))
+    remove_outs(project, stage)
+    printed = finish(project, stage)
+    assert int(printed.split("reused ")[1].split()[0]) >= rows
+    assert read_outs(project, stage) == uninterrupted.outs[stage]
+
+
+@pytest.mark.parametrize("stage", ["encode_images", "encode_text"])
+def test_the_state_may_be_deleted_while_a_stage_runs(uninterrupted, project, stage):
+    remove_outs(project, stage)
+    process = start(project, stage)
+    deletions = 0
+    while process.is_alive():
+        if (project.folder / ".state").exists():
+            shutil.rmtree(project.folder / ".state", ignore_errors=True)
+            deletions += 1
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    printed = end(project, process)
+    assert process.exitcode == 0, printed
+    assert deletions > 1
+    assert read_outs(project, stage) == uninterrupted.outs[stage]
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if not path.name.startswith(".")}
+def test_a_training_killed_while_mlflow_makes_its_store_is_tracked_when_it_reruns(uninterrupted, project):
+    moments = random.Random(0)
+    for path in project.folder.glob("*mlflow*"):
+        path.unlink()
+    for _ in range(5):
+        process = start(project, "train")
+        process.join(moments.uniform(0.0, uninterrupted.seconds["train"] / 2))  # the store comes first, and takes long
+        assert kill(process)
+    printed = finish(project, "train")
+    assert "MLflow could not be written to" not in printed
+    assert json.loads((project.folder / "reports/train/run.json").read_text())["mlflow_run_id"]
 
 
-@pytest.fixture(scope="module")
-def projects(make_project):
-    """Two projects with all of OpenMoji at 32 pixels: more than one shard, yet seconds of work."""
-
-    def make(name):
-        project = make_project(name)
-        project.set_params(ingest__limit=None, ingest__image_size=32)
-        return project
-
-    return make("whole"), make("killed")
+def assert_nothing_is_half_written(project, stage, whole) -> None:
+    for path, content in read_outs(project, stage).items():
+        assert content == EARLIER or is_whole(path, content, whole[path]), f"{path}: {len(content)} bytes"
 
 
-def test_a_killed_ingest_is_not_taken_for_finished_and_starts_over(projects):
-    whole, killed = projects
-    finish(whole, "ingest")
-    images = killed.folder / "data/images"
-    kill_when(killed, "ingest", lambda: (images / "00000.parquet").exists())
-    assert not (images / "manifest.json").exists()
-    refused = start(killed, "encode_images")
-    output, _ = refused.communicate(timeout=120)
-    assert refused.returncode == 1
-    assert "manifest.json does not exist: run `dvc repro`" in output
-    finish(killed, "ingest")
-    assert contents(images) == contents(whole.folder / "data/images")
+def rows_of(shard) -> int:
+    with safe_open(shard, framework="np") as file:
+        return file.get_slice(next(iter(file.keys()))).get_shape()[0]
 
 
-@pytest.mark.parametrize(
-    ("stage", "out", "state"), [("encode_images", "latents", "latents"), ("encode_text", "text", "text")]
-)
-def test_a_killed_encoder_loses_no_finished_shard(projects, stage, out, state):
-    whole, killed = projects
-    finish(whole, stage)
-    store = killed.folder / ".state" / state
-    kill_when(killed, stage, lambda: list(store.glob("[0-9a-f]*.safetensors")))
-    output = finish(killed, stage)
-    reused = int(output.split("reused ")[-1].split()[0])
-    assert reused >= 1024
-    assert contents(killed.folder / "data" / out) == contents(whole.folder / "data" / out)
-
-
-def test_no_half_file_is_left_under_a_final_name_by_kills_at_many_moments(projects):
-    whole, killed = projects
-    expected = contents(whole.folder / "data/latents")
-    for delay in (0.0, 0.01, 0.02, 0.04, 0.08, 0.16):
-        for folder in (killed.folder / ".state/latents", killed.folder / "data/latents"):
-            for path in folder.iterdir():
-                path.unlink()
-        started = []
-
-        def moment(delay=delay, started=started) -> bool:
-            if not started and list((killed.folder / ".state/latents").glob(".*.tmp")):
-                started.append(time.monotonic())
-            return bool(started) and time.monotonic() - started[0] >= delay
-
-        kill_when(killed, "encode_images", moment, may_end_first=True)
-        for path in (killed.folder / "data/latents").glob("*.safetensors"):
-            assert path.read_bytes() == expected[path.name]
-    finish(killed, "encode_images")
-    assert contents(killed.folder / "data/latents") == expected
+def _has_processes(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

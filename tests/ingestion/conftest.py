@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latentloom import sharding
+from latentloom.ingestion import shards
 from latentloom.ingestion.ingest import IngestReport, ingest
 from latentloom.ingestion.rejects import read_rejects
 from latentloom.ingestion.shards import iterate_images, read_metadata
@@ -72,17 +74,25 @@ class Corpus:
     def rejects(self) -> Path:
         return self.out / "rejects.parquet"
 
+    @property
+    def near_duplicates(self) -> Path:
+        return self.out / "near_duplicates.parquet"
+
     def params(self, **changes) -> IngestParams:
         own = {"source": "folder", "path": str(self.path), "image_size": SIZE, "val_fraction": 0.5}
         return IngestParams(**(UNBOUNDED | own | changes))
 
     def ingest(self, **changes) -> IngestReport:
-        return ingest(self.params(**changes), self.images, self.rejects, progress=False)
+        return ingest(self.params(**changes), self.images, self.rejects, self.near_duplicates, progress=False)
 
     def reasons(self) -> dict[str, str]:
         """Of the last ingestion: key -> reason."""
         frame = read_rejects(self.rejects)
         return dict(zip(frame["key"], frame["reason"], strict=True))
+
+    def previews(self) -> dict[str, bytes | None]:
+        frame = read_rejects(self.rejects)
+        return dict(zip(frame["key"], frame["preview"], strict=True))
 
     def details(self) -> dict[str, str]:
         frame = read_rejects(self.rejects)
@@ -115,6 +125,18 @@ def new_corpus(tmp_path: Path) -> Callable[[str], Corpus]:
         return Corpus(tmp_path / name / "source", tmp_path / name / "out")
 
     return make
+
+
+@pytest.fixture
+def shards_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``shards_of(rows, typical=1, most=...)`` shrinks the shards: at least ``rows``; exactly so many by default."""
+
+    def shrink(rows: int, typical: int = 1, most: int = 1000, group: int = 2) -> None:
+        for name, value in {"FEWEST_ROWS": rows, "TYPICAL_ROWS": typical, "MOST_ROWS": most}.items():
+            monkeypatch.setattr(sharding, name, value)
+        monkeypatch.setattr(shards, "ROW_GROUP_ROWS", group)
+
+    return shrink
 
 
 @pytest.fixture

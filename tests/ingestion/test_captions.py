@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentloom.ingestion.captions import clean_caption, clean_captions
+from latentloom.ingestion.captions import caption_lines, clean_caption, clean_captions, flat_captions
 from latentloom.ingestion.rejects import Reason, Unusable
 
 
@@ -54,6 +54,24 @@ def test_numbers_are_text():
 )
 def test_what_cannot_be_a_caption_is_refused_with_its_reason(raw, expected):
     assert reason(raw) is expected
+
+
+@pytest.mark.parametrize(
+    ("data", "lines"),
+    [
+        (b"one\ntwo", ["one", "two"]),
+        (b"\xef\xbb\xbfone\r\ntwo\r\n", ["one", "two"]),
+        (b"one\n\ntwo\r", ["one", "", "two"]),
+        (b"", [""]),
+        (b"caf\xe9", ["caf\udce9"]),
+    ],
+)
+def test_a_text_file_holds_one_caption_a_line(data, lines):
+    assert caption_lines(data) == lines
+
+
+def test_lists_are_laid_flat_and_nulls_left_out():
+    assert flat_captions(["one", None, ["two", None, float("nan")], [], 3, float("nan")]) == ["one", "two", 3]
 
 
 @given(st.text())

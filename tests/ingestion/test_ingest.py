@@ -1,11 +1,19 @@
 """An ingestion as a whole: what is kept, counted and split, and what a crash leaves behind."""
 
+import io
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
 
 from latentloom.ingestion import ingest as stage
-from latentloom.ingestion import shards
-from latentloom.ingestion.ingest import split_of
+from latentloom.ingestion import prepared
+from latentloom.ingestion.prepared import split_of
 from latentloom.ingestion.rejects import read_rejects
 from latentloom.ingestion.shards import read_manifest, read_metadata
 from latentloom.ingestion.sources import IngestError
@@ -23,7 +31,6 @@ def test_what_is_found_is_kept_or_rejected(corpus):
     assert report.train + report.validation == 6
     assert "2 rejected (1 empty_file, 1 no_caption)" in str(report)
     assert set(report.to_dict()) == {
-        "source",
         "found",
         "kept",
         "rejected",
@@ -31,6 +38,9 @@ def test_what_is_found_is_kept_or_rejected(corpus):
         "train",
         "validation",
         "captions",
+        "sources",
+        "near_duplicates",
+        "moved_to_train",
     }
 
 
@@ -41,7 +51,7 @@ def test_the_table_of_rejects_has_the_same_columns_when_it_is_empty(corpus):
     corpus.add("b.png")
     corpus.ingest()
     filled = read_rejects(corpus.rejects)
-    assert list(empty) == list(filled) == ["source", "key", "reason", "detail"]
+    assert list(empty) == list(filled) == ["source", "key", "reason", "detail", "preview"]
     assert (len(empty), len(filled)) == (0, 1)
     assert pd.read_parquet(corpus.rejects)["reason"].tolist() == ["no_caption"]
 
@@ -136,21 +146,48 @@ def test_the_source_is_never_written_to(corpus, contents):
         corpus.ingest(path=str(corpus.images))
 
 
-def test_when_nothing_is_left_the_reasons_are_told_and_the_old_images_stay(corpus, contents):
+def test_when_nothing_is_left_the_reasons_are_told_and_the_images_are_not_taken_for_finished(corpus):
     good = corpus.add("a.png", "a picture")
     corpus.ingest()
-    before = contents(corpus.images)
     good.write_bytes(b"")
     corpus.add("bare.png")
-    with pytest.raises(IngestError, match=r"0 images.*2 rejected \(1 empty_file, 1 no_caption\)"):
+    with pytest.raises(IngestError, match=r"2 of 2 samples \(100\.0%\) were refused, and no image is left") as caught:
         corpus.ingest()
-    assert contents(corpus.images) == before
+    assert "1 empty_file, such as folder: a.png" in str(caught.value)
     assert corpus.reasons() == {"a.png": "empty_file", "bare.png": "no_caption"}
+    with pytest.raises(FileNotFoundError, match="dvc repro"):
+        read_manifest(corpus.images)
 
 
-@pytest.mark.fault
-def test_shards_and_temporary_files_of_earlier_runs_go_once_the_new_ones_are_whole(corpus, monkeypatch):
-    monkeypatch.setattr(shards, "SHARD_ROWS", 2)
+def test_too_many_rejects_stop_the_stage_with_the_reasons_counted_most_frequent_first(corpus):
+    for number in range(4):
+        corpus.add(f"{number}.png", "a picture")
+    for number in range(3):
+        corpus.add(f"bare{number}.png")
+    corpus.add("empty.png", "nothing", b"")
+    assert corpus.ingest(max_reject_fraction=0.5).rejected == 4
+    corpus.add("zero.png", "nothing", b"")
+    with pytest.raises(IngestError) as caught:
+        corpus.ingest(max_reject_fraction=0.5)
+    first, most, second, last = str(caught.value).splitlines()
+    assert first == "5 of 9 samples (55.6%) were refused, and ingest.max_reject_fraction allows 50.0%:"
+    assert most == "  3 no_caption, such as folder: bare0.png"
+    assert second == "  2 empty_file, such as folder: empty.png"
+    assert str(corpus.rejects) in last
+    assert "raise ingest.max_reject_fraction" in last
+    assert len(read_rejects(corpus.rejects)) == 5
+    assert not (corpus.images / "manifest.json").exists()
+
+
+def test_where_the_limit_ends_the_run_only_what_was_looked_at_counts_as_refused(corpus):
+    corpus.add("a.png", "a picture")
+    for number in range(9):
+        corpus.add(f"bare{number}.png")
+    assert corpus.ingest(limit=1, max_reject_fraction=0.1).rejected == 0
+
+
+def test_shards_and_temporary_files_of_earlier_runs_go_once_the_new_ones_are_whole(corpus, shards_of):
+    shards_of(2)
     for number in range(5):
         corpus.add(f"{number}.png", "a picture")
     corpus.ingest()
@@ -160,23 +197,27 @@ def test_shards_and_temporary_files_of_earlier_runs_go_once_the_new_ones_are_who
 
 
 @pytest.mark.fault
+@pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.parametrize(
     "error", [RuntimeError("a fault"), KeyboardInterrupt(), MemoryError(), OSError(28, "No space left on device")]
 )
-def test_a_failure_in_the_middle_leaves_no_partial_file_and_no_manifest(corpus, monkeypatch, failing_after, error):
-    monkeypatch.setattr(shards, "SHARD_ROWS", 2)
+def test_a_failure_in_the_middle_leaves_no_partial_file_and_no_manifest(
+    corpus, shards_of, monkeypatch, failing_after, error, workers
+):
+    shards_of(2)
+    monkeypatch.setenv("LATENTLOOM_WORKERS", workers)
     for number in range(5):
         corpus.add(f"{number}.png", "a picture")
     corpus.ingest(limit=1)
-    monkeypatch.setattr(shards, "encode", failing_after(shards.encode, 4, error))
-    with pytest.raises(type(error)):
-        corpus.ingest()
-    assert [path.name for path in corpus.images.iterdir()] == ["00000.parquet"]
-    assert [path.name for path in corpus.out.iterdir() if path.is_file()] == ["rejects.parquet"]
+    with monkeypatch.context() as patch:
+        patch.setattr(prepared, "encode", failing_after(prepared.encode, 4, error))
+        with pytest.raises(type(error)):
+            corpus.ingest()
+    assert "00000.parquet" in {path.name for path in corpus.images.iterdir()}
+    assert not [path.name for path in corpus.out.rglob(".*")]
     assert read_rejects(corpus.rejects).empty
     with pytest.raises(FileNotFoundError, match="dvc repro"):
         read_manifest(corpus.images)
-    monkeypatch.undo()
     corpus.ingest()
     assert len(read_metadata(corpus.images)) == 5
 
@@ -196,8 +237,10 @@ def test_a_file_that_the_disk_will_not_give_is_refused_and_the_rest_goes_on(corp
 def test_a_lost_sample_is_noticed(corpus, monkeypatch):
     corpus.add("a.png", "a picture")
     corpus.add("b.png", "a picture")
-    kept = stage._kept
-    monkeypatch.setattr(stage, "_kept", lambda *arguments: (row for row in kept(*arguments) if row.key != "a.png"))
+    write = stage.write_shards
+    monkeypatch.setattr(
+        stage, "write_shards", lambda rows, folder: write((row for row in rows if row.key != "a.png"), folder)
+    )
     with pytest.raises(RuntimeError, match="one was lost"):
         corpus.ingest()
 
@@ -208,8 +251,158 @@ def test_progress_goes_to_standard_error_with_rate(corpus, capsys):
         corpus.params(),
         corpus.images,
         corpus.rejects,
+        corpus.near_duplicates,
     )
     captured = capsys.readouterr()
     assert "ingest: 100%" in captured.err
     assert "image/s" in captured.err
     assert captured.out == ""
+
+
+@pytest.fixture
+def two_sources(corpus, new_corpus):
+    """Params of two folders, ``drawings`` and ``photos``, with three and two images and one reject each."""
+    drawings, photos = new_corpus("first"), new_corpus("second")
+    for number in range(3):
+        drawings.add(f"{number}.png", "a drawing", np.full((40, 40, 3), 40 * number, np.uint8))
+    for number in range(2):
+        photos.add(f"{number}.png", "a photo", np.full((40, 40, 3), 40 * number + 7, np.uint8))
+    drawings.add("bare.png")
+    photos.add("copy.png", "another caption", np.full((40, 40, 3), 40, np.uint8))
+    entries = [
+        {"source": "folder", "path": str(drawings.path), "name": "drawings"},
+        {"source": "folder", "path": str(photos.path), "name": "photos", "weight": 2.5},
+    ]
+    return {"source": entries, "path": None}
+
+
+def test_several_sources_come_one_after_another_under_their_names(corpus, two_sources):
+    report = corpus.ingest(**two_sources)
+    frame, rejects = read_metadata(corpus.images), read_rejects(corpus.rejects)
+    assert list(zip(frame["source"], frame["key"], strict=True)) == [
+        ("drawings", "0.png"),
+        ("drawings", "1.png"),
+        ("drawings", "2.png"),
+        ("photos", "0.png"),
+        ("photos", "1.png"),
+    ]
+    assert rejects[["source", "key", "reason"]].to_numpy().tolist() == [
+        ["drawings", "bare.png", "no_caption"],
+        ["photos", "copy.png", "duplicate"],
+    ]
+    assert rejects["detail"][1] == "the same picture as 1.png of drawings"
+    counts = [
+        {"name": "drawings", "source": "folder", "weight": 1.0, "found": 4, "kept": 3, "rejected": 1},
+        {"name": "photos", "source": "folder", "weight": 2.5, "found": 3, "kept": 2, "rejected": 1},
+    ]
+    assert report.sources == counts
+    credits = {"attribution": None, "licence": None}
+    assert read_manifest(corpus.images)["sources"] == [count | credits for count in counts]
+    assert (report.found, report.kept, report.rejected) == (7, 5, 2)
+
+
+def test_the_limit_counts_the_kept_images_of_all_sources(corpus, two_sources):
+    report = corpus.ingest(**two_sources, limit=4)
+    assert read_metadata(corpus.images)["source"].tolist() == ["drawings"] * 3 + ["photos"]
+    assert [source["found"] for source in report.sources] == [4, 1]
+
+
+def test_thanks_go_to_the_sources_that_gave_images(corpus, two_sources):
+    entries = [*two_sources["source"], {"source": "openmoji"}]
+    corpus.ingest(source=entries, path=None, limit=5)
+    assert read_manifest(corpus.images)["licence"] is None
+    corpus.ingest(source=entries, path=None, limit=7)
+    manifest = read_manifest(corpus.images)
+    assert manifest["licence"] == "CC BY-SA 4.0"
+    assert manifest["attribution"].startswith("All emojis designed by OpenMoji")
+
+
+@pytest.mark.parametrize("path", ["{out}/*.parquet", "{out}/images/00000.parquet", "{out}/images", "{out}/images/*"])
+def test_no_source_may_hold_what_the_stage_writes(corpus, path):
+    entry = {"source": "parquet", "path": path.format(out=corpus.out)}
+    with pytest.raises(IngestError, match="never written to"):
+        corpus.ingest(source=[entry], path=None)
+
+
+def opened(preview: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(preview))
+
+
+def test_refused_pictures_are_previewed_where_they_can_be_decoded(corpus, picture):
+    white = np.full((300, 200, 3), 255, np.uint8)
+    corpus.add("kept.png", "a picture", picture(1))
+    corpus.add("copy.png", "a copy", picture(1))
+    corpus.add("bare.png", None, white)
+    corpus.add("blank.png", "  ", white)
+    corpus.add("wide.png", "a line", picture(2, 2, 900))
+    corpus.add("tiny.png", "a speck", picture(3, 4, 4))
+    corpus.add("cut.png", "half", corpus.add("whole.png", "whole", picture(4)).read_bytes()[:2000])
+    corpus.add("empty.png", "nothing", b"")
+    corpus.ingest(max_aspect_ratio=3.0)
+    previews, reasons = corpus.previews(), corpus.reasons()
+    assert {key for key, preview in previews.items() if preview is None} == {"cut.png", "empty.png"}
+    assert {key: opened(preview).size for key, preview in previews.items() if preview} == {
+        "kept.png": (32, 32),
+        "bare.png": (43, 64),
+        "blank.png": (43, 64),
+        "wide.png": (64, 1),
+        "tiny.png": (4, 4),
+    }
+    assert reasons["kept.png"] == "duplicate"  # of copy.png, which comes first
+    assert np.array_equal(np.asarray(opened(previews["kept.png"])), picture(1))
+
+
+@pytest.mark.parametrize("workers", ["1", "3"])
+def test_only_the_first_of_each_reason_have_a_preview(corpus, monkeypatch, workers):
+    monkeypatch.setenv("LATENTLOOM_WORKERS", workers)
+    monkeypatch.setattr("latentloom.ingestion.rejects.PREVIEWS", 3)
+    corpus.add("a.png", "a picture")
+    for number in range(60):
+        corpus.add(f"x{number:02}.png", None if number % 2 else "tiny", np.zeros((4, 4, 3), np.uint8))
+        corpus.write(f"w{number:02}.png", b"no picture")
+    corpus.ingest()
+    with_one = [key for key, preview in corpus.previews().items() if preview]
+    assert with_one == [f"x{number:02}.png" for number in range(6)]
+
+
+PICTURES = [np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8) for number in range(9)]
+PICTURES += [np.bitwise_xor(picture, np.uint8(1)) for picture in PICTURES[:4]]  # near duplicates
+NAMES = st.sampled_from([f"{folder}{number}.png" for folder in ("", "b/") for number in range(6)])
+ADD = st.tuples(st.just("add"), NAMES, st.integers(-1, len(PICTURES) - 1))  # -1: a broken file
+CHANGE = st.one_of(ADD, ADD, st.tuples(st.just("remove"), NAMES), st.tuples(st.just("rename"), NAMES, NAMES))
+HISTORY = st.lists(st.lists(CHANGE, min_size=1, max_size=5), min_size=1, max_size=4)
+
+
+def change(source: Path, action: str, name: str, value: int | str | None = None) -> None:
+    path, caption = source / name, (source / name).with_suffix(".txt")
+    path.parent.mkdir(exist_ok=True)
+    if action == "add":
+        if value < 0:
+            path.write_bytes(b"\x89PNG, but broken")
+        else:
+            Image.fromarray(PICTURES[value]).save(path)
+        caption.write_text(f"picture {value}")
+    elif path.exists() and action == "remove":
+        path.unlink()
+        caption.unlink()
+    elif path.exists():
+        target = source / value
+        target.parent.mkdir(exist_ok=True)
+        path.rename(target)
+        caption.rename(target.with_suffix(".txt"))
+
+
+@given(HISTORY)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_history_gives_what_a_rebuild_from_nothing_gives(new_corpus, contents, shards_of, tmp_path, history):
+    shards_of(2, typical=2)
+    corpus = new_corpus(uuid4().hex)
+    corpus.add("base.png", "a picture that stays")
+    for changes in history:
+        for step in changes:
+            change(corpus.path, *step)
+        corpus.ingest(near_duplicate_distance=20)
+    with_history = contents(corpus.out)
+    corpus.out = tmp_path / uuid4().hex
+    corpus.ingest(near_duplicate_distance=20)
+    assert with_history == contents(corpus.out)

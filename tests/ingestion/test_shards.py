@@ -2,8 +2,13 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
+import duckdb
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -24,9 +29,8 @@ def filled(corpus):
 
 
 @pytest.fixture
-def small_shards(monkeypatch):
-    monkeypatch.setattr(shards, "SHARD_ROWS", 3)
-    monkeypatch.setattr(shards, "ROW_GROUP_ROWS", 2)
+def small_shards(shards_of):
+    shards_of(3, group=2)
 
 
 def test_shards_hold_a_bounded_number_of_rows_in_the_sources_order(filled, small_shards):
@@ -48,16 +52,55 @@ def test_a_full_last_shard_is_followed_by_no_empty_one(filled, small_shards):
     assert [shard["rows"] for shard in read_manifest(filled.images)["shards"]] == [3, 3]
 
 
+def shard_bytes(corpus) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(corpus.images.glob("*.parquet"))]
+
+
+def test_images_that_come_after_all_others_leave_the_earlier_shards_byte_for_byte(corpus, shards_of):
+    shards_of(2, typical=3)
+    for number in range(30):
+        corpus.add(f"{number:02}.png", "a picture")
+    corpus.ingest()
+    before = shard_bytes(corpus)
+    for number in range(30, 40):
+        corpus.add(f"{number:02}.png", "a picture")
+    corpus.ingest()
+    after = shard_bytes(corpus)
+    assert len(after) > len(before) > 5
+    assert after[: len(before) - 1] == before[:-1]
+
+
+def test_a_folder_put_in_the_middle_leaves_all_shards_but_its_neighbours(corpus, shards_of):
+    shards_of(2, typical=3, most=20)
+    for folder in ("a", "c"):
+        for number in range(40):
+            corpus.add(f"{folder}/{number:02}.png", "a picture")
+    corpus.ingest()
+    before = shard_bytes(corpus)
+    for number in range(25):
+        corpus.add(f"b/{number:02}.png", "a picture")
+    corpus.ingest()
+    after = shard_bytes(corpus)
+    unchanged = [shard for shard in before if shard in after]
+    assert len(before) - len(unchanged) <= 3
+    assert len(unchanged) > 8
+
+
 def test_the_manifest_says_what_the_shards_hold(filled, small_shards):
     report = filled.ingest()
     manifest = read_manifest(filled.images)
     frame = read_metadata(filled.images)
-    assert manifest["format_version"] == 1
-    assert manifest["source"] == "folder"
+    assert manifest["format_version"] == 2
     assert manifest["image_size"] == 32
     assert manifest["images"] == len(frame) == report.kept
     assert manifest["train"] == (frame["split"] == "train").sum() == report.train
     assert manifest["validation"] == (frame["split"] == "validation").sum() == report.validation
+    assert (manifest["found"], manifest["rejected"]) == (7, 0)
+    assert manifest["shards"] == [
+        {"name": "00000.parquet", "rows": 3},
+        {"name": "00001.parquet", "rows": 3},
+        {"name": "00002.parquet", "rows": 1},
+    ]
     assert manifest["attribution"] is None
     assert manifest["licence"] is None
 
@@ -71,6 +114,51 @@ def test_pandas_opens_a_shard(filled):
     assert image["path"] == f"{frame['id'][0]}.png"
     assert Image.open(io.BytesIO(image["bytes"])).format == "PNG"
     assert list(frame["captions"][0]) == ["picture 0", "number 0"]
+
+
+@pytest.fixture
+def every_file(corpus, picture):
+    """An ingestion with kept and refused images and near duplicates."""
+    for number in range(7):
+        corpus.add(f"{number}.png", f"picture {number}\nnumber {number}", picture(number))
+    twin = picture(0)
+    twin[0, 0] ^= 1
+    corpus.add("twin.png", "nearly picture 0", twin)
+    corpus.add("bare.png")
+    corpus.add("empty.png", "nothing", b"")
+    corpus.ingest(near_duplicate_distance=8)
+    return corpus
+
+
+def test_pandas_opens_every_file(every_file):
+    images = pd.concat(map(pd.read_parquet, sorted(every_file.images.glob("*.parquet"))))
+    rejects, pairs = pd.read_parquet(every_file.rejects), pd.read_parquet(every_file.near_duplicates)
+    assert dict(zip(images["key"], images["id"], strict=True)) == every_file.ids()
+    assert rejects["key"].tolist() == ["bare.png", "empty.png"]
+    assert rejects["preview"].notna().tolist() == [True, False]
+    ids = every_file.ids()
+    assert pairs[["image_id", "twin_id"]].to_numpy().tolist() == [sorted((ids["0.png"], ids["twin.png"]))]
+
+
+def test_duckdb_opens_every_file(every_file):
+    def query(sql: str, path: Path) -> list[tuple]:
+        return duckdb.execute(sql, [str(path)]).fetchall()
+
+    images = query("SELECT key, captions, image.bytes, split FROM read_parquet($1)", every_file.images / "*.parquet")
+    captions, pixels = every_file.captions(), every_file.pixels()
+    assert len(images) == 8
+    for key, of_image, png, split in images:
+        assert of_image == captions[key]
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(png))), pixels[key])
+        assert split in ("train", "validation")
+    rejects = query("SELECT source, key, reason, preview IS NULL FROM read_parquet($1)", every_file.rejects)
+    assert rejects == [
+        ("folder", "bare.png", "no_caption", False),
+        ("folder", "empty.png", "empty_file", True),
+    ]
+    pairs = query("SELECT image_id, twin_id, distance FROM read_parquet($1)", every_file.near_duplicates)
+    assert [tuple(row) for row in pd.read_parquet(every_file.near_duplicates).to_numpy()] == pairs
+    assert len(pairs) == 1
 
 
 def test_hugging_face_datasets_opens_the_shards_with_decoded_pictures(filled, small_shards, tmp_path, monkeypatch):
@@ -178,3 +266,42 @@ def test_a_manifest_of_another_format_is_refused(filled):
     (filled.images / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match=r"manifest\.json is not valid JSON"):
         read_metadata(filled.images)
+
+
+UNDER_A_LIMIT = """
+import resource, signal, sys
+from latentloom.ingestion.ingest import ingest
+from latentloom.params import IngestParams
+if limit := int(sys.argv[3]):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+out = sys.argv[2]
+try:
+    ingest(IngestParams.model_validate_json(sys.argv[1]), out + "/images", out + "/rejects.parquet",
+           out + "/near_duplicates.parquet", progress=False)
+except OSError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.fault
+def test_a_full_disk_is_told_with_the_file_and_the_room_and_a_rerun_with_room_ends_well(corpus, contents, tmp_path):
+    for number in range(200):
+        corpus.add(f"{number:03}.png", "a picture")
+    out = tmp_path / "full"
+    out.mkdir()
+
+    def run(limit: int) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", UNDER_A_LIMIT, corpus.params().model_dump_json(), str(out), str(limit)]
+        path = os.pathsep.join(sys.path)
+        return subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+
+    failed = run(limit=200_000)
+    assert failed.returncode == 1
+    assert f"could not write {out}/images/00000.parquet: " in failed.stderr
+    assert "it needs " in failed.stderr
+    assert "Make room and run the stage again" in failed.stderr
+    assert contents(out) == {}
+    assert run(limit=0).returncode == 0
+    corpus.ingest()
+    assert contents(out) == contents(corpus.out)

@@ -54,7 +54,7 @@ def test_the_encoders_size_flows_into_the_model(finished):
 
 def test_refused_images_are_listed_with_a_reason(finished):
     rejects = pd.read_parquet(finished.folder / "data/rejects.parquet")
-    assert list(rejects.columns) == ["source", "key", "reason", "detail"]
+    assert list(rejects.columns) == ["source", "key", "reason", "detail", "preview"]
     report = read(finished, "reports/ingest.json")
     assert report["found"] == report["kept"] + report["rejected"]
     assert len(rejects) == report["rejected"]

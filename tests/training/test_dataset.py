@@ -1,12 +1,14 @@
 """The training data as the caches hold it: standardised, joined with its captions, in the order of ids."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import tiny_models
 import torch
 
 from latentloom.encoding.captions import encode_captions, read_captions
 from latentloom.encoding.latents import encode_images, read_latents
+from latentloom.encoding.row_store import RowStore
 from latentloom.encoding.text_encoder import load_text_encoder
 from latentloom.encoding.vae import load_vae
 from latentloom.ingestion.shards import read_metadata
@@ -25,8 +27,8 @@ def models(tmp_path_factory):
 def caches(models, prepare_images, tmp_path):
     vae, encoder = models
     images = prepare_images(range(40))
-    encode_images(vae, images, tmp_path / "latents", tmp_path / "s1")
-    encode_captions(encoder, images, tmp_path / "text", tmp_path / "s2")
+    encode_images(vae, images, tmp_path / "latents", RowStore(tmp_path / "s1", 2**30))
+    encode_captions(encoder, images, tmp_path / "text", RowStore(tmp_path / "s2", 2**30))
     return load_caches(tmp_path / "latents", tmp_path / "text")
 
 
@@ -60,6 +62,28 @@ def test_each_image_has_its_own_captions_and_latent(caches, tmp_path):
         assert torch.equal(caches.train.primary_embeddings()[position], primary)
 
 
+def test_mirrored_latents_and_weights_come_from_the_caches(models, prepare_images, tmp_path):
+    vae, encoder = models
+    images = prepare_images(range(12))
+    encode_images(vae, images, tmp_path / "latents", RowStore(tmp_path / "s1", 2**30), flip=True)
+    encode_captions(encoder, images, tmp_path / "text", RowStore(tmp_path / "s2", 2**30))
+    assert load_caches(tmp_path / "latents", tmp_path / "text").train.weights is None
+    path = tmp_path / "latents" / "index.parquet"
+    index = pd.read_parquet(path)
+    index["weight"] = np.arange(1, 13, dtype=np.float32)
+    path.unlink()
+    index.to_parquet(path, index=False)
+    train = load_caches(tmp_path / "latents", tmp_path / "text").train
+    weight_of = dict(zip(index["id"], index["weight"], strict=True))
+    assert train.weights.tolist() == [weight_of[own] for own in train.ids]
+    both = torch.cat([train.mean, train.flipped_mean])
+    np.testing.assert_allclose(both.double().mean((0, 2, 3)), 0, atol=1e-3)
+    _, tensors, statistics = read_latents(tmp_path / "latents")
+    row = index["id"].tolist().index(train.ids[0])
+    scale = np.array(statistics["std"])[:, None, None]
+    np.testing.assert_allclose(train.flipped_std[0], tensors["flipped_std"][row].double() / scale, rtol=1e-3)
+
+
 def test_the_digest_follows_images_and_captions(caches):
     assert caches.train.digest() == caches.train.digest() != caches.validation.digest()
     assert caches.train.take(29).digest() != caches.train.digest()
@@ -67,4 +91,15 @@ def test_the_digest_follows_images_and_captions(caches):
 
 def test_a_missing_cache_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"latents/stats\.json does not exist: run `dvc repro`"):
+        load_caches(tmp_path / "latents", tmp_path / "text")
+
+
+@pytest.mark.parametrize(("column", "says"), [("caption_id", "has no embedding"), ("image_id", "no caption in the")])
+def test_caches_that_do_not_belong_together_are_refused(caches, tmp_path, column, says):
+    path = tmp_path / "text" / "pairs.parquet"
+    pairs = pd.read_parquet(path)
+    path.unlink()
+    pairs.loc[pairs[column] == pairs.loc[0, column], column] = "another"
+    pairs.to_parquet(path, index=False)
+    with pytest.raises(ValueError, match=says):
         load_caches(tmp_path / "latents", tmp_path / "text")

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from latentloom.training.draws import batch_rows, draw_batch
+from latentloom.training.draws import batch_rows, draw_batch, epoch_rows
 
 SETTINGS = {"seed": 1, "batch_size": 16, "distribution": "cosine", "label_dropout": 0.25}
 
@@ -82,3 +82,43 @@ def test_a_latent_with_a_distribution_is_sampled_anew_each_step(make_data):
         rows = batch_rows(1, step, 16, 16)
         differences.append(batch.latents - data.mean[rows])
     assert float(torch.stack(differences).std()) == pytest.approx(0.1, rel=0.02)
+
+
+def test_weighted_rows_come_as_often_as_their_weights_ask():
+    weights = torch.tensor([1.0] * 10 + [2.0] * 10 + [0.5] * 10, dtype=torch.float64)
+    share = weights / weights.sum() * len(weights)
+    counts = torch.stack([epoch_rows(0, epoch, 30, weights).bincount(minlength=30) for epoch in range(400)])
+    assert (counts.sum(1) == 30).all()
+    assert (counts >= share.floor()).all() and (counts <= share.ceil()).all()
+    torch.testing.assert_close(counts.double().mean(0), share, atol=0.1, rtol=0.0)
+
+
+def test_equal_weights_make_an_epoch_a_permutation():
+    rows = epoch_rows(3, 5, 1000, torch.full((1000,), 0.3, dtype=torch.float64))
+    assert sorted(rows.tolist()) == list(range(1000))
+
+
+def test_an_epoch_with_weights_is_in_random_order():
+    rows = epoch_rows(0, 0, 1000, torch.tensor([1.0, 3.0], dtype=torch.float64).repeat(500))
+    assert 250 < int((rows.diff() > 0).sum()) < 650
+
+
+def test_mirrored_latents_are_drawn_half_the_time_and_belong_to_their_image(make_data):
+    plain = make_data(16, std=True)
+    data = replace(plain, flipped_mean=plain.mean.flip(-1) + 100, flipped_std=torch.zeros_like(plain.std))
+    flipped = 0
+    for step in range(100):
+        rows = batch_rows(1, step, 16, 16)
+        for row, latent in zip(rows, draw_batch(data, step=step, **SETTINGS).latents, strict=True):
+            if latent.mean() > 50:
+                flipped += 1
+                assert torch.equal(latent, data.flipped_mean[row])
+            else:
+                assert float((latent - data.mean[row]).abs().max()) < 1
+    assert 0.45 < flipped / 1600 < 0.55
+
+
+def test_without_mirrored_latents_the_draws_are_those_of_before(make_data):
+    batch = draw_batch(make_data(20), step=3, **SETTINGS)
+    flipped = replace(make_data(20), flipped_mean=make_data(20).mean)
+    assert torch.equal(batch.labels, draw_batch(flipped, step=3, **SETTINGS).labels)

@@ -7,7 +7,7 @@ data/images/*.parquet -> data/text/NNNNN.safetensors   `embedding` (M, dim), fp1
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +16,16 @@ import torch
 from tqdm import tqdm
 
 from latentloom.encoding.latents import EncodeCounts
-from latentloom.encoding.rows import FORMAT_VERSION, RowStore, Tensors, load_rows, row_key, write_shards
+from latentloom.encoding.row_store import RowStore
+from latentloom.encoding.rows import FORMAT_VERSION, load_rows, row_key, write_shards
+from latentloom.encoding.tensor_shards import Tensors
 from latentloom.encoding.text_encoder import TextEncoder
 from latentloom.files import atomic_path, read_json, write_json
 from latentloom.ingestion.shards import read_metadata
 
 DTYPES = "float32->float16"
 CAPTIONS_AT_ONCE = 256
+STATS = "stats.json"
 
 
 def caption_id(text: str) -> str:
@@ -30,8 +33,14 @@ def caption_id(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def encode_captions(encoder: TextEncoder, images: Path, out: Path, state: Path) -> EncodeCounts:
-    """Embed every distinct caption of ``images`` into ``out``; rows that the store ``state`` knows are not computed."""
+def encode_captions(encoder: TextEncoder, images: Path, out: Path, store: RowStore) -> EncodeCounts:
+    """Embed every distinct caption of ``images`` into ``out``; rows that ``store`` knows are not computed again.
+
+    Raises:
+        ValueError: when there is no caption, or a file of ``images`` is damaged.
+        OSError: when the disk is full, naming the file.
+    """
+    (out / STATS).unlink(missing_ok=True)  # a folder without it is not finished
     metadata = read_metadata(images)
     pairs = metadata[["id", "captions"]].explode("captions", ignore_index=True)
     pairs = pd.DataFrame(
@@ -47,21 +56,20 @@ def encode_captions(encoder: TextEncoder, images: Path, out: Path, state: Path) 
     keys = [row_key(own_id, encoder.fingerprint, encoder.pooling, str(encoder.max_tokens), DTYPES) for own_id in ids]
     progress = tqdm(total=len(ids), desc="encode_text", unit="caption")
 
-    def compute(positions: Sequence[int]) -> Tensors:
-        parts = []
+    def compute(positions: Sequence[int]) -> Iterator[Tensors]:
         for start in range(0, len(positions), CAPTIONS_AT_ONCE):
-            batch = positions[start : start + CAPTIONS_AT_ONCE]
-            parts.append(torch.from_numpy(encoder.encode([texts[position] for position in batch])).half())
+            batch = [texts[position] for position in positions[start : start + CAPTIONS_AT_ONCE]]
+            yield {"embedding": torch.from_numpy(encoder.encode(batch)).half()}
             progress.update(len(batch))
-        return {"embedding": torch.cat(parts)}
 
     frames, encoded = [], 0
-    for shard in write_shards(out, RowStore(state), keys, compute):
+    for shard in write_shards(out, store, ids, keys, compute):
         part = slice(shard.positions.start, shard.positions.stop)
         frames.append(_index(ids[part], texts[part], keys[part], shard.path.name, shard.tensors["embedding"]))
         encoded += shard.computed
         progress.update(len(shard.positions) - shard.computed)
     progress.close()
+    store.trim()
     if not frames:
         raise ValueError(f"{images} holds no captions: run `dvc repro ingest`")
     with atomic_path(out / "index.parquet") as temporary:
@@ -69,7 +77,7 @@ def encode_captions(encoder: TextEncoder, images: Path, out: Path, state: Path) 
     with atomic_path(out / "pairs.parquet") as temporary:
         pairs.drop(columns="text").to_parquet(temporary, index=False)
     write_json(
-        out / "stats.json",
+        out / STATS,
         {
             "format_version": FORMAT_VERSION,
             "encoder": {
@@ -81,7 +89,7 @@ def encode_captions(encoder: TextEncoder, images: Path, out: Path, state: Path) 
             "rows": len(ids),
         },
     )
-    return EncodeCounts(len(ids), encoded, len(ids) - encoded)
+    return EncodeCounts(len(ids), encoded)
 
 
 def read_captions(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, torch.Tensor, dict]:
@@ -90,7 +98,7 @@ def read_captions(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, torch.Tenso
     Raises:
         ValueError: when a file is missing or damaged, naming it.
     """
-    statistics = read_json(folder / "stats.json")
+    statistics = read_json(folder / STATS)
     frames = []
     for name in ("index.parquet", "pairs.parquet"):
         try:

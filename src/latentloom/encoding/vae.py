@@ -10,20 +10,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from latentloom.devices import autocast
 from latentloom.encoding import pretrained
 
 BUNDLED = Path(__file__).parent / "bundled_vae"
 CLASSES = ("AutoencoderKL", "AutoencoderTiny")
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Vae:
-    """A loaded VAE, frozen, in evaluation mode."""
+    """A loaded VAE, frozen, in evaluation mode; it encodes in ``precision`` (fp32, bf16 or fp16, by autocast)."""
 
     module: torch.nn.Module
     reference: str
     class_name: str
     fingerprint: str
+    precision: str = "fp32"
 
     @property
     def distribution(self) -> str:
@@ -36,7 +39,8 @@ class Vae:
         device = next(self.module.parameters()).device
         pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
         pixels = pixels.contiguous(memory_format=torch.channels_last)
-        encoded = self.module.encode(pixels)
+        with autocast(PRECISIONS[self.precision], device):
+            encoded = self.module.encode(pixels)
         if self.distribution == "mean":
             return {"mean": encoded.latents.float().cpu()}
         posterior = encoded.latent_dist
@@ -73,8 +77,8 @@ def vae_fingerprint(reference: str) -> str:
     return pretrained.fingerprint(vae_folder(reference))
 
 
-def load_vae(reference: str, device: torch.device | str = "cpu") -> Vae:
-    """Load a VAE in fp32.
+def load_vae(reference: str, device: torch.device | str = "cpu", precision: str = "fp32") -> Vae:
+    """Load a VAE; its weights are held in fp32, whatever the precision that it computes in.
 
     Raises:
         ValueError: when the reference cannot be resolved, or names another class than the two that are supported.
@@ -88,4 +92,4 @@ def load_vae(reference: str, device: torch.device | str = "cpu") -> Vae:
         raise ValueError(f"encode_images.vae: {reference} is a {class_name}; supported: {', '.join(CLASSES)}")
     module = getattr(diffusers, class_name).from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
     module = module.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-    return Vae(module, reference, class_name, pretrained.fingerprint(folder))
+    return Vae(module, reference, class_name, pretrained.fingerprint(folder), precision)

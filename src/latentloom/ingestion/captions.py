@@ -36,12 +36,30 @@ def clean_captions(raw: Iterable[object]) -> list[str]:
     """
     raw = list(raw)
     if not raw:
-        raise Unusable(Reason.NO_CAPTION, "no metadata row and no .txt file of its name gives it a caption")
+        raise Unusable(
+            Reason.NO_CAPTION, "nothing gives it a caption: no metadata row or column, no text or JSON file of its name"
+        )
     cleaned = [clean_caption(_text(caption)) for caption in raw]
     captions = list(dict.fromkeys(caption for caption in cleaned if caption))
     if not captions:
         raise Unusable(Reason.EMPTY_CAPTION, "its caption holds nothing but white space")
     return captions
+
+
+def caption_lines(data: bytes) -> list[str]:
+    """The captions of a text file, one on each line; an empty file holds one empty caption."""
+    text = data.decode("utf-8-sig", errors="surrogateescape")
+    return text.splitlines() or [text]
+
+
+def flat_captions(values: Iterable[object]) -> list[object]:
+    """Raw captions of values that are a caption, a list of captions, or null each; nulls are left out."""
+    flat = [caption for value in values for caption in (value if isinstance(value, list) else [value])]
+    return [caption for caption in flat if not _is_null(caption)]
+
+
+def _is_null(caption: object) -> bool:
+    return caption is None or caption != caption  # NaN is how tables of numbers write a null
 
 
 def _text(caption: object) -> str:

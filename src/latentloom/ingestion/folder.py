@@ -8,32 +8,17 @@ Hidden files and folders are passed over (``._photo.jpg`` is not a photo), linke
 is ever written here. Names and captions are held in memory; images are read one at a time.
 """
 
-import os
 import posixpath
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from latentloom.ingestion.captions import caption_lines
+from latentloom.ingestion.images import EXTENSIONS
 from latentloom.ingestion.metadata import COLUMNS_WANTED, READERS, MetadataRow, read_metadata_rows
 from latentloom.ingestion.rejects import Reason, Reject, Unusable, printable
+from latentloom.ingestion.source_files import walk
 from latentloom.ingestion.sources import IngestError, Sample
-
-EXTENSIONS = {
-    ".apng",
-    ".avif",
-    ".bmp",
-    ".dib",
-    ".gif",
-    ".heic",
-    ".heif",
-    ".ico",
-    ".jfif",
-    ".jp2",
-    ".jpe",
-    ".jpeg",
-    ".jpg",
-}
-EXTENSIONS |= {".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
 
 
 class FolderSource:
@@ -43,7 +28,6 @@ class FolderSource:
         IngestError: when the folder is missing or holds no image, or a metadata file cannot be used.
     """
 
-    name = "folder"
     attribution = None
     licence = None
 
@@ -51,8 +35,10 @@ class FolderSource:
         self.root = Path(path).expanduser()
         if not self.root.is_dir():
             what = "is not a folder" if self.root.exists() else "does not exist"
-            raise IngestError(f"ingest.path: {self.root} {what}; give the folder that holds your images")
-        images, metadata = self._walk()
+            raise IngestError(f"ingest: the path {self.root} {what}; give the folder that holds your images")
+        names = sorted(walk(self.root))
+        metadata = [name for name in names if posixpath.basename(name) in READERS]
+        images = [name for name in names if posixpath.splitext(name)[1].lower() in EXTENSIONS]
         self._images = set(images)
         self._composed = {unicodedata.normalize("NFC", key): key for key in images}
         self._captions: dict[str, list[object]] = {}
@@ -61,13 +47,15 @@ class FolderSource:
             for row in read_metadata_rows(self.root / key):
                 self._take(key, row)
         self._keys = sorted(self._images.union(self._captions))
-        if not self:
+        if not self.total:
             raise IngestError(
-                f"ingest.path: {self.root} holds no images; looked for the extensions {' '.join(sorted(EXTENSIONS))} "
-                f"in it and its sub-folders, and for metadata files ({', '.join(READERS)}; {COLUMNS_WANTED})"
+                f"ingest: the path {self.root} holds no images; looked for the extensions "
+                f"{' '.join(sorted(EXTENSIONS))} in it and its sub-folders, and for metadata files "
+                f"({', '.join(READERS)}; {COLUMNS_WANTED})"
             )
 
-    def __len__(self) -> int:
+    @property
+    def total(self) -> int:
         return len(self._keys) + len(self._rejects)
 
     def samples(self) -> Iterator[Sample | Reject]:
@@ -77,20 +65,6 @@ class FolderSource:
                 yield self._sample(key)
             except Unusable as unusable:
                 yield Reject(key, unusable.reason, unusable.detail)
-
-    def _walk(self) -> tuple[list[str], list[str]]:
-        """Image files and metadata files, as sorted keys."""
-        images, metadata = [], []
-        for folder, folders, files in os.walk(self.root, onerror=_refuse_folder):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            parent = Path(folder).relative_to(self.root).as_posix()
-            for name in files:
-                key = posixpath.normpath(posixpath.join(parent, name))
-                if name in READERS:
-                    metadata.append(key)
-                elif not name.startswith(".") and posixpath.splitext(name)[1].lower() in EXTENSIONS:
-                    images.append(key)
-        return sorted(images), sorted(metadata)
 
     def _take(self, metadata_key: str, row: MetadataRow) -> None:
         if row.problem:
@@ -125,17 +99,16 @@ class FolderSource:
             raise Unusable(Reason.MISSING_FILE, detail)
         return Sample(printable(key), self._captions_of(key), path.read_bytes)
 
-    def _captions_of(self, key: str) -> list[object]:
+    def _captions_of(self, key: str) -> Sequence[object]:
         if key in self._captions:
             return self._captions[key]
         sidecar = (self.root / key).with_suffix(".txt")
         if not sidecar.is_file():
             return []
         try:
-            text = sidecar.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+            return caption_lines(sidecar.read_bytes())
         except OSError as error:
             raise Unusable(Reason.UNREADABLE, f"{sidecar.name}: {error.strerror}") from error
-        return list(text.splitlines()) or [text]
 
 
 def _is_file(path: Path) -> bool:
@@ -144,9 +117,3 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):
         return False
-
-
-def _refuse_folder(error: OSError) -> None:
-    raise IngestError(
-        f"the folder {error.filename} cannot be read ({error.strerror}); make it readable, or move it"
-    ) from error

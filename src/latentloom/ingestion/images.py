@@ -8,8 +8,10 @@ as sRGB.
 import hashlib
 import io
 import re
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -18,8 +20,9 @@ from latentloom.ingestion.rejects import Reason, Unusable
 
 # Pillow's formats without those that start programs (EPS) or that any bytes may pass for (TGA).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")
+EXTENSIONS = {".apng", ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".ico", ".jfif", ".jp2", ".jpe", ".jpeg"}
+EXTENSIONS |= {".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
 MAX_BYTES = 2**30
-MAX_PIXELS = 178_956_970  # where Pillow, too, takes a file for a decompression bomb: half a GiB of RGB
 LARGEST_ENLARGEMENT = 4
 
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
@@ -45,13 +48,21 @@ class PreparedImage:
     height: int
 
 
-def prepare_image(data: bytes, size: int) -> PreparedImage:
+def prepare_image(data: bytes, size: int, *, max_pixels: int, max_aspect_ratio: float) -> PreparedImage:
     """Decode an image file and prepare its pixels at ``size`` by ``size``.
+
+    Args:
+        max_pixels: of the file's picture, looked at before it is decoded, and so is
+        max_aspect_ratio: its longer side over its shorter one.
 
     Raises:
         Unusable: with the reason, where the bytes are no image that can be used.
     """
-    image = _decode(data)
+    with PILLOWS_BOUND.raised_to(max_pixels):
+        return _prepare(_decode(data, max_pixels, max_aspect_ratio), size)
+
+
+def _prepare(image: Image.Image, size: int) -> PreparedImage:
     width, height = image.size
     smallest = -(-size // LARGEST_ENLARGEMENT)
     if min(width, height) < smallest:
@@ -72,23 +83,50 @@ def image_id(pixels: np.ndarray) -> str:
     return hashlib.sha256(f"{shape}:".encode() + np.ascontiguousarray(pixels, np.uint8).tobytes()).hexdigest()
 
 
-def _decode(data: bytes) -> Image.Image:
+class PillowsBound:
+    """Pillow's own bound against decompression bombs, which is one for the whole process.
+
+    It is raised as long as any thread needs it higher than it is, and then put back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._threads = 0
+
+    @contextmanager
+    def raised_to(self, pixels: int) -> Iterator[None]:
+        with self._lock:
+            if not self._threads:
+                self._own = Image.MAX_IMAGE_PIXELS
+            self._threads += 1
+            if Image.MAX_IMAGE_PIXELS is not None:  # Pillow refuses what has more than twice as many
+                Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, -(-pixels // 2))
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._threads -= 1
+                if not self._threads:
+                    Image.MAX_IMAGE_PIXELS = self._own
+
+
+PILLOWS_BOUND = PillowsBound()
+
+
+def _decode(data: bytes, max_pixels: int, max_aspect_ratio: float) -> Image.Image:
     """The first frame, upright, in whatever mode the file has."""
     if not data:
         raise Unusable(Reason.EMPTY_FILE, "the file holds no bytes")
     if len(data) > MAX_BYTES:
         raise Unusable(Reason.TOO_MANY_BYTES, f"{len(data):,} bytes; at most {MAX_BYTES:,}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            if image.width * image.height > MAX_PIXELS:
-                raise Unusable(Reason.TOO_MANY_PIXELS, f"{image.width}x{image.height} pixels; at most {MAX_PIXELS:,}")
-            image.load()
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        _refuse_out_of_bounds(*image.size, max_pixels, max_aspect_ratio)
+        image.load()
     except (Unusable, MemoryError):
         raise
     except Image.DecompressionBombError:
-        raise Unusable(Reason.TOO_MANY_PIXELS, f"more than {MAX_PIXELS:,} pixels") from None
+        raise Unusable(Reason.TOO_MANY_PIXELS, f"more than {max_pixels:,} pixels (ingest.max_pixels)") from None
     except UnidentifiedImageError:
         if data.startswith(SIGNATURES):
             raise Unusable(Reason.UNREADABLE, "begins as an image, but its header is damaged or cut off") from None
@@ -100,6 +138,15 @@ def _decode(data: bytes) -> Image.Image:
         raise Unusable(reason, f"{type(error).__name__}: {message}") from error
     turn = UPRIGHT.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
+
+
+def _refuse_out_of_bounds(width: int, height: int, max_pixels: int, max_aspect_ratio: float) -> None:
+    if width * height > max_pixels:
+        detail = f"{width}x{height} pixels; at most {max_pixels:,} in all (ingest.max_pixels)"
+        raise Unusable(Reason.TOO_MANY_PIXELS, detail)
+    if max(width, height) > max_aspect_ratio * min(width, height):
+        detail = f"{width}x{height} pixels; at most {max_aspect_ratio:g} to 1 (ingest.max_aspect_ratio)"
+        raise Unusable(Reason.TOO_EXTREME_ASPECT, detail)
 
 
 def _orientation(image: Image.Image) -> int | None:

@@ -1,35 +1,46 @@
-"""The stage `ingest`: samples of a source -> kept images in shards, the rest in the table of rejects.
+"""The stage `ingest`: samples of all sources -> kept images in shards, the rest in the table of rejects.
 
-Samples stream through one at a time: decoded, prepared, named by the hash of their pixels, put into a split by that
-name. The first of several images with equal pixels is kept; the others are refused as duplicates, captions and all,
-so that no image's captions depend on how many copies of it a source holds. ``limit`` counts the images kept.
+Samples stream through, the sources one after another: workers decode and prepare them, and here, in the sources'
+order, each is kept or refused. The first of several images with equal pixels is kept; the others are refused as
+duplicates, captions and all, so that no image's captions depend on how many copies of it the sources hold. ``limit``
+counts the images kept. An image's id puts it into a split; at the end, near duplicates of training images follow
+those into the training split.
 """
 
-import itertools
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
-from latentloom.ingestion.captions import clean_captions
 from latentloom.ingestion.folder import FolderSource
-from latentloom.ingestion.images import image_id, prepare_image
+from latentloom.ingestion.near_duplicates import find_near_duplicates, joined_by_twins, write_near_duplicates
 from latentloom.ingestion.openmoji import OpenMojiSource
-from latentloom.ingestion.rejects import Reason, Reject, RejectWriter, Unusable
-from latentloom.ingestion.shards import ImageRow, Manifest, write_images
+from latentloom.ingestion.parallel import ordered_map, worker_count
+from latentloom.ingestion.parquet import ParquetSource
+from latentloom.ingestion.prepared import Prepared, prepare_sample
+from latentloom.ingestion.rejects import Reject
+from latentloom.ingestion.shards import Manifest, SourceCount, move_to_train, write_manifest, write_shards
+from latentloom.ingestion.sieve import ID_BYTES, Sieve
 from latentloom.ingestion.sources import IngestError, Sample, Source
-from latentloom.params import IngestParams
+from latentloom.ingestion.webdataset import WebDatasetSource
+from latentloom.params import IngestParams, SourceParams
 
 
 @dataclass(frozen=True)
 class IngestReport:
-    """What an ingestion came to. ``captions`` counts those of all kept images, an image's second one too."""
+    """What an ingestion came to.
 
-    source: str
+    ``captions`` counts those of all kept images, an image's second one too; ``near_duplicates`` the pairs;
+    ``moved_to_train`` the images that left the validation split since a twin is in train.
+    """
+
     found: int
     kept: int
     rejected: int
@@ -37,145 +48,183 @@ class IngestReport:
     train: int
     validation: int
     captions: int
+    sources: list[dict[str, Any]]
+    near_duplicates: int
+    moved_to_train: int
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def __str__(self) -> str:
-        refused = ", ".join(f"{count} {reason}" for reason, count in self.reasons.items())
+        twins = f", {self.near_duplicates} pairs of near duplicates" if self.near_duplicates else ""
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.reasons.items())
+        refused = f" ({reasons})" if reasons else ""
         return (
-            f"{self.kept} images ({self.train} train, {self.validation} validation), "
-            f"{self.rejected} rejected{f' ({refused})' if refused else ''}"
+            f"{self.kept} images ({self.train} train, {self.validation} validation){twins}, "
+            f"{self.rejected} rejected{refused}"
         )
 
 
 def ingest(
-    params: IngestParams, images_folder: Path | str, rejects_path: Path | str, progress: bool = True
+    params: IngestParams,
+    images_folder: Path | str,
+    rejects_path: Path | str,
+    near_duplicates_path: Path | str,
+    progress: bool = True,
 ) -> IngestReport:
-    """Bring the source of ``params`` into ``images_folder`` and what it refused into ``rejects_path``.
+    """Bring the sources of ``params`` into ``images_folder``; write what was refused, and which images look alike.
 
     Raises:
-        IngestError: when the source cannot be used, or nothing of it can; the images folder is then as before.
+        IngestError: when a source cannot be used, and all is as before then; or when nothing can be used, or more is
+            refused than ``max_reject_fraction`` allows: the rejects are written then, and the images have no manifest.
+        OSError: when a file cannot be written, naming it.
     """
-    images_folder, rejects_path = Path(images_folder), Path(rejects_path)
-    _refuse_outputs_in_source(params, images_folder, rejects_path)
-    source = open_source(params)
-    counts: Counter[str] = Counter()
-    bar = tqdm(
-        total=min(len(source), params.limit or len(source)),
-        desc="ingest",
-        unit="image",
-        disable=not progress,
-        mininterval=0.2 if sys.stderr.isatty() else 10.0,
-    )
-    with bar, RejectWriter(rejects_path, source.name) as rejects:
+    outputs = Path(images_folder), Path(rejects_path), Path(near_duplicates_path)
+    images_folder, rejects_path, near_duplicates_path = outputs
+    for entry in params.sources:
+        _refuse_outputs_in_source(entry, outputs)
+    sources = {entry.label: open_source(entry, params.image_size) for entry in params.sources}
+    counts = {
+        name: SourceCount(name, entry.source, entry.weight, source.attribution, source.licence)
+        for entry, (name, source) in zip(params.sources, sources.items(), strict=True)
+    }
+    sieve = Sieve(counts)
 
-        def refuse(reject: Reject) -> None:
-            rejects.add(reject)
-            bar.total = min(len(source), bar.total + 1) if params.limit else bar.total
-
-        def seen(item: Sample | Reject) -> Sample | Reject:
-            counts["found"] += 1
-            bar.update()
+    def prepare(item: tuple[str, Sample | Reject]) -> tuple[str, Prepared | Reject]:
+        name, sample = item
+        if isinstance(sample, Reject):
             return item
+        return name, prepare_sample(name, sample, params, sieve.rejects.wants_preview)
 
-        rows = itertools.islice(_kept(map(seen, source.samples()), source.name, params, refuse), params.limit)
-        first = next(rows, None)
-        manifest = Manifest(
-            source=source.name,
-            image_size=params.image_size,
-            attribution=source.attribution,
-            licence=source.licence,
-        )
-        if first is not None:
-            manifest = write_images(_counted(itertools.chain([first], rows), counts), images_folder, manifest)
-    report = IngestReport(
-        source=source.name,
-        found=counts["found"],
+    samples = ((name, sample) for name, source in sources.items() for sample in source.samples())
+    # Pillow's remarks on odd but readable files are not for here; filters are the process's, not a thread's.
+    with warnings.catch_warnings(), closing(ordered_map(prepare, samples, worker_count())) as results:
+        warnings.filterwarnings("ignore", module="PIL")
+        watched = _watched(results, _total(sources), params.limit, sieve, progress)
+        shards = write_shards(islice(sieve.kept(watched), params.limit), images_folder)
+    sieve.rejects.write(rejects_path)
+    _check_none_was_lost(sieve, shards)
+    _refuse_too_many_rejects(sieve, params.max_reject_fraction, rejects_path)
+    pairs, moved = _keep_twins_together(sieve, params.near_duplicate_distance, near_duplicates_path)
+    move_to_train(images_folder, shards, moved)
+    manifest = Manifest(
+        image_size=params.image_size,
+        found=sieve.total("found"),
+        rejected=sieve.total("rejected"),
+        images=sieve.total("kept"),
+        train=int(sieve.in_train().sum()) + len(moved),
+        validation=int((~sieve.in_train()).sum()) - len(moved),
+        sources=list(counts.values()),
+        attribution=_joined(count.attribution for count in counts.values() if count.kept),
+        licence=_joined(count.licence for count in counts.values() if count.kept),
+        shards=shards,
+    )
+    write_manifest(images_folder, manifest)
+    return IngestReport(
+        found=manifest.found,
         kept=manifest.images,
-        rejected=rejects.reasons.total(),
-        reasons={reason.value: rejects.reasons[reason] for reason in sorted(rejects.reasons)},
+        rejected=manifest.rejected,
+        reasons={reason.value: sieve.rejects.reasons[reason] for reason in sorted(sieve.rejects.reasons)},
         train=manifest.train,
         validation=manifest.validation,
-        captions=counts["captions"],
+        captions=sieve.captions,
+        sources=[_without_credits(count) for count in counts.values()],
+        near_duplicates=pairs,
+        moved_to_train=len(moved),
     )
-    if report.found != report.kept + report.rejected:
-        raise RuntimeError(
-            f"{report.found} samples found, but {report.kept} kept and {report.rejected} rejected: one was lost"
-        )
-    if not report.kept:
-        raise IngestError(
-            f"no image of the source {source.name} can be used: {report}; {rejects_path} says why, one by one"
-        )
-    return report
 
 
-def open_source(params: IngestParams) -> Source:
-    """The source that ``params`` names.
+def open_source(entry: SourceParams, image_size: int) -> Source:
+    """The source that an entry of the params names.
 
     Raises:
         IngestError: when it is not there, or cannot be used as a whole.
     """
-    match params.source:
+    match entry.source:
         case "openmoji":
-            return OpenMojiSource(params.image_size)
+            return OpenMojiSource(image_size)
         case "folder":
-            return FolderSource(params.path)
-        case _:
-            raise IngestError(f"ingest.source: {params.source!r} is not supported yet; use openmoji or folder")
+            return FolderSource(entry.path)
+        case "webdataset":
+            return WebDatasetSource(entry.path)
+        case "parquet":
+            return ParquetSource(entry.path, entry.image_column, entry.caption_column)
 
 
-def split_of(image_id: str, val_fraction: float) -> str:
-    """``train`` or ``validation``: a function of the id alone, so that new data never moves old data."""
-    return "validation" if int(image_id[:16], 16) / 2**64 < val_fraction else "train"
+def _watched(
+    results: Iterable[tuple[str, Prepared | Reject]],
+    total: int | None,
+    limit: int | None,
+    sieve: Sieve,
+    progress: bool,
+) -> Iterator[tuple[str, Prepared | Reject]]:
+    """The results as they are, with a progress bar of how many of all, or as many as ``limit`` takes."""
+    most = total or sys.maxsize
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    with tqdm(desc="ingest", unit="image", disable=not progress, mininterval=interval) as bar:
+        bar.total = total if limit is None else min(most, limit)
+        for result in results:
+            bar.update()
+            yield result
+            if limit is not None:
+                bar.total = min(most, limit + sieve.total("rejected"))
 
 
-def _kept(
-    items: Iterator[Sample | Reject], source: str, params: IngestParams, refuse: Callable[[Reject], None]
-) -> Iterator[ImageRow]:
-    """The rows of all samples that can be used and are met for the first time."""
-    keys: dict[bytes, str] = {}
-    for item in items:
-        if isinstance(item, Reject):
-            refuse(item)
-            continue
-        try:
-            row = _row(item, source, params)
-            own_id = bytes.fromhex(row.id)
-            if own_id in keys:
-                raise Unusable(Reason.DUPLICATE, f"the same picture as {keys[own_id]}")
-        except Unusable as unusable:
-            refuse(Reject(item.key, unusable.reason, unusable.detail))
-        else:
-            keys[own_id] = item.key
-            yield row
+def _total(sources: Mapping[str, Source]) -> int | None:
+    totals = [source.total for source in sources.values()]
+    return None if None in totals else sum(totals)
 
 
-def _row(sample: Sample, source: str, params: IngestParams) -> ImageRow:
-    captions = clean_captions(sample.captions)
-    try:
-        data = sample.read()
-    except OSError as error:
-        raise Unusable(Reason.UNREADABLE, error.strerror or type(error).__name__) from error
-    image = prepare_image(data, params.image_size)
-    own_id = image_id(image.pixels)
-    split = split_of(own_id, params.val_fraction)
-    return ImageRow(own_id, image.pixels, captions, split, source, sample.key, image.width, image.height)
+def _check_none_was_lost(sieve: Sieve, shards: list[dict[str, Any]]) -> None:
+    written, refused = sum(shard["rows"] for shard in shards), sieve.rejects.reasons.total()
+    if sieve.total("found") != written + refused:
+        raise RuntimeError(
+            f"{sieve.total('found')} samples found, but {written} kept and {refused} rejected: one was lost"
+        )
 
 
-def _counted(rows: Iterator[ImageRow], counts: Counter[str]) -> Iterator[ImageRow]:
-    for row in rows:
-        counts["captions"] += len(row.captions)
-        yield row
-
-
-def _refuse_outputs_in_source(params: IngestParams, *outputs: Path) -> None:
-    if params.path is None:
+def _refuse_too_many_rejects(sieve: Sieve, most: float, rejects_path: Path) -> None:
+    found, rejects = sieve.total("found"), sieve.rejects
+    refused = rejects.reasons.total()
+    if refused < found and refused <= most * found:
         return
-    source = Path(params.path).expanduser().resolve()
+    reasons = "".join(
+        f"\n  {count} {reason.value}, such as {rejects.examples[reason]}"
+        for reason, count in sorted(rejects.reasons.items(), key=lambda item: (-item[1], item[0]))
+    )
+    bound = "no image is left" if refused == found else f"ingest.max_reject_fraction allows {most:.1%}"
+    raise IngestError(
+        f"{refused} of {found} samples ({refused / max(found, 1):.1%}) were refused, and {bound}:{reasons}\n"
+        f"{rejects_path} says why, one by one. Mend the data, or raise ingest.max_reject_fraction if so many may go."
+    )
+
+
+def _keep_twins_together(sieve: Sieve, distance: int | None, path: Path) -> tuple[int, np.ndarray]:
+    """Write the near duplicates; give the number of pairs, and the rows that follow a twin into the training split."""
+    order = np.argsort(sieve.ids().view(f"S{ID_BYTES}").ravel())  # by id, so that no order of the sources matters
+    hashes = sieve.hashes() if distance is None else sieve.hashes()[order]
+    pairs = find_near_duplicates(hashes, distance or 0)
+    write_near_duplicates(path, sieve.ids()[order], pairs)
+    return len(pairs), order[joined_by_twins(pairs, sieve.in_train()[order])]
+
+
+def _joined(texts: Iterable[str | None]) -> str | None:
+    return "; ".join(dict.fromkeys(text for text in texts if text)) or None
+
+
+def _without_credits(count: SourceCount) -> dict[str, Any]:
+    return {name: value for name, value in asdict(count).items() if name not in ("attribution", "licence")}
+
+
+def _refuse_outputs_in_source(entry: SourceParams, outputs: Iterable[Path]) -> None:
+    if entry.path is None:
+        return
+    source = Path(entry.path).expanduser().resolve()
     for output in outputs:
-        if output.resolve().is_relative_to(source):
+        written = output.resolve()
+        inside = written.is_relative_to(source) or source.is_relative_to(written)
+        if inside or written.match(str(source)) or (written / "00000.parquet").match(str(source)):  # a pattern's
             raise IngestError(
-                f"ingest.path: {params.path} holds {output}, which this stage writes; sources are never written to. "
+                f"ingest.path: {entry.path} holds {output}, which this stage writes; sources are never written to. "
                 "Move your images to a folder of their own"
             )

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from latentloom.ingestion.captions import flat_captions
 from latentloom.ingestion.sources import IngestError
 
 FILE_NAME = "file_name"
@@ -102,15 +103,7 @@ def _row(line: int, row: Mapping[str, Any]) -> MetadataRow:
     file_name = row.get(FILE_NAME)
     if not isinstance(file_name, str) or not file_name.strip():
         return MetadataRow(line, problem=f"has no {FILE_NAME}")
-    captions: list[object] = []
-    for column in CAPTIONS:
-        value = row.get(column)
-        captions.extend(value if isinstance(value, list) else [value])
-    return MetadataRow(line, file_name.strip(), tuple(caption for caption in captions if not _is_null(caption)))
-
-
-def _is_null(caption: object) -> bool:
-    return caption is None or caption != caption  # NaN is how tables of numbers write a null
+    return MetadataRow(line, file_name.strip(), tuple(flat_captions(row.get(column) for column in CAPTIONS)))
 
 
 def _require_columns(path: Path, columns: Iterable[str]) -> None:

@@ -36,7 +36,6 @@ class OpenMojiSource:
 
     image_size: int
 
-    name = "openmoji"
     licence = "CC BY-SA 4.0"
     attribution = (
         "All emojis designed by OpenMoji (https://openmoji.org) – the open-source emoji and icon project. "
@@ -57,7 +56,8 @@ class OpenMojiSource:
                 names[key] = _names(sequence, entry["en"], entry.get("alias") or [])
         return _told_apart(names)
 
-    def __len__(self) -> int:
+    @property
+    def total(self) -> int:
         return len(self.captions)
 
     def samples(self) -> Iterator[Sample]:

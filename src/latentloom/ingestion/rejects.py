@@ -1,15 +1,15 @@
 """What was refused, and why: one row each of ``data/rejects.parquet``.
 
-The reasons are a fixed vocabulary that reports count by; the detail is a sentence for the person who mends the data.
-Neither holds a time, an address or an absolute path, so the same data gives the same file.
+The reasons are a fixed vocabulary that reports count by; the detail is a sentence for the person who mends the data;
+the first few of each reason show the picture. Nothing holds a time, an address or an absolute path, so the same data
+gives the same file.
 """
 
 from collections import Counter
-from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,8 +19,9 @@ from latentloom.files import atomic_path
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA = pa.schema([(name, pa.string()) for name in ("source", "key", "reason", "detail")])
+SCHEMA = pa.schema([(name, pa.string()) for name in ("source", "key", "reason", "detail")] + [("preview", pa.binary())])
 ROWS_AT_ONCE = 1024
+PREVIEWS = 24  # of each reason: enough for a contact sheet
 
 
 class Reason(StrEnum):
@@ -28,13 +29,16 @@ class Reason(StrEnum):
 
     MISSING_FILE = "missing_file"  # metadata names a file that is not there
     OUTSIDE_FOLDER = "outside_folder"  # metadata names a file out of the source folder
-    BAD_ROW = "bad_row"  # a metadata row that cannot be read
+    UNSAFE_PATH = "unsafe_path"  # a tar member that is a link, or whose path is absolute or leads upwards
+    DUPLICATE_KEY = "duplicate_key"  # a key of a tar that comes again
+    BAD_ROW = "bad_row"  # metadata that cannot be read: a row of a file, or the JSON of one image
     UNREADABLE = "unreadable"  # the disk or the decoder gave up
     EMPTY_FILE = "empty_file"
     TRUNCATED = "truncated"
     NOT_AN_IMAGE = "not_an_image"
     TOO_MANY_BYTES = "too_many_bytes"
     TOO_MANY_PIXELS = "too_many_pixels"
+    TOO_EXTREME_ASPECT = "too_extreme_aspect"
     TOO_SMALL = "too_small"
     UNSUPPORTED_PIXELS = "unsupported_pixels"  # numbers whose black and white nobody can know
     NO_CAPTION = "no_caption"
@@ -46,9 +50,12 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True)
 class Reject:
+    """One refused sample; ``preview`` is a PNG of at most 64 pixels a side, where the picture can be decoded."""
+
     key: str
     reason: Reason
     detail: str
+    preview: bytes | None = None
 
 
 class Unusable(Exception):
@@ -65,43 +72,47 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-class RejectWriter:
-    """Writes rejects as they come; the file appears, whole, when the ``with`` block ends without an error."""
+class RejectTable:
+    """The rejects of a run, gathered as Parquet in memory, where one takes some 30 bytes, and written at its end."""
 
-    def __init__(self, path: Path, source: str) -> None:
+    def __init__(self) -> None:
         self.reasons: Counter[Reason] = Counter()
-        self._path, self._source = path, source
-        self._waiting: list[dict[str, str]] = []
-        self._open = ExitStack()
+        self.examples: dict[Reason, str] = {}
+        self._previews: Counter[Reason] = Counter()
+        self._waiting: list[tuple[str | bytes | None, ...]] = []
+        self._content = pa.BufferOutputStream()
+        self._file = pq.ParquetWriter(self._content, SCHEMA, compression="zstd")
 
-    def __enter__(self) -> Self:
-        with ExitStack() as stack:
-            temporary = stack.enter_context(atomic_path(self._path))
-            self._file = stack.enter_context(pq.ParquetWriter(temporary, SCHEMA, compression="zstd"))
-            stack.push(self._flush_unless_failed)
-            self._open = stack.pop_all()
-        return self
+    def wants_preview(self, reason: Reason) -> bool:
+        """Whether fewer than ``PREVIEWS`` of this reason have one; once it does not, it never will again."""
+        return self._previews[reason] < PREVIEWS
 
-    def add(self, reject: Reject) -> None:
-        self.reasons[reject.reason] += 1
-        values = (self._source, printable(reject.key), reject.reason.value, printable(reject.detail))
-        self._waiting.append(dict(zip(SCHEMA.names, values, strict=True)))
+    def add(self, source: str, reject: Reject) -> None:
+        reason, key = reject.reason, printable(reject.key)
+        preview = reject.preview if self.wants_preview(reason) else None
+        self.reasons[reason] += 1
+        self.examples.setdefault(reason, f"{source}: {key}")
+        self._previews[reason] += preview is not None
+        self._waiting.append((source, key, reason.value, printable(reject.detail), preview))
         if len(self._waiting) == ROWS_AT_ONCE:
             self._flush()
 
-    def __exit__(self, *error: object) -> bool | None:
-        return self._open.__exit__(*error)
-
-    def _flush_unless_failed(self, error: type[BaseException] | None, *_: object) -> None:
-        if error is None:
-            self._flush()
+    def write(self, path: Path) -> None:
+        """Write the table; nothing can be added after."""
+        self._flush()
+        self._file.close()
+        content = self._content.getvalue()
+        with atomic_path(path, room=content.size) as temporary:
+            temporary.write_bytes(content)
 
     def _flush(self) -> None:
         if self._waiting:
-            self._file.write_table(pa.Table.from_pylist(self._waiting, SCHEMA))
+            columns = zip(*self._waiting, strict=True)
+            arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
+            self._file.write_table(pa.table(arrays, SCHEMA))
             self._waiting.clear()
 
 
 def read_rejects(path: Path | str) -> "pd.DataFrame":
-    """The rejects as a table with the columns source, key, reason and detail."""
+    """The rejects as a table with the columns source, key, reason, detail and preview (PNG bytes, or None)."""
     return pq.read_table(path).to_pandas()

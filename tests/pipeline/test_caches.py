@@ -1,0 +1,105 @@
+"""What a user sees of the caches: only what is new is encoded and stored, and the stages say so."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from latentloom.files import read_json
+
+pytestmark = pytest.mark.pipeline
+
+
+def add_pictures(folder: Path, seeds: range) -> None:
+    """Noise of 32 by 32 pixels with a caption each, named by number."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed in seeds:
+        pixels = np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{seed:06d}.png")
+        (folder / f"{seed:06d}.txt").write_text(f"noise number {seed}\n")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    add_pictures(folder / "b", range(1500))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def project(make_project, pictures):
+    project = make_project("caches")
+    project.set_params(ingest__source="folder", ingest__path=str(pictures), ingest__image_size=32, ingest__limit=None)
+    project.run("dvc", "repro", "encode_images", "encode_text")
+    return project
+
+
+def shards(project) -> dict[str, bytes]:
+    return {
+        f"{name}/{path.name}": path.read_bytes()
+        for name in ("images", "latents", "text")
+        for path in sorted((project.folder / "data" / name).glob("0*"))
+    }
+
+
+def test_added_images_alone_are_encoded_and_shards_beyond_them_stay(project, pictures):
+    before = set(shards(project).values())
+    add_pictures(pictures / "a", range(2000, 2012))  # a folder that sorts before the other
+    output = project.run("dvc", "repro", "encode_images", "encode_text").stdout
+    assert "1512 latents: encoded 12, reused 1500" in output
+    assert "1512 captions: encoded 12, reused 1500" in output
+    assert read_json(project.folder / "reports/encode_images.json")["reused"] == 1500
+    assert read_json(project.folder / "reports/encode_text.json")["encoded"] == 12
+    after = shards(project)
+    assert len(before & set(after.values())) >= 3  # of images, of latents and of text, those after the change
+    state = {path.stat().st_ino for path in (project.folder / ".state/latents").iterdir()}
+    assert all(path.stat().st_ino in state for path in (project.folder / "data/latents").glob("0*"))
+
+
+def test_flip_encodes_the_mirrored_images_alone(project):
+    project.set_params(encode_images__flip=True)
+    output = project.run("dvc", "repro", "encode_images").stdout
+    assert "3024 latents: encoded 1512, reused 1512" in output
+    project.set_params(encode_images__flip=False)
+    project.run("dvc", "repro", "encode_images")
+
+
+def test_another_precision_is_another_cache_and_going_back_encodes_nothing(project):
+    project.set_params(encode_images__precision="bf16")
+    assert "encoded 1512, reused 0" in project.run("dvc", "repro", "encode_images").stdout
+    project.set_params(encode_images__precision="fp32")
+    shutil.rmtree(project.folder / ".dvc/cache/runs")  # so that the stage itself is asked, not DVC's run cache
+    assert "encoded 0, reused 1512" in project.run("dvc", "repro", "encode_images").stdout
+
+
+def test_deleting_the_store_costs_time_and_nothing_else(project):
+    before = shards(project)
+    shutil.rmtree(project.folder / ".state")
+    output = project.run("dvc", "repro", "-f", "-s", "encode_images").stdout
+    assert "encoded 1512, reused 0" in output
+    assert shards(project) == before
+
+
+def test_sources_of_a_list_are_trained_on_by_their_weights(make_project, tmp_path_factory):
+    project = make_project("sources")
+    pictures = tmp_path_factory.mktemp("pictures")
+    add_pictures(pictures / "many", range(60))
+    add_pictures(pictures / "few", range(100, 112))
+    sources = [
+        {"source": "folder", "path": str(pictures / "many"), "name": "many"},
+        {"source": "folder", "path": str(pictures / "few"), "name": "few", "weight": 4},
+    ]
+    project.set_params(ingest__source=sources, ingest__image_size=32, ingest__limit=None)
+    project.set_params(encode_images__flip=True)
+    project.repro()
+    index = pd.read_parquet(project.folder / "data/latents/index.parquet")
+    assert index.groupby("source")["weight"].agg(["size", "unique"]).to_dict("index") == {
+        "few": {"size": 12, "unique": [4.0]},
+        "many": {"size": 60, "unique": [1.0]},
+    }
+    report = read_json(project.folder / "reports/ingest.json")
+    assert [(own["name"], own["kept"]) for own in report["sources"]] == [("many", 60), ("few", 12)]
+    assert (project.folder / "models/unet/model.safetensors").exists()

@@ -1,0 +1,129 @@
+"""Stage scripts started in a moment: a server that has made the slow imports forks a process for each of them.
+
+A fault test kills stages dozens of times, at moments spread over their own work. From a cold interpreter, nine seconds
+of imports would come first each time and take most of the kills. The forked process is the whole stage: it imports
+the project's own code, runs the script as ``python pipelines/STAGE.py`` does, and is what the tests kill.
+"""
+
+import io
+import multiprocessing
+import os
+import resource
+import runpy
+import shutil
+import sys
+from dataclasses import replace
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from projects import Project
+
+# What the stages import, at their top or on their way. Each project has its own copy of `latentloom`: that comes later.
+PRELOADED = (
+    "pytest",
+    "torch",
+    "pandas",
+    "pyarrow.parquet",
+    "diffusers.models.autoencoders.autoencoder_tiny",
+    "transformers.models.clip.modeling_clip",
+    "mlflow.tracking",
+    "mlflow.data.pandas_dataset",
+    "great_expectations",
+    "imagehash",
+    "matplotlib.pyplot",
+)
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(list(PRELOADED))
+PATIENCE = 120  # seconds until a stage counts as hanging
+# Not the same in each run: MLflow's run id and the speed, and how many rows were encoded or reused.
+CHANGING = ("reports/train/run.json", "reports/encode_images.json", "reports/encode_text.json")
+
+
+def start(project: Project, stage: str, *, largest_file: int | None = None) -> BaseProcess:
+    """Start a stage; ``largest_file`` bounds the bytes of each file that it writes, as a full disk would."""
+    process = SERVER.Process(target=_run, args=(project.folder, project.environment, stage, largest_file))
+    process.start()
+    return process
+
+
+def end(project: Project, process: BaseProcess) -> str:
+    """Wait for a stage that ``start`` gave; what it printed."""
+    process.join(PATIENCE)
+    if process.exitcode is None:
+        process.kill()
+        pytest.fail(f"a stage hung for {PATIENCE} s:\n{_log(project.folder).read_text()}")
+    return _log(project.folder).read_text()
+
+
+def finish(project: Project, stage: str) -> str:
+    """Run a stage to its good end; what it printed."""
+    process = start(project, stage)
+    printed = end(project, process)
+    assert process.exitcode == 0, printed
+    return printed
+
+
+def copy_project(project: Project, folder: Path) -> Project:
+    """A copy of a project's files, without its git, its DVC and what its stages keep beside their outs."""
+    ignored = shutil.ignore_patterns(".git", ".dvc", ".state", "mlartifacts", "__pycache__")
+    shutil.copytree(project.folder, folder, ignore=ignored, dirs_exist_ok=True)
+    return replace(project, folder=folder)
+
+
+def read_outs(project: Project, stage: str) -> dict[str, bytes]:
+    """The files of a stage's outs, metrics and plots: path in the project -> bytes; no temporary files."""
+    return {
+        str(path.relative_to(project.folder)): path.read_bytes()
+        for out in _out_paths(project, stage)
+        for path in sorted(out.rglob("*") if out.is_dir() else [out] if out.exists() else [])
+        if path.is_file() and not path.name.startswith(".")
+    }
+
+
+def is_whole(path: str, content: bytes, finished: bytes) -> bool:
+    """Whether a file that an interrupted stage left is the ``finished`` one, or one that a reader takes no harm from."""
+    if path.endswith(".csv"):  # a curve so far
+        return content.endswith(b"\n") and finished.startswith(content)
+    if path.startswith("data/images/") and content != finished:  # the splits are final when the manifest is there
+        left, right = (pq.read_table(io.BytesIO(data)).drop_columns("split") for data in (content, finished))
+        return left.equals(right)
+    return content == finished
+
+
+def remove_outs(project: Project, stage: str) -> None:
+    """What DVC does before it runs a stage."""
+    for path in _out_paths(project, stage):
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+
+
+def _out_paths(project: Project, stage: str) -> list[Path]:
+    stages = yaml.safe_load((project.folder / "dvc.yaml").read_text())["stages"]
+    entries = [entry for kind in ("outs", "metrics", "plots") for entry in stages[stage].get(kind, [])]
+    names = [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
+    return [project.folder / name for name in names if name not in CHANGING]
+
+
+def _run(folder: Path, environment: dict[str, str], stage: str, largest_file: int | None) -> None:
+    assert "latentloom" not in sys.modules
+    torch.set_num_threads(1)  # tiny models: a second thread only waits for its turn on a busy machine
+    os.setpgrp()
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path.insert(0, str(folder / "src"))
+    log = os.open(_log(folder), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    runpy.run_path(f"pipelines/{stage}.py", run_name="__main__")
+
+
+def _log(folder: Path) -> Path:
+    return folder.parent / "printed.txt"
