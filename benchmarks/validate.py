@@ -28,7 +28,7 @@ from latentloom.ingestion import shards
 from latentloom.params import load_params
 from latentloom.validation import inputs, validate
 
-SHARD_ROWS = 1024
+SHARD_ROWS = 1024  # ingest's, on average
 SHARD = "00000.safetensors"
 
 
@@ -61,7 +61,10 @@ def measure(data: Path, _: int) -> None:
     seconds = time.monotonic() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(report.explain())
-    print(f"{report.rows['images']:,} images: {seconds:.1f} s, peak {peak:.2f} GiB, load {os.getloadavg()[0]:.1f}")
+    print(
+        f"{report.rows['images']:,} images: {seconds:.1f} s, {time.process_time():.1f} s of CPU, "
+        f"peak {peak:.2f} GiB; the machine's load: {os.getloadavg()[0]:.1f}"
+    )
 
 
 def make(data: Path, count: int) -> None:
