@@ -46,7 +46,6 @@ IMAGES = pa.schema(
         **dict.fromkeys(["width", "height"], pa.int32()),
     }
 )
-PREVIEW = (20, 200, 140)  # the colour of the refused pictures
 
 
 def digest(text: str) -> str:
@@ -57,12 +56,18 @@ def digest(text: str) -> str:
 class Caches:
     root: Path
     limits = LIMITS
+    preview = (20, 200, 140)  # the colour of the refused pictures
+
+    @staticmethod
+    def colour(number: int) -> tuple[int, int, int]:
+        """The flat colour of image ``number``: no two alike, none of them a shade that the pages are drawn in."""
+        return (250, 10 + 2 * number, 200 - 2 * number)
 
     def read(self, table: str) -> pd.DataFrame:
         return pd.read_parquet(self.root / TABLES[table])
 
     def write(self, table: str, frame: pd.DataFrame) -> None:
-        frame.to_parquet(self.root / TABLES[table], index=False)
+        frame.to_parquet(self.root / TABLES[table], index=False, schema=IMAGES if table == "images" else None)
 
     def set(self, table: str, rows: list[int], **values: object) -> list[str]:
         """Overwrite columns in the given rows; return those rows' ids as they are then."""
@@ -124,7 +129,7 @@ def write_caches(root: Path, images: int) -> Caches:
                     "key": f"broken/{n}.jpg",
                     "reason": "truncated" if n < 5 else "no_caption",
                     "detail": f"the file ends after {n} bytes" if n < 5 else "there is no text beside it",
-                    "preview": None if n < 5 else png(PREVIEW),
+                    "preview": None if n < 5 else png(caches.preview),
                 }
                 for n in range(8)
             ],
@@ -217,11 +222,6 @@ def write_caches(root: Path, images: int) -> Caches:
     return caches
 
 
-def colour(number: int) -> tuple[int, int, int]:
-    """The flat colour of image ``number``: no two alike, none of them a shade that the pages are drawn in."""
-    return (250, 10 + 5 * number, 120 - 2 * number)
-
-
 def png(rgb: tuple[int, int, int], size: int = 48) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (size, size), rgb).save(buffer, "PNG")
@@ -233,7 +233,7 @@ def write_images(folder: Path, ids: list[str], splits: list[str], sources: list[
     rows = [
         {
             "id": image_id,
-            "image": {"bytes": png(colour(n)), "path": f"{image_id}.png"},
+            "image": {"bytes": png(Caches.colour(n)), "path": f"{image_id}.png"},
             "captions": [f"caption number {n}"],
             "split": split,
             "source": source,
@@ -284,6 +284,6 @@ def caches(tmp_path: Path) -> Caches:
 
 
 @pytest.fixture
-def make_caches(tmp_path: Path) -> Callable[[str], Caches]:
-    """Equal caches, each in a folder of its own."""
-    return lambda name: write_caches(tmp_path / name, images=40)
+def make_caches(tmp_path: Path) -> Callable[..., Caches]:
+    """Caches in a folder of their own; equal ones for an equal number of images."""
+    return lambda name, images=40: write_caches(tmp_path / name, images)

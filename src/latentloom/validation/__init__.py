@@ -1,7 +1,8 @@
-"""Great Expectations over both caches: is this data worth a training?
+"""Great Expectations over all that the earlier stages left: is this data worth a training?
 
-Index files and statistics on disk -> scalar tables (``tables``) -> expectations over their columns (``expectations``)
--> one ``ValidationReport`` (``report``) as JSON and text, and pages for a browser (``data_docs``).
+Files on disk (``inputs``) -> scalar tables (``tables``) -> expectations over their columns (``expectations``) -> one
+``ValidationReport`` (``report``) as JSON and text, and pages for a browser (``data_docs``), the first of which shows
+the data itself (``overview``, ``contact_sheets``).
 """
 
 from latentloom.validation.report import Check, ValidationFailed, ValidationReport

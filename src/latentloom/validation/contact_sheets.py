@@ -1,7 +1,8 @@
 """The pictures a person looks at to judge the data: some of the kept images, of the refused ones, and of the twins.
 
-Kept images are chosen by the smallest ids: an id is a hash of the picture, so that is a fair sample, and the same one
-for the same data. Refused ones are the first of each reason, those with a picture before those without.
+Kept images are those whose ids, read backwards, come first: an id is a hash of the picture, so that is a fair sample,
+and the same one for the same data. (Read forwards it would not be fair: an id's beginning decides the split.) Refused
+ones are the first of each reason, those with a picture before those without.
 """
 
 import hashlib
@@ -53,8 +54,8 @@ def make_contact_sheets(inputs: Inputs, tables: Tables) -> ContactSheets:
     Raises:
         FileNotFoundError, ValueError: when a shard of images is missing or damaged, naming it.
     """
-    chosen = heapq.nsmallest(KEPT, tables.images["id"].unique())
-    kept = tables.images[tables.images["id"].isin(chosen)].drop_duplicates("id").sort_values("id")
+    chosen = heapq.nsmallest(KEPT, tables.images["id"].unique(), key=lambda image_id: image_id[::-1])
+    kept = tables.images[tables.images["id"].isin(chosen)].drop_duplicates("id").set_index("id").loc[chosen]
     alike = tables.near_duplicates.sort_values(["distance", "image_id", "twin_id"], kind="stable").head(TWINS)
     rejects = tables.rejects.sort_values("preview", key=lambda previews: previews.isna(), kind="stable")
     rejects = rejects.groupby("reason", sort=False).head(REFUSED)
@@ -79,7 +80,7 @@ def make_contact_sheets(inputs: Inputs, tables: Tables) -> ContactSheets:
         preview = row.preview if isinstance(row.preview, bytes) else shown.get(row.id)
         refused.setdefault(row.reason, []).append(tile(preview, row.key, row.detail))
     return ContactSheets(
-        kept=[tile(shown.get(row.id), captions.get(row.id, ""), row.split) for row in kept.itertuples()],
+        kept=[tile(shown.get(row.Index), captions.get(row.Index, ""), row.split) for row in kept.itertuples()],
         refused=refused,
         twins=[
             Twins(twin(row.image_id, row.split), twin(row.twin_id, row.twin_split), row.distance)

@@ -23,6 +23,12 @@ class Check:
     observed: tuple[float | int | str | bool, ...]  # their values; always filled for the table "dataset"
     advice: str
 
+    @property
+    def found(self) -> tuple[float | int | str, ...]:
+        """The observed values, where they say more than that the check failed and for which ids."""
+        told = self.observed == self.ids or all(isinstance(value, bool) for value in self.observed)
+        return () if told else self.observed
+
 
 @dataclass(frozen=True)
 class ValidationReport:
@@ -61,8 +67,8 @@ class ValidationReport:
             f"\n{check.name}: " + ("" if whole else f"{check.offending} of {self.rows[check.table]} {check.table}"),
             f"  required: {check.requirement}",
         ]
-        if any(not isinstance(value, bool) for value in check.observed) and check.observed != check.ids:
-            lines.append(f"  found: {', '.join(map(str, check.observed))}")
+        if check.found:
+            lines.append(f"  found: {', '.join(map(str, check.found))}")
         if check.ids:
             lines.append(f"  first {len(check.ids)} of them:" if check.offending > len(check.ids) else "  these:")
             lines += [f"    {row_id}" for row_id in check.ids]

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from latentloom.validation.inputs import Inputs, LatentStats, Manifest
 
@@ -47,7 +49,7 @@ def derive_tables(inputs: Inputs) -> Tables:
     images, latents, captions, pairs = inputs.images, inputs.latents, inputs.captions, inputs.pairs
     refused = inputs.latent_rejects["id"]
 
-    images["encoded"] = images["id"].isin(latents["id"]) | images["id"].isin(refused)
+    images["encoded"] = _is_in(images["id"], latents["id"], refused)
 
     latents["finite"] &= _all_finite(latents, ["mean", "std", "abs_max"])
     latents["weight_usable"] = np.isfinite(latents["weight"]) & (latents["weight"] > 0)
@@ -72,8 +74,8 @@ def derive_tables(inputs: Inputs) -> Tables:
     captions["shard_exists"] = _shard_exists(captions["shard"], inputs.folder / "text")
     captions["images"] = _count_for(captions["id"], pairs["caption_id"])
 
-    pairs["image_exists"] = pairs["image_id"].isin(latents["id"]) | pairs["image_id"].isin(refused)
-    pairs["caption_exists"] = pairs["caption_id"].isin(captions["id"])
+    pairs["image_exists"] = _is_in(pairs["image_id"], latents["id"], refused)
+    pairs["caption_exists"] = _is_in(pairs["caption_id"], captions["id"])
 
     return Tables(
         sources=_sources(inputs.manifest, images, inputs.rejects),
@@ -105,7 +107,7 @@ def _sources(manifest: Manifest, images: pd.DataFrame, rejects: pd.DataFrame) ->
 
 def _near_duplicates(near: pd.DataFrame, latents: pd.DataFrame) -> pd.DataFrame:
     """With the splits as training reads them; no split where the latent was refused."""
-    known = latents[latents["id"].isin(near["image_id"]) | latents["id"].isin(near["twin_id"])]
+    known = latents[_is_in(latents["id"], near["image_id"], near["twin_id"])]
     splits = known.drop_duplicates("id").set_index("id")["split"]
     ours, theirs = near["image_id"].map(splits), near["twin_id"].map(splits)
     return near.assign(
@@ -152,6 +154,11 @@ def _share(part: int, whole: int) -> float:
 
 def _all_finite(frame: pd.DataFrame, columns: list[str]) -> np.ndarray:
     return np.isfinite(frame[columns].to_numpy(dtype="float32")).all(axis=1)
+
+
+def _is_in(ids: pd.Series, *among: pd.Series) -> np.ndarray:
+    """Whether each of ``ids`` is in any of ``among``; pandas' own ``isin`` takes seconds for a million strings."""
+    return pc.is_in(pa.array(ids), value_set=pa.array(pd.concat(among))).to_numpy(zero_copy_only=False)
 
 
 def _count_for(ids: pd.Series, mentions: pd.Series) -> pd.Series:

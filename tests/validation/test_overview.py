@@ -1,0 +1,202 @@
+"""What the first page shows is what the data holds, counted here another way; its pictures are the data's own."""
+
+import hashlib
+import io
+import re
+from collections import Counter
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from latentloom.validation.overview import aspect_ratios, caption_lengths, image_sizes
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Page(HTMLParser):
+    """The page's words, its tables' rows as text by cell, and its pictures' files with their alternative texts."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.pictures: list[tuple[str, str]] = []
+        self.words = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+        elif tag == "img":
+            given = dict(attributes)
+            self.pictures.append((given["src"], given["alt"]))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "tr":
+            self.rows.append([])
+
+    def handle_data(self, data: str) -> None:
+        self.words = " ".join([*self.words.split(), *data.split()])
+        if self.rows and self.rows[-1]:
+            self.rows[-1][-1] += data.strip()
+
+
+@pytest.fixture
+def page(caches) -> Page:
+    caches.validate(docs=True)
+    return Page((caches.root / "docs/index.html").read_text())
+
+
+def test_the_counts_are_those_of_the_files(caches, page):
+    assert (
+        "found 49 kept 41 refused 8 train 37 validation 4 latents 40 latents refused 1 captions 40 pairs 81"
+        in page.words
+    )
+    assert ["photos", "39", "31", "8", "29", "2", "1", "the photos of a test", "CC0"] in page.rows
+    assert ["drawings", "10", "10", "0", "8", "2", "2", "the drawings of a test", "CC0"] in page.rows
+
+
+def test_every_reason_is_counted_with_an_example(page):
+    reasons = [row for row in page.rows if row and row[0] in ("truncated", "no_caption", "latent_not_finite")]
+    assert reasons == [
+        ["truncated", "", "5", "broken/0.jpg: the file ends after 0 bytes"],
+        ["no_caption", "", "3", "broken/5.jpg: there is no text beside it"],
+        ["latent_not_finite", "", "1", "too bright.png: 7 of 1024 numbers are not finite in fp32"],
+    ]
+
+
+def test_the_contact_sheet_shows_each_image_above_its_own_caption(caches, page):
+    """In the order of their ids read backwards; the file behind each has the colour that its image was made of."""
+    by_id = {digest(f"image {n}"): (caches.colour(n), f"caption number {n}") for n in range(40)}
+    by_id[digest("refused latent")] = (caches.colour(40), "caption number 0")
+    shown = []
+    for source, caption in page.pictures[:41]:
+        with Image.open(caches.root / "docs" / source) as picture:
+            shown.append((picture.getpixel((0, 0)), caption))
+    assert shown == [by_id[image_id] for image_id in sorted(by_id, key=lambda own: own[::-1])]
+
+
+def test_no_more_images_are_shown_than_a_person_looks_at(make_caches):
+    caches = make_caches("larger", images=80)
+    caches.validate(docs=True)
+    page = Page((caches.root / "docs/index.html").read_text())
+    assert "48 of 81" in page.words
+    captions = [caption for _, caption in page.pictures[:48]]
+    ids = {digest(f"image {n}"): f"caption number {n}" for n in range(80)}
+    ids[digest("refused latent")] = "caption number 0"
+    assert captions == [ids[image_id] for image_id in sorted(ids, key=lambda own: own[::-1])[:48]]
+
+
+def test_the_contact_sheet_is_no_sample_of_one_split(make_caches):
+    """The split is drawn by how an id begins: chosen by that too, all of validation would come first."""
+    caches = make_caches("larger", images=80)
+    frame = caches.read("latents").sort_values("id", ignore_index=True)
+    held_out = frame["id"].iloc[:8].tolist()
+    for table in ("images", "latents"):
+        ids = caches.read(table)["id"]
+        caches.set(table, list(ids.index), split="train")
+        caches.set(table, list(ids.index[ids.isin(held_out)]), split="validation")
+    caches.validate(docs=True)
+    framed = (caches.root / "docs/index.html").read_text().count('class="tile held-out"')
+    assert 0 < framed < 8
+
+
+def test_refused_images_are_shown_where_there_is_a_picture_and_named_where_there_is_none(caches, page):
+    of_refused = {}
+    for source, caption in page.pictures[41:]:
+        with Image.open(caches.root / "docs" / source) as picture:
+            of_refused[caption] = picture.getpixel((0, 0))
+    assert of_refused == {
+        **{f"broken/{n}.jpg": caches.preview for n in (5, 6, 7)},
+        "too bright.png": caches.colour(40),
+        "caption number 0": caches.colour(0),
+        "caption number 1": caches.colour(1),
+    }
+    html = (caches.root / "docs/index.html").read_text()
+    assert html.count('<div class="no-picture">truncated</div>') == 5
+
+
+def test_near_duplicates_are_counted_and_shown(caches):
+    """Image 0 and its twin drew the split by their ids: one of these two is moved at a fraction of a half."""
+    pair = caches.read("near_duplicates")
+    drew_validation = sum(int(digest(f"image {n}"), 16) < 0.5 * 2**256 for n in (0, 1))
+    caches.write("near_duplicates", pd.concat([pair, pair.assign(twin_id=digest("refused latent"), distance=1)]))
+    drew_validation += int(digest("refused latent"), 16) < 0.5 * 2**256
+    assert 0 < drew_validation < 3
+    caches.validate(docs=True, val_fraction=0.5)
+    words = Page((caches.root / "docs/index.html").read_text()).words
+    moved = f"{drew_validation} image{' was' if drew_validation == 1 else 's were'} moved"
+    assert f"2 pairs of kept images look alike; {moved} from validation to train" in words
+    assert words.index("1 bit apart") < words.index("3 bits apart")
+
+
+def test_pictures_of_an_earlier_validation_do_not_stay(caches):
+    caches.validate(docs=True)
+    pictures = caches.root / "docs/pictures"
+    (pictures / "0123456789abcdef.png").touch()
+    caches.validate(docs=True)
+    named = {source for source, _ in Page((caches.root / "docs/index.html").read_text()).pictures}
+    assert {f"pictures/{path.name}" for path in pictures.iterdir()} == named
+
+
+def test_data_is_never_markup(caches):
+    caches.set("captions", [0], text='"><script>alert(1)</script>')
+    caches.set("rejects", [0], key="<b>.jpg", detail="<i>broken</i>")
+    caches.validate(docs=True)
+    html = (caches.root / "docs/index.html").read_text()
+    assert not re.search(r"<script|<b>|<i>", html)
+    page = Page(html)
+    assert any(caption == '"><script>alert(1)</script>' for _, caption in page.pictures)
+
+
+def test_lengths_fall_into_equal_steps_and_the_longest_share_the_last():
+    lengths = np.concatenate([np.random.default_rng(0).integers(2, 118, 2000), [100_000]])
+    bars = caption_lengths(pd.Series(lengths))
+    in_tens = Counter(int(length) // 10 for length in lengths[:-1])
+    assert {bar.label: bar.count for bar in bars} == {
+        **{f"{10 * ten}–{10 * ten + 9}": in_tens[ten] for ten in range(12)},
+        "120 or more": 1,
+    }
+    assert max(bar.length for bar in bars) == 100
+    assert sum(bar.share for bar in bars) == pytest.approx(100, abs=0.1 * len(bars))
+    assert caption_lengths(pd.Series([], dtype=float)) == []
+
+
+def test_sizes_and_aspects_fall_where_a_person_would_put_them():
+    assert [(bar.label, bar.count) for bar in image_sizes(pd.Series([64, 95, 96, 200]))] == [
+        ("64–95", 2),
+        ("96–127", 1),
+        ("128–191", 0),
+        ("192–255", 1),
+    ]
+    shapes = {
+        (100, 400): "tall, over 3:1",
+        (400, 100): "wide, over 3:1",
+        (100, 100): "square, within 5:4",
+        (110, 100): "square, within 5:4",
+        (1600, 900): "wide, 3:2 to 2:1",
+        (900, 1600): "tall, 3:2 to 2:1",
+        (4, 3): "wide, 5:4 to 3:2",
+    }
+    for (width, height), label in shapes.items():
+        (bar,) = aspect_ratios(pd.Series([width / height]))
+        assert bar.label == label
+
+
+def test_thumbnails_of_large_images_are_small(caches):
+    """A prepared image may have 1,024 pixels a side."""
+    frame = caches.read("images")
+    buffer = io.BytesIO()
+    Image.new("RGB", (1024, 1024), (1, 2, 3)).save(buffer, "PNG")
+    frame["image"] = [{"bytes": buffer.getvalue(), "path": "large.png"}] * len(frame)
+    caches.write("images", frame)
+    caches.validate(docs=True)
+    page = Page((caches.root / "docs/index.html").read_text())
+    with Image.open(caches.root / "docs" / page.pictures[0][0]) as picture:
+        assert picture.size == (160, 160)
