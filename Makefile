@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export DO_NOT_TRACK ?= 1
 
-.PHONY: repro test test-fast ui lint install clean
+.PHONY: repro test test-fast ui bench lint install clean
 
 repro: install ## run every stage that is not up to date
 	@latentloom check
@@ -22,6 +22,9 @@ test-fast: install ## unit tests alone, under two minutes
 
 ui: install ## MLflow's pages on http://127.0.0.1:5000
 	mlflow server --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}" --host 127.0.0.1 --port $${PORT:-5000}
+
+bench: install ## how fast the caches are, beside others; half an hour on an idle machine
+	@for script in benchmarks/*.py; do echo "== $$script"; PYTHONPATH=src TQDM_DISABLE=1 python $$script || exit 1; done
 
 lint: install
 	ruff check .

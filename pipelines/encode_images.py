@@ -4,6 +4,7 @@ from pathlib import Path
 
 from latentloom.devices import choose_device
 from latentloom.encoding.latents import encode_images
+from latentloom.encoding.pulled import adopt_pulled
 from latentloom.encoding.row_store import RowStore
 from latentloom.encoding.vae import load_vae
 from latentloom.files import write_json
@@ -15,6 +16,7 @@ def main(params: Params) -> str:
     settings = params.encode_images
     vae = load_vae(settings.vae, choose_device(), settings.precision)
     store = RowStore(state_folder("latents"), state_limit())
+    adopt_pulled(store, "data/latents")
     counts = encode_images(vae, Path("data/images"), Path("data/latents"), store, flip=settings.flip)
     write_json(
         "reports/encode_images.json",

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from latentloom.devices import choose_device
 from latentloom.encoding.captions import encode_captions
+from latentloom.encoding.pulled import adopt_pulled
 from latentloom.encoding.row_store import RowStore
 from latentloom.encoding.text_encoder import load_text_encoder
 from latentloom.files import write_json
@@ -14,6 +15,7 @@ from latentloom.stage import run_stage, state_folder, state_limit
 def main(params: Params) -> str:
     encoder = load_text_encoder(params.encode_text.model, choose_device())
     store = RowStore(state_folder("text"), state_limit())
+    adopt_pulled(store, "data/text")
     counts = encode_captions(encoder, Path("data/images"), Path("data/text"), store)
     write_json(
         "reports/encode_text.json",

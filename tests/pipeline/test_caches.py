@@ -79,6 +79,11 @@ def test_deleting_the_store_costs_time_and_nothing_else(project):
     before = shards(project)
     shutil.rmtree(project.folder / ".state")
     output = project.run("dvc", "repro", "-f", "-s", "encode_images").stdout
+    assert "encoded 0, reused 1512" in output  # out of DVC's cache
+    assert shards(project) == before
+    shutil.rmtree(project.folder / ".state")
+    shutil.rmtree(project.folder / ".dvc/cache")
+    output = project.run("dvc", "repro", "-f", "-s", "encode_images").stdout
     assert "encoded 1512, reused 0" in output
     assert shards(project) == before
 
