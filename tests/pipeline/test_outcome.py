@@ -1,6 +1,8 @@
 """What a finished pipeline leaves for the person who ran it."""
 
 import json
+import re
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -126,3 +128,16 @@ def test_training_reads_the_caches_without_dvc_and_without_mlflow(finished, tmp_
     )
     trained = tmp_path / "models/unet/model.safetensors"
     assert trained.read_bytes() == (finished.folder / "models/unet/model.safetensors").read_bytes()
+
+
+def test_a_latent_is_read_as_the_page_about_the_caches_shows(finished):
+    page = (Path(__file__).parents[2] / "docs" / "caches.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert finished.run("python", "-c", f"{example}\nprint(latent.shape)").stdout.strip() == "(4, 8, 8)"
+
+
+def test_the_page_about_the_caches_names_every_file_of_theirs(finished):
+    page = (Path(__file__).parents[2] / "docs" / "caches.md").read_text()
+    for cache in ("latents", "text"):
+        for path in (finished.folder / "data" / cache).iterdir():
+            assert f"data/{cache}/{path.name}" in page
