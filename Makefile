@@ -7,6 +7,9 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export DO_NOT_TRACK ?= 1
 
+# Files of tests side by side, each process with one thread: most of the time goes into starting stages.
+PYTEST := OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
 .PHONY: repro test test-fast ui bench lint install clean
 
 repro: install ## run every stage that is not up to date
@@ -15,10 +18,10 @@ repro: install ## run every stage that is not up to date
 	@latentloom summary
 
 test: install ## every test: fast, pipeline and fault tests
-	python -m pytest
+	$(PYTEST)
 
 test-fast: install ## unit tests alone, under two minutes
-	python -m pytest -m "not pipeline and not fault"
+	$(PYTEST) -m "not pipeline and not fault"
 
 ui: install ## MLflow's pages on http://127.0.0.1:5000
 	mlflow server --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}" --host 127.0.0.1 --port $${PORT:-5000}
