@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from latentloom import sharding
-from latentloom.encoding import latents
+from latentloom.encoding import latents, rows
 from latentloom.encoding.latents import ChannelStatistics, encode_images, read_latents
 from latentloom.encoding.row_store import RowStore
 from latentloom.encoding.vae import Vae, load_vae, vae_fingerprint
@@ -247,6 +247,16 @@ def test_each_precision_has_keys_of_its_own(tmp_path, prepare_images):
         assert statistics["precision"] == precision
         torch.testing.assert_close(tensors["mean"], read_latents(tmp_path / "fp32")[1]["mean"], atol=0.02, rtol=0.02)
     assert len(set.union(*keys.values())) == 12
+
+
+@pytest.mark.parametrize(("module", "name"), [(latents, "PREPROCESSING"), (rows, "FORMAT_VERSION")])
+def test_another_preprocessing_or_format_is_never_served_from_the_store(
+    tiny, prepare_images, tmp_path, monkeypatch, module, name
+):
+    images = prepare_images(range(4))
+    encode_images(tiny, images, tmp_path / "a", RowStore(tmp_path / "state", 2**30))
+    monkeypatch.setattr(module, name, "another")
+    assert encode_images(tiny, images, tmp_path / "b", RowStore(tmp_path / "state", 2**30)).reused == 0
 
 
 def test_flip_stores_the_latents_of_the_mirrored_images_too(tiny, kl, prepare_images, tmp_path):

@@ -71,3 +71,17 @@ def test_a_source_that_is_not_here_keeps_the_listing_it_had_elsewhere(images, tm
     assert listed(images, known) == before
     with pytest.raises(IngestError, match="does not exist"):
         listed(tmp_path / "others", known)
+
+
+@pytest.mark.parametrize("path", ["images", "images/*.png"])
+def test_a_relative_path_is_found_from_a_temporary_copy_of_the_project(images, tmp_path, monkeypatch, path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    monkeypatch.chdir(copy)
+    with pytest.raises(IngestError, match=r"does not exist|holds no file"):
+        listed(path, tmp_path / "none.json", "parquet")
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    elsewhere = listed(path, tmp_path / "none.json", "parquet")
+    monkeypatch.delenv("DVC_ROOT")
+    monkeypatch.chdir(tmp_path)
+    assert listed(path, tmp_path / "none.json", "parquet") == elsewhere

@@ -17,7 +17,7 @@ from latentloom.ingestion.captions import caption_lines
 from latentloom.ingestion.images import EXTENSIONS
 from latentloom.ingestion.metadata import COLUMNS_WANTED, READERS, MetadataRow, read_metadata_rows
 from latentloom.ingestion.rejects import Reason, Reject, Unusable, printable
-from latentloom.ingestion.source_files import walk
+from latentloom.ingestion.source_files import located, walk
 from latentloom.ingestion.sources import IngestError, Sample
 
 
@@ -32,7 +32,7 @@ class FolderSource:
     licence = None
 
     def __init__(self, path: Path | str) -> None:
-        self.root = Path(path).expanduser()
+        self.root = located(path)
         if not self.root.is_dir():
             what = "is not a folder" if self.root.exists() else "does not exist"
             raise IngestError(f"ingest: the path {self.root} {what}; give the folder that holds your images")

@@ -29,6 +29,7 @@ from latentloom.ingestion.prepared import Prepared, prepare_sample
 from latentloom.ingestion.rejects import Reject
 from latentloom.ingestion.shards import Manifest, SourceCount, move_to_train, write_manifest, write_shards
 from latentloom.ingestion.sieve import ID_BYTES, Sieve
+from latentloom.ingestion.source_files import located
 from latentloom.ingestion.sources import IngestError, Sample, Source
 from latentloom.ingestion.webdataset import WebDatasetSource
 from latentloom.params import IngestParams, SourceParams
@@ -221,7 +222,7 @@ def _report(manifest: Manifest, sieve: Sieve, near_duplicates: int, moved_to_tra
 def _refuse_outputs_in_source(entry: SourceParams, outputs: Iterable[Path]) -> None:
     if entry.path is None:
         return
-    source = Path(entry.path).expanduser().resolve()
+    source = located(entry.path).resolve()
     for output in outputs:
         written = output.resolve()
         inside = written.is_relative_to(source) or source.is_relative_to(written)

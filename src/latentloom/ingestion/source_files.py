@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from latentloom.ingestion.sources import IngestError
+from latentloom.stage import project_root
 
 WILDCARD = re.compile(r"[*?\[]")
 
@@ -22,7 +23,7 @@ def source_files(path: Path | str, suffixes: tuple[str, ...]) -> dict[str, Path]
     Raises:
         IngestError: when nothing is there, or no such file.
     """
-    path = Path(path).expanduser()
+    path = located(path)
     if path.is_file():
         return {path.name: path}
     if path.is_dir():
@@ -40,6 +41,16 @@ def source_files(path: Path | str, suffixes: tuple[str, ...]) -> dict[str, Path]
     if not files:
         raise IngestError(f"ingest: the path {path} holds no file that ends in {' or '.join(suffixes)}")
     return files
+
+
+def located(path: Path | str) -> Path:
+    """A source's path; a relative one lies in the current folder, or else in the project's root.
+
+    An experiment that DVC runs in a temporary copy of the project has only what git tracks, and seldom the images.
+    """
+    path = Path(path).expanduser()
+    here = itertools.takewhile(lambda part: not WILDCARD.search(part), path.parts)
+    return path if path.is_absolute() or Path(*here).exists() else project_root() / path
 
 
 def walk(root: Path) -> Iterator[str]:
