@@ -111,6 +111,7 @@ def _out_paths(project: Project, stage: str) -> list[Path]:
 
 def _run(folder: Path, environment: dict[str, str], stage: str, largest_file: int | None) -> None:
     assert "latentloom" not in sys.modules
+    sys.dont_write_bytecode = True  # a small disk is for the stage's own files
     torch.set_num_threads(1)  # tiny models: a second thread only waits for its turn on a busy machine
     os.setpgrp()
     os.chdir(folder)

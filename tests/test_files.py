@@ -1,5 +1,6 @@
 """A reader never meets half a file."""
 
+import errno
 import subprocess
 import sys
 
@@ -49,6 +50,11 @@ def test_a_full_disk_names_the_file_and_the_room_and_leaves_nothing_behind(tmp_p
     assert "it needs 3.0 MiB" in result.stderr
     assert "MiB are free there" in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_the_room_needed_is_never_told_as_none(tmp_path):
+    with pytest.raises(OSError, match=r"it needs 0\.1 MiB"), atomic_path(tmp_path / "a.txt", room=100):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_an_error_that_room_would_not_cure_does_not_ask_for_room(tmp_path):

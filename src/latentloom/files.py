@@ -7,6 +7,7 @@ A process killed at any moment leaves the old file, or the new one, and at worst
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -41,7 +42,7 @@ def atomic_path(path: Path | str, room: int | Callable[[], int] | None = None) -
         message = f"could not write {path}: {error.strerror or error}"
         if error.errno in NO_ROOM:
             needed = room() if callable(room) else room
-            needs = "" if needed is None else f"it needs {needed / 2**20:.1f} MiB, "
+            needs = "" if needed is None else f"it needs {math.ceil(needed / 2**20 * 10) / 10:.1f} MiB, "
             free = shutil.disk_usage(path.parent).free / 2**20
             message += f"; {needs}{free:.0f} MiB are free there. Make room and run the stage again."
         raise OSError(error.errno, message) from error

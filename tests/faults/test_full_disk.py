@@ -80,7 +80,11 @@ def stops_and_goes_on(uninterrupted, project, stage, process, make_room: Callabl
     told = MESSAGE.search(printed)
     assert told, printed
     assert told[1] in whole
-    assert float(told[3]) == pytest.approx(len(whole[told[1]]) / 2**20, abs=0.06)
+    needed = len(whole[told[1]]) / 2**20
+    if stage == "ingest":  # shards are written as they come: their size is an estimate, from a typical number of rows
+        assert needed / 4 < float(told[3]) <= needed * 4 + 0.1
+    else:
+        assert float(told[3]) == pytest.approx(needed + 0.05, abs=0.051)  # rounded up
     left = read_outs(project, stage)
     for path, content in left.items():
         assert is_whole(path, content, whole[path]), f"{path}: {len(content)} bytes"
