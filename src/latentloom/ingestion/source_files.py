@@ -29,7 +29,7 @@ def source_files(path: Path | str, suffixes: tuple[str, ...]) -> dict[str, Path]
     if path.is_dir():
         root, names = path, walk(path)
     elif WILDCARD.search(str(path)):
-        root = Path(*itertools.takewhile(lambda part: not WILDCARD.search(part), path.parts))
+        root = anchor(path)
         matches = root.glob(str(path.relative_to(root)))
         names = (match.relative_to(root).as_posix() for match in matches if match.is_file())
     else:
@@ -39,7 +39,8 @@ def source_files(path: Path | str, suffixes: tuple[str, ...]) -> dict[str, Path]
         )
     files = {name: root / name for name in sorted(names) if name.lower().endswith(suffixes) and not is_hidden(name)}
     if not files:
-        raise IngestError(f"ingest: the path {path} holds no file that ends in {' or '.join(suffixes)}")
+        kind = " or ".join(filter(None, suffixes))
+        raise IngestError(f"ingest: the path {path} holds no file{kind and f' that ends in {kind}'}")
     return files
 
 
@@ -49,8 +50,12 @@ def located(path: Path | str) -> Path:
     An experiment that DVC runs in a temporary copy of the project has only what git tracks, and seldom the images.
     """
     path = Path(path).expanduser()
-    here = itertools.takewhile(lambda part: not WILDCARD.search(part), path.parts)
-    return path if path.is_absolute() or Path(*here).exists() else project_root() / path
+    return path if path.is_absolute() or anchor(path).exists() else project_root() / path
+
+
+def anchor(path: Path) -> Path:
+    """The part of a pattern before its first wildcard; any other path as it is."""
+    return Path(*itertools.takewhile(lambda part: not WILDCARD.search(part), path.parts))
 
 
 def walk(root: Path) -> Iterator[str]:
