@@ -16,6 +16,7 @@ from latentloom.training.run import run_training
 # MLflow repeats a run's params beside each picture, so it gets those that decide the model; params.yaml is an artifact.
 NOT_COMPARED = {
     "evaluate": True,
+    "machine": True,
     "validate_": True,
     "train": {"log_every", "validate_every", "sample_every", "sample_count", "sample_guidance"},
 }

@@ -70,7 +70,14 @@ def refused(tmp_path, change) -> str:
         ("ingest", "path", "pictures", "set source: folder"),
         ("ingest", "image_size", 100, "ingest.image_size = 100: input should be a multiple of 8"),
         ("validate", "latent_std", [2, 1], "must be [lowest, highest] with lowest < highest"),
+        ("train", "gradient_accumulation", 3, "batch_size 64 does not divide into gradient_accumulation 3 equal parts"),
+        ("train", "ema_images", 0, "train.ema_images = 0: input should be greater than 0"),
+        ("train", "lr_schedule", "linear", "train.lr_schedule = 'linear': input should be 'cosine', 'constant' or"),
+        ("machine", "data_memory_share", 2, "machine.data_memory_share = 2: input should be less than or equal to 1"),
         ("evaluate", "prompts", [], "evaluate.prompts = []"),
+        ("evaluate", "guidance_interval", [0.9, 0.1], "must be [lowest, highest] noise level with lowest < highest"),
+        ("evaluate", "sweep", {"class_guidance": [], "diffusion_steps": [20]}, "evaluate.sweep.class_guidance = []"),
+        ("evaluate", "sweep", {"class_guidanc": [1]}, "unknown key (did you mean class_guidance?"),
         ("model", "widths", [64, 60], "model.widths.1 = 60: input should be a multiple of 16"),
         (
             "train",
@@ -94,6 +101,12 @@ def test_a_missing_section_is_named(tmp_path, section):
 )
 def test_a_missing_key_is_named(tmp_path, section, key):
     assert f"  {section}.{key}: missing" in refused(tmp_path, lambda params: params[section].pop(key))
+
+
+def test_a_decay_that_does_not_fit_into_the_steps_is_refused(tmp_path):
+    decay = {"lr_schedule": "warmup_stable_decay", "warmup_steps": 50, "decay_steps": 1300}
+    message = refused(tmp_path, lambda params: params["train"].update(decay))
+    assert "warmup_steps 50 and decay_steps 1300 do not fit into steps 1300" in message
 
 
 def test_all_faults_are_told_at_once(tmp_path):

@@ -26,6 +26,7 @@ from pydantic import (
 Count = Annotated[StrictInt, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Steps = Annotated[StrictInt, Field(ge=2, le=1000)]
 SourceName = Literal["openmoji", "folder", "webdataset", "parquet"]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
@@ -146,33 +147,81 @@ class ModelParams(Section):
 
 class DiffusionParams(Section):
     schedule: Literal["vp", "linear"]
-    noise_levels: Literal["cosine", "uniform", "half_normal"]
+    noise_levels: Literal["cosine", "uniform", "half_normal", "logit_normal", "beta"]
     label_dropout: Fraction
 
 
 class TrainParams(Section):
     steps: Count
     batch_size: Count
+    gradient_accumulation: Count
     learning_rate: Positive
+    lr_schedule: Literal["cosine", "constant", "warmup_stable_decay"]
     warmup_steps: Annotated[StrictInt, Field(ge=0)]
+    decay_steps: Count
     weight_decay: NonNegative
     gradient_clip: Positive
-    ema_decay: Fraction
+    loss: Literal["mae", "mse", "huber"]
+    huber_delta: Positive
+    ema_images: Positive
+    keep: Literal["last", "best"]
     precision: Literal["auto", "fp32", "bf16"]
+    gradient_checkpointing: StrictBool
+    compile: StrictBool
     log_every: Count
     validate_every: Count
     sample_every: Count
     sample_count: Count
     sample_guidance: NonNegative
 
+    @model_validator(mode="after")
+    def _batch_divides(self) -> "TrainParams":
+        if self.batch_size % self.gradient_accumulation:
+            raise ValueError(
+                f"batch_size {self.batch_size} does not divide into gradient_accumulation "
+                f"{self.gradient_accumulation} equal parts; make it a multiple"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _decay_fits(self) -> "TrainParams":
+        if self.lr_schedule == "warmup_stable_decay" and self.warmup_steps + self.decay_steps > self.steps:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} and decay_steps {self.decay_steps} do not fit into steps "
+                f"{self.steps}; lower them"
+            )
+        return self
+
+
+class MachineParams(Section):
+    checkpoint_every: Count
+    checkpoints_kept: Count
+    data_memory_share: Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class SweepParams(Section):
+    class_guidance: Annotated[list[NonNegative], Field(min_length=1)]
+    diffusion_steps: Annotated[list[Steps], Field(min_length=1)]
+
 
 class EvaluateParams(Section):
+    sampler: Literal["ddim", "dpmpp_2m"]
     class_guidance: NonNegative
-    diffusion_steps: Annotated[StrictInt, Field(ge=2, le=1000)]
+    guidance_interval: Annotated[list[Annotated[float, Field(ge=0.0, le=1.0)]], Field(min_length=2, max_length=2)]
+    guidance_rescale: Annotated[float, Field(ge=0.0, le=1.0)]
+    diffusion_steps: Steps
     threshold_percentile: Annotated[float, Field(gt=50.0, le=100.0)]
     prompts: Annotated[list[Annotated[StrictStr, Field(min_length=1)]], Field(min_length=1)]
     held_out_captions: Annotated[StrictInt, Field(ge=0)]
     recall_captions: Count
+    sweep: SweepParams | None
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _interval_is_ordered(cls, interval: list[float]) -> list[float]:
+        if interval[0] >= interval[1]:
+            raise ValueError("must be [lowest, highest] noise level with lowest < highest")
+        return interval
 
 
 class Params(Section):
@@ -184,7 +233,11 @@ class Params(Section):
     model: ModelParams
     diffusion: DiffusionParams
     train: TrainParams
+    machine: MachineParams
     evaluate: EvaluateParams
+
+
+BEHIND_A_UNION: dict[str, type[BaseModel]] = {"source": SourceParams, "sweep": SweepParams}
 
 
 def load_params(path: Path | str = "params.yaml") -> Params:
@@ -231,7 +284,7 @@ def _allowed_keys(section: type[BaseModel]) -> list[str]:
 def _section_at(location: list[str]) -> type[BaseModel]:
     section: type[BaseModel] = Params
     for key in location:
-        if key == "source":
-            return SourceParams
+        if key in BEHIND_A_UNION:
+            return BEHIND_A_UNION[key]
         section = next(f.annotation for n, f in section.model_fields.items() if (f.alias or n) == key)
     return section

@@ -46,7 +46,7 @@ def test_the_average_is_the_exponential_moving_average_of_the_weights(make_data,
     net = network()
     average = [parameter.detach().double() for parameter in net.parameters()]
     for state in train(net, make_data(8), params=train_params, diffusion=diffusion_params, seed=0):
-        decay = min(0.9, state.step / (state.step + 9))
+        decay = math.exp(-8 / min(80, 0.8 * state.step))
         average = [
             decay * old + (1 - decay) * new.detach().double()
             for old, new in zip(average, net.parameters(), strict=True)
@@ -62,8 +62,14 @@ def test_the_rate_warms_up_linearly_and_falls_to_zero_as_a_cosine(train_params):
 
 
 def test_averaging_forgets_the_first_weights_soon():
-    assert ema_decay_at(0, 0.995) == pytest.approx(0.1)
-    assert ema_decay_at(10**6, 0.995) == 0.995
+    assert ema_decay_at(0, 8, 1e6) < 1e-4
+    assert ema_decay_at(99, 8, 1e6) == pytest.approx(math.exp(-1 / 10))
+
+
+def test_the_averages_horizon_means_the_same_images_at_every_batch_size():
+    for batch_size in (1, 8, 64):
+        decay = ema_decay_at(10**6, batch_size, 12800)
+        assert decay ** (12800 / batch_size) == pytest.approx(1 / math.e)
 
 
 @pytest.mark.parametrize("fault", [math.nan, math.inf])

@@ -51,9 +51,13 @@ def learning_rate_at(step: int, params: TrainParams) -> float:
     return params.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def ema_decay_at(step: int, decay: float) -> float:
-    """The averaging decay of step ``step`` (from 0): short at first, so that the first weights are soon forgotten."""
-    return min(decay, (1.0 + step) / (10.0 + step))
+def ema_decay_at(step: int, batch_size: int, horizon: float) -> float:
+    """The averaging decay of step ``step`` (from 0): a weight counts 1/e after ``horizon`` images.
+
+    At first the horizon is a tenth of the images seen, so that the first weights are soon forgotten; stated in images,
+    it means the same at every batch size (Karras et al. 2024, section 3.1 and appendix C).
+    """
+    return math.exp(-batch_size / min(horizon, 0.1 * (step + 1) * batch_size))
 
 
 def train(
@@ -111,7 +115,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
-        torch._foreach_lerp_(averaged, weights, 1.0 - ema_decay_at(step, params.ema_decay))
+        torch._foreach_lerp_(averaged, weights, 1.0 - ema_decay_at(step, params.batch_size, params.ema_images))
 
         unchecked.append(torch.stack([loss.detach(), gradient_norm]))
         if (step + 1) % params.log_every == 0 or step + 1 == params.steps:
