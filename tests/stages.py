@@ -6,12 +6,16 @@ the project's own code, runs the script as ``python pipelines/STAGE.py`` does, a
 """
 
 import io
+import logging
 import multiprocessing
 import os
 import resource
 import runpy
 import shutil
+import signal
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -26,6 +30,7 @@ from projects import Project
 PRELOADED = (
     "pytest",
     "torch",
+    "accelerate",
     "pandas",
     "pyarrow.parquet",
     "diffusers.models.autoencoders.autoencoder_tiny",
@@ -65,6 +70,28 @@ def finish(project: Project, stage: str) -> str:
     printed = end(project, process)
     assert process.exitcode == 0, printed
     return printed
+
+
+def kill(process: BaseProcess) -> bool:
+    """Kill a stage and see all of its processes go; whether it had not ended yet."""
+    process.kill()
+    process.join()
+    deadline = time.monotonic() + 10
+    while _has_processes(process.pid):
+        if time.monotonic() > deadline:
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail("ten seconds after a stage was killed, processes that it started were still there")
+        time.sleep(0.01)
+    return process.exitcode == -signal.SIGKILL
+
+
+def kill_when(project: Project, stage: str, moment: Callable[[], object]) -> None:
+    """Kill a stage at the first look at which ``moment`` is true."""
+    process = start(project, stage)
+    while not moment():
+        assert process.is_alive(), f"{stage} ended before it could be killed: {end(project, process)}"
+        time.sleep(0.002)
+    assert kill(process)
 
 
 def copy_project(project: Project, folder: Path) -> Project:
@@ -111,6 +138,7 @@ def _out_paths(project: Project, stage: str) -> list[Path]:
 
 def _run(folder: Path, environment: dict[str, str], stage: str, largest_file: int | None) -> None:
     assert "latentloom" not in sys.modules
+    logging.captureWarnings(False)  # Great Expectations, which only some stages import, turned it on
     sys.dont_write_bytecode = True  # a small disk is for the stage's own files
     torch.set_num_threads(1)  # tiny models: a second thread only waits for its turn on a busy machine
     os.setpgrp()
@@ -128,3 +156,11 @@ def _run(folder: Path, environment: dict[str, str], stage: str, largest_file: in
 
 def _log(folder: Path) -> Path:
     return folder.parent / "printed.txt"
+
+
+def _has_processes(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -13,13 +13,17 @@ def run_stage(name: str, main: Callable[[Params], str]) -> None:
     """Load ``params.yaml``, run ``main`` and print what it did and how long it took.
 
     Errors that a person can mend (``ValueError``, ``OSError``, ``ArithmeticError``) end the process with exit status 1
-    and their message alone; anything else is a fault of ours and shows its traceback.
+    and their message alone; so does a stage that was interrupted, with the status that its signal asks for. Anything
+    else is a fault of ours and shows its traceback.
     """
     started = time.monotonic()
     try:
         line = main(load_params())
     except (ValueError, OSError, ArithmeticError) as error:
         sys.exit(f"{name}: {error}")
+    except KeyboardInterrupt as stop:
+        print(f"{name}: {str(stop) or 'interrupted'}", file=sys.stderr, flush=True)
+        sys.exit(getattr(stop, "exit_status", 130))
     print(f"{name}: {line} ({time.monotonic() - started:.1f} s)", flush=True)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 from projects import STAGES, Project
-from stages import SERVER, finish, read_outs
+from stages import SERVER, copy_project, finish, read_outs
 from tiny_models import save_clip
 
 
@@ -41,3 +41,9 @@ def uninterrupted(make_project, tmp_path_factory) -> Uninterrupted:
         seconds[stage] = time.monotonic() - started
         outs[stage] = read_outs(project, stage)
     return Uninterrupted(project, outs, seconds)
+
+
+@pytest.fixture
+def project(uninterrupted, tmp_path) -> Project:
+    """A copy of the finished project, to be harmed."""
+    return copy_project(uninterrupted.project, tmp_path / "project")

@@ -4,14 +4,9 @@ import json
 
 import pandas as pd
 import pytest
-from stages import copy_project, end, start
+from stages import end, start
 
 pytestmark = pytest.mark.fault
-
-
-@pytest.fixture
-def project(uninterrupted, tmp_path):
-    return copy_project(uninterrupted.project, tmp_path / "project")
 
 
 @pytest.mark.parametrize(

@@ -1,49 +1,20 @@
 """A stage that is killed leaves nothing half-written, and the rerun ends where an uninterrupted run does."""
 
 import json
-import os
 import random
 import shutil
-import signal
 import time
 
 import pytest
 from projects import STAGES
 from safetensors import safe_open
-from stages import copy_project, end, finish, is_whole, read_outs, remove_outs, start
+from stages import end, finish, is_whole, kill, kill_when, read_outs, remove_outs, start
 
 pytestmark = pytest.mark.fault
 
 ROUNDS = 2
 KILLS_A_ROUND = 2  # so 24 kills of the six stages
 EARLIER = b"what an earlier run left"
-
-
-@pytest.fixture
-def project(uninterrupted, tmp_path):
-    return copy_project(uninterrupted.project, tmp_path / "project")
-
-
-def kill(process) -> bool:
-    """Kill a stage and see all of its processes go; whether it had not ended yet."""
-    process.kill()
-    process.join()
-    deadline = time.monotonic() + 10
-    while _has_processes(process.pid):
-        if time.monotonic() > deadline:
-            os.killpg(process.pid, signal.SIGKILL)
-            pytest.fail("ten seconds after a stage was killed, processes that it started were still there")
-        time.sleep(0.01)
-    return process.exitcode == -signal.SIGKILL
-
-
-def kill_when(project, stage, moment) -> None:
-    """Kill a stage at the first look at which ``moment`` is true."""
-    process = start(project, stage)
-    while not moment():
-        assert process.is_alive(), f"{stage} ended before it could be killed: {end(project, process)}"
-        time.sleep(0.002)
-    assert kill(process)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -140,11 +111,3 @@ def assert_nothing_is_half_written(project, stage, whole) -> None:
 def rows_of(shard) -> int:
     with safe_open(shard, framework="np") as file:
         return file.get_slice(next(iter(file.keys()))).get_shape()[0]
-
-
-def _has_processes(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True

@@ -15,16 +15,24 @@ class Curves:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._rows: dict[str, list[dict[str, float]]] = {}
+        self.rows: dict[str, list[dict[str, float]]] = {}
 
     def add(self, name: str, values: Mapping[str, float]) -> None:
         """Add a row to ``NAME.csv``, whose columns are those of its first row."""
-        rows = self._rows.setdefault(name, [])
-        rows.append({key: round(value, 6) for key, value in values.items()})
+        self.rows.setdefault(name, []).append({key: round(value, 6) for key, value in values.items()})
+        self._write(name)
+
+    def restore(self, rows: dict[str, list[dict[str, float]]]) -> None:
+        """Go on from ``rows``, which an earlier `rows` held."""
+        self.rows = rows
+        for name in rows:
+            self._write(name)
+
+    def _write(self, name: str) -> None:
         with (
             atomic_path(self.folder / f"{name}.csv") as temporary,
             open(temporary, "w", newline="", encoding="utf-8") as file,
         ):
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+            writer = csv.DictWriter(file, fieldnames=list(self.rows[name][0]), lineterminator="\n")
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(self.rows[name])

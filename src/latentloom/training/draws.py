@@ -87,3 +87,12 @@ def draw_batch(
     noise_levels = noise_levels_from_uniform((strata + uniform()) / batch_size, distribution)
     noise = torch.randn(latents.shape, generator=draws, device=device)
     return Batch(latents, noise, noise_levels, labels)
+
+
+def batches(data, *, seed, steps, batch_size, distribution, label_dropout, parts):
+    """Stand-in until the branch with streaming is merged."""
+    for step in steps:
+        whole = draw_batch(
+            data, seed=seed, step=step, batch_size=batch_size, distribution=distribution, label_dropout=label_dropout
+        )
+        yield [Batch(whole.latents[p], whole.noise[p], whole.noise_levels[p], whole.labels[p]) for p in parts]

@@ -1,54 +1,110 @@
 """The training loop: it computes steps and yields their state; logging, files and tracking are the caller's.
 
-A step: draw a batch, noise the clean latents, predict them back, take the mean absolute error, and update the weights
-(AdamW) and their exponential moving average.
+A step: draw the global batch, take this process's share of it, noise the clean latents, predict them back, and update
+the weights (AdamW) and their exponential moving average. Accelerate carries it over the processes: each holds the whole
+network, and gradients are averaged over them.
 """
 
 import copy
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from latentloom.devices import autocast
 from latentloom.diffusion import get_schedule
 from latentloom.params import DiffusionParams, TrainParams
 from latentloom.training.dataset import LatentDataset
-from latentloom.training.draws import draw_batch
+from latentloom.training.draws import Batch, batches
+from latentloom.training.learning_rate import learning_rate_at
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each weight, besides the count of steps
 
 
-class TrainingDivergedError(ArithmeticError):
-    """The loss or the gradient stopped being a finite number."""
+@dataclass
+class TrainingState:
+    """All that a step changes.
+
+    Attributes:
+        network: predicts clean latents from (noisy latents, noise levels, text embeddings).
+        average: the same with averaged weights, in evaluation mode.
+        optimizer: of the network's weights.
+        step: steps done.
+    """
+
+    network: nn.Module
+    average: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+
+    @classmethod
+    def start(cls, network: nn.Module, params: TrainParams) -> "TrainingState":
+        """The state before the first step of training ``network``, on the device where it lies."""
+        average = copy.deepcopy(network).eval().requires_grad_(False)
+        optimizer = torch.optim.AdamW(
+            _decay_groups(network, params.weight_decay),
+            lr=params.learning_rate,
+            betas=(0.9, 0.99),
+            fused=next(network.parameters()).device.type in ("cpu", "cuda"),
+        )
+        return cls(network, average, optimizer)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor of the state by name, not copied; before the first step, the optimizer has none."""
+        tensors = {f"network.{name}": weight for name, weight in self.network.named_parameters()}
+        tensors |= {f"average.{name}": weight for name, weight in self.average.named_parameters()}
+        moments = self.optimizer.state
+        for name, weight in self.network.named_parameters():
+            tensors |= {f"{key}.{name}": moments[weight][key] for key in MOMENTS if weight in moments}
+        return tensors
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, torch.Tensor], step: int) -> None:
+        """Take over what `tensors` gave after ``step`` steps.
+
+        Raises:
+            ValueError: when a tensor is missing or has another shape.
+        """
+        for name, weight in self.tensors().items():
+            weight.copy_(_fitting(tensors, name, weight))
+        names = {weight: name for name, weight in self.network.named_parameters()}
+        ordered = [names[weight] for group in self.optimizer.param_groups for weight in group["params"]]
+        weights = dict(self.network.named_parameters())
+        moments = {
+            number: {"step": torch.tensor(float(step))}
+            # In the weight's own memory format: the fused optimizer goes through memory as it lies.
+            | {
+                key: torch.empty_like(weights[name]).copy_(_fitting(tensors, f"{key}.{name}", weights[name]))
+                for key in MOMENTS
+            }
+            for number, name in enumerate(ordered)
+        }
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+        self.step = step
 
 
 @dataclass(frozen=True)
-class StepState:
-    """What the loop shows after a step.
+class Step:
+    """What the loop shows after a step; the tensors are 0-d and on the device: reading one waits for the device.
 
     Attributes:
         step: steps done so far, from 1 on.
-        mae: the step's training loss, the mean absolute error in units of a latent's standard deviation (a 0-d tensor
-            on the device: reading it waits for the device).
-        gradient_norm: before clipping (a 0-d tensor on the device).
+        loss: the training loss, of this process's share of the batch.
+        mae: the mean absolute error in units of a latent's standard deviation, of this process's share; it is the loss
+            where ``train.loss`` is mae.
+        gradient_norm: before clipping, over all processes.
         learning_rate: the rate that the step used.
-        average: the network with averaged weights, in evaluation mode.
     """
 
     step: int
+    loss: torch.Tensor
     mae: torch.Tensor
     gradient_norm: torch.Tensor
     learning_rate: float
-    average: nn.Module
-
-
-def learning_rate_at(step: int, params: TrainParams) -> float:
-    """The rate of step ``step`` (from 0): linear warm-up, then half a cosine to zero (Loshchilov & Hutter 2017)."""
-    if step < params.warmup_steps:
-        return params.learning_rate * (step + 1) / params.warmup_steps
-    progress = (step - params.warmup_steps) / max(params.steps - params.warmup_steps, 1)
-    return params.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def ema_decay_at(step: int, batch_size: int, horizon: float) -> float:
@@ -60,68 +116,102 @@ def ema_decay_at(step: int, batch_size: int, horizon: float) -> float:
     return math.exp(-batch_size / min(horizon, 0.1 * (step + 1) * batch_size))
 
 
+def shares(batch_size: int, parts: int, process: int, processes: int) -> list[slice]:
+    """The positions in the global batch that a process computes, one slice for each of its ``parts``.
+
+    Raises:
+        ValueError: when the batch does not divide into equal parts, naming the key to change.
+    """
+    size, left = divmod(batch_size, processes * parts)
+    if left:
+        raise ValueError(
+            f"train.batch_size {batch_size} does not divide into {processes} processes x {parts} parts "
+            f"(train.gradient_accumulation); make it a multiple of {processes * parts}"
+        )
+    first = process * parts
+    return [slice(number * size, (number + 1) * size) for number in range(first, first + parts)]
+
+
 def train(
-    network: nn.Module,
+    state: TrainingState,
     data: LatentDataset,
     *,
     params: TrainParams,
     diffusion: DiffusionParams,
     seed: int,
     dtype: torch.dtype | None = None,
-) -> Iterator[StepState]:
-    """Train ``network`` in place on ``data``, which lies on the network's device; yield after every step.
+    accelerator: Accelerator | None = None,
+) -> Iterator[Step]:
+    """Train from ``state``, which is updated in place, to ``params.steps``; yield after every step.
 
     Args:
-        network: predicts clean latents from (noisy latents, noise levels, text embeddings).
+        state: on the same device as ``data``.
         data: the training split.
         params: the ``train`` section.
         diffusion: the ``diffusion`` section.
-        seed: every draw is a function of it and the step.
+        seed: every draw is a function of it, the step and the position in the global batch.
         dtype: for autocast; None computes in fp32.
-
-    Raises:
-        TrainingDivergedError: when the loss or the gradient of a step was not finite; looked at every
-            ``params.log_every`` steps, so that the device is not waited for at each.
+        accelerator: of this process; None: the only one.
     """
     device = data.mean.device
+    accelerator = accelerator or Accelerator(cpu=device.type == "cpu")
     schedule = get_schedule(diffusion.schedule)
-    average = copy.deepcopy(network).eval().requires_grad_(False)
-    weights, averaged = list(network.parameters()), list(average.parameters())
-    optimizer = torch.optim.AdamW(
-        _decay_groups(network, params.weight_decay),
-        lr=params.learning_rate,
-        betas=(0.9, 0.99),
-        fused=device.type in ("cpu", "cuda"),
-    )
-    network.train()
-    unchecked: list[torch.Tensor] = []
-    for step in range(params.steps):
-        batch = draw_batch(
-            data,
-            seed=seed,
-            step=step,
-            batch_size=params.batch_size,
-            distribution=diffusion.noise_levels,
-            label_dropout=diffusion.label_dropout,
-        )
+    if params.compile:
+        state.network.compile()
+    network = accelerator.prepare_model(state.network.train())
+    weights, averaged = list(state.network.parameters()), list(state.average.parameters())
+
+    def errors(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         noisy = schedule.add_noise(batch.latents, batch.noise, batch.noise_levels)
         with autocast(dtype, device):
             predicted = network(noisy, batch.noise_levels, batch.labels)
-        loss = nn.functional.l1_loss(predicted.float(), batch.latents)
-        optimizer.zero_grad()
-        loss.backward()
+        return losses(predicted.float(), batch.latents, params)
+
+    drawn = batches(
+        data,
+        seed=seed,
+        steps=range(state.step, params.steps),
+        batch_size=params.batch_size,
+        distribution=diffusion.noise_levels,
+        label_dropout=diffusion.label_dropout,
+        parts=shares(
+            params.batch_size,
+            params.gradient_accumulation,
+            accelerator.process_index,
+            accelerator.num_processes,
+        ),
+    )
+    for step, parts in enumerate(drawn, start=state.step):
+        state.optimizer.zero_grad()
+        measured = []
+        for number, batch in enumerate(parts, start=1):
+            last = number == len(parts)
+            with nullcontext() if last else accelerator.no_sync(network):
+                loss, mae = errors(batch)
+                accelerator.backward(loss / len(parts))
+            measured.append(torch.stack([loss.detach(), mae.detach()]))
         gradient_norm = nn.utils.clip_grad_norm_(weights, params.gradient_clip, foreach=True)
         rate = learning_rate_at(step, params)
-        for group in optimizer.param_groups:
+        for group in state.optimizer.param_groups:
             group["lr"] = rate
-        optimizer.step()
+        state.optimizer.step()
         torch._foreach_lerp_(averaged, weights, 1.0 - ema_decay_at(step, params.batch_size, params.ema_images))
+        state.step = step + 1
+        loss, mae = torch.stack(measured).mean(0)
+        yield Step(state.step, loss, mae, gradient_norm, rate)
 
-        unchecked.append(torch.stack([loss.detach(), gradient_norm]))
-        if (step + 1) % params.log_every == 0 or step + 1 == params.steps:
-            _check_finite(torch.stack(unchecked), last_step=step + 1)
-            unchecked.clear()
-        yield StepState(step + 1, loss.detach(), gradient_norm, rate, average)
+
+def losses(predicted: torch.Tensor, latents: torch.Tensor, params: TrainParams) -> tuple[torch.Tensor, torch.Tensor]:
+    """The training loss that ``train.loss`` names, and the mean absolute error, of latents (B, C, h, w).
+
+    ``huber`` is divided by its delta, so that far errors count as in ``mae`` (as `smooth_l1_loss`, Girshick 2015).
+    """
+    mae = nn.functional.l1_loss(predicted, latents)
+    if params.loss == "mse":
+        return nn.functional.mse_loss(predicted, latents), mae
+    if params.loss == "huber":
+        return nn.functional.smooth_l1_loss(predicted, latents, beta=params.huber_delta), mae
+    return mae, mae
 
 
 def _decay_groups(network: nn.Module, weight_decay: float) -> list[dict]:
@@ -131,12 +221,8 @@ def _decay_groups(network: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": kernels, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def _check_finite(values: torch.Tensor, last_step: int) -> None:
-    bad = (~values.isfinite().all(dim=1)).nonzero()
-    if len(bad):
-        first = int(bad[0])
-        mae, norm = values[first].tolist()
-        raise TrainingDivergedError(
-            f"training diverged at step {last_step - len(values) + first + 1}: loss {mae}, gradient norm {norm}. "
-            "Try a lower train.learning_rate, more train.warmup_steps, or train.precision: fp32."
-        )
+def _fitting(tensors: dict[str, torch.Tensor], name: str, like: torch.Tensor) -> torch.Tensor:
+    if name not in tensors or tensors[name].shape != like.shape:
+        found = tuple(tensors[name].shape) if name in tensors else "absent"
+        raise ValueError(f"the checkpoint's {name} is {found}, expected {tuple(like.shape)}")
+    return tensors[name]

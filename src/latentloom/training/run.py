@@ -1,23 +1,26 @@
-"""One whole training: the network, the loop, and what is measured and shown on the way."""
+"""One whole training: from the caches, or from a checkpoint, to the model's folder."""
 
-import functools
-import time
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+from accelerate import Accelerator
+from accelerate.utils import broadcast, broadcast_object_list
 
 from latentloom.devices import autocast_dtype
 from latentloom.params import Params
 from latentloom.tracking.runs import TrackedRun
+from latentloom.training.checkpoints import Checkpoint, Checkpoints
 from latentloom.training.curves import Curves
 from latentloom.training.dataset import Caches, LatentDataset
-from latentloom.training.denoising_error import denoising_error
-from latentloom.training.loop import StepState, train
+from latentloom.training.interruption import StopRequest, TrainingStopped
+from latentloom.training.learning_rate import learning_rate_at, open_ended_steps
+from latentloom.training.loop import Step, TrainingState, train
 from latentloom.training.model_files import FORMAT_VERSION, EncoderReference, ModelConfig, save_model
-from latentloom.training.preview import Decoder, draw_preview, preview_subjects
+from latentloom.training.preview import Decoder
+from latentloom.training.watch import TrainingWatch
 
 BOUND_PERCENTILE = 0.995
 BOUND_SHARE = 0.99
@@ -36,140 +39,160 @@ def run_training(
     params: Params,
     caches: Caches,
     *,
-    device: torch.device,
+    accelerator: Accelerator,
+    checkpoints: Checkpoints,
+    resumed: Checkpoint | None,
     model_folder: Path,
     curves_folder: Path,
     tracked: TrackedRun,
     load_decoder: Callable[[], Decoder],
 ) -> TrainingResult:
-    """Train on ``caches`` and write the averaged weights to ``model_folder``.
+    """Train on ``caches`` and write the averaged weights to ``model_folder``. Every process of a job calls this.
 
     Args:
         params: the whole params.
-        caches: both splits, on any device.
-        device: where to train.
+        caches: both splits, on this process's device.
+        accelerator: of this process; the main one alone writes.
+        checkpoints: where the state is saved on the way.
+        resumed: what to go on from, in the main process; None starts anew.
         model_folder: for ``config.json`` and ``model.safetensors``.
         curves_folder: for the curves' CSV files.
         tracked: gets metrics and preview grids by step.
         load_decoder: loads the VAE's decoder; called once, when the first preview is due.
 
     Raises:
-        TrainingDivergedError: when the loss is no longer finite.
+        TrainingDivergedError: when the training has gone wrong; the checkpoints from before are kept.
+        TrainingStopped: after SIGTERM or Ctrl-C, when the state is saved.
+        ValueError: when ``train.batch_size`` does not divide over the processes, or no compiler is there.
     """
-    settings = params.train
+    settings, device = params.train, accelerator.device
     dtype = autocast_dtype(settings.precision, device)
+    if settings.compile:
+        _check_compiler()
     torch.manual_seed(params.seed)
     config = model_config(params, caches)
     network = config.build().to(device, memory_format=torch.channels_last)
-    watch = TrainingWatch(params, config, caches.to(device), Curves(curves_folder), tracked, dtype, load_decoder)
+    network.gradient_checkpointing = settings.gradient_checkpointing
+    state = TrainingState.start(network, settings)
+    watch = TrainingWatch(
+        params,
+        config,
+        caches,
+        state.average,
+        accelerator=accelerator,
+        curves=Curves(curves_folder),
+        tracked=tracked,
+        dtype=dtype,
+        load_decoder=load_decoder,
+    )
+    if resumed := _in_every_process(resumed, accelerator):
+        state.load(resumed.tensors, resumed.step)
+        watch.load(resumed.tensors, resumed.facts["watch"], resumed.step)
+
+    def save(step: int) -> None:
+        watch.judge(step)
+        with watch.paused():
+            checkpoint = Checkpoint(step, state.tensors() | watch.tensors(), _facts(params, watch))
+            if accelerator.is_main_process:
+                checkpoints.save(checkpoint, pinned=step == open_ended_steps(settings))
+
     steps = train(
-        network, watch.caches.train, params=settings, diffusion=params.diffusion, seed=params.seed, dtype=dtype
+        state,
+        caches.train,
+        params=settings,
+        diffusion=params.diffusion,
+        seed=params.seed,
+        dtype=dtype,
+        accelerator=accelerator,
     )
-    for state in watch.timed(steps):
-        watch.step(state)
-    save_model(model_folder, state.average, config)
-    return TrainingResult(
-        {
-            "train_mae": round(watch.train_mae, 5),
-            "steps": settings.steps,
-            "images_seen": settings.steps * settings.batch_size,
-            "parameters": sum(p.numel() for p in network.parameters()),
-        },
-        watch.val_mae,
-        settings.steps * settings.batch_size / watch.seconds,
-    )
+    with watch, StopRequest() as request:
+        for step in steps:
+            watch.step(step)
+            signal = _asked_to_stop(request, accelerator, step, settings.log_every)
+            if (
+                signal
+                or step.step % params.machine.checkpoint_every == 0
+                or step.step in (open_ended_steps(settings), settings.steps)
+            ):
+                save(step.step)
+            if signal:
+                raise TrainingStopped(
+                    f"stopped at step {step.step} of {settings.steps}; the state is saved, the same command goes on "
+                    "from there",
+                    signal,
+                )
+        watch.finish(learning_rate_at(settings.steps - 1, settings))
+    if accelerator.is_main_process:
+        save_model(model_folder, watch.model, config)
+    metrics = {
+        "train_mae": round(watch.train_mae, 5),
+        "steps": settings.steps,
+        "images_seen": settings.steps * settings.batch_size,
+        "parameters": sum(p.numel() for p in network.parameters()),
+    }
+    if watch.best_val_mae is not None:
+        metrics |= {"best_val_mae": round(watch.best_val_mae, 5), "best_step": watch.best_step}
+    return TrainingResult(metrics, watch.val_mae, settings.steps * settings.batch_size / watch.seconds)
 
 
-class TrainingWatch:
-    """Watches a training: what is measured, drawn and logged at which steps."""
+def usable_checkpoint(checkpoints: Checkpoints, params: Params) -> Checkpoint | None:
+    """The newest checkpoint that a training with ``params`` would have come by.
 
-    def __init__(
-        self,
-        params: Params,
-        config: ModelConfig,
-        caches: Caches,
-        curves: Curves,
-        tracked: TrackedRun,
-        dtype: torch.dtype | None,
-        load_decoder: Callable[[], Decoder],
-    ) -> None:
-        self.settings, self.diffusion, self.config, self.caches = params.train, params.diffusion, config, caches
-        self.train_mae = float("nan")
-        self.val_mae: float | None = None
-        self.seconds = 0.0
-        self._curves, self._tracked, self._dtype = curves, tracked, dtype
-        self._decoder = functools.cache(load_decoder)
-        self._subjects = preview_subjects(caches, self.settings.sample_count, params.seed)
-        self._unlogged: list[torch.Tensor] = []
-        self._logged_seconds = 0.0
-        images = self.settings.steps * self.settings.batch_size
-        self._progress = tqdm(total=images, desc="train", unit="image", unit_scale=True)
+    A checkpoint from before a decay is on the way of every longer run; one from within it only of the same run.
+    """
+    settings = params.train
+    finished = checkpoints.read_run().get("finished_steps")
+    if finished is not None and settings.steps <= finished:
+        return None  # kept to be extended, not to save a run that was asked for again
 
-    def timed(self, steps: Iterator[StepState]) -> Iterator[StepState]:
-        """The same steps; ``seconds`` adds up what they alone take."""
-        with self._progress:
-            while True:
-                started = time.monotonic()
-                state = next(steps, None)
-                self.seconds += time.monotonic() - started
-                if state is None:
-                    return
-                yield state
-
-    def step(self, state: StepState) -> None:
-        """Do what is due after this step."""
-        self._unlogged.append(state.mae)
-        for every, action in (
-            (self.settings.log_every, self._log),
-            (self.settings.validate_every, self._validate),
-            (self.settings.sample_every, self._preview),
-        ):
-            if state.step % every == 0 or state.step == self.settings.steps:
-                action(state)
-
-    def _log(self, state: StepState) -> None:
-        self.train_mae = float(torch.stack(self._unlogged).mean())
-        images = len(self._unlogged) * self.settings.batch_size
-        self._curves.add(
-            "train", {"step": state.step, "train_mae": self.train_mae, "learning_rate": state.learning_rate}
+    def on_the_way(step: int, facts: dict) -> bool:
+        same = (facts["steps"], facts["decay_steps"]) == (settings.steps, settings.decay_steps)
+        return step <= (settings.steps if same else open_ended_steps(settings)) and (
+            same or step <= facts["open_ended_steps"]
         )
-        self._tracked.log_metrics(
-            {
-                "train/mae": self.train_mae,
-                "train/learning_rate": state.learning_rate,
-                "train/gradient_norm": float(state.gradient_norm),
-                "train/images_per_second": images / (self.seconds - self._logged_seconds),
-            },
-            state.step,
-        )
-        self._progress.set_postfix(mae=f"{self.train_mae:.3f}", refresh=False)
-        self._progress.update(images)
-        self._logged_seconds = self.seconds
-        self._unlogged.clear()
 
-    def _validate(self, state: StepState) -> None:
-        error = denoising_error(
-            state.average,
-            self.caches.validation,
-            schedule=self.diffusion.schedule,
-            noise_levels=self.diffusion.noise_levels,
-            dtype=self._dtype,
-        )
-        if error:
-            self.val_mae = error["mae"]
-            self._curves.add("validation", {"step": state.step} | {f"val_{name}": mae for name, mae in error.items()})
-            self._tracked.log_metrics({f"val/{name}": mae for name, mae in error.items()}, state.step)
+    return checkpoints.latest(on_the_way)
 
-    def _preview(self, state: StepState) -> None:
-        picture = draw_preview(
-            state.average,
-            self.config,
-            self._subjects,
-            self._decoder(),
-            guidance=self.settings.sample_guidance,
-            dtype=self._dtype,
-        )
-        self._tracked.log_image(picture, "samples", state.step)
+
+def _facts(params: Params, watch: TrainingWatch) -> dict:
+    settings = params.train
+    return {
+        "steps": settings.steps,
+        "decay_steps": settings.decay_steps,
+        "open_ended_steps": open_ended_steps(settings),
+        "watch": watch.facts(),
+    }
+
+
+def _in_every_process(checkpoint: Checkpoint | None, accelerator: Accelerator) -> Checkpoint | None:
+    """The main process's checkpoint in all of them, so that only it needs to reach the files."""
+    if accelerator.num_processes == 1:
+        return checkpoint
+    described = [None]
+    if checkpoint:
+        kinds = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in checkpoint.tensors.items()}
+        described = [(checkpoint.step, checkpoint.facts, kinds)]
+    broadcast_object_list(described)
+    if described[0] is None:
+        return None
+    step, facts, kinds = described[0]
+    empty = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in kinds.items()}
+    tensors = checkpoint.tensors if checkpoint else empty
+    return Checkpoint(step, {name: broadcast(tensors[name].to(accelerator.device)) for name in kinds}, facts)
+
+
+def _asked_to_stop(request: StopRequest, accelerator: Accelerator, step: Step, every: int) -> int:
+    """The signal that any process got, else 0; several processes ask each other only now and then, as it takes time."""
+    if accelerator.num_processes == 1:
+        return request.number
+    if step.step % every:
+        return 0
+    return int(accelerator.gather(torch.tensor([request.number], device=accelerator.device)).max())
+
+
+def _check_compiler() -> None:
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise ValueError("train.compile = True: torch.compile needs a C++ compiler; install g++, or set it to false")
 
 
 def model_config(params: Params, caches: Caches) -> ModelConfig:

@@ -1,0 +1,206 @@
+"""A training that is killed, stopped or extended ends with the bytes of one that was never interrupted."""
+
+import os
+import shutil
+import signal
+from dataclasses import dataclass
+
+import pytest
+from projects import Project
+from stages import copy_project, end, finish, kill_when, read_outs, remove_outs, start
+
+pytestmark = pytest.mark.fault
+
+STEPS = 24
+EVERY = 3  # steps from one checkpoint to the next
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A training that nothing interrupted, and the files of its outs."""
+
+    project: Project
+    outs: dict[str, bytes]
+
+
+def with_longer_training(project: Project, **changes) -> Project:
+    project.set_params(
+        **{
+            "train__steps": STEPS,
+            "train__log_every": 2,
+            "train__validate_every": 5,
+            "train__sample_every": 12,
+            "train__keep": "best",
+            "machine__checkpoint_every": EVERY,
+        }
+        | changes
+    )
+    return project
+
+
+@pytest.fixture(scope="module")
+def whole(uninterrupted, tmp_path_factory) -> Whole:
+    project = with_longer_training(copy_project(uninterrupted.project, tmp_path_factory.mktemp("whole") / "project"))
+    remove_outs(project, "train")
+    finish(project, "train")
+    return Whole(project, read_outs(project, "train"))
+
+
+@pytest.fixture
+def project(whole, tmp_path) -> Project:
+    copy = copy_project(whole.project, tmp_path / "project")
+    remove_outs(copy, "train")
+    return copy
+
+
+def checkpoints(project: Project) -> list[str]:
+    return sorted(path.name for path in project.folder.glob(".state/checkpoints/*/step-*"))
+
+
+def saved(project: Project, step: int):
+    return lambda: any(name >= f"step-{step:06d}" for name in checkpoints(project))
+
+
+def mlflow_runs(project: Project):
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{project.folder / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("latentloom")
+    return client, client.search_runs([experiment.experiment_id])
+
+
+def steps_logged(client, run_id: str, key: str) -> list[int]:
+    return [metric.step for metric in client.get_metric_history(run_id, key)]
+
+
+@pytest.mark.parametrize("kills", [(3,), (9, 21), (24,)], ids=str)
+def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_bytes(whole, project, kills):
+    for step in kills:
+        kill_when(project, "train", saved(project, step))
+        remove_outs(project, "train")
+    printed = finish(project, "train")
+    assert f"goes on from step {kills[-1]}" in printed or kills[-1] < STEPS
+    assert "train: goes on from step" in printed
+    assert read_outs(project, "train") == whole.outs
+    assert not list(project.folder.glob(".state/checkpoints/*"))
+
+
+def test_a_killed_training_is_one_run_in_mlflow_without_gaps_or_doubled_steps(whole, project):
+    _, before = mlflow_runs(project)
+    for step in (3, 9, 15):
+        kill_when(project, "train", saved(project, step))
+        remove_outs(project, "train")
+    finish(project, "train")
+    client, after = mlflow_runs(project)
+    (new,) = {run.info.run_id for run in after} - {run.info.run_id for run in before}
+    assert client.get_run(new).info.status == "FINISHED"
+    for key in ("train/mae", "train/learning_rate", "train/gradient_norm", "train/images_per_second"):
+        assert steps_logged(client, new, key) == list(range(2, STEPS + 1, 2))
+    assert steps_logged(client, new, "val/mae") == [5, 10, 15, 20, 24]
+    pictures = [artifact.path for artifact in client.list_artifacts(new, "images") if artifact.path.endswith(".png")]
+    assert len(pictures) == 2
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_training_asked_to_stop_saves_its_state_first_and_says_how_to_go_on(whole, project, number, status):
+    process = start(project, "train")
+    while not saved(project, EVERY)():
+        assert process.is_alive()
+    os.kill(process.pid, number)
+    printed = end(project, process)
+    assert process.exitcode == status, printed
+    assert f"of {STEPS}; the state is saved, the same command goes on from there" in printed
+    assert "Traceback" not in printed
+    step = int(printed.split("stopped at step ")[1].split()[0])
+    assert f"step-{step:06d}" in checkpoints(project)
+    _, runs = mlflow_runs(project)
+    assert "KILLED" in {run.info.status for run in runs}
+    remove_outs(project, "train")
+    assert f"goes on from step {step} of {STEPS}" in finish(project, "train")
+    assert read_outs(project, "train") == whole.outs
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(whole, project):
+    kill_when(project, "train", saved(project, 9))
+    remove_outs(project, "train")
+    *_, before, last = checkpoints(project)
+    (path,) = project.folder.glob(f".state/checkpoints/*/{last}/state.safetensors")
+    path.write_bytes(path.read_bytes()[:-100])
+    printed = finish(project, "train")
+    assert f"{last} is damaged and passed over" in printed
+    assert f"goes on from step {int(before.removeprefix('step-'))} " in printed
+    assert read_outs(project, "train") == whole.outs
+
+
+def test_a_training_with_other_params_starts_anew_and_leaves_the_others_checkpoints(project):
+    kill_when(project, "train", saved(project, 6))
+    remove_outs(project, "train")
+    left = checkpoints(project)
+    project.set_params(train__learning_rate=5e-4)
+    assert "goes on from step" not in finish(project, "train")
+    assert checkpoints(project) == left
+
+
+@pytest.mark.parametrize("schedule", ["constant", "warmup_stable_decay"])
+def test_a_finished_training_is_extended_from_its_end_to_the_bytes_of_one_that_ran_at_once(
+    uninterrupted, tmp_path, schedule
+):
+    first, second, third = 11, 16, STEPS
+    options = {"train__lr_schedule": schedule, "train__warmup_steps": 2, "train__decay_steps": 4}
+    direct, extended = (
+        with_longer_training(copy_project(uninterrupted.project, tmp_path / name / "project"), **options)
+        for name in ("direct", "extended")
+    )
+    for project in (direct, extended):
+        remove_outs(project, "train")
+    finish(direct, "train")
+    for steps in (first, second, third):
+        extended.set_params(train__steps=steps)
+        remove_outs(extended, "train")
+        printed = finish(extended, "train")
+        end_of_last = {first: None, second: first, third: second}[steps]
+        if end_of_last:
+            kept = end_of_last - (4 if schedule == "warmup_stable_decay" else 0)
+            assert f"goes on from step {kept} of {steps}" in printed
+    assert read_outs(extended, "train") == read_outs(direct, "train")
+    client, runs = mlflow_runs(extended)
+    newest = max(runs, key=lambda run: run.info.start_time).info.run_id
+    assert steps_logged(client, newest, "train/mae") == list(range(2, STEPS + 1, 2))
+    remove_outs(extended, "train")  # asked for again, as `dvc repro --force` does, nothing is taken over
+    assert "goes on from step" not in finish(extended, "train")
+    assert read_outs(extended, "train") == read_outs(direct, "train")
+
+
+def test_a_training_that_diverges_stops_by_itself_and_keeps_its_last_good_checkpoint(project):
+    project.set_params(train__learning_rate=1e30, train__lr_schedule="constant", train__warmup_steps=20)
+    process = start(project, "train")
+    printed = end(project, process)
+    assert process.exitcode == 1
+    assert "train: training diverged at step" in printed
+    assert "Try a lower train.learning_rate" in printed
+    assert "Traceback" not in printed
+    step = int(printed.split("diverged at step ")[1].split(":")[0])
+    kept = [int(name.removeprefix("step-")) for name in checkpoints(project)]
+    assert not any(later >= step for later in kept)
+    assert not (project.folder / "models/unet/model.safetensors").exists()
+
+
+def test_the_code_that_changes_while_a_training_runs_is_told(whole, project):
+    process = start(project, "train")
+    while not saved(project, EVERY)():
+        assert process.is_alive()
+    with open(project.folder / "src/latentloom/training/loop.py", "a") as file:
+        file.write("# changed\n")
+    printed = end(project, process)
+    assert process.exitcode == 0
+    assert "the code changed while the training ran: run `dvc repro --force train`" in printed
+
+
+def test_the_state_may_be_deleted_while_a_training_runs(whole, project):
+    process = start(project, "train")
+    while process.is_alive():
+        if saved(project, EVERY)():
+            shutil.rmtree(project.folder / ".state", ignore_errors=True)
+    printed = end(project, process)
+    assert process.exitcode == 0, printed
+    assert read_outs(project, "train") == whole.outs
