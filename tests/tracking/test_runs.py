@@ -1,10 +1,14 @@
 """Tracking: what is logged is in the store, and a store that fails never stops the work."""
 
+import multiprocessing
+import os
 import re
+import signal
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from urllib.parse import urlparse
 
 import numpy as np
 import pandas as pd
@@ -95,6 +99,124 @@ def test_a_run_is_reopened_and_added_to(root):
     with reopened_run(root, run.id) as again:
         again.log_metrics({"evaluate/val_mae": 0.7}, 10)
     assert client(root).get_run(run.id).data.metrics == {"train/mae": 0.5, "evaluate/val_mae": 0.7}
+
+
+@pytest.fixture
+def interrupted(root) -> str:
+    """The id of a run that logged steps 1 to 5 in a process that was then killed."""
+
+    def until_killed():
+        with new_run(root, name="first", tags={"commit": "old", "device": "cpu"}) as run:
+            log_training(run, steps=range(1, 6))
+            (root / "run_id").write_text(run.id)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    process = multiprocessing.get_context("fork").Process(target=until_killed)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    return (root / "run_id").read_text()
+
+
+def log_training(run, steps):
+    run.log_params({"train": {"steps": 8}})
+    for context in ("training", "validation"):
+        frame = pd.DataFrame({"id": [context]})
+        run.log_dataset(frame, name=f"mine-{context}", source="data", digest=f"{context:.8}", context=context)
+    for step in steps:
+        run.log_metrics({"train/mae": 1.0 / step, "train/learning_rate": 0.1}, step)
+        if step % 2 == 0:
+            run.log_metrics({"val/mae": 2.0 / step}, step)
+            run.log_image(np.zeros((4, 4, 3), dtype=np.uint8), "samples", step)
+
+
+def logged_steps(root, run_id, key):
+    return [metric.step for metric in client(root).get_metric_history(run_id, key)]
+
+
+def logged_pictures(root, run_id):
+    paths = [artifact.path for artifact in client(root).list_artifacts(run_id, "images")]
+    return sorted(int(re.search(r"step\W(\d+)", path)[1]) for path in paths if path.endswith(".png"))
+
+
+def test_a_training_that_was_killed_and_goes_on_is_one_run_without_gaps_or_doubled_steps(root, interrupted):
+    with new_run(root, name="second", tags={"commit": "new"}, run_id=interrupted) as run:
+        log_training(run, steps=range(4, 9))
+    assert run.id == interrupted
+    assert logged_steps(root, run.id, "train/mae") == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert logged_steps(root, run.id, "train/learning_rate") == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert logged_steps(root, run.id, "val/mae") == [2, 4, 6, 8]
+    assert logged_pictures(root, run.id) == [2, 4, 6, 8]
+    stored = client(root).get_run(run.id)
+    assert sorted(given.dataset.name for given in stored.inputs.dataset_inputs) == ["mine-training", "mine-validation"]
+    assert stored.info.status == "FINISHED"
+    assert stored.info.run_name == "first"
+    assert (stored.data.tags["commit"], stored.data.tags["device"]) == ("new", "cpu")
+    assert stored.data.params == {"train.steps": "8"}
+    others = {found.info.run_id for found in client(root).search_runs([stored.info.experiment_id])} - {run.id}
+    assert len(others) == 1  # the one that made the store
+
+
+def test_a_reopened_run_is_running_until_it_ends(root):
+    with pytest.raises(ValueError), new_run(root, tags={}) as run:
+        raise ValueError
+    with new_run(root, tags={}, run_id=run.id):
+        assert client(root).get_run(run.id).info.status == "RUNNING"
+    assert client(root).get_run(run.id).info.status == "FINISHED"
+
+
+def test_a_param_that_a_run_holds_stays_as_it_is_without_a_warning(root, interrupted):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with new_run(root, tags={}, run_id=interrupted) as run:
+            run.log_params({"train": {"steps": 9, "compile": True}})
+    assert client(root).get_run(run.id).data.params == {"train.steps": "8", "train.compile": "True"}
+
+
+def test_a_step_that_never_arrived_is_filled_in(root):
+    with new_run(root, tags={}) as run:
+        for step in (1, 2, 4):
+            run.log_metrics({"train/mae": 1.0}, step)
+    with new_run(root, tags={}, run_id=run.id) as again:
+        for step in (2, 3, 4, 5):
+            again.log_metrics({"train/mae": 1.0}, step)
+    assert sorted(logged_steps(root, run.id, "train/mae")) == [1, 2, 3, 4, 5]
+
+
+def test_a_picture_that_a_kill_cut_short_is_drawn_again(root, interrupted):
+    pictures = Path(urlparse(client(root).get_run(interrupted).info.artifact_uri).path) / "images"
+    (small,) = pictures.glob("samples*step?4?*compressed.webp")
+    small.unlink()
+    with new_run(root, tags={}, run_id=interrupted) as run:
+        log_training(run, steps=range(2, 6))
+    for step in (2, 4):
+        assert len(list(pictures.glob(f"samples*step?{step}?*compressed.webp"))) == 1
+
+
+def test_a_training_whose_run_was_deleted_gets_a_new_one(root, interrupted):
+    client(root).delete_run(interrupted)
+    with new_run(root, tags={}, run_id=interrupted) as run:
+        log_training(run, steps=range(4, 6))
+    assert run.id not in (None, interrupted)
+    assert logged_steps(root, run.id, "train/mae") == [4, 5]
+
+
+def test_a_training_whose_store_was_replaced_gets_a_new_run(root):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with new_run(root, tags={}, run_id="0" * 32) as run:
+            run.log_metrics({"train/mae": 1.0}, 1)
+    assert run.id not in (None, "0" * 32)
+
+
+def test_an_evaluation_that_is_run_again_logs_again(root):
+    with new_run(root, tags={}) as run:
+        run.log_metrics({"train/mae": 0.5}, 10)
+    for value in (0.7, 0.6):
+        with reopened_run(root, run.id) as again:
+            again.log_metrics({"evaluate/val_mae": value}, 10)
+    assert client(root).get_run(run.id).data.metrics["evaluate/val_mae"] == 0.6
+    assert len(logged_steps(root, run.id, "evaluate/val_mae")) == 2
 
 
 def test_a_run_that_the_store_does_not_have_costs_a_warning(root):

@@ -5,10 +5,15 @@ absolute path, so that experiments that DVC runs in temporary copies land in the
 
 A training must never die of its tracking: when the store fails, or MLflow is not installed, the run warns once and goes
 on without; its curves are in the stage's own files.
+
+A training that was killed goes on from its last checkpoint, and computes again what it had logged since. Its run is
+opened again and leaves out what it already holds, so its curves have neither gaps nor doubled steps.
 """
 
+import functools
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -38,12 +43,47 @@ _ENVIRONMENT = {
 }
 
 
+class LoggedBefore:
+    """What a run held when it was opened again, asked of the store where it first matters, once."""
+
+    def __init__(self, client: "MlflowClient", run_id: str) -> None:
+        self._client, self._run_id = client, run_id
+        self._steps: dict[str, set[int]] = {}
+
+    def has_metric(self, key: str, step: int) -> bool:
+        if key not in self._steps:
+            self._steps[key] = {metric.step for metric in self._client.get_metric_history(self._run_id, key)}
+        return step in self._steps[key]
+
+    def has_image(self, key: str, step: int) -> bool:
+        return (key, step) in self._images
+
+    def has_param(self, key: str) -> bool:
+        return key in self._params
+
+    @functools.cached_property
+    def _params(self) -> set[str]:
+        return set(self._client.get_run(self._run_id).data.params)
+
+    @functools.cached_property
+    def _images(self) -> set[tuple[str, int]]:
+        # MLflow names them KEY+step+STEP+timestamp+..., and writes the small copy last: a kill may come in between.
+        paths = (artifact.path for artifact in self._client.list_artifacts(self._run_id, "images"))
+        names = (re.fullmatch(r"images/(.+?)[+%]step[+%](\d+)[+%].*compressed\.webp", path) for path in paths)
+        return {(name[1].replace("~", "/"), int(name[2])) for name in names if name}
+
+
 @dataclass
 class TrackedRun:
-    """An MLflow run to log to; where tracking failed, one that takes everything and keeps nothing."""
+    """An MLflow run to log to; where tracking failed, one that takes everything and keeps nothing.
+
+    With ``before``, what the run already holds is not logged again: params by key, metrics and pictures by key and
+    step. (A data set of the same digest the store itself keeps once.)
+    """
 
     client: "MlflowClient | None" = None
     id: str | None = None
+    before: LoggedBefore | None = None
     _warned: bool = field(default=False, repr=False)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
@@ -52,7 +92,11 @@ class TrackedRun:
         def log() -> None:
             from mlflow.entities import Param
 
-            entities = [Param(key, str(value)[:MAX_PARAM_LENGTH]) for key, value in flatten(params).items()]
+            entities = [
+                Param(key, str(value)[:MAX_PARAM_LENGTH])
+                for key, value in flatten(params).items()
+                if not (self.before and self.before.has_param(key))
+            ]
             self.client.log_batch(self.id, params=entities)
 
         self._try(log)
@@ -66,15 +110,24 @@ class TrackedRun:
             from mlflow.entities import Metric
 
             now = int(time.time() * 1000)
-            self.client.log_batch(
-                self.id, metrics=[Metric(key, float(value), now, step) for key, value in metrics.items()]
-            )
+            entities = [
+                Metric(key, float(value), now, step)
+                for key, value in metrics.items()
+                if not (self.before and self.before.has_metric(key, step))
+            ]
+            if entities:
+                self.client.log_batch(self.id, metrics=entities)
 
         self._try(log)
 
     def log_image(self, image: np.ndarray, key: str, step: int) -> None:
         """Log a picture, uint8 (H, W, 3), to the image grid under ``key``, at ``step``."""
-        self._try(lambda: self.client.log_image(self.id, image, key=key, step=step))
+
+        def log() -> None:
+            if not (self.before and self.before.has_image(key, step)):
+                self.client.log_image(self.id, image, key=key, step=step)
+
+        self._try(log)
 
     def log_file(self, path: Path, folder: str | None = None) -> None:
         """Log a file, or a folder's files, as artifacts under ``folder``."""
@@ -136,15 +189,30 @@ class TrackedRun:
 
 
 @contextmanager
-def new_run(root: Path, *, name: str | None = None, tags: Mapping[str, str | None]) -> Iterator[TrackedRun]:
-    """Open a new run in the project at ``root``; it ends as failed or killed when the block does so."""
+def new_run(
+    root: Path, *, name: str | None = None, tags: Mapping[str, str | None], run_id: str | None = None
+) -> Iterator[TrackedRun]:
+    """Open a run in the project at ``root``; it ends as failed or killed when the block does so.
+
+    Args:
+        root: where the store is, unless the environment names another.
+        name: the name of a new run.
+        tags: those whose value is None are left out.
+        run_id: the run of an interrupted training that goes on. It is opened again, and what it holds is not logged
+            again. Where the store no longer has it, a new run is made.
+    """
     run = TrackedRun()
     try:
         client = _client(root)
-        created = client.create_run(
-            _experiment_id(client, root), run_name=name, tags={k: v for k, v in tags.items() if v is not None}
-        )
-        run = TrackedRun(client, created.info.run_id)
+        if run_id and _has_run(client, run_id):
+            client.update_run(run_id, status="RUNNING")
+            run = TrackedRun(client, run_id, LoggedBefore(client, run_id))
+            run.set_tags(tags)
+        else:
+            created = client.create_run(
+                _experiment_id(client, root), run_name=name, tags={k: v for k, v in tags.items() if v is not None}
+            )
+            run = TrackedRun(client, created.info.run_id)
     except Exception as error:
         run._warn(error)
     with _ending(run):
@@ -153,7 +221,7 @@ def new_run(root: Path, *, name: str | None = None, tags: Mapping[str, str | Non
 
 @contextmanager
 def reopened_run(root: Path, run_id: str | None) -> Iterator[TrackedRun]:
-    """Open the run ``run_id`` again, to add to it; where the store does not have it, warn and keep nothing."""
+    """Open a finished run to add to it, whatever it holds; where the store does not have it, warn and keep nothing."""
     run = TrackedRun()
     if run_id:
         try:
@@ -212,6 +280,18 @@ def _client(root: Path) -> "MlflowClient":
         client = MlflowClient(tracking_uri(root))
         client.search_experiments(max_results=1)
     return client
+
+
+def _has_run(client: "MlflowClient", run_id: str) -> bool:
+    from mlflow.entities import LifecycleStage
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id).info.lifecycle_stage == LifecycleStage.ACTIVE
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise
 
 
 def _experiment_id(client: "MlflowClient", root: Path) -> str:
