@@ -38,11 +38,11 @@ DECIDING = {  # files that name the content of every row of the caches
 }
 
 
-def main(params: Params) -> str:
+def main(params: Params) -> str | None:
     accelerator = Accelerator(
         cpu=choose_device().type == "cpu",
         mixed_precision="no",  # the loop has its own autocast, the same on every device
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     caches = load_caches(LATENTS, TEXT).to(accelerator.device)
     code = code_hash(Path(__file__))
@@ -69,6 +69,8 @@ def main(params: Params) -> str:
     else:
         result = run_training(params, caches, resumed=None, tracked=TrackedRun(), **settings)
     accelerator.end_training()
+    if not accelerator.is_main_process:
+        return None
     if code_hash(Path(__file__)) != code:
         warnings.warn("the code changed while the training ran: run `dvc repro --force train`", stacklevel=1)
     figures = f"train_mae {result.metrics['train_mae']:.3f}"

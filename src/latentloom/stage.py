@@ -9,8 +9,8 @@ from pathlib import Path
 from latentloom.params import Params, load_params
 
 
-def run_stage(name: str, main: Callable[[Params], str]) -> None:
-    """Load ``params.yaml``, run ``main`` and print what it did and how long it took.
+def run_stage(name: str, main: Callable[[Params], str | None]) -> None:
+    """Load ``params.yaml``, run ``main`` and print what it did, if it says so, and how long it took.
 
     Errors that a person can mend (``ValueError``, ``OSError``, ``ArithmeticError``) end the process with exit status 1
     and their message alone; so does a stage that was interrupted, with the status that its signal asks for. Anything
@@ -24,7 +24,8 @@ def run_stage(name: str, main: Callable[[Params], str]) -> None:
     except KeyboardInterrupt as stop:
         print(f"{name}: {str(stop) or 'interrupted'}", file=sys.stderr, flush=True)
         sys.exit(getattr(stop, "exit_status", 130))
-    print(f"{name}: {line} ({time.monotonic() - started:.1f} s)", flush=True)
+    if line:
+        print(f"{name}: {line} ({time.monotonic() - started:.1f} s)", flush=True)
 
 
 def project_root() -> Path:
