@@ -16,7 +16,7 @@ from latentloom.devices import autocast
 from latentloom.diffusion import get_schedule
 from latentloom.params import DiffusionParams, TrainParams
 from latentloom.training.dataset import LatentDataset
-from latentloom.training.draws import draw_batch
+from latentloom.training.draws import RowOrder, draw_batch
 
 
 class TrainingDivergedError(ArithmeticError):
@@ -83,7 +83,7 @@ def train(
         TrainingDivergedError: when the loss or the gradient of a step was not finite; looked at every
             ``params.log_every`` steps, so that the device is not waited for at each.
     """
-    device = data.mean.device
+    device = data.device
     schedule = get_schedule(diffusion.schedule)
     average = copy.deepcopy(network).eval().requires_grad_(False)
     weights, averaged = list(network.parameters()), list(average.parameters())
@@ -95,9 +95,11 @@ def train(
     )
     network.train()
     unchecked: list[torch.Tensor] = []
+    order = RowOrder.of(data, seed)
     for step in range(params.steps):
         batch = draw_batch(
             data,
+            order,
             seed=seed,
             step=step,
             batch_size=params.batch_size,
