@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from latentloom.training.dataset import LatentDataset
 from latentloom.training.denoising_error import denoising_error
 
 
@@ -58,12 +59,12 @@ def test_it_is_the_same_at_every_call_and_for_every_batch_size(make_data):
 def test_a_rows_noise_does_not_depend_on_the_other_rows(make_data):
     data = make_data(10)
     alone = [denoising_error(Returns(), data.take(count), **SETTINGS)["mae"] * count for count in (3, 4)]
-    from dataclasses import replace
-
-    fourth = replace(
-        data,
+    fourth = LatentDataset.from_tensors(
         ids=data.ids[3:4],
         mean=data.mean[3:4],
+        std=None,
+        embeddings=data.embeddings,
+        texts=data.texts,
         captions=data.captions[3:4],
         caption_counts=data.caption_counts[3:4],
     )

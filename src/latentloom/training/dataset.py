@@ -22,8 +22,6 @@ from latentloom.files import read_json
 from latentloom.training.free_memory import free_memory
 from latentloom.training.row_sources import HeldRows, RowPlaces, Rows, RowSource, StreamedRows
 
-GIB = 2**30
-
 
 @dataclass(frozen=True)
 class LatentDataset:
@@ -292,10 +290,14 @@ def load_caches(latents: Path, text: Path, *, device: torch.device | str = "cpu"
         split("validation"),
         latent_statistics,
         text_statistics,
-        f"{needed / GIB:.2f} GiB of latents and embeddings "
+        f"{_size(needed)} of latents and embeddings "
         + (f"are streamed from the disk to {device}" if streamed else f"lie on {device}")
-        + f": {memory_share * free / GIB:.2f} GiB allowed, {memory_share:g} of the {free / GIB:.2f} GiB free",
+        + f": {_size(memory_share * free)} allowed, {memory_share:g} of the {_size(free)} free",
     )
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def _read_table(path: Path, columns: list[str]) -> pd.DataFrame:
