@@ -55,4 +55,6 @@ def made_ahead(make: Callable[[int], Parts], steps: Iterable[int], device: torch
         while waiting:
             yield next_parts()
     finally:
-        thread.shutdown(cancel_futures=True)
+        for future in waiting:
+            future.cancel()
+        thread.shutdown()
