@@ -3,8 +3,11 @@
 import threading
 from collections import Counter
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+from safetensors.numpy import load_file
 from torch import nn
 
 from latentloom.diffusion import get_network
@@ -41,6 +44,23 @@ def assert_equal(ours: list[Batch], theirs: list[Batch]) -> None:
 def test_batches_of_several_epochs_are_the_same(write_caches, kind):
     held, streamed = both_ways(write_caches(ROWS, **kind))
     assert_equal(drawn(held), drawn(streamed))
+
+
+def test_latents_are_standardised_in_fp32_from_what_is_stored(write_caches):
+    latents, text = write_caches(ROWS)
+    index = pd.read_parquet(latents / "index.parquet").set_index("id")
+    for caches in both_ways((latents, text)):
+        for row, own in enumerate(caches.train.ids):
+            raw = {
+                name: tensor[index.loc[own, "row"]].astype(np.float32)
+                for name, tensor in load_file(latents / index.loc[own, "shard"]).items()
+            }
+            center, scale = (
+                np.array(caches.latent_statistics[name], np.float32)[:, None, None] for name in ("mean", "std")
+            )
+            mean, std = caches.train.latents_at(torch.tensor([row]))
+            assert np.array_equal(mean[0], (raw["mean"] - center) / scale)
+            assert np.array_equal(std[0], raw["std"] / scale)
 
 
 def test_a_training_is_the_same(write_caches):
