@@ -74,7 +74,7 @@ def caches(prepare_images) -> tuple[Caches, Path]:
 
     def split(name: str) -> LatentDataset:
         rows = torch.from_numpy(np.flatnonzero(metadata["split"] == name))
-        return LatentDataset(
+        return LatentDataset.from_tensors(
             ids=metadata["id"].iloc[rows.numpy()].tolist(),
             mean=torch.randn(len(rows), 4, 4, 4, generator=generator),
             std=None,

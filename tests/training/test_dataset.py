@@ -76,6 +76,7 @@ def test_mirrored_latents_and_weights_come_from_the_caches(models, prepare_image
     train = load_caches(tmp_path / "latents", tmp_path / "text").train
     weight_of = dict(zip(index["id"], index["weight"], strict=True))
     assert train.weights.tolist() == [weight_of[own] for own in train.ids]
+    assert train.take(3).weights.tolist() == train.weights.tolist()[:3]
     both = torch.cat([train.mean, train.flipped_mean])
     np.testing.assert_allclose(both.double().mean((0, 2, 3)), 0, atol=1e-3)
     _, tensors, statistics = read_latents(tmp_path / "latents")

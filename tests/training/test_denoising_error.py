@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from latentloom.training.dataset import LatentDataset
 from latentloom.training.denoising_error import denoising_error
 
 
@@ -20,6 +21,13 @@ class Returns(nn.Module):
 
     def forward(self, x_t, noise_levels, labels):
         return x_t
+
+
+class Reads(nn.Module):
+    """Answers with a number that the label gives."""
+
+    def forward(self, x_t, noise_levels, labels):
+        return labels.sum(1).view(-1, 1, 1, 1).expand_as(x_t)
 
 
 SETTINGS = {"schedule": "vp", "noise_levels": "cosine"}
@@ -55,15 +63,23 @@ def test_it_is_the_same_at_every_call_and_for_every_batch_size(make_data):
     assert denoising_error(Returns(), data, **SETTINGS, batch_size=3) == pytest.approx(first)
 
 
+def test_each_row_is_denoised_with_its_primary_caption_for_every_batch_size(make_data):
+    data = make_data(10)
+    predicted = data.embeddings[:10].sum(1).view(-1, 1, 1, 1)
+    expected = float((predicted - data.mean).abs().mean())
+    for batch_size in (3, 256):
+        assert denoising_error(Reads(), data, **SETTINGS, batch_size=batch_size)["mae"] == pytest.approx(expected)
+
+
 def test_a_rows_noise_does_not_depend_on_the_other_rows(make_data):
     data = make_data(10)
     alone = [denoising_error(Returns(), data.take(count), **SETTINGS)["mae"] * count for count in (3, 4)]
-    from dataclasses import replace
-
-    fourth = replace(
-        data,
+    fourth = LatentDataset.from_tensors(
         ids=data.ids[3:4],
         mean=data.mean[3:4],
+        std=None,
+        embeddings=data.embeddings,
+        texts=data.texts,
         captions=data.captions[3:4],
         caption_counts=data.caption_counts[3:4],
     )

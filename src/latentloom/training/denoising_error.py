@@ -36,7 +36,7 @@ def denoising_error(
     """The mean absolute error of the predicted clean latents, over all rows and ``LEVELS_A_ROW`` noise levels each.
 
     The levels are the midpoints of equal slices of the training distribution ``noise_levels``, so the mean compares
-    with the training loss.
+    with the training loss. Rows are read ``batch_size`` at a time.
 
     Returns:
         ``mae``, and ``mae_noise_LOW-HIGH`` for each bin of noise levels that a level falls into, in units of a latent's
@@ -44,21 +44,22 @@ def denoising_error(
     """
     if not len(data):
         return {}
-    device = data.mean.device
+    device = data.device
     forward = get_schedule(schedule)
-    noise = torch.stack([_noise_of(image_id, data.latent_shape) for image_id in data.ids]).to(device)
     slices = (torch.arange(LEVELS_A_ROW, device=device) + 0.5) / LEVELS_A_ROW
-    labels = data.primary_embeddings()
-    by_level = {}
-    for level in noise_levels_from_uniform(slices, noise_levels).tolist():
-        errors: list[torch.Tensor] = []
-        for part in _parts(len(data), batch_size):
-            levels = torch.full((part.stop - part.start,), level, device=device)
-            noisy = forward.add_noise(data.mean[part], noise[part], levels)
+    errors: dict[float, list[torch.Tensor]] = {
+        level: [] for level in noise_levels_from_uniform(slices, noise_levels).tolist()
+    }
+    for part, clean in data.parts(batch_size):
+        noise = torch.stack([_noise_of(image_id, data.latent_shape) for image_id in data.ids[part]]).to(device)
+        labels = data.embeddings_at(data.captions[part, 0])
+        for level, of_level in errors.items():
+            levels = torch.full((len(clean),), level, device=device)
+            noisy = forward.add_noise(clean, noise, levels)
             with autocast(dtype, device):
-                predicted = network(noisy, levels, labels[part])
-            errors.append((predicted.float() - data.mean[part]).abs().mean((1, 2, 3)))
-        by_level[level] = float(torch.cat(errors).mean())
+                predicted = network(noisy, levels, labels)
+            of_level.append((predicted.float() - clean).abs().mean((1, 2, 3)))
+    by_level = {level: float(torch.cat(of_level).mean()) for level, of_level in errors.items()}
     return {"mae": _mean(by_level.values())} | {
         f"mae_{bin_name(low, high)}": _mean(inside)
         for low, high in BINS
@@ -68,10 +69,6 @@ def denoising_error(
 
 def _noise_of(image_id: str, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.randn(shape, generator=generator("cpu", "validation noise", image_id))
-
-
-def _parts(size: int, batch_size: int) -> list[slice]:
-    return [slice(start, min(start + batch_size, size)) for start in range(0, size, batch_size)]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -153,7 +153,7 @@ def train(
         dtype: for autocast; None computes in fp32.
         accelerator: of this process; None: the only one.
     """
-    device = data.mean.device
+    device = data.device
     accelerator = accelerator or Accelerator(cpu=device.type == "cpu")
     schedule = get_schedule(diffusion.schedule)
     if params.compile:

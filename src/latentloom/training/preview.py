@@ -36,10 +36,11 @@ def preview_subjects(caches: Caches, count: int, seed: int) -> PreviewSubjects:
     from_training = min(count - from_validation, len(caches.train))
     captions, embeddings = [], []
     for data, number in ((caches.train, from_training), (caches.validation, from_validation)):
-        captions += data.primary_texts()[:number]
-        embeddings.append(data.primary_embeddings()[:number])
+        shown = data.take(number)
+        captions += shown.primary_texts()
+        embeddings.append(shown.primary_embeddings())
     noise = torch.randn((len(captions), *caches.train.latent_shape), generator=generator("cpu", seed, "preview"))
-    return PreviewSubjects(captions, torch.cat(embeddings), noise.to(caches.train.mean.device))
+    return PreviewSubjects(captions, torch.cat(embeddings), noise.to(caches.train.device))
 
 
 def draw_preview(

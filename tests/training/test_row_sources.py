@@ -1,0 +1,141 @@
+"""Rows on the device and rows streamed from the disk: the same bytes, and what is told of a shard that is wrong."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from latentloom.encoding.tensor_shards import DamagedShardError
+from latentloom.training.row_sources import RowPlaces, StreamedRows
+
+CPU = torch.device("cpu")
+SHARDS = 5
+OPEN_FILES = Path("/proc/self/fd")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Five shards of three rows each, written by safetensors itself."""
+    random = np.random.default_rng(0)
+    for number in range(SHARDS):
+        rows = {"mean": (3, 4, 2, 2), "std": (3, 4, 2, 2)}
+        save_file(
+            {name: random.standard_normal(shape, np.float32).astype(np.float16) for name, shape in rows.items()},
+            tmp_path / f"{number}.safetensors",
+        )
+    return tmp_path
+
+
+@pytest.fixture
+def places(folder) -> RowPlaces:
+    """All rows, in a random order."""
+    rows = [(f"{number}.safetensors", row) for number in range(SHARDS) for row in range(3)]
+    index = pd.DataFrame(rows, columns=["shard", "row"]).sample(frac=1, random_state=1)
+    return RowPlaces.of(folder, index["shard"], index["row"])
+
+
+def hold(places: RowPlaces):
+    return places.hold(CPU)
+
+
+def stream(places: RowPlaces):
+    return StreamedRows(places, CPU)
+
+
+BOTH = pytest.mark.parametrize("source", [hold, stream])
+
+
+def read(places: RowPlaces, name: str, rows) -> np.ndarray:
+    return np.stack([load_file(places.paths[places.shards[row]])[name][places.rows[row]] for row in rows])
+
+
+@BOTH
+@pytest.mark.parametrize("rows", [[4], [3, 3, 14, 0], slice(2, 9), slice(0, 15), []])
+def test_rows_come_as_they_are_stored_in_the_order_asked_for(places, source, rows):
+    asked = rows if isinstance(rows, slice) else torch.tensor(rows, dtype=torch.long)
+    given = source(places).gather(asked)
+    numbers = range(15)[rows] if isinstance(rows, slice) else rows
+    assert given.keys() == {"mean", "std"}
+    for name, tensor in given.items():
+        assert tensor.shape == (len(numbers), 4, 2, 2) and tensor.dtype == torch.float16
+        if numbers:
+            assert np.array_equal(tensor, read(places, name, numbers))
+
+
+@BOTH
+def test_some_places_after_others_give_their_rows_after_the_others(places, source):
+    joined = places[np.array([5, 1])] + places[8:10]
+    assert np.array_equal(source(joined).gather(slice(0, 4))["std"], read(places, "std", [5, 1, 8, 9]))
+
+
+def test_the_bytes_needed_are_those_of_all_rows(places):
+    assert places.nbytes() == sum(tensor.nbytes for tensor in places.hold(CPU).gather(slice(0, 15)).values())
+
+
+def test_streamed_rows_are_read_when_they_are_asked_for_and_no_sooner(places):
+    streamed, held = stream(places), hold(places)
+    before = held.gather(slice(0, 15))
+    for path in places.paths:  # in place, so that a map of the file shows it
+        with open(path, "r+b") as file:
+            header = 8 + int.from_bytes(file.read(8), "little")
+            file.seek(header)
+            file.write(bytes(path.stat().st_size - header))
+    for name, rows in streamed.gather(slice(0, 15)).items():
+        assert not rows.any()
+        assert torch.equal(held.gather(slice(0, 15))[name], before[name])
+
+
+@BOTH
+def test_a_shard_deleted_later_can_still_be_read(places, source):
+    expected, rows = read(places, "mean", range(15)), source(places)
+    for path in places.paths:
+        path.unlink()
+    assert np.array_equal(rows.gather(slice(0, 15))["mean"], expected)
+
+
+@pytest.mark.skipif(not OPEN_FILES.exists(), reason="counts open files as Linux tells them")
+def test_streaming_holds_no_file_open(places):
+    before = len(list(OPEN_FILES.iterdir()))
+    rows = stream(places)
+    rows.gather(slice(0, 15))
+    assert len(list(OPEN_FILES.iterdir())) == before
+
+
+def missing(path: Path) -> None:
+    path.unlink()
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def too_few_rows(path: Path) -> None:
+    save_file({name: rows[:2] for name, rows in load_file(path).items()}, path)
+
+
+def another_shape(path: Path) -> None:
+    save_file({name: rows.reshape(3, 4, 4, 1) for name, rows in load_file(path).items()}, path)
+
+
+def another_name(path: Path) -> None:
+    save_file({"mean": load_file(path)["mean"]}, path)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (missing, "missing or damaged"),
+        (cut_off, "missing or damaged"),
+        (too_few_rows, "has 2 rows, but its index names row 2"),
+        (another_shape, "holds other tensors than"),
+        (another_name, "holds other tensors than"),
+    ],
+)
+def test_a_shard_that_is_wrong_is_named_before_training_starts(places, source, damage, says):
+    damage(places.paths[3])
+    with pytest.raises(DamagedShardError, match=rf"{places.paths[3].name} .*{says}.*run `dvc repro`"):
+        source(places)

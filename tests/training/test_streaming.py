@@ -1,0 +1,184 @@
+"""Where the data lie changes nothing that comes out: streamed from the disk and on the device, bit for bit."""
+
+import threading
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.numpy import load_file
+from torch import nn
+
+from latentloom.diffusion import get_network
+from latentloom.training.dataset import Caches, load_caches
+from latentloom.training.denoising_error import denoising_error
+from latentloom.training.draws import Batch, batches
+from latentloom.training.latent_bound import latent_bound
+from latentloom.training.prefetch import THREAD_NAME
+from latentloom.training.preview import preview_subjects
+
+ROWS, TRAINING = 40, 32
+SETTINGS = {"seed": 3, "batch_size": 12, "distribution": "cosine", "label_dropout": 0.2}
+PARTS = [slice(0, 5), slice(5, 12)]
+STEPS = range(16)  # 12 of 32 rows each: six epochs
+
+
+def both_ways(folders) -> tuple[Caches, Caches]:
+    held, streamed = load_caches(*folders), load_caches(*folders, memory_share=0.0)
+    assert (held.streamed, streamed.streamed) == (False, True)
+    return held, streamed
+
+
+def drawn(caches: Caches, steps=STEPS, parts=PARTS) -> list[Batch]:
+    return [batch for step in batches(caches.train, steps=steps, parts=parts, **SETTINGS) for batch in step]
+
+
+def assert_equal(ours: list[Batch], theirs: list[Batch]) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        for name, tensor, expected in zip(Batch._fields, one, other, strict=True):
+            assert torch.equal(tensor, expected), name
+
+
+@pytest.mark.parametrize("kind", [{}, {"flip": False}, {"std": False}, {"weighted": False}])
+def test_batches_of_several_epochs_are_the_same(write_caches, kind):
+    held, streamed = both_ways(write_caches(ROWS, **kind))
+    assert_equal(drawn(held), drawn(streamed))
+
+
+def test_latents_are_standardised_in_fp32_from_what_is_stored(write_caches):
+    latents, text = write_caches(ROWS)
+    index = pd.read_parquet(latents / "index.parquet").set_index("id")
+    for caches in both_ways((latents, text)):
+        for row, own in enumerate(caches.train.ids):
+            raw = {
+                name: tensor[index.loc[own, "row"]].astype(np.float32)
+                for name, tensor in load_file(latents / index.loc[own, "shard"]).items()
+            }
+            center, scale = (
+                np.array(caches.latent_statistics[name], np.float32)[:, None, None] for name in ("mean", "std")
+            )
+            mean, std = caches.train.latents_at(torch.tensor([row]))
+            assert np.array_equal(mean[0], (raw["mean"] - center) / scale)
+            assert np.array_equal(std[0], raw["std"] / scale)
+
+
+def test_a_training_is_the_same(write_caches):
+    def losses(caches: Caches) -> list[float]:
+        torch.manual_seed(0)
+        network = get_network(8, 1, 16, 4, widths=(16, 32), text_dim=12)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+        values = []
+        for batch in drawn(caches):
+            noisy = batch.latents + batch.noise * batch.noise_levels.view(-1, 1, 1, 1)
+            loss = nn.functional.l1_loss(network(noisy, batch.noise_levels, batch.labels), batch.latents)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            values.append(loss.item())
+        return values
+
+    held, streamed = both_ways(write_caches(ROWS))
+    assert losses(held) == losses(streamed)
+
+
+@pytest.mark.parametrize("way", [0, 1])
+def test_batches_from_a_later_step_on_are_the_rest(write_caches, way):
+    caches = both_ways(write_caches(ROWS))[way]
+    assert_equal(drawn(caches, range(7, 16)), drawn(caches)[2 * 7 :])
+
+
+@pytest.mark.parametrize("way", [0, 1])
+def test_every_image_is_seen_once_an_epoch(write_caches, way):
+    caches = both_ways(write_caches(ROWS, weighted=False))[way]
+    rows = torch.cat([batch.rows for batch in drawn(caches)]).tolist()
+    for epoch in range(len(rows) // TRAINING):
+        assert sorted(rows[epoch * TRAINING : (epoch + 1) * TRAINING]) == list(range(TRAINING))
+
+
+def test_weighted_images_are_seen_as_often_as_asked_for(write_caches):
+    caches = both_ways(write_caches(ROWS))[1]
+    seen = Counter(torch.cat([batch.rows for batch in drawn(caches, range(8 * 100))]).tolist())
+    share = caches.train.weights / caches.train.weights.sum() * TRAINING
+    torch.testing.assert_close(
+        torch.tensor([seen[row] / 300 for row in range(TRAINING)]).double(), share, atol=0.1, rtol=0
+    )
+
+
+def test_two_processes_see_the_halves_of_the_batches_of_one(write_caches):
+    held, streamed = both_ways(write_caches(ROWS))
+    halves = [drawn(caches, parts=[part]) for caches, part in ((held, slice(0, 6)), (streamed, slice(6, 12)))]
+    together = [Batch(*map(torch.cat, zip(*pair, strict=True))) for pair in zip(*halves, strict=True)]
+    assert_equal(together, drawn(held, parts=[slice(0, 12)]))
+
+
+def test_a_latent_comes_with_one_of_its_own_captions(write_caches):
+    caches = both_ways(write_caches(ROWS))[1]
+    embeddings = caches.train.embeddings
+    met = set()
+    for batch in drawn(caches, range(60)):
+        for row, label in zip(batch.rows.tolist(), batch.labels, strict=True):
+            if label.any():
+                caption = int((embeddings == label).all(1).nonzero()[0])
+                met.add((row, caption))
+    own = {
+        (row, caption)
+        for row, (captions, count) in enumerate(
+            zip(caches.train.captions.tolist(), caches.train.caption_counts.tolist(), strict=True)
+        )
+        for caption in captions[:count]
+    }
+    assert met == own
+
+
+def test_what_is_measured_and_shown_of_a_set_is_the_same(write_caches):
+    held, streamed = both_ways(write_caches(ROWS))
+
+    class Scales(nn.Module):
+        def forward(self, x_t, noise_levels, labels):
+            return x_t * noise_levels.view(-1, 1, 1, 1) + labels.mean()
+
+    for one, other in ((held.train, streamed.train), (held.validation, streamed.validation)):
+        errors = [
+            denoising_error(Scales(), data, schedule="vp", noise_levels="cosine", batch_size=5) for data in (one, other)
+        ]
+        assert errors[0] == errors[1]
+        assert latent_bound(one) == latent_bound(other)
+        assert one.digest() == other.digest() and one.table().equals(other.table())
+        for name in ("mean", "std", "flipped_mean", "flipped_std", "embeddings"):
+            assert torch.equal(getattr(one, name), getattr(other, name))
+            if name != "embeddings":
+                assert torch.equal(getattr(other.take(3), name), getattr(one, name)[:3])
+    assert torch.equal(preview_subjects(held, 6, 0).embeddings, preview_subjects(streamed, 6, 0).embeddings)
+
+
+def test_shards_deleted_while_training_are_still_read(write_caches):
+    latents, text = write_caches(ROWS)
+    held, streamed = both_ways((latents, text))
+    ahead = batches(streamed.train, steps=STEPS, parts=PARTS, **SETTINGS)
+    first = next(ahead)
+    for path in [*latents.rglob("*.safetensors"), *text.rglob("*.safetensors")]:
+        path.unlink()
+    assert_equal([*first, *(batch for step in ahead for batch in step)], drawn(held))
+
+
+def test_only_streamed_data_are_made_ahead_by_a_thread(write_caches):
+    for caches in both_ways(write_caches(ROWS)):
+        steps = batches(caches.train, steps=STEPS, parts=PARTS, **SETTINGS)
+        next(steps)
+        running = [thread for thread in threading.enumerate() if thread.name.startswith(THREAD_NAME)]
+        assert len(running) == caches.streamed
+        steps.close()
+
+
+def test_data_are_streamed_where_they_need_more_than_their_share_of_the_free_memory(write_caches, monkeypatch):
+    folders = write_caches(ROWS)
+    needed = ROWS * 4 * 4 * 8 * 8 * 2 + 2 * ROWS * 12 * 2  # mean and std, mirrored as well, and the embeddings
+    monkeypatch.setattr("latentloom.training.dataset.free_memory", lambda device: 2 * needed)
+    assert not load_caches(*folders, memory_share=0.5).streamed
+    caches = load_caches(*folders, memory_share=0.499)
+    assert caches.streamed
+    assert caches.placement == (
+        "0.1 MiB of latents and embeddings are streamed from the disk to cpu: 0.1 MiB allowed, "
+        "0.499 of the 0.2 MiB free"
+    )
