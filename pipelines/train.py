@@ -44,7 +44,9 @@ def main(params: Params) -> str | None:
         mixed_precision="no",  # the loop has its own autocast, the same on every device
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
-    caches = load_caches(LATENTS, TEXT).to(accelerator.device)
+    caches = load_caches(LATENTS, TEXT, device=accelerator.device, memory_share=params.machine.data_memory_share)
+    if accelerator.is_main_process:
+        print(f"train: {caches.placement}", file=sys.stderr, flush=True)
     code = code_hash(Path(__file__))
     checkpoints = Checkpoints(
         state_folder("checkpoints"),

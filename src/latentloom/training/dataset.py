@@ -129,9 +129,12 @@ class LatentDataset:
         """Caption embeddings (B, dim), fp32, of ``rows`` of ``text``."""
         return self.text.gather(rows)["embedding"].float()
 
-    def parts(self, size: int) -> Iterator[tuple[slice, torch.Tensor]]:
-        """All rows in order, at most ``size`` at a time: which they are, and their ``mean`` (B, C, h, w)."""
-        for start in range(0, len(self), size):
+    def parts(self, size: int, process: int = 0, processes: int = 1) -> Iterator[tuple[slice, torch.Tensor]]:
+        """All rows in order, at most ``size`` at a time: which they are, and their ``mean`` (B, C, h, w).
+
+        Of several processes, each gets every so many parts; together they get all.
+        """
+        for start in range(process * size, len(self), processes * size):
             part = slice(start, min(start + size, len(self)))
             yield part, self.latents_at(part)[0]
 

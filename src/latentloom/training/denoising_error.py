@@ -7,6 +7,7 @@ one training, differ by the weights alone, and a row added to the split changes 
 from collections.abc import Sequence
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from latentloom.devices import autocast
@@ -32,11 +33,13 @@ def denoising_error(
     noise_levels: str,
     dtype: torch.dtype | None = None,
     batch_size: int = 256,
+    accelerator: Accelerator | None = None,
 ) -> dict[str, float]:
     """The mean absolute error of the predicted clean latents, over all rows and ``LEVELS_A_ROW`` noise levels each.
 
     The levels are the midpoints of equal slices of the training distribution ``noise_levels``, so the mean compares
-    with the training loss. Rows are read ``batch_size`` at a time.
+    with the training loss. Rows are read ``batch_size`` at a time; the processes of ``accelerator`` share them and all
+    get the same result.
 
     Returns:
         ``mae``, and ``mae_noise_LOW-HIGH`` for each bin of noise levels that a level falls into, in units of a latent's
@@ -45,25 +48,27 @@ def denoising_error(
     if not len(data):
         return {}
     device = data.device
+    process, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     forward = get_schedule(schedule)
     slices = (torch.arange(LEVELS_A_ROW, device=device) + 0.5) / LEVELS_A_ROW
-    errors: dict[float, list[torch.Tensor]] = {
-        level: [] for level in noise_levels_from_uniform(slices, noise_levels).tolist()
-    }
-    for part, clean in data.parts(batch_size):
+    by_level = noise_levels_from_uniform(slices, noise_levels).tolist()
+    errors = torch.zeros(LEVELS_A_ROW, device=device)
+    for part, clean in data.parts(batch_size, process, processes):
         noise = torch.stack([_noise_of(image_id, data.latent_shape) for image_id in data.ids[part]]).to(device)
         labels = data.embeddings_at(data.captions[part, 0])
-        for level, of_level in errors.items():
+        for number, level in enumerate(by_level):
             levels = torch.full((len(clean),), level, device=device)
             noisy = forward.add_noise(clean, noise, levels)
             with autocast(dtype, device):
                 predicted = network(noisy, levels, labels)
-            of_level.append((predicted.float() - clean).abs().mean((1, 2, 3)))
-    by_level = {level: float(torch.cat(of_level).mean()) for level, of_level in errors.items()}
-    return {"mae": _mean(by_level.values())} | {
+            errors[number] += (predicted.float() - clean).abs().mean((1, 2, 3)).sum()
+    if accelerator:
+        errors = accelerator.reduce(errors, "sum")
+    means = dict(zip(by_level, (errors / len(data)).tolist(), strict=True))
+    return {"mae": _mean(means.values())} | {
         f"mae_{bin_name(low, high)}": _mean(inside)
         for low, high in BINS
-        if (inside := [error for level, error in by_level.items() if low <= level < high])
+        if (inside := [error for level, error in means.items() if low <= level < high])
     }
 
 

@@ -14,16 +14,14 @@ from latentloom.params import Params
 from latentloom.tracking.runs import TrackedRun
 from latentloom.training.checkpoints import Checkpoint, Checkpoints
 from latentloom.training.curves import Curves
-from latentloom.training.dataset import Caches, LatentDataset
+from latentloom.training.dataset import Caches
 from latentloom.training.interruption import StopRequest, TrainingStopped
+from latentloom.training.latent_bound import latent_bound
 from latentloom.training.learning_rate import learning_rate_at, open_ended_steps
 from latentloom.training.loop import Step, TrainingState, train
 from latentloom.training.model_files import FORMAT_VERSION, EncoderReference, ModelConfig, save_model
 from latentloom.training.preview import Decoder
 from latentloom.training.watch import TrainingWatch
-
-BOUND_PERCENTILE = 0.995
-BOUND_SHARE = 0.99
 
 
 @dataclass(frozen=True)
@@ -225,16 +223,6 @@ def model_config(params: Params, caches: Caches) -> ModelConfig:
         attribution=latents["attribution"],
         licence=latents["licence"],
     )
-
-
-def latent_bound(data: LatentDataset) -> float:
-    """The bound for dynamic thresholding: 99 % of the training latents have their 99.5th percentile of |z| below it.
-
-    Imagen's bound of 1 presumes data in [-1, 1] (Saharia et al. 2022, section 2.3); standardised
-    latents reach further.
-    """
-    percentiles = torch.quantile(data.mean.flatten(1).abs(), BOUND_PERCENTILE, dim=1)
-    return round(float(torch.quantile(percentiles, BOUND_SHARE)), 4)
 
 
 def _encoder_reference(made_by: dict[str, str]) -> EncoderReference:

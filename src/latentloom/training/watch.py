@@ -205,6 +205,7 @@ class TrainingWatch:
                 schedule=self.diffusion.schedule,
                 noise_levels=self.diffusion.noise_levels,
                 dtype=self._dtype,
+                accelerator=self._accelerator,
             )
             if not error:
                 return
