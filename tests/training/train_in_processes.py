@@ -1,9 +1,9 @@
 """Train a tiny network for some steps, alone or as one of several processes, and save what it saw and got.
 
-    python train_in_processes.py OUT            # or: python -m torch.distributed.run --nproc-per-node 2 ...
+    python train_in_processes.py OUT [FAIL]     # or: python -m torch.distributed.run --nproc-per-node 2 ...
 
-Writes OUT/RANK.safetensors: for each step the network's inputs in this process (latents, noise levels, embeddings), and
-over all processes the loss.
+Writes OUT/RANK.safetensors: the network's inputs in this process, in order, and each step's loss over all processes.
+With FAIL, the process of that rank raises an error in its fifth step.
 """
 
 import sys
@@ -18,31 +18,47 @@ from latentloom.params import load_params
 from latentloom.training.dataset import LatentDataset
 from latentloom.training.loop import TrainingState, train
 
+ROWS, STEPS, BATCH, PARTS = 21, 20, 8, 2
 
-def main(out: Path, data: LatentDataset) -> None:
-    params = load_params(Path(__file__).parents[2] / "params.yaml")
-    settings = params.train.model_copy(update={"steps": 20, "batch_size": 8, "gradient_accumulation": 2})
+
+def make_data() -> LatentDataset:
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.randn(ROWS, 4, 8, 8, generator=generator)
+    return LatentDataset.from_tensors(
+        ids=[f"image{row}" for row in range(ROWS)],
+        mean=mean,
+        std=torch.full_like(mean, 0.1),
+        embeddings=torch.randn(ROWS, 12, generator=generator),
+        texts=[f"caption {row}" for row in range(ROWS)],
+        captions=torch.arange(ROWS)[:, None],
+        caption_counts=torch.ones(ROWS, dtype=torch.long),
+    )
+
+
+def main(out: Path, failing: int | None) -> None:
+    torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
+    params = load_params(Path(__file__).parents[2] / "params.yaml")
+    settings = params.train.model_copy(update={"steps": STEPS, "batch_size": BATCH, "gradient_accumulation": PARTS})
     torch.manual_seed(0)
     network = get_network(8, 1, 16, 4, widths=(16, 32), text_dim=12).to(memory_format=torch.channels_last)
     seen: list[tuple[torch.Tensor, ...]] = []
-    network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
-    steps = train(
-        TrainingState.start(network, settings),
-        data,
-        params=settings,
-        diffusion=params.diffusion,
-        seed=0,
-        accelerator=accelerator,
-    )
+
+    def see(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if accelerator.process_index == failing and len(seen) == 4 * PARTS:
+            raise RuntimeError("the power of this node went out")
+        seen.append(inputs)
+
+    network.register_forward_pre_hook(see)
+    state = TrainingState.start(network, settings)
+    steps = train(state, make_data(), params=settings, diffusion=params.diffusion, seed=0, accelerator=accelerator)
     losses = [float(accelerator.reduce(step.loss, "mean")) for step in steps]
-    inputs = {
-        name: torch.stack(values) for name, values in zip(("x", "level", "text"), zip(*seen, strict=True), strict=True)
-    }
+    noisy, levels, labels = (torch.stack(values) for values in zip(*seen, strict=True))
     out.mkdir(parents=True, exist_ok=True)
-    save_file(inputs | {"loss": torch.tensor(losses)}, out / f"{accelerator.process_index}.safetensors")
+    tensors = {"noisy": noisy, "levels": levels, "labels": labels, "loss": torch.tensor(losses)}
+    save_file(tensors, out / f"{accelerator.process_index}.safetensors")
     accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), torch.load)  # replaced below
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None)
