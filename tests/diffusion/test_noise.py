@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy import stats
 
 from latentloom.diffusion import (
     NOISE_LEVELS,
@@ -101,6 +102,30 @@ def test_cosine_and_uniform_levels_are_their_formulas():
     u = np.random.default_rng(0).random((3, 5))
     np.testing.assert_allclose(noise_levels_from_uniform(u, "cosine"), np.sin(np.pi * u / 2), rtol=1e-14)
     np.testing.assert_array_equal(noise_levels_from_uniform(u, "uniform"), u)
+
+
+QUANTILES = {
+    "logit_normal": lambda u: 1 / (1 + np.exp(-stats.norm.ppf(u))),
+    "beta": stats.beta(1, 2.5).ppf,
+}
+
+
+@pytest.mark.parametrize("distribution", QUANTILES)
+def test_logit_normal_and_beta_levels_are_scipys_quantiles(distribution):
+    u = np.concatenate([np.geomspace(1e-9, 0.1, 50), np.linspace(0.1, 1, 101)[:-1]])
+    np.testing.assert_allclose(noise_levels_from_uniform(u, distribution), QUANTILES[distribution](u), rtol=1e-6)
+    u = u[u > 1e-3]
+    single = noise_levels_from_uniform(u.astype(np.float32), distribution)
+    np.testing.assert_allclose(single, QUANTILES[distribution](u), atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("distribution", NOISE_LEVELS)
+def test_the_ends_of_the_uniform_numbers_are_the_ends_of_the_levels(distribution, dtype):
+    """A stratified draw in float32 can be rounded to 1, where the tails of these distributions are infinite."""
+    levels = noise_levels_from_uniform(np.array([0, 1], dtype), distribution)
+    np.testing.assert_allclose(levels, [0, 1], atol=1e-6)
+    assert (levels >= 0).all() and (levels <= 1).all()
 
 
 @pytest.mark.parametrize("spacing", NOISE_LEVELS)

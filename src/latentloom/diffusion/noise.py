@@ -115,10 +115,22 @@ def _half_normal(u: torch.Tensor) -> torch.Tensor:
     return torch.sin((0.5 * math.pi / 3) * x.clamp(max=3.0))  # rounding can carry x a hair over 3
 
 
+def _logit_normal(u: torch.Tensor) -> torch.Tensor:
+    """Mostly the middle levels, where a guess is neither given nor out of reach: their logit is N(0, 1)."""
+    return torch.sigmoid(math.sqrt(2) * torch.erfinv(2 * u - 1))
+
+
+def _beta(u: torch.Tensor) -> torch.Tensor:
+    """Mostly low noise, as of Beta(1, 2.5), whose CDF `1 - (1 - alpha)^2.5` can be turned round."""
+    return -torch.expm1(torch.log1p(-u) / 2.5)
+
+
 NOISE_LEVELS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "cosine": _cosine,
     "uniform": _uniform,
     "half_normal": _half_normal,
+    "logit_normal": _logit_normal,
+    "beta": _beta,
 }
 
 
@@ -126,7 +138,9 @@ def noise_levels_from_uniform(u: Array, distribution: str = "cosine") -> Array:
     """Noise levels in [0, 1] from uniform numbers `u` in [0, 1]: the inverse CDF of the named distribution.
 
     `cosine`: `sin(pi u / 2)`. `uniform`: `u`. `half_normal`: `sin(pi x / 6)` with x a half-normal truncated
-    at 3. Any shape; the result has the shape, kind and dtype of `u`. Raises `ValueError` for an unknown name.
+    at 3. `logit_normal`: `1 / (1 + exp(-z))` with z standard normal (Esser et al. 2024, section 3.1; under the
+    schedule `linear` it is theirs). `beta`: Beta(1, 2.5). Any shape; the result has the shape, kind and dtype
+    of `u`. Raises `ValueError` for an unknown name.
     """
     if distribution not in NOISE_LEVELS:
         allowed = ", ".join(NOISE_LEVELS)
