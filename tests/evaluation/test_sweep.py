@@ -34,7 +34,7 @@ LATENTS = torch.randn(12, 4, 4, 4, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture
 def train() -> LatentDataset:
-    return LatentDataset(
+    return LatentDataset.from_tensors(
         ids=[str(row) for row in range(12)],
         mean=LATENTS,
         std=None,

@@ -12,7 +12,7 @@ from latentloom.training.dataset import Caches
 from latentloom.training.draws import generator
 from latentloom.training.model_files import ModelConfig
 
-PREVIEW_STEPS = 30
+PREVIEW_STEPS = 20
 
 
 class Decoder(Protocol):
@@ -58,6 +58,7 @@ def draw_preview(
         guidance,
         PREVIEW_STEPS,
         schedule=config.schedule,
+        sampler="dpmpp_2m",
         bound=config.latent_bound,
         latent_channels=config.latent_shape[0],
         autocast_dtype=dtype,
