@@ -4,12 +4,13 @@ A row is a latent of 4x16x16 and a text embedding of 384 numbers, in fp16. Each 
 draws shuffled batches of 256 as fp32 tensors:
 
     ours        `read_latents` and `read_captions` (all of it in memory), then an index a batch
-    training    `load_caches`, which is what the stage `train` holds: standardised, in fp32; then an index a batch
+    training    `load_caches`, which is what the stage `train` holds: raw rows; a batch is an index, then standardised
+    streamed    the same with no row held: a batch is read from the mapped shards
     datasets    an Arrow file, memory-mapped, torch format, shuffled by indices
     webdataset  tar shards of 10,000 rows, shuffled by shard and through a buffer of 10,000 rows, one process
 
 `open` is the time until the first batch is there (imports left out), the rate is that of the batches after it: of a
-whole epoch for the first two, of at most --peer-batches for the peers. Peak memory is the process's VmHWM; anonymous
+whole epoch for the first three, of at most --peer-batches for the peers. Peak memory is the process's VmHWM; anonymous
 and file-mapped memory are told as they are at the end, file-mapped pages being the system's to take back. Each format
 is written into a temporary folder (of a million rows: at most 5 GB at a time), which is removed.
 
@@ -17,7 +18,6 @@ is written into a temporary folder (of a million rows: at most 5 GB at a time), 
 """
 
 import argparse
-import hashlib
 import importlib
 import json
 import subprocess
@@ -32,55 +32,20 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
+from synthetic import DIM, SHAPE, memory, synthetic, write_caches
 
 from latentloom.encoding.captions import read_captions
 from latentloom.encoding.latents import read_latents
-from latentloom.encoding.rows import FORMAT_VERSION
-from latentloom.encoding.tensor_shards import save_shard
-from latentloom.files import write_json
-from latentloom.sharding import shard_ranges
 from latentloom.training.dataset import load_caches
 
-SHAPE, DIM, BATCH = (4, 16, 16), 384, 256
+BATCH = 256
 TAR_ROWS, BUFFER = 10_000, 10_000
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]  # latents (256, 4, 16, 16) and embeddings (256, 384), fp32
 
 
-def synthetic(rows: range) -> tuple[np.ndarray, np.ndarray]:
-    """Latents and embeddings of ``rows``, fp16."""
-    random = np.random.default_rng(rows.start)
-    latents = random.standard_normal((len(rows), *SHAPE), dtype=np.float32)
-    return latents.astype(np.float16), random.standard_normal((len(rows), DIM), dtype=np.float32).astype(np.float16)
-
-
 def portions(rows: int) -> list[range]:
     return [range(start, min(start + TAR_ROWS, rows)) for start in range(0, rows, TAR_ROWS)]
-
-
-def write_ours(folder: Path, rows: int) -> None:
-    ids = [hashlib.sha256(str(row).encode()).hexdigest() for row in range(rows)]
-    images, captions = [], []
-    for number, places in enumerate(shard_ranges(ids)):
-        own = ids[places.start : places.stop]
-        name = f"{number:05d}.safetensors"
-        latents, embeddings = map(torch.from_numpy, synthetic(places))
-        save_shard(folder / "latents" / name, {"mean": latents}, own)
-        save_shard(folder / "text" / name, {"embedding": embeddings}, own)
-        place = pd.DataFrame({"id": own, "key": own, "shard": name, "row": np.arange(len(own), dtype=np.int32)})
-        place = place.assign(mean=np.float32(0.0), std=np.float32(1.0), finite=True)
-        shape = {name: np.int32(size) for name, size in zip(("channels", "height", "width"), SHAPE, strict=True)}
-        shown = {"split": "train", "source": "synthetic", "abs_max": np.float32(4.0), "weight": np.float32(1.0)}
-        images.append(place.assign(**shown, **shape))
-        texts = [f"caption {row}" for row in places]
-        captions.append(place.assign(text=texts, norm=np.float32(DIM**0.5), dim=np.int32(DIM)))
-    pd.concat(images, ignore_index=True).to_parquet(folder / "latents" / "index.parquet", index=False)
-    pd.concat(captions, ignore_index=True).to_parquet(folder / "text" / "index.parquet", index=False)
-    pairs = pd.DataFrame({"image_id": ids, "caption_id": ids, "position": np.int32(0)})
-    pairs.to_parquet(folder / "text" / "pairs.parquet", index=False)
-    statistics = {"format_version": FORMAT_VERSION, "flip": False, "mean": [0.0] * SHAPE[0], "std": [1.0] * SHAPE[0]}
-    write_json(folder / "latents" / "stats.json", statistics)
-    write_json(folder / "text" / "stats.json", {"format_version": FORMAT_VERSION, "dim": DIM})
 
 
 def write_datasets(folder: Path, rows: int) -> None:
@@ -113,10 +78,14 @@ def read_ours(folder: Path) -> Batches:
         yield tensors["mean"][rows].float(), embeddings[caption[rows]].float()
 
 
-def read_training(folder: Path) -> Batches:
-    data = load_caches(folder / "latents", folder / "text").train
+def read_training(folder: Path, memory_share: float = 1.0) -> Batches:
+    data = load_caches(folder / "latents", folder / "text", memory_share=memory_share).train
     for rows in torch.randperm(len(data)).split(BATCH):
-        yield data.mean[rows], data.embeddings[data.captions[rows, 0]]
+        yield data.latents_at(rows)[0], data.embeddings_at(data.captions[rows, 0])
+
+
+def read_streamed(folder: Path) -> Batches:
+    return read_training(folder, memory_share=0.0)
 
 
 def read_datasets(folder: Path) -> Batches:
@@ -137,22 +106,18 @@ def read_webdataset(folder: Path) -> Batches:
 
 
 PEERS = ("datasets", "webdataset")
-READERS = {"ours": read_ours, "training": read_training, "datasets": read_datasets, "webdataset": read_webdataset}
+READERS = {
+    "ours": read_ours,
+    "training": read_training,
+    "streamed": read_streamed,
+    "datasets": read_datasets,
+    "webdataset": read_webdataset,
+}
 FORMATS = {  # who writes it -> who reads it
-    write_ours: ("ours", "training"),
+    write_caches: ("ours", "training", "streamed"),
     write_datasets: ("datasets",),
     write_webdataset: ("webdataset",),
 }
-
-
-def memory() -> dict[str, float]:
-    """This process's memory in MiB: VmHWM (the peak), RssAnon, RssFile."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return {
-        name: int(value.split()[0]) / 1024
-        for name, value in (line.split(":", 1) for line in lines)
-        if name in ("VmHWM", "RssAnon", "RssFile")
-    }
 
 
 def measure(name: str, folder: Path, most_batches: int) -> dict[str, float]:
@@ -204,7 +169,7 @@ def report(rows: int, results: dict[str, dict[str, float]]) -> None:
             f"{name:>10}  {result['open']:6.2f}  {result['rate']:9,.0f}  {result['drawn']:12,.0f}  "
             f"{result['VmHWM']:8,.0f}  {result['RssAnon']:9,.0f}  {result['base']:8,.0f}  {result['RssFile']:11,.0f}"
         )
-    for own in ("ours", "training"):
+    for own in ("ours", "training", "streamed"):
         for peer in ("datasets", "webdataset"):
             faster = results[own]["rate"] / results[peer]["rate"]
             larger = results[own]["VmHWM"] / results[peer]["VmHWM"]

@@ -104,3 +104,17 @@ def test_caches_that_do_not_belong_together_are_refused(caches, tmp_path, column
     pairs.to_parquet(path, index=False)
     with pytest.raises(ValueError, match=says):
         load_caches(tmp_path / "latents", tmp_path / "text")
+
+
+def test_captions_are_joined_in_their_order_whatever_the_order_of_pairs_and_whichever_images_were_refused(write_caches):
+    latents, text = write_caches(40)
+    index, pairs = pd.read_parquet(latents / "index.parquet"), pd.read_parquet(text / "pairs.parquet")
+    index.drop(index=[0, 7, 33]).to_parquet(latents / "index.parquet", index=False)
+    pairs.sample(frac=1, random_state=0).to_parquet(text / "pairs.parquet", index=False)
+    text_of = pd.read_parquet(text / "index.parquet").set_index("id")["text"]
+    train = load_caches(latents, text).train
+    assert len(train) == 32 - 3
+    for own, captions, count in zip(train.ids, train.captions.tolist(), train.caption_counts.tolist(), strict=True):
+        expected = [text_of[caption] for caption in pairs[pairs["image_id"] == own]["caption_id"]]
+        assert [train.texts[row] for row in captions] == (expected * len(captions))[: len(captions)]
+        assert count == len(expected)

@@ -313,18 +313,18 @@ def _read_table(path: Path, columns: list[str]) -> pd.DataFrame:
 def _caption_table(
     image_ids: pd.Series, pairs: pd.DataFrame, caption_ids: pd.Series
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    ordered = pairs.sort_values(["image_id", "position"])
-    caption_rows = pd.Index(caption_ids).get_indexer(ordered["caption_id"])
-    if (caption_rows < 0).any():
-        unknown = ordered["caption_id"].iloc[int(np.argmin(caption_rows))]
-        raise ValueError(f"data/text/pairs.parquet names a caption that has no embedding: {unknown}; run `dvc repro`")
-    by_image = ordered.groupby("image_id")["position"].size()
-    counts = by_image.reindex(image_ids).fillna(0).to_numpy(np.int64, copy=True)
+    caption_rows = pd.Index(caption_ids).get_indexer(pairs["caption_id"])
+    if (unknown := caption_rows < 0).any():
+        first = pairs["caption_id"].iloc[int(np.argmax(unknown))]
+        raise ValueError(f"data/text/pairs.parquet names a caption that has no embedding: {first}; run `dvc repro`")
+    image_rows = pd.Index(image_ids).get_indexer(pairs["image_id"])  # -1: an image whose latent was refused
+    counts = np.bincount(image_rows[image_rows >= 0], minlength=len(image_ids))
     if not counts.all():
         missing = image_ids[counts == 0]
         raise ValueError(
             f"{len(missing)} images have no caption in the text cache, the first: {missing.iloc[0]}; run `dvc repro`"
         )
-    firsts = (by_image.cumsum() - by_image).reindex(image_ids).to_numpy(np.int64)
-    table = caption_rows[firsts[:, None] + np.arange(counts.max(initial=1)) % counts[:, None]]
-    return torch.from_numpy(table), torch.from_numpy(counts)
+    by_image = np.lexsort((pairs["position"], image_rows))[np.count_nonzero(image_rows < 0) :]
+    firsts = counts.cumsum() - counts
+    places = firsts[:, None] + np.arange(counts.max(initial=1)) % counts[:, None]
+    return torch.from_numpy(caption_rows[by_image][places]), torch.from_numpy(counts)
