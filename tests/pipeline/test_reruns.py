@@ -77,6 +77,11 @@ def test_an_edit_to_the_evaluation_never_retrains(project):
     assert project.repro() == []
 
 
+def test_how_the_machine_is_used_is_no_reason_to_rerun(project):
+    project.set_params(machine__checkpoint_every=7, machine__checkpoints_kept=1, machine__data_memory_share=0.0)
+    assert project.repro() == []
+
+
 def test_device_and_tracking_address_are_no_reason_to_rerun(project):
     environment = project.environment | {"LATENTLOOM_DEVICE": "cpu", "MLFLOW_TRACKING_URI": "sqlite:///elsewhere.db"}
     result = project.run("env", *(f"{key}={value}" for key, value in environment.items()), "dvc", "status")
