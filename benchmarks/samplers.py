@@ -51,7 +51,7 @@ def main() -> None:
 
     def draw(sampler: Sampler) -> tuple[torch.Tensor, float]:
         latents = sampler.latents(known.primary_embeddings(), known.ids, params.seed)
-        return latents, recall_at_1(latents, train.mean)
+        return latents, recall_at_1(latents, train)
 
     exact, recall = draw(reference)
     print(f"{len(known)} captions, guidance {settings.class_guidance:g}; reference: recall {recall:.3f}", flush=True)

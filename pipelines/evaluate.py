@@ -37,7 +37,9 @@ def main(params: Params) -> str:
         guidance_interval=tuple(settings.guidance_interval),
         guidance_rescale=settings.guidance_rescale,
     )
-    caches = load_caches(Path("data/latents"), Path("data/text")).to(device)
+    caches = load_caches(
+        Path("data/latents"), Path("data/text"), device=device, memory_share=params.machine.data_memory_share
+    )
     evaluation = evaluate(
         params,
         sampler,

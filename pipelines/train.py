@@ -44,7 +44,7 @@ def main(params: Params) -> str | None:
         mixed_precision="no",  # the loop has its own autocast, the same on every device
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
-    caches = load_caches(LATENTS, TEXT, device=accelerator.device, memory_share=params.machine.data_memory_share)
+    caches = load_caches(LATENTS, TEXT, device=accelerator.device, memory_share=_memory_share(params, accelerator))
     if accelerator.is_main_process:
         print(f"train: {caches.placement}", file=sys.stderr, flush=True)
     code = code_hash(Path(__file__))
@@ -80,6 +80,12 @@ def main(params: Params) -> str | None:
         figures += f", val_mae {result.val_mae:.3f}"
     speed = f"{result.images_per_second:.0f} images/s on {accelerator.device}"
     return f"{params.train.steps} steps on {len(caches.train)} images, {figures}, {speed}"
+
+
+def _memory_share(params: Params, accelerator: Accelerator) -> float:
+    """Of the memory that is free, what this process may take; processes on one CPU have it in common."""
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if accelerator.device.type == "cpu" else 1
+    return params.machine.data_memory_share / sharing
 
 
 def _train_tracked(params: Params, caches: Caches, *, checkpoints: Checkpoints, **settings) -> TrainingResult:

@@ -176,12 +176,24 @@ def test_a_sample_does_not_depend_on_what_else_is_asked_for():
     assert not torch.allclose(other_seed, together, atol=1e-2)
 
 
-def test_the_nearest_reference_is_found_as_numpy_finds_it():
+def test_the_nearest_training_latent_is_found_as_numpy_finds_it(monkeypatch):
+    monkeypatch.setattr("latentloom.evaluation.sampling.PART", 6)
     generator = np.random.default_rng(0)
-    samples, references = generator.normal(size=(7, 4, 3, 3)), generator.normal(size=(20, 4, 3, 3))
+    samples = generator.normal(size=(7, 4, 4, 4)).astype(np.float32)
+    references = generator.normal(size=(20, 4, 4, 4)).astype(np.float32)
+    references[13] = references[2]  # of two alike, the first
+    samples[0] = references[13]
     distances = np.linalg.norm(samples.reshape(7, 1, -1) - references.reshape(1, 20, -1), axis=2)
-    found = nearest(torch.from_numpy(samples), torch.from_numpy(references))
-    assert found.tolist() == distances.argmin(1).tolist()
+    train = LatentDataset.from_tensors(
+        ids=[f"image{row}" for row in range(20)],
+        mean=torch.from_numpy(references),
+        std=None,
+        embeddings=torch.zeros(1, 8),
+        texts=["caption"],
+        captions=torch.zeros(20, 1, dtype=torch.long),
+        caption_counts=torch.ones(20, dtype=torch.long),
+    )
+    assert nearest(torch.from_numpy(samples), train).tolist() == distances.argmin(1).tolist()
 
 
 def test_the_sheet_shows_every_picture_whole_and_grows_with_their_number(tmp_path):

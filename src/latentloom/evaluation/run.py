@@ -68,7 +68,7 @@ def evaluate(
 
     of_prompts, of_known, _ = latents.split([len(prompted), len(known), len(held_out)])
     metrics = {f"val_{name}": round(value, 5) for name, value in error.items()} | {
-        "caption_recall_at_1": round(recall_at_1(of_known, caches.train.mean), 4),
+        "caption_recall_at_1": round(recall_at_1(of_known, caches.train), 4),
         "recall_captions": len(known),
     }
     prompt_images, known_images, held_out_images = np.split(drawn, np.cumsum([len(of_prompts), len(of_known)]))

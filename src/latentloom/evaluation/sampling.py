@@ -8,10 +8,12 @@ import torch
 from tqdm import tqdm
 
 from latentloom.diffusion import Diffuser, UNet
+from latentloom.training.dataset import LatentDataset
 from latentloom.training.draws import generator
 from latentloom.training.model_files import ModelConfig
 
 BATCH_SIZE = 64
+PART = 8192  # training latents looked at together
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,18 @@ class Sampler:
         return torch.randn(self.config.latent_shape, generator=generator("cpu", seed, "sample", name))
 
 
-def recall_at_1(samples: torch.Tensor, references: torch.Tensor) -> float:
-    """Of the samples (B, ...), the share whose nearest of all references (N, ...) is the one in their own row."""
-    return float((nearest(samples, references) == np.arange(len(samples))).mean())
+def recall_at_1(samples: torch.Tensor, train: LatentDataset) -> float:
+    """Of samples (B, C, h, w), the share whose nearest training latent, of all, is the one in their own row."""
+    return float((nearest(samples, train) == np.arange(len(samples))).mean())
 
 
-def nearest(samples: torch.Tensor, references: torch.Tensor) -> np.ndarray:
-    """For each sample (B, ...) the row of the closest reference (N, ...), by Euclidean distance."""
-    return torch.cdist(samples.flatten(1).double(), references.flatten(1).double()).argmin(1).cpu().numpy()
+def nearest(samples: torch.Tensor, train: LatentDataset) -> np.ndarray:
+    """For each sample (B, C, h, w) the row of the closest latent of ``train``, by Euclidean distance."""
+    queries, exact = samples.flatten(1).float(), "donot_use_mm_for_euclid_dist"
+    best = torch.full((len(samples),), torch.inf, device=samples.device)
+    rows = torch.zeros(len(samples), dtype=torch.long, device=samples.device)
+    for part, latents in train.parts(PART):
+        distance, row = torch.cdist(queries, latents.flatten(1), compute_mode=exact).min(1)
+        rows = torch.where(distance < best, row + part.start, rows)
+        best = torch.minimum(best, distance)
+    return rows.cpu().numpy()

@@ -49,7 +49,7 @@ def sweep(sampler: Sampler, train: LatentDataset, settings: EvaluateParams, seed
         for guidance in sorted(set(settings.sweep.class_guidance)):
             latents = replace(sampler, guidance=guidance, steps=steps).latents(embeddings, known.ids, seed)
             error = (latents - known.mean).abs().mean()
-            points.append(SweepPoint(guidance, steps, recall_at_1(latents, train.mean), float(error)))
+            points.append(SweepPoint(guidance, steps, recall_at_1(latents, train), float(error)))
     return points
 
 
