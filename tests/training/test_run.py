@@ -147,12 +147,17 @@ def test_a_checkpoint_is_gone_on_from_where_the_run_would_have_come_by_it(
     assert (usable_checkpoint(kept(tmp_path), quick(**wanted_by)) is not None) == usable
 
 
-def test_the_first_signal_is_a_request_and_the_second_interrupts():
+def test_the_first_signal_is_a_request_and_a_later_ctrl_c_interrupts(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
     with pytest.raises(KeyboardInterrupt), StopRequest() as request:
         assert request.number == 0
         os.kill(os.getpid(), signal.SIGINT)
         assert request.number == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)  # the same Ctrl-C, by way of a launcher
+        now[0] += 5
+        os.kill(os.getpid(), signal.SIGTERM)  # whoever wants more than a request has SIGKILL
+        assert request.number == signal.SIGINT
         os.kill(os.getpid(), signal.SIGINT)
-    with StopRequest():
-        pass
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

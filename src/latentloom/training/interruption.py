@@ -2,9 +2,11 @@
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ONE_GESTURE = 2.0  # seconds
 
 
 class TrainingStopped(KeyboardInterrupt):
@@ -20,10 +22,15 @@ class TrainingStopped(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Within its block, the first SIGTERM or Ctrl-C only sets ``number``; a second one acts as it would without us."""
+    """Within its block, SIGTERM and Ctrl-C only set ``number``; a second Ctrl-C interrupts at once.
+
+    A launcher of several processes passes on the Ctrl-C that the terminal sent to each of them already, so a second
+    one within ``ONE_GESTURE`` of the first does not count.
+    """
 
     def __init__(self) -> None:
         self.number = 0  # of the signal; 0: nobody asked
+        self._asked_at = 0.0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -34,13 +41,11 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._restore()
-
-    def _take(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        self._restore()
-
-    def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._before = {}
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        if not self.number:
+            self.number, self._asked_at = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._asked_at > ONE_GESTURE:
+            raise KeyboardInterrupt
