@@ -70,6 +70,8 @@ class Checkpoints:
             write_json(temporary / "state.json", about | {"facts": checkpoint.facts})
             self._delete([final])  # a damaged one
             temporary.replace(final)
+        except OSError as error:
+            raise OSError(error.errno, str(error.strerror).replace(temporary.name, final.name)) from error
         finally:
             self._delete([temporary])
         if pinned:
