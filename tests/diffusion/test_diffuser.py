@@ -1,11 +1,14 @@
 """The Diffuser: against diffusers' DDIM, guidance by its formula, and a small network that obeys text."""
 
+from contextlib import nullcontext
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from latentloom.diffusion import (
     Diffuser,
@@ -119,6 +122,92 @@ def test_each_step_is_one_call_and_plain_guidance_costs_no_second_half(w, sample
     assert calls == [(samples,) * 3] * 5
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
+def test_outside_its_interval_guidance_is_off_and_costs_nothing(sampler):
+    levels, texts = [], []
+
+    def watched(x_t, noise_levels, text):
+        levels.append(noise_levels[0].item())
+        texts.append(text)
+        return wavy(x_t, noise_levels, text)
+
+    seeds, labels = seeds_and_labels()
+    Diffuser(watched, 4.0, 20, sampler=sampler, guidance_interval=(0.2, 0.8)).reverse_diffusion(seeds, labels)
+    inside = [0.2 <= level <= 0.8 for level in levels]
+    assert 5 < sum(inside) < 15 and not inside[0] and not inside[-1]
+    for guided, text in zip(inside, texts, strict=True):
+        assert len(text) == (6 if guided else 3)
+        np.testing.assert_array_equal(text[:3], labels)
+
+
+@pytest.mark.parametrize("level", [0.1, 0.2, 0.6, 0.61])
+def test_both_ends_of_the_interval_belong_to_it(level):
+    seeds, labels = seeds_and_labels()
+    guess = Diffuser(wavy, 4.0, 5, guidance_interval=(0.2, 0.6)).predict_x_zero(seeds, labels, level)
+    w = 4.0 if level in (0.2, 0.6) else 1.0
+    np.testing.assert_array_equal(guess, Diffuser(wavy, w, 5).predict_x_zero(seeds, labels, level))
+
+
+@pytest.mark.parametrize("phi", [0.3, 1.0])
+def test_guidance_rescale_goes_back_towards_the_contrast_of_the_conditional_guess(phi):
+    """Lin et al. 2024, eq. 15 and 16, in NumPy; each sample by itself."""
+    seeds, labels = seeds_and_labels()
+    guess, plain, guided = (
+        Diffuser(wavy, w, 5, guidance_rescale=rescale).predict_x_zero(seeds, labels, 0.6)
+        for w, rescale in ((5.0, phi), (1.0, 0.0), (5.0, 0.0))
+    )
+    for ours, x_pos, x_cfg in zip(guess, plain, guided, strict=True):
+        rescaled = x_cfg * (x_pos.std() / x_cfg.std())
+        np.testing.assert_allclose(ours, phi * rescaled + (1 - phi) * x_cfg)
+        assert ours.std() != pytest.approx(x_cfg.std(), rel=1e-3)
+
+
+def test_guidance_rescale_leaves_a_guess_without_contrast_alone():
+    def flat(x_t, noise_levels, text):
+        return text.sum(1).view(-1, 1, 1, 1).expand_as(x_t)
+
+    seeds, labels = seeds_and_labels()
+    expected = np.broadcast_to(3 * labels.sum(1)[:, None, None, None], seeds.shape)
+    np.testing.assert_allclose(
+        Diffuser(flat, 3.0, 5, guidance_rescale=0.7).predict_x_zero(seeds, labels, 0.5), expected
+    )
+
+
+@pytest.mark.parametrize("w", [0.0, 1.0, 3.0])
+def test_defaults_are_bit_for_bit_the_plain_walk(w):
+    seeds, labels = (torch.from_numpy(array) for array in seeds_and_labels(dtype=np.float32))
+    x, schedule = seeds.permute(0, 3, 1, 2), get_schedule("vp")
+    diffuser = Diffuser(wavy, w, 9, bound=0.7)
+    for now, then in pairwise(diffuser.noise_levels().tolist()):
+        level = torch.full((3,), now)
+        guesses = [(factor, wavy(x, level, text)) for factor, text in ((w, labels), (1 - w, 0 * labels)) if factor]
+        x0_hat = sum(guess if factor == 1 else factor * guess for factor, guess in guesses)
+        x0_hat = dynamic_thresholding(x0_hat, bound=0.7)
+        x = schedule.step(x, x0_hat, now, then) if then else x0_hat
+    assert torch.equal(diffuser.reverse_diffusion(seeds, labels), x.permute(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
+def test_no_step_waits_for_the_device_or_moves_anything_to_or_from_it(sampler, monkeypatch):
+    """On the meta device, whose tensors have no values: whoever asks for one fails, or leaves the device."""
+
+    class StaysOnDevice(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+            assert all(tensor.is_meta for tensor in tensors), func
+            return result
+
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # does not know this device
+    network = UNet(4, (16, 32), 1, 16, 24).to("meta")
+    seeds, labels = torch.empty(3, 4, 8, 8, device="meta"), torch.empty(3, 24, device="meta")
+    diffuser = Diffuser(network, 3.0, 4, sampler=sampler, guidance_interval=(0.2, 0.8), guidance_rescale=0.5)
+    levels = diffuser.noise_levels()  # the host's own
+    monkeypatch.setattr(diffuser, "noise_levels", lambda: levels)
+    with StaysOnDevice():
+        assert diffuser.reverse_diffusion(seeds, labels, layout="nchw").shape == seeds.shape
+
+
 @pytest.mark.parametrize("kind", ["numpy", "torch"])
 @pytest.mark.parametrize("layout", ["nhwc", "nchw"])
 def test_latents_come_back_in_the_layout_and_kind_of_the_seeds(layout, kind):
@@ -160,6 +249,9 @@ def test_progress_is_reported_after_each_step(capsys):
         ({"class_guidance": float("nan")}, "class_guidance must be a finite number"),
         ({"perc": 120}, "percentile"),
         ({"bound": 0}, "bound must be above 0"),
+        ({"sampler": "euler"}, "unknown sampler 'euler': allowed are ddim, dpmpp_2m"),
+        ({"guidance_interval": (0.6, 0.3)}, r"guidance_interval .* not \(0.6, 0.3\)"),
+        ({"guidance_rescale": 1.5}, "from 0 to 1, not 1.5"),
     ],
 )
 def test_impossible_settings_are_refused_at_once(options, message):
@@ -198,16 +290,18 @@ def two_words():
     return network, words, meanings
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
 @pytest.mark.parametrize("w", [1.0, 3.0])
-def test_a_trained_network_draws_what_the_text_says(two_words, w):
+def test_a_trained_network_draws_what_the_text_says(two_words, w, sampler):
     network, words, meanings = two_words
     seeds = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     word = torch.tensor([0, 1] * 4)
-    latents = Diffuser(network, w, 12, bound=1.0).reverse_diffusion(seeds, words[word])
+    diffuser = Diffuser(network, w, 12, bound=1.0, sampler=sampler)
+    latents = diffuser.reverse_diffusion(seeds, words[word])
     right = (latents - meanings[word]).abs().mean((1, 2, 3))
     wrong = (latents - meanings[1 - word]).abs().mean((1, 2, 3))
     assert (right < 0.3).all() and (wrong > 1.5).all()
-    swapped = Diffuser(network, w, 12, bound=1.0).reverse_diffusion(seeds, words[1 - word])
+    swapped = diffuser.reverse_diffusion(seeds, words[1 - word])
     assert ((swapped - latents).abs().mean((1, 2, 3)) > 1).all()
 
 

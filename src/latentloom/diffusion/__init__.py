@@ -1,8 +1,8 @@
 """The science of latent diffusion, on torch and NumPy alone: noise, a denoiser, and the way back from noise.
 
 `noise` says how latents become noise and what one step back is, `blocks` and `unet` build the denoiser,
-`diffuser` walks from noise to latents with it, `plotting` shows them. `layouts` lets arrays and tensors in,
-in either layout.
+`samplers` string steps into a walk, `diffuser` walks from noise to latents with them, `plotting` shows those.
+`layouts` lets arrays and tensors in, in either layout.
 """
 
 from latentloom.diffusion.blocks import (
@@ -28,10 +28,12 @@ from latentloom.diffusion.noise import (
     sampling_levels,
 )
 from latentloom.diffusion.plotting import decode_latents, imshow, plot_images
+from latentloom.diffusion.samplers import SAMPLERS, ddim, dpmpp_2m, get_sampler
 from latentloom.diffusion.unet import TiledMerge, UNet, get_network
 
 __all__ = [
     "NOISE_LEVELS",
+    "SAMPLERS",
     "SCHEDULES",
     "ConditionedLayer",
     "CrossAttention",
@@ -45,10 +47,13 @@ __all__ = [
     "UNet",
     "UpBlock",
     "add_noise",
+    "ddim",
     "decode_latents",
     "detect_layout",
+    "dpmpp_2m",
     "dynamic_thresholding",
     "get_network",
+    "get_sampler",
     "get_schedule",
     "imshow",
     "noise_levels_from_uniform",
