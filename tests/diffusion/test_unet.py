@@ -133,6 +133,63 @@ def test_the_network_is_one_graph_with_no_breaks():
     network, arguments = tiny(), inputs()
     whole = torch.compile(network, backend="eager", fullgraph=True)
     torch.testing.assert_close(whole(*arguments), network(*arguments))
+    network.gradient_checkpointing = True
+    torch.testing.assert_close(whole(*arguments), network(*arguments))
+
+
+def gradients(network, dtype=None):
+    """The gradients, and the bytes that the forward pass kept for them beside the weights."""
+    x_t, levels, text = inputs()
+    own, kept = {parameter.data_ptr() for parameter in network.parameters()}, {}
+
+    def keep(tensor):
+        if tensor.data_ptr() not in own:
+            kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    network.zero_grad()
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None),
+    ):
+        loss = (network(x_t, levels, text) - x_t).abs().mean()
+    kept = sum(kept.values())  # before the way back, which computes and keeps some of it once more
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in network.named_parameters()}, kept
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_gradient_checkpointing_gives_the_same_gradients_bit_for_bit_from_less_memory(dtype):
+    network = UNet(4, (16, 32), 2, 16, 24)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.parameters():  # past the zeros that hide what lies before them
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+    assert not network.gradient_checkpointing
+    expected, memory = gradients(network, dtype)
+    network.gradient_checkpointing = True
+    found, less_memory = gradients(network, dtype)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert less_memory < memory / 2
+    assert "gradient_checkpointing" not in network.config
+
+
+def test_gradient_checkpointing_is_for_training_alone():
+    network, arguments = tiny(), inputs()
+    expected = network(*arguments)
+    network.gradient_checkpointing = True
+    runs = []
+    hook = network.middle[0].residual.register_forward_hook(lambda *_: runs.append(1))
+    for training, with_grad, times in [(True, True, 2), (False, True, 1), (True, False, 1)]:
+        runs.clear()
+        network.train(training)
+        with torch.set_grad_enabled(with_grad):
+            guess = network(*arguments)
+        if with_grad:
+            guess.mean().backward()
+        assert len(runs) == times
+        assert torch.equal(guess, expected)
+    hook.remove()
 
 
 def test_one_level_and_latents_that_are_not_square_work():

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from latentloom.diffusion.layouts import Array, to_tensor
 
@@ -169,7 +170,13 @@ class CrossAttention(nn.Module):
 
 
 class ConditionedLayer(nn.Module):
-    """One layer of a U-Net: a residual block, then self-attention, then cross-attention, where asked for."""
+    """One layer of a U-Net: a residual block, then self-attention, then cross-attention, where asked for.
+
+    Where `checkpointed` is set, training keeps the layer's inputs alone and computes the rest once more on the
+    way back (Chen et al. 2016): less memory, more time, the same gradients.
+    """
+
+    checkpointed = False
 
     def __init__(
         self,
@@ -189,6 +196,12 @@ class ConditionedLayer(nn.Module):
     def forward(
         self, x: torch.Tensor, condition: torch.Tensor | None = None, text: torch.Tensor | None = None
     ) -> torch.Tensor:
+        if self.checkpointed and self.training and torch.is_grad_enabled():
+            # Nothing in a layer is random, so there is no random state to bring back.
+            return checkpoint(self._compute, x, condition, text, use_reentrant=False, preserve_rng_state=False)
+        return self._compute(x, condition, text)
+
+    def _compute(self, x: torch.Tensor, condition: torch.Tensor | None, text: torch.Tensor | None) -> torch.Tensor:
         x = self.residual(x, condition)
         if self.self_attention is not None:
             x = self.self_attention(x)

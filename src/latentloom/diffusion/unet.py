@@ -13,7 +13,7 @@ survive every normalisation on the way to say so.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -64,7 +64,8 @@ class UNet(nn.Module):
                       but the finest, where attention costs the most.
     heads:            attention heads; by default one for every 64 channels.
 
-    `config` holds these arguments: `UNet(**unet.config)` is the same architecture.
+    `config` holds these arguments: `UNet(**unet.config)` is the same architecture. `gradient_checkpointing`, False
+    unless set, trades time for memory in training (see `ConditionedLayer`); it changes no result.
     """
 
     def __init__(
@@ -140,6 +141,18 @@ class UNet(nn.Module):
         with torch.no_grad():
             self.head.weight.mul_(0.1)
             self.head.bias.zero_()
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        return all(layer.checkpointed for layer in self._layers())
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        for layer in self._layers():
+            layer.checkpointed = value
+
+    def _layers(self) -> Iterator[ConditionedLayer]:
+        return (module for module in self.modules() if isinstance(module, ConditionedLayer))
 
     def forward(self, x_t: torch.Tensor, noise_levels: torch.Tensor, text_embeddings: torch.Tensor) -> torch.Tensor:
         """Guess the clean latents from noised ones.
