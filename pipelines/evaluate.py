@@ -10,6 +10,7 @@ from latentloom.encoding.vae import load_vae
 from latentloom.evaluation.run import evaluate
 from latentloom.evaluation.sampling import Sampler
 from latentloom.evaluation.sheet import save_sheet
+from latentloom.evaluation.sweep import CHART, TABLE, save_sweep, sweep
 from latentloom.files import read_json, write_json
 from latentloom.params import Params
 from latentloom.stage import project_root, run_stage
@@ -32,11 +33,15 @@ def main(params: Params) -> str:
         steps=settings.diffusion_steps,
         threshold_percentile=settings.threshold_percentile,
         dtype=autocast_dtype(params.train.precision, device),
+        sampler=settings.sampler,
+        guidance_interval=tuple(settings.guidance_interval),
+        guidance_rescale=settings.guidance_rescale,
     )
+    caches = load_caches(Path("data/latents"), Path("data/text")).to(device)
     evaluation = evaluate(
         params,
         sampler,
-        load_caches(Path("data/latents"), Path("data/text")).to(device),
+        caches,
         Path("data/images"),
         decoder=load_vae(config.vae.reference, device),
         embedder=load_text_encoder(config.text_encoder.reference, device),
@@ -48,10 +53,15 @@ def main(params: Params) -> str:
     for low, high in BINS:
         if (name := f"val_mae_{bin_name(low, high)}") in metrics:
             curve.add("mae_by_noise", {"noise_level": (low + high) / 2, "val_mae": metrics[name]})
+    chart = save_sweep(sweep(sampler, caches.train, settings, params.seed), REPORTS / "plots")
     with reopened_run(project_root(), read_json("reports/train/run.json")["mlflow_run_id"]) as tracked:
         tracked.log_metrics({f"evaluate/{name}": value for name, value in metrics.items()}, params.train.steps)
         tracked.log_image(np.asarray(evaluation.sheet), "evaluation", params.train.steps)
         tracked.log_file(REPORTS / "samples.png")
+        if chart:
+            tracked.log_image(np.asarray(chart), "sweep", params.train.steps)
+            for name in (CHART, TABLE):
+                tracked.log_file(REPORTS / "plots" / name)
         tracked.set_tags(
             {f"evaluate.{key}": str(value) for key, value in settings.model_dump().items() if key != "prompts"}
         )

@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+from latentloom.diffusion import Diffuser
+from latentloom.evaluation import run
 from latentloom.evaluation.run import evaluate
 from latentloom.evaluation.sampling import Sampler, nearest
 from latentloom.evaluation.sheet import CELL, Row, Section, draw_sheet, save_sheet
@@ -61,8 +63,8 @@ class Hashing:
         return np.stack([np.random.default_rng(len(caption)).normal(size=8) for caption in captions]).astype(np.float32)
 
 
-def sampler(network, *, guidance=1.0, steps=8) -> Sampler:
-    return Sampler(network, CONFIG, guidance=guidance, steps=steps, threshold_percentile=99.5, dtype=None)
+def sampler(network, *, guidance=1.0, steps=8, **settings) -> Sampler:
+    return Sampler(network, CONFIG, guidance=guidance, steps=steps, threshold_percentile=99.5, dtype=None, **settings)
 
 
 @pytest.fixture
@@ -126,6 +128,40 @@ def test_without_a_validation_split_there_is_still_an_evaluation(caches, params)
     result = evaluate(params, sampler(network), data, images, decoder=Grey(), embedder=Hashing())
     assert "val_mae" not in result.metrics
     assert result.metrics["caption_recall_at_1"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, "8 steps of ddim, guidance 3, seed 0;"),
+        (
+            {"sampler": "dpmpp_2m", "guidance_interval": (0.2, 0.8), "guidance_rescale": 0.7},
+            "8 steps of dpmpp_2m, guidance 3 at noise levels 0.2 to 0.8, rescaled by 0.7, seed 0;",
+        ),
+    ],
+)
+def test_the_sheets_footer_says_how_the_samples_were_made(caches, params, monkeypatch, settings, told):
+    footers = []
+    monkeypatch.setattr(run, "draw_sheet", lambda sections, footer: footers.append(footer))
+    data, images = caches
+    network = Remembers(data.train.primary_embeddings(), data.train.mean)
+    evaluate(params, sampler(network, guidance=3.0, **settings), data, images, decoder=Grey(), embedder=Hashing())
+    assert footers[0].startswith(told)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"sampler": "dpmpp_2m"}, {"guidance_interval": (0.2, 0.8)}, {"guidance_rescale": 0.7}]
+)
+def test_a_samplers_settings_reach_its_diffuser(settings):
+    torch.manual_seed(0)
+    network = CONFIG.build().eval()
+    embeddings, names = torch.randn(2, 8), ["a", "b"]
+    made = sampler(network, guidance=3.0, **settings)
+    noise = torch.stack([made.starting_noise(name, 1) for name in names])
+    diffuser = Diffuser(network, 3.0, 8, bound=CONFIG.latent_bound, **settings)
+    latents = made.latents(embeddings, names, seed=1)
+    torch.testing.assert_close(latents, diffuser.reverse_diffusion(noise, embeddings, layout="nchw"))
+    assert not torch.equal(latents, sampler(network, guidance=3.0).latents(embeddings, names, seed=1))
 
 
 def test_a_sample_does_not_depend_on_what_else_is_asked_for():

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from latentloom.evaluation.sampling import Sampler, nearest
+from latentloom.evaluation.sampling import Sampler, recall_at_1
 from latentloom.evaluation.sheet import Row, Section, draw_sheet
 from latentloom.ingestion.shards import iterate_images
 from latentloom.params import Params
@@ -67,9 +67,8 @@ def evaluate(
     drawn = decoder.decode(to_raw(latents, sampler.config))
 
     of_prompts, of_known, _ = latents.split([len(prompted), len(known), len(held_out)])
-    hits = nearest(of_known, caches.train.mean) == np.arange(len(known))
     metrics = {f"val_{name}": round(value, 5) for name, value in error.items()} | {
-        "caption_recall_at_1": round(float(hits.mean()), 4),
+        "caption_recall_at_1": round(recall_at_1(of_known, caches.train.mean), 4),
         "recall_captions": len(known),
     }
     prompt_images, known_images, held_out_images = np.split(drawn, np.cumsum([len(of_prompts), len(of_known)]))
@@ -107,5 +106,14 @@ def _footer(params: Params, sampler: Sampler, metrics: dict[str, float]) -> str:
     figures = f"caption_recall_at_1 {metrics['caption_recall_at_1']:.3f} of {metrics['recall_captions']}"
     if "val_mae" in metrics:
         figures += f", val_mae {metrics['val_mae']:.3f}"
-    made = f"{sampler.steps} steps, guidance {sampler.guidance:g}, seed {params.seed}; {figures}."
+    made = f"{sampler.steps} steps of {sampler.sampler}, {_guidance(sampler)}, seed {params.seed}; {figures}."
     return f"{made} {sampler.config.attribution}" if sampler.config.attribution else made
+
+
+def _guidance(sampler: Sampler) -> str:
+    told, (low, high) = f"guidance {sampler.guidance:g}", sampler.guidance_interval
+    if (low, high) != (0.0, 1.0):
+        told += f" at noise levels {low:g} to {high:g}"
+    if sampler.guidance_rescale:
+        told += f", rescaled by {sampler.guidance_rescale:g}"
+    return told

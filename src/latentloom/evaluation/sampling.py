@@ -25,6 +25,9 @@ class Sampler:
         steps: denoising steps.
         threshold_percentile: of dynamic thresholding; the bound is the config's.
         dtype: for autocast; None computes in fp32.
+        sampler: how a sample gets from noise level to noise level, a name that the `Diffuser` knows.
+        guidance_interval: the lowest and the highest noise level at which guidance acts.
+        guidance_rescale: how far contrast that guidance added is taken back, from 0 to 1.
     """
 
     network: UNet
@@ -33,6 +36,9 @@ class Sampler:
     steps: int
     threshold_percentile: float
     dtype: torch.dtype | None
+    sampler: str = "ddim"
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_rescale: float = 0.0
 
     def latents(self, embeddings: torch.Tensor, names: Sequence[str], seed: int) -> torch.Tensor:
         """Sample a standardised latent (B, C, h, w) for each text embedding (B, dim), on the network's device.
@@ -51,6 +57,9 @@ class Sampler:
             bound=self.config.latent_bound,
             latent_channels=self.config.latent_shape[0],
             autocast_dtype=self.dtype,
+            sampler=self.sampler,
+            guidance_interval=self.guidance_interval,
+            guidance_rescale=self.guidance_rescale,
         )
         samples = []
         with tqdm(total=len(names), desc="sample", unit="image") as progress:
@@ -63,6 +72,11 @@ class Sampler:
     def starting_noise(self, name: str, seed: int) -> torch.Tensor:
         """The noise (C, h, w) that the sample of that name starts from."""
         return torch.randn(self.config.latent_shape, generator=generator("cpu", seed, "sample", name))
+
+
+def recall_at_1(samples: torch.Tensor, references: torch.Tensor) -> float:
+    """Of the samples (B, ...), the share whose nearest of all references (N, ...) is the one in their own row."""
+    return float((nearest(samples, references) == np.arange(len(samples))).mean())
 
 
 def nearest(samples: torch.Tensor, references: torch.Tensor) -> np.ndarray:

@@ -1,0 +1,96 @@
+"""Guidance and steps compared: the same captions from the same noise, with every combination of both.
+
+What it leaves is one chart, `sweep.png`, and its figures, `sweep.csv`; without a sweep, neither.
+"""
+
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from PIL import Image
+
+from latentloom.evaluation.sampling import Sampler, recall_at_1
+from latentloom.evaluation.sheet import save_sheet
+from latentloom.params import EvaluateParams
+from latentloom.training.curves import Curves
+from latentloom.training.dataset import LatentDataset
+
+CHART, TABLE = "sweep.png", "sweep.csv"
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """One combination, and what its samples of training captions were like.
+
+    Attributes:
+        class_guidance: how strongly they followed the caption.
+        diffusion_steps: steps a sample.
+        caption_recall_at_1: as `evaluate` measures it.
+        latent_mae: the mean absolute difference to the caption's own training latent, in standard deviations.
+    """
+
+    class_guidance: float
+    diffusion_steps: int
+    caption_recall_at_1: float
+    latent_mae: float
+
+
+def sweep(sampler: Sampler, train: LatentDataset, settings: EvaluateParams, seed: int) -> list[SweepPoint]:
+    """Sample ``recall_captions`` captions of ``train`` with each combination of ``settings.sweep``, if there is one.
+
+    All else is the ``sampler``'s own. The points come by rising steps, then by rising guidance, each combination once.
+    """
+    if settings.sweep is None:
+        return []
+    known = train.take(min(settings.recall_captions, len(train)))
+    embeddings, points = known.primary_embeddings(), []
+    for steps in sorted(set(settings.sweep.diffusion_steps)):
+        for guidance in sorted(set(settings.sweep.class_guidance)):
+            latents = replace(sampler, guidance=guidance, steps=steps).latents(embeddings, known.ids, seed)
+            error = (latents - known.mean).abs().mean()
+            points.append(SweepPoint(guidance, steps, recall_at_1(latents, train.mean), float(error)))
+    return points
+
+
+def save_sweep(points: Sequence[SweepPoint], folder: Path) -> Image.Image | None:
+    """Write ``sweep.png`` and ``sweep.csv`` into ``folder``; without points, remove those of an earlier run.
+
+    Returns:
+        The chart, if there are points. The same points give the same bytes.
+    """
+    for path in (folder / CHART, folder / TABLE):
+        path.unlink(missing_ok=True)
+    if not points:
+        return None
+    rows = Curves(folder)
+    for point in points:
+        rows.add(Path(TABLE).stem, asdict(point))
+    chart = draw_sweep(points)
+    save_sheet(chart, folder / CHART)
+    return chart
+
+
+def draw_sweep(points: Sequence[SweepPoint]) -> Image.Image:
+    """Recall and latent distance over guidance, one line a step count."""
+    import matplotlib.style
+    from matplotlib.figure import Figure
+
+    panels = {
+        "caption_recall_at_1": "Recall: the nearest training image is the caption's own",
+        "latent_mae": "Mean absolute difference to its latent, in std",
+    }
+    with matplotlib.style.context("default"):  # whatever the user's own settings are
+        figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
+        for ax, (name, title) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+            for steps in sorted({point.diffusion_steps for point in points}):
+                line = [point for point in points if point.diffusion_steps == steps]
+                xs, ys = [point.class_guidance for point in line], [getattr(point, name) for point in line]
+                ax.plot(xs, ys, marker="o", label=f"{steps} steps")
+            ax.set_title(title, fontsize=10)
+            ax.set(xlabel="class_guidance", xticks=sorted({point.class_guidance for point in points}))
+            ax.grid(alpha=0.3)
+        ax.legend()
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="png")
+    return Image.open(drawn).convert("RGB")

@@ -1,0 +1,107 @@
+"""A sweep samples every combination, counts what is right, and leaves one chart and its table, or nothing."""
+
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from latentloom.evaluation.sampling import Sampler
+from latentloom.evaluation.sweep import SweepPoint, draw_sweep, save_sweep, sweep
+from latentloom.params import SweepParams, load_params
+from latentloom.training.dataset import LatentDataset
+
+GUIDANCE, STEPS = [1.0, 3.0, 5.0], [20, 70]
+POINTS = [SweepPoint(w, steps, 1 - 0.1 * w, 0.2 + w / steps) for steps, w in product(STEPS, GUIDANCE)]
+
+
+class Drifting(Sampler):
+    """Gives each caption's own latent, shifted by guidance / steps; from guidance 4 on, the next caption's."""
+
+    def latents(self, embeddings, names, seed):
+        assert seed == 7
+        rows = [int(name) for name in names]
+        if self.guidance >= 4:
+            rows = [row + 1 for row in rows]
+        return LATENTS[rows] + self.guidance / self.steps
+
+
+LATENTS = torch.randn(12, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def train() -> LatentDataset:
+    return LatentDataset(
+        ids=[str(row) for row in range(12)],
+        mean=LATENTS,
+        std=None,
+        embeddings=torch.randn(12, 8, generator=torch.Generator().manual_seed(1)),
+        texts=[f"caption {row}" for row in range(12)],
+        captions=torch.arange(12)[:, None],
+        caption_counts=torch.ones(12, dtype=torch.long),
+    )
+
+
+@pytest.fixture
+def settings():
+    settings = load_params(Path(__file__).parents[2] / "params.yaml").evaluate
+    given = SweepParams(class_guidance=[5, 1, 3, 1], diffusion_steps=[70, 20])
+    return settings.model_copy(update={"recall_captions": 8, "sweep": given})
+
+
+@pytest.fixture
+def sampler() -> Drifting:
+    return Drifting(None, None, guidance=3.0, steps=70, threshold_percentile=99.5, dtype=None)
+
+
+def test_each_combination_is_measured_once_on_the_recall_captions(sampler, train, settings):
+    points = sweep(sampler, train, settings, seed=7)
+    assert [(point.diffusion_steps, point.class_guidance) for point in points] == list(product(STEPS, GUIDANCE))
+    mixed_up = (LATENTS[1:9] - LATENTS[:8]).numpy()
+    for point in points:
+        shift = point.class_guidance / point.diffusion_steps
+        right = point.class_guidance < 4
+        assert point.caption_recall_at_1 == (1.0 if right else 0.0)
+        expected = shift if right else np.abs(mixed_up + shift).mean()
+        assert point.latent_mae == pytest.approx(expected, rel=1e-4)
+
+
+def test_without_a_sweep_nothing_is_sampled(train, settings):
+    assert sweep(None, train, settings.model_copy(update={"sweep": None}), seed=7) == []
+
+
+def test_the_table_has_a_row_a_combination_and_the_chart_a_line_a_step_count(tmp_path):
+    chart = save_sweep(POINTS, tmp_path)
+    table = pd.read_csv(tmp_path / "sweep.csv")
+    assert list(table) == ["class_guidance", "diffusion_steps", "caption_recall_at_1", "latent_mae"]
+    np.testing.assert_allclose(table["latent_mae"], [point.latent_mae for point in POINTS], atol=1e-6)
+    assert table["diffusion_steps"].tolist() == [20] * 3 + [70] * 3
+    with Image.open(tmp_path / "sweep.png") as saved:
+        np.testing.assert_array_equal(np.asarray(saved), np.asarray(chart))
+    colours = {tuple(pixel) for pixel in np.asarray(chart).reshape(-1, 3)}
+    blue, orange, green = (31, 119, 180), (255, 127, 14), (44, 160, 44)  # matplotlib's first three
+    assert {blue, orange} <= colours and green not in colours
+
+
+def test_the_same_figures_give_the_same_bytes_whatever_the_users_matplotlib_settings(tmp_path):
+    import matplotlib
+
+    save_sweep(POINTS, tmp_path / "one")
+    with matplotlib.rc_context({"lines.linewidth": 9, "font.size": 20}):
+        save_sweep(POINTS, tmp_path / "two")
+    for name in ("sweep.png", "sweep.csv"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_files_of_an_earlier_sweep_do_not_outlive_it(tmp_path):
+    save_sweep(POINTS, tmp_path)
+    (tmp_path / "mae_by_noise.csv").write_text("kept")
+    assert save_sweep([], tmp_path) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["mae_by_noise.csv"]
+
+
+def test_a_single_combination_can_be_drawn():
+    assert draw_sweep(POINTS[:1]).width == draw_sweep(POINTS).width
