@@ -1,0 +1,53 @@
+"""The stage `evaluate` by hand: with a sweep it leaves chart and table, here and in MLflow; without, neither."""
+
+import shutil
+import sqlite3
+
+import pytest
+import yaml
+from mlflow.tracking import MlflowClient
+from stages import copy_project, finish
+
+pytestmark = pytest.mark.pipeline
+
+
+@pytest.fixture
+def project(finished, tmp_path):
+    """A copy of the finished project whose MLflow run keeps its files in the copy too."""
+    project = copy_project(finished, tmp_path / "project")
+    shutil.copytree(finished.folder / "mlartifacts", project.folder / "mlartifacts")
+    with sqlite3.connect(project.folder / "mlflow.db") as store:
+        store.execute(
+            "UPDATE runs SET artifact_uri = replace(artifact_uri, ?, ?)", (str(finished.folder), str(project.folder))
+        )
+    return project
+
+
+def evaluate(project, **settings):
+    path = project.folder / "params.yaml"
+    params = yaml.safe_load(path.read_text())
+    params["evaluate"] |= settings
+    path.write_text(yaml.safe_dump(params))
+    finish(project, "evaluate")
+
+
+def test_a_sweep_is_left_in_the_reports_and_in_mlflow_and_goes_when_it_is_no_longer_asked_for(project):
+    plots = project.folder / "reports/evaluate/plots"
+    left = {path.name for path in plots.iterdir()}
+    evaluate(project, sampler="dpmpp_2m", sweep={"class_guidance": [1, 3], "diffusion_steps": [2, 4]})
+    assert {path.name for path in plots.iterdir()} == left | {"sweep.png", "sweep.csv"}
+    assert len((plots / "sweep.csv").read_text().splitlines()) == 1 + 4
+    first = (plots / "sweep.png").read_bytes()
+
+    client = MlflowClient(f"sqlite:///{project.folder / 'mlflow.db'}")
+    (run,) = client.search_runs(["1"])
+    artifacts = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+    assert {"samples.png", "sweep.png", "sweep.csv"} <= artifacts
+    images = [artifact.path for artifact in client.list_artifacts(run.info.run_id, "images")]
+    assert any(path.startswith("images/sweep") for path in images)
+    assert run.data.tags["evaluate.sampler"] == "dpmpp_2m"
+
+    evaluate(project)
+    assert (plots / "sweep.png").read_bytes() == first
+    evaluate(project, sweep=None)
+    assert {path.name for path in plots.iterdir()} == left
