@@ -90,6 +90,7 @@ def draw_sweep(points: Sequence[SweepPoint]) -> Image.Image:
             ax.set_title(title, fontsize=10)
             ax.set(xlabel="class_guidance", xticks=sorted({point.class_guidance for point in points}))
             ax.grid(alpha=0.3)
+            ax.set_ylim(bottom=0, top=1.05 if name == "caption_recall_at_1" else None)
         ax.legend()
         drawn = io.BytesIO()
         figure.savefig(drawn, format="png")
