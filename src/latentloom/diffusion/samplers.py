@@ -40,14 +40,15 @@ def dpmpp_2m(guess: Guess, x: torch.Tensor, levels: Sequence[float], schedule: S
 
     A step is the first-order one, with the line through the last two guesses read at the middle of the step,
     in lambda: `x0_hat + h / (2 h_before) (x0_hat - x0_hat_before)`, `h` being how far lambda goes. A line needs
-    two guesses and finite lambdas, so the first step, those from level 1 (lambda is minus infinity) and the one
-    to level 0 (infinity) are first order.
+    two guesses at finite lambdas and a finite way to go, so the first step, the one after level 1 (where lambda
+    is minus infinity) and the one to level 0 (infinity) are first order.
     """
-    x0_before, lambda_before = None, -math.inf
+    x0_before = lambda_before = None
     for now, then in pairwise(levels):
         x0_hat, lambda_now = guess(x, now), _half_log_snr(schedule, now)
         ahead = x0_hat
-        if then > 0 and lambda_before > -math.inf:
+        if x0_before is not None and then > 0:
+            # After a step from level 1, h_before is infinite and the line is flat.
             h, h_before = _half_log_snr(schedule, then) - lambda_now, lambda_now - lambda_before
             ahead = torch.lerp(x0_before, x0_hat, 1 + h / (2 * h_before))
         x = _step(schedule, x, ahead, now, then)
