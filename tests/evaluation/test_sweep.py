@@ -1,5 +1,6 @@
 """A sweep samples every combination, counts what is right, and leaves one chart and its table, or nothing."""
 
+import re
 from itertools import product
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from latentloom.evaluation.sampling import Sampler
@@ -105,3 +107,17 @@ def test_files_of_an_earlier_sweep_do_not_outlive_it(tmp_path):
 
 def test_a_single_combination_can_be_drawn():
     assert draw_sweep(POINTS[:1]).width == draw_sweep(POINTS).width
+
+
+def test_the_params_that_the_page_about_sampling_shows_are_allowed(tmp_path):
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "sampling.md").read_text(encoding="utf-8")
+    shown = [yaml.safe_load(block)["evaluate"] for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
+    shown += [{"sweep": yaml.safe_load(given)} for given in re.findall(r"-S 'evaluate\.sweep=(.*?)'", page)]
+    assert len(shown) == 2
+    for number, values in enumerate(shown):
+        params = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))
+        params["evaluate"] |= values
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(yaml.safe_dump(params), encoding="utf-8")
+        assert load_params(path).evaluate.sweep is not None

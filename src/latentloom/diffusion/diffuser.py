@@ -34,8 +34,8 @@ class Diffuser:
     latent_channels:    C, to tell the layouts apart.
     autocast_dtype:     such as `torch.bfloat16`: the denoiser then runs under autocast, the rest as before.
     progress:           called after each step with (steps done, steps in all); True prints a line that counts.
-    sampler:            how to get from level to level, a name from `SAMPLERS`: `ddim`, or `dpmpp_2m`, which is
-                        as accurate in fewer steps.
+    sampler:            how to get from level to level, a name from `SAMPLERS`: `ddim`, of first order, or
+                        `dpmpp_2m`, of second.
     guidance_interval:  `(low, high)`, the noise levels at which guidance acts; at all others the guess is the
                         plain conditional one, for half the work (Kynkäänniemi et al. 2024).
     guidance_rescale:   phi, from 0 to 1: how far the guided guess is scaled back to the standard deviation of
