@@ -21,6 +21,7 @@ stand-in is put in its place for the import; install it into a folder of its own
     pip install --no-deps --target /tmp/peer denoising_diffusion_pytorch==2.3.4 einops ema-pytorch
     PYTHONPATH=src:/tmp/peer python benchmarks/train_step.py [--precision fp32] [--rounds 7] [--steps 8]
 
+--profile shows where our step's time goes, operator by operator, instead (OMP_NUM_THREADS=1: on one core).
 On a GPU: --widths 128,256,512 --depth 2 --batch 256,1024,4096 --compile
 """
 
@@ -39,6 +40,7 @@ import yaml
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentloom.devices import autocast, autocast_dtype, choose_device
@@ -290,6 +292,17 @@ def compare(settings: Settings, peers: list[str], rounds: int, steps: int) -> No
         print(f"ours / {contender.name}: {median(ratios):.2f} (rounds: {ratios[0]:.2f} to {ratios[-1]:.2f})")
 
 
+def show_profile(settings: Settings, steps: int) -> None:
+    """Our step's operators, by the time that they themselves take."""
+    step = ours(settings).step
+    seconds(step, 3, settings.device)
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (settings.device.type == "cuda")
+    with profile(activities=kinds) as profiled:
+        seconds(step, steps, settings.device)
+    order = f"self_{settings.device.type}_time_total"
+    print(profiled.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=40))
+
+
 def numbers(value: str) -> tuple[int, ...]:
     return tuple(int(number) for number in value.split(","))
 
@@ -304,10 +317,12 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=8, help="a round")
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--peers", nargs="*", choices=("diffusers", "ddpm"), default=("diffusers", "ddpm"))
     arguments = parser.parse_args()
     modules = {"diffusers": "diffusers", "ddpm": "denoising_diffusion_pytorch"}
-    peers = [peer for peer in arguments.peers if importable(modules[peer])]
+    asked = [] if arguments.profile else arguments.peers
+    peers = [peer for peer in asked if importable(modules[peer])]
     for batch in arguments.batch:
         settings = Settings(
             arguments.widths,
@@ -317,7 +332,10 @@ def main() -> None:
             arguments.device,
             arguments.compile,
         )
-        compare(settings, peers, arguments.rounds, arguments.steps)
+        if arguments.profile:
+            show_profile(settings, arguments.steps)
+        else:
+            compare(settings, peers, arguments.rounds, arguments.steps)
 
 
 if __name__ == "__main__":
