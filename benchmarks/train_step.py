@@ -27,6 +27,7 @@ On a GPU: --widths 128,256,512 --depth 2 --batch 256,1024,4096 --compile
 
 import argparse
 import importlib
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -131,6 +132,7 @@ def diffusers(settings: Settings, channels_last: bool) -> Contender:
         layers_per_block=settings.depth,
         down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * deeper,
         up_block_types=("CrossAttnUpBlock2D",) * deeper + ("UpBlock2D",),
+        norm_num_groups=math.gcd(32, *settings.widths),  # 32, its default, wherever that divides
         cross_attention_dim=TEXT_DIM,
         attention_head_dim=tuple(max(width // 64, 1) for width in settings.widths),  # it means the number of heads
     ).to(settings.device)
