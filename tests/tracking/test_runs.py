@@ -4,9 +4,11 @@ import multiprocessing
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import warnings
+from contextlib import closing
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -15,7 +17,8 @@ import pandas as pd
 import pytest
 
 from latentloom.tracking.lineage import dvc_tags, git_tags, input_tags
-from latentloom.tracking.runs import flatten, new_run, reopened_run, tracking_uri
+from latentloom.tracking.runs import flatten, new_run, reopened_run
+from latentloom.tracking.store import tracking_uri
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +33,8 @@ def migrated_store(tmp_path_factory) -> Path:
 @pytest.fixture
 def root(tmp_path, migrated_store, monkeypatch) -> Path:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    (tmp_path / "mlflow.db").write_bytes(migrated_store.read_bytes())
+    with closing(sqlite3.connect(migrated_store)) as made, closing(sqlite3.connect(tmp_path / "mlflow.db")) as copy:
+        made.backup(copy)  # its write-ahead log included
     return tmp_path
 
 

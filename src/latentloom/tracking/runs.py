@@ -1,8 +1,5 @@
 """One door to MLflow: open a run, log to it, close it. Nothing else in the package talks to MLflow.
 
-Where `MLFLOW_TRACKING_URI` is set, everything goes there; otherwise into an SQLite store at the project's root, by
-absolute path, so that experiments that DVC runs in temporary copies land in the same place.
-
 A training must never die of its tracking: when the store fails, or MLflow is not installed, the run warns once and goes
 on without; its curves are in the stage's own files.
 
@@ -11,8 +8,6 @@ opened again and leaves out what it already holds, so its curves have neither ga
 """
 
 import functools
-import logging
-import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -23,24 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from latentloom.files import atomic_path
+from latentloom.tracking.store import experiment_id, open_client
 
 if TYPE_CHECKING:
     import pandas as pd
     from mlflow.tracking import MlflowClient
 
-EXPERIMENT = "latentloom"
-# So that the UI opens on runs, charts and image grids; without it, it guesses a project of language-model prompts.
-SHOWN_AS = {"mlflow.experimentKind": "custom_model_development"}
 MAX_PARAM_LENGTH = 500
-
-# MLflow reads these when it is imported. Its usage statistics are off unless the user turns them on; a server that is
-# away costs seconds, not the minutes that MLflow would retry for.
-_ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-}
 
 
 class LoggedBefore:
@@ -203,14 +187,14 @@ def new_run(
     """
     run = TrackedRun()
     try:
-        client = _client(root)
+        client = open_client(root)
         if run_id and _has_run(client, run_id):
             client.update_run(run_id, status="RUNNING")
             run = TrackedRun(client, run_id, LoggedBefore(client, run_id))
             run.set_tags(tags)
         else:
             created = client.create_run(
-                _experiment_id(client, root), run_name=name, tags={k: v for k, v in tags.items() if v is not None}
+                experiment_id(client, root), run_name=name, tags={k: v for k, v in tags.items() if v is not None}
             )
             run = TrackedRun(client, created.info.run_id)
     except Exception as error:
@@ -225,18 +209,13 @@ def reopened_run(root: Path, run_id: str | None) -> Iterator[TrackedRun]:
     run = TrackedRun()
     if run_id:
         try:
-            client = _client(root)
+            client = open_client(root)
             client.get_run(run_id)
             run = TrackedRun(client, run_id)
         except Exception as error:
             run._warn(error)
     with _ending(run):
         yield run
-
-
-def tracking_uri(root: Path) -> str:
-    """`MLFLOW_TRACKING_URI` where it is set, else the project's own SQLite store."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.resolve() / 'mlflow.db'}"
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -263,25 +242,6 @@ def _ending(run: TrackedRun) -> Iterator[None]:
     run.end("FINISHED")
 
 
-def _client(root: Path) -> "MlflowClient":
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-    from filelock import FileLock
-    from mlflow.tracking import MlflowClient
-
-    # The first to open a fresh SQLite store migrates it; several at once would break it.
-    with FileLock(root / ".mlflow.lock"):
-        store = root.resolve() / "mlflow.db"
-        if not os.environ.get("MLFLOW_TRACKING_URI") and not store.exists():
-            # MLflow cannot open a store whose migration was killed half-way, so it is made under another name.
-            with atomic_path(store) as temporary:
-                MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
-        client = MlflowClient(tracking_uri(root))
-        client.search_experiments(max_results=1)
-    return client
-
-
 def _has_run(client: "MlflowClient", run_id: str) -> bool:
     from mlflow.entities import LifecycleStage
     from mlflow.exceptions import MlflowException
@@ -292,17 +252,6 @@ def _has_run(client: "MlflowClient", run_id: str) -> bool:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return False
         raise
-
-
-def _experiment_id(client: "MlflowClient", root: Path) -> str:
-    from filelock import FileLock
-
-    with FileLock(root / ".mlflow.lock"):
-        if found := client.get_experiment_by_name(EXPERIMENT):
-            return found.experiment_id
-        own_store = not os.environ.get("MLFLOW_TRACKING_URI")
-        location = (root.resolve() / "mlartifacts").as_uri() if own_store else None
-        return client.create_experiment(EXPERIMENT, artifact_location=location, tags=SHOWN_AS)
 
 
 def _first_line(error: Exception) -> str:

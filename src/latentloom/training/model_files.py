@@ -4,6 +4,7 @@ The folder stands alone: with the VAE and the text encoder that the config names
 the files.
 """
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -12,9 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from latentloom.diffusion import UNet, get_network
-from latentloom.files import atomic_path, read_json, write_json
+from latentloom.files import atomic_path, read_json, sha256_file, write_json
 
 FORMAT_VERSION = 1
+MODEL_FILES = ("config.json", "model.safetensors")
 
 
 class EncoderReference(BaseModel):
@@ -68,6 +70,16 @@ def save_model(folder: Path, network: UNet, config: ModelConfig) -> None:
     with atomic_path(folder / "model.safetensors", room=len(data)) as temporary:
         temporary.write_bytes(data)
     write_json(folder / "config.json", config.model_dump(mode="json"))
+
+
+def model_hash(folder: Path) -> str:
+    """The SHA-256 that names a model, of its config and its weights: 64 hexadecimal digits.
+
+    Raises:
+        FileNotFoundError: when a file of the model is missing.
+    """
+    files = "".join(f"{name} {sha256_file(folder / name)}\n" for name in MODEL_FILES)
+    return hashlib.sha256(files.encode()).hexdigest()
 
 
 def read_config(folder: Path) -> ModelConfig:
