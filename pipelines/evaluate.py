@@ -56,10 +56,13 @@ def main(params: Params) -> str:
         if (name := f"val_mae_{bin_name(low, high)}") in metrics:
             curve.add("mae_by_noise", {"noise_level": (low + high) / 2, "val_mae": metrics[name]})
     chart = save_sweep(sweep(sampler, caches.train, settings, params.seed), REPORTS / "plots")
-    with reopened_run(project_root(), read_json("reports/train/run.json")["mlflow_run_id"]) as tracked:
+    trained = read_json("reports/train/run.json")
+    with reopened_run(project_root(), trained["run"], trained["mlflow_run_id"]) as tracked:
         tracked.log_metrics({f"evaluate/{name}": value for name, value in metrics.items()}, params.train.steps)
         tracked.log_image(np.asarray(evaluation.sheet), "evaluation", params.train.steps)
-        tracked.log_file(REPORTS / "samples.png")
+        for path in (REPORTS / "samples.png", Path("dvc.lock")):  # which names the model by now
+            if path.exists():
+                tracked.log_file(path)
         if chart:
             tracked.log_image(np.asarray(chart), "sweep", params.train.steps)
             for name in (CHART, TABLE):

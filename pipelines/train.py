@@ -15,27 +15,14 @@ from latentloom.encoding.vae import load_vae
 from latentloom.files import sha256_file, write_json
 from latentloom.params import Params
 from latentloom.stage import project_root, run_stage, state_folder, state_limit
-from latentloom.tracking.lineage import dvc_tags, git_tags, input_tags
+from latentloom.tracking.provenance import DECIDING, LATENTS, TEXT, record_model, record_start
 from latentloom.tracking.runs import TrackedRun, new_run
 from latentloom.training.checkpoints import Checkpoints, code_hash, training_fingerprint
 from latentloom.training.dataset import Caches, load_caches
+from latentloom.training.model_files import model_hash
 from latentloom.training.run import TrainingResult, run_training, usable_checkpoint
 
-# MLflow repeats a run's params beside each picture, so it gets those that decide the model; params.yaml is an artifact.
-NOT_COMPARED = {
-    "evaluate": True,
-    "machine": True,
-    "validate_": True,
-    "train": {"log_every", "validate_every", "sample_every", "sample_count", "sample_guidance"},
-}
-LATENTS, TEXT, REPORTS = Path("data/latents"), Path("data/text"), Path("reports/train")
-MODEL = Path("models/unet")
-DECIDING = {  # files that name the content of every row of the caches
-    "latents": LATENTS / "index.parquet",
-    "latent statistics": LATENTS / "stats.json",
-    "text": TEXT / "index.parquet",
-    "captions": TEXT / "pairs.parquet",
-}
+REPORTS, MODEL = Path("reports/train"), Path("models/unet")
 
 
 def main(params: Params) -> str | None:
@@ -93,30 +80,16 @@ def _train_tracked(params: Params, caches: Caches, *, checkpoints: Checkpoints, 
     resumed, known = usable_checkpoint(checkpoints, params), checkpoints.read_run()
     if resumed:
         print(f"train: goes on from step {resumed.step} of {params.train.steps}", file=sys.stderr, flush=True)
-    tags = git_tags(Path.cwd()) | dvc_tags() | {"device": str(settings["accelerator"].device)}
-    inputs = DECIDING | {"validation": Path("reports/validation.json")}
-    tags |= input_tags({name: path for name, path in inputs.items() if path.exists()})
-    own_run = None if "finished_steps" in known else known.get("mlflow_run_id")
-    with new_run(project_root(), name=os.environ.get("DVC_EXP_NAME"), tags=tags, run_id=own_run) as tracked:
-        checkpoints.begin({"mlflow_run_id": tracked.id}, resumed)
-        tracked.log_params(params.model_dump(by_alias=True, exclude=NOT_COMPARED))
-        tracked.log_file(Path("params.yaml"))
-        sources = "+".join(entry.label for entry in params.ingest.sources)
-        for context, data in (("training", caches.train), ("validation", caches.validation)):
-            tracked.log_dataset(
-                data.table(),
-                name=f"{sources}-{context}",
-                source=str(LATENTS),
-                digest=data.digest(),
-                context=context,
-            )
+    own_run = None if "finished_steps" in known else known.get("run")
+    with new_run(project_root(), name=os.environ.get("DVC_EXP_NAME"), key=own_run) as tracked:
+        checkpoints.begin({"run": tracked.key}, resumed)
+        record_start(tracked, params, caches, str(settings["accelerator"].device))
         result = run_training(params, caches, checkpoints=checkpoints, resumed=resumed, tracked=tracked, **settings)
-        tracked.log_file(MODEL / "config.json", "model")
+        record_model(tracked, params, caches, MODEL, result)
     write_json(REPORTS / "metrics.json", result.metrics)
-    write_json(
-        REPORTS / "run.json", {"mlflow_run_id": tracked.id, "images_per_second": round(result.images_per_second, 1)}
-    )
-    checkpoints.end({"mlflow_run_id": tracked.id, "finished_steps": params.train.steps})
+    ids = {"run": tracked.key, "mlflow_run_id": tracked.id, "model_sha256": model_hash(MODEL)}
+    write_json(REPORTS / "run.json", ids | {"images_per_second": round(result.images_per_second, 1)})
+    checkpoints.end({"run": tracked.key, "finished_steps": params.train.steps})
     return result
 
 

@@ -1,12 +1,16 @@
 """Tracking: what is logged is in the store, and a store that fails never stops the work."""
 
+import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from contextlib import closing
 from pathlib import Path
@@ -16,16 +20,19 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from latentloom.tracking.lineage import dvc_tags, git_tags, input_tags
-from latentloom.tracking.runs import flatten, new_run, reopened_run
-from latentloom.tracking.store import tracking_uri
+from latentloom.tracking import delivery, system_metrics
+from latentloom.tracking.provenance import dvc_tags, git_tags, input_tags
+from latentloom.tracking.runs import flatten, journals, new_run, reopened_run, sync
+from latentloom.tracking.store import experiment_id, tracking_uri
+
+NO_SERVER = "MlflowException: API request to http://127.0.0.1:9"
 
 
 @pytest.fixture(scope="module")
 def migrated_store(tmp_path_factory) -> Path:
     """A fresh SQLite store: MLflow needs seconds to make one, so each test gets a copy."""
     folder = tmp_path_factory.mktemp("store")
-    with new_run(folder, tags={}):
+    with new_run(folder):
         pass
     return folder / "mlflow.db"
 
@@ -45,7 +52,8 @@ def client(root):
 
 
 def test_params_metrics_and_tags_arrive(root):
-    with new_run(root, name="a name", tags={"kept": "yes", "dropped": None}) as run:
+    with new_run(root, name="a name") as run:
+        run.set_tags({"kept": "yes", "dropped": None})
         run.log_params({"train": {"steps": 5, "prompts": ["a", "b"]}, "seed": 0})
         run.log_metrics({"train/mae": 0.5, "val/mae": 0.6}, 10)
         run.log_metrics({"train/mae": 0.4}, 20)
@@ -61,7 +69,7 @@ def test_params_metrics_and_tags_arrive(root):
 
 def test_pictures_arrive_under_their_key_and_step(root):
     picture = np.zeros((8, 8, 3), dtype=np.uint8)
-    with new_run(root, tags={}) as run:
+    with new_run(root) as run:
         run.log_image(picture, "samples", 100)
         run.log_image(picture, "samples", 200)
     names = [artifact.path for artifact in client(root).list_artifacts(run.id, "images")]
@@ -70,7 +78,7 @@ def test_pictures_arrive_under_their_key_and_step(root):
 
 
 def test_the_data_set_arrives_with_its_digest(root):
-    with new_run(root, tags={}) as run:
+    with new_run(root) as run:
         frame = pd.DataFrame({"id": ["a"], "caption": ["an apple"]})
         run.log_dataset(frame, name="mine", source="data/latents", digest="0123456789abcdef", context="training")
     (given,) = client(root).get_run(run.id).inputs.dataset_inputs
@@ -84,7 +92,7 @@ def test_artifacts_lie_in_the_project_by_absolute_path(root, monkeypatch, tmp_pa
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     (elsewhere / "note.txt").write_text("hello")
-    with new_run(root, tags={}) as run:
+    with new_run(root) as run:
         run.log_file(Path("note.txt"))
     assert list(elsewhere.iterdir()) == [elsewhere / "note.txt"]
     assert client(root).list_artifacts(run.id)[0].path == "note.txt"
@@ -92,34 +100,35 @@ def test_artifacts_lie_in_the_project_by_absolute_path(root, monkeypatch, tmp_pa
 
 @pytest.mark.parametrize(("error", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED")])
 def test_a_run_that_breaks_off_says_so(root, error, status):
-    with pytest.raises(error), new_run(root, tags={}) as run:
+    with pytest.raises(error), new_run(root) as run:
         raise error
     assert client(root).get_run(run.id).info.status == status
 
 
 def test_a_run_is_reopened_and_added_to(root):
-    with new_run(root, tags={}) as run:
+    with new_run(root) as run:
         run.log_metrics({"train/mae": 0.5}, 10)
-    with reopened_run(root, run.id) as again:
+    with reopened_run(root, run.key, run.id) as again:
         again.log_metrics({"evaluate/val_mae": 0.7}, 10)
     assert client(root).get_run(run.id).data.metrics == {"train/mae": 0.5, "evaluate/val_mae": 0.7}
 
 
 @pytest.fixture
 def interrupted(root) -> str:
-    """The id of a run that logged steps 1 to 5 in a process that was then killed."""
+    """The key of a run that logged steps 1 to 5 in a process that was then killed."""
 
     def until_killed():
-        with new_run(root, name="first", tags={"commit": "old", "device": "cpu"}) as run:
+        with new_run(root, name="first") as run:
+            run.set_tags({"commit": "old", "device": "cpu"})
             log_training(run, steps=range(1, 6))
-            (root / "run_id").write_text(run.id)
+            (root / "key").write_text(run.key)
             os.kill(os.getpid(), signal.SIGKILL)
 
     process = multiprocessing.get_context("fork").Process(target=until_killed)
     process.start()
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
-    return (root / "run_id").read_text()
+    return (root / "key").read_text()
 
 
 def log_training(run, steps):
@@ -134,6 +143,32 @@ def log_training(run, steps):
             run.log_image(np.zeros((4, 4, 3), dtype=np.uint8), "samples", step)
 
 
+def events(root, key):
+    return [json.loads(line) for line in (journals(root) / key / "events.jsonl").read_text().splitlines()]
+
+
+def about(root, key):
+    return json.loads((journals(root) / key / "about.json").read_text())
+
+
+def everything(root, run_id):
+    run, artifacts = client(root).get_run(run_id), Path(urlparse(client(root).get_run(run_id).info.artifact_uri).path)
+    metrics = [
+        (metric.key, metric.step, metric.timestamp, metric.value)
+        for key in run.data.metrics
+        for metric in client(root).get_metric_history(run_id, key)
+    ]
+    files = sorted(str(path) for path in artifacts.rglob("*"))
+    return metrics, run.data.params, run.data.tags, [given.dataset.name for given in run.inputs.dataset_inputs], files
+
+
+def wait_until(happened):
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def logged_steps(root, run_id, key):
     return [metric.step for metric in client(root).get_metric_history(run_id, key)]
 
@@ -144,9 +179,10 @@ def logged_pictures(root, run_id):
 
 
 def test_a_training_that_was_killed_and_goes_on_is_one_run_without_gaps_or_doubled_steps(root, interrupted):
-    with new_run(root, name="second", tags={"commit": "new"}, run_id=interrupted) as run:
+    with new_run(root, name="second", key=interrupted) as run:
+        run.set_tags({"commit": "new"})
         log_training(run, steps=range(4, 9))
-    assert run.id == interrupted
+    assert run.key == interrupted
     assert logged_steps(root, run.id, "train/mae") == [1, 2, 3, 4, 5, 6, 7, 8]
     assert logged_steps(root, run.id, "train/learning_rate") == [1, 2, 3, 4, 5, 6, 7, 8]
     assert logged_steps(root, run.id, "val/mae") == [2, 4, 6, 8]
@@ -161,88 +197,175 @@ def test_a_training_that_was_killed_and_goes_on_is_one_run_without_gaps_or_doubl
     assert len(others) == 1  # the one that made the store
 
 
-def test_a_reopened_run_is_running_until_it_ends(root):
-    with pytest.raises(ValueError), new_run(root, tags={}) as run:
-        raise ValueError
-    with new_run(root, tags={}, run_id=run.id):
-        assert client(root).get_run(run.id).info.status == "RUNNING"
+def test_a_run_that_goes_on_is_running_until_it_ends(root, interrupted, monkeypatch):
+    monkeypatch.setattr(delivery, "EVERY", 0.05)
+    with new_run(root, key=interrupted) as run:
+        wait_until(lambda: run.id and client(root).get_run(run.id).info.status == "RUNNING")
     assert client(root).get_run(run.id).info.status == "FINISHED"
+
+
+def test_what_is_logged_arrives_while_the_run_goes_on(root, monkeypatch):
+    monkeypatch.setattr(delivery, "EVERY", 0.05)
+    with new_run(root) as run:
+        run.log_metrics({"train/mae": 1.0}, 1)
+        wait_until(lambda: run.id and logged_steps(root, run.id, "train/mae") == [1])
 
 
 def test_a_param_that_a_run_holds_stays_as_it_is_without_a_warning(root, interrupted):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        with new_run(root, tags={}, run_id=interrupted) as run:
+        with new_run(root, key=interrupted) as run:
             run.log_params({"train": {"steps": 9, "compile": True}})
     assert client(root).get_run(run.id).data.params == {"train.steps": "8", "train.compile": "True"}
 
 
-def test_a_step_that_never_arrived_is_filled_in(root):
-    with new_run(root, tags={}) as run:
-        for step in (1, 2, 4):
-            run.log_metrics({"train/mae": 1.0}, step)
-    with new_run(root, tags={}, run_id=run.id) as again:
-        for step in (2, 3, 4, 5):
-            again.log_metrics({"train/mae": 1.0}, step)
-    assert sorted(logged_steps(root, run.id, "train/mae")) == [1, 2, 3, 4, 5]
+def test_what_mlflow_refuses_is_left_out_with_a_warning_and_the_rest_arrives(root):
+    with pytest.warns(UserWarning, match="MLflow refused params"), new_run(root) as run:
+        run.log_params({"not/allowed?": 1})
+        run.log_metrics({"train/mae": 1.0}, 1)
+    assert logged_steps(root, run.id, "train/mae") == [1]
+
+
+def test_a_kill_in_the_middle_of_a_delivery_neither_loses_nor_doubles_anything(root, monkeypatch):
+    """The store has it all, but the journal does not know: as when the answer was lost."""
+    with pytest.raises(KeyboardInterrupt), new_run(root) as run:
+        log_training(run, steps=range(1, 6))
+        run.log_file(Path(__file__))
+        raise KeyboardInterrupt
+    before = everything(root, run.id)
+    (journals(root) / run.key / "delivered").write_text("0")
+    assert [said for _, said in sync(root)] == [f"delivered {len(events(root, run.key))} entries"]
+    assert everything(root, run.id) == before
+
+
+@pytest.mark.parametrize("cut", range(0, 200, 13))
+def test_a_journal_cut_short_anywhere_is_taken_up(root, cut):
+    with pytest.raises(KeyboardInterrupt), new_run(root) as run:
+        log_training(run, steps=range(1, 6))
+        raise KeyboardInterrupt
+    path = journals(root) / run.key / "events.jsonl"
+    path.write_bytes(path.read_bytes()[: -cut or None])
+    with new_run(root, key=run.key) as again:
+        log_training(again, steps=range(1, 9))
+    assert sorted(set(logged_steps(root, again.id, "train/mae"))) == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def test_a_picture_that_a_kill_cut_short_is_drawn_again(root, interrupted):
-    pictures = Path(urlparse(client(root).get_run(interrupted).info.artifact_uri).path) / "images"
-    (small,) = pictures.glob("samples*step?4?*compressed.webp")
-    small.unlink()
-    with new_run(root, tags={}, run_id=interrupted) as run:
-        log_training(run, steps=range(2, 6))
-    for step in (2, 4):
-        assert len(list(pictures.glob(f"samples*step?{step}?*compressed.webp"))) == 1
+    def small(step):
+        pictures = Path(urlparse(client(root).get_run(run.id).info.artifact_uri).path) / "images"
+        return list(pictures.glob(f"samples*step?{step}?*compressed.webp"))
+
+    with pytest.raises(KeyboardInterrupt), new_run(root) as run:
+        log_training(run, steps=range(1, 6))
+        delivered = set(events(root, run.key)[0])  # the journal is readable meanwhile
+        assert "kind" in delivered
+        shutil.copytree(journals(root) / run.key / "files", root / "files")
+        raise KeyboardInterrupt
+    small(4)[0].unlink()
+    (journals(root) / run.key / "delivered").write_text("0")
+    shutil.copytree(root / "files", journals(root) / run.key / "files", dirs_exist_ok=True)
+    list(sync(root))
+    assert [len(small(step)) for step in (2, 4)] == [1, 1]
 
 
-def test_a_training_whose_run_was_deleted_gets_a_new_one(root, interrupted):
-    client(root).delete_run(interrupted)
-    with new_run(root, tags={}, run_id=interrupted) as run:
-        log_training(run, steps=range(4, 6))
-    assert run.id not in (None, interrupted)
-    assert logged_steps(root, run.id, "train/mae") == [4, 5]
+def test_a_run_that_was_deleted_is_made_anew_with_its_whole_curve(root, interrupted):
+    list(sync(root))
+    first = about(root, interrupted)["mlflow_run_id"]
+    client(root).delete_run(first)
+    with new_run(root, key=interrupted) as run:
+        log_training(run, steps=range(4, 9))
+    assert run.id not in (None, first)
+    assert logged_steps(root, run.id, "train/mae") == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
-def test_a_training_whose_store_was_replaced_gets_a_new_run(root):
+def test_a_training_whose_journal_is_gone_gets_a_new_run(root):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        with new_run(root, tags={}, run_id="0" * 32) as run:
+        with new_run(root, key="0" * 32) as run:
             run.log_metrics({"train/mae": 1.0}, 1)
-    assert run.id not in (None, "0" * 32)
+    assert logged_steps(root, run.id, "train/mae") == [1]
 
 
 def test_an_evaluation_that_is_run_again_logs_again(root):
-    with new_run(root, tags={}) as run:
+    with new_run(root) as run:
         run.log_metrics({"train/mae": 0.5}, 10)
     for value in (0.7, 0.6):
-        with reopened_run(root, run.id) as again:
+        with reopened_run(root, run.key, run.id) as again:
             again.log_metrics({"evaluate/val_mae": value}, 10)
     assert client(root).get_run(run.id).data.metrics["evaluate/val_mae"] == 0.6
     assert len(logged_steps(root, run.id, "evaluate/val_mae")) == 2
 
 
-def test_a_run_that_the_store_does_not_have_costs_a_warning(root):
-    with pytest.warns(UserWarning, match="MLflow could not be written to"), reopened_run(root, "0" * 32) as run:
+def test_adding_to_a_run_that_the_store_does_not_have_costs_a_warning_and_leaves_nothing(root):
+    with pytest.warns(UserWarning, match="MLflow has no run 0000"), reopened_run(root, "0" * 32, "1" * 32) as run:
         run.log_metrics({"a": 1.0}, 1)
+    assert list(journals(root).iterdir()) == []
 
 
-def test_a_server_that_is_down_costs_one_warning_and_nothing_else(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+def test_a_delivered_run_leaves_no_journal_and_no_thread(root):
+    with new_run(root) as run:
+        log_training(run, steps=range(1, 6))
+    assert list(journals(root).iterdir()) == []
+    assert {thread.name for thread in threading.enumerate()} & {"tracking", "system-metrics"} == set()
+
+
+def test_a_server_that_is_down_costs_one_warning_and_nothing_is_lost(root, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://somebody:secret@127.0.0.1:9")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        with new_run(tmp_path, tags={}) as run:
-            run.log_metrics({"a": 1.0}, 1)
-            run.log_image(np.zeros((4, 4, 3), dtype=np.uint8), "samples", 1)
+        with new_run(root, name="patient") as run:
+            log_training(run, steps=range(1, 6))
     assert run.id is None
-    assert len([warning for warning in caught if "MLflow could not be written to" in str(warning.message)]) == 1
+    (warning,) = [str(each.message) for each in caught if "MLflow could not be written to" in str(each.message)]
+    assert str(journals(root) / run.key) in warning
+    assert "`latentloom sync` delivers them" in capsys.readouterr().err
+    ((_, said),) = sync(root)
+    assert said.startswith(f"{len(events(root, run.key))} entries still wait: {NO_SERVER}")
+    assert "secret" not in said + warning
+    assert not any("secret" in path.read_text() for path in journals(root).rglob("*.json*"))
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    ((key, said),) = sync(root)
+    assert (key, said) == (run.key, "waits for http://127.0.0.1:9: set MLFLOW_TRACKING_URI accordingly")
 
 
-def test_where_mlflow_is_not_installed_the_work_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "mlflow.tracking", None)
-    with pytest.warns(UserWarning, match="MLflow could not be written to"), new_run(tmp_path, tags={}) as run:
+def test_where_mlflow_is_not_installed_the_run_is_delivered_from_elsewhere(root, monkeypatch):
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="MLflow could not be written to"):
+        patch.setitem(sys.modules, "mlflow.tracking", None)
+        with new_run(root, name="on a bare machine") as run:
+            log_training(run, steps=range(1, 6))
+    ((key, said),) = sync(root)
+    (found,) = client(root).search_runs([experiment_id(client(root), root)], f"tags.`{delivery.KEY_TAG}` = '{key}'")
+    assert said == "delivered 14 entries"
+    assert (found.info.run_name, found.info.status) == ("on a bare machine", "FINISHED")
+    assert logged_steps(root, found.info.run_id, "train/mae") == [1, 2, 3, 4, 5]
+    assert logged_pictures(root, found.info.run_id) == [2, 4]
+
+
+def test_syncing_leaves_a_run_that_goes_on_alone_and_ends_one_that_was_killed(root, interrupted):
+    with new_run(root) as run:
+        said = dict(sync(root))
+    assert said[run.key] == "still running"
+    assert said[interrupted].startswith("delivered ")
+    status = client(root).get_run(about(root, interrupted)["mlflow_run_id"]).info.status
+    assert status == "KILLED"
+
+
+def test_a_disk_that_takes_no_journal_costs_a_warning(root):
+    (root / ".state").mkdir()
+    (root / ".state" / "tracking").write_text("not a folder")
+    with pytest.warns(UserWarning, match="nothing of this run is tracked"), new_run(root) as run:
         run.log_metrics({"a": 1.0}, 1)
+    assert run.key is None
+
+
+def test_what_the_machine_does_is_logged_and_goes_on_after_a_kill(root, monkeypatch):
+    monkeypatch.setattr(system_metrics, "EVERY", 0.05)
+    with new_run(root) as run:
+        wait_until(lambda: any("system/" in json.dumps(event) for event in events(root, run.key)))
+    logged = client(root).get_run(run.id).data.metrics
+    assert 0 <= logged["system/cpu_utilization_percentage"] <= 100
+    assert logged["system/system_memory_usage_megabytes"] > 0
 
 
 def test_an_address_in_the_environment_wins(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""DVC's objects by their hash: whether the bytes are on this machine, in the remote or lost, and how to get them back."""
+"""DVC's objects by their hash: whether their bytes are on this machine, in the remote or lost; and bringing them."""
 
 import hashlib
 import json

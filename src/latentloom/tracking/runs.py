@@ -1,14 +1,17 @@
-"""One door to MLflow: open a run, log to it, close it. Nothing else in the package talks to MLflow.
+"""One door to MLflow: open a run, log to it, close it. Nothing of the training talks to MLflow in another way.
 
-A training must never die of its tracking: when the store fails, or MLflow is not installed, the run warns once and goes
-on without; its curves are in the stage's own files.
+What is logged goes into a journal on disk (`journal.py`), which takes microseconds, and from there to MLflow by a
+thread (`delivery.py`). So a training neither waits for its tracking nor dies of it: where the store is away, or MLflow
+is not installed, the run warns once, and ``latentloom sync`` delivers the journal later.
 
 A training that was killed goes on from its last checkpoint, and computes again what it had logged since. Its run is
-opened again and leaves out what it already holds, so its curves have neither gaps nor doubled steps.
+opened again and leaves out what its journal already holds, so its curves have neither gaps nor doubled steps.
 """
 
-import functools
-import re
+import io
+import sys
+import time
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,204 +21,165 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from latentloom.tracking.store import experiment_id, open_client
+from latentloom.tracking.delivery import Delivery, first_line
+from latentloom.tracking.journal import Event, Journal, JournalInUseError
+from latentloom.tracking.store import current_target
+from latentloom.tracking.system_metrics import SystemMetrics
 
 if TYPE_CHECKING:
     import pandas as pd
-    from mlflow.tracking import MlflowClient
 
 MAX_PARAM_LENGTH = 500
+SHOWN_ROWS = 5  # of a data set, from which its schema is read
 
 
-class LoggedBefore:
-    """What a run held when it was opened again, asked of the store where it first matters, once."""
-
-    def __init__(self, client: "MlflowClient", run_id: str) -> None:
-        self._client, self._run_id = client, run_id
-        self._steps: dict[str, set[int]] = {}
-
-    def has_metric(self, key: str, step: int) -> bool:
-        if key not in self._steps:
-            self._steps[key] = {metric.step for metric in self._client.get_metric_history(self._run_id, key)}
-        return step in self._steps[key]
-
-    def has_image(self, key: str, step: int) -> bool:
-        return (key, step) in self._images
-
-    def has_param(self, key: str) -> bool:
-        return key in self._params
-
-    @functools.cached_property
-    def _params(self) -> set[str]:
-        return set(self._client.get_run(self._run_id).data.params)
-
-    @functools.cached_property
-    def _images(self) -> set[tuple[str, int]]:
-        # MLflow names them KEY+step+STEP+timestamp+..., and writes the small copy last: a kill may come in between.
-        paths = (artifact.path for artifact in self._client.list_artifacts(self._run_id, "images"))
-        names = (re.fullmatch(r"images/(.+?)[+%]step[+%](\d+)[+%].*compressed\.webp", path) for path in paths)
-        return {(name[1].replace("~", "/"), int(name[2])) for name in names if name}
-
-
-@dataclass
+@dataclass(frozen=True)
 class TrackedRun:
-    """An MLflow run to log to; where tracking failed, one that takes everything and keeps nothing.
+    """A run to log to; without a journal, one that takes everything and keeps nothing."""
 
-    With ``before``, what the run already holds is not logged again: params by key, metrics and pictures by key and
-    step. (A data set of the same digest the store itself keeps once.)
-    """
+    _journal: Journal | None = None
+    _once: bool = False  # whether what the journal holds already is left out
+    _known: set[tuple] = field(default_factory=set, repr=False)
 
-    client: "MlflowClient | None" = None
-    id: str | None = None
-    before: LoggedBefore | None = None
-    _warned: bool = field(default=False, repr=False)
+    @property
+    def key(self) -> str | None:
+        """What names the run on this machine, from its first moment."""
+        return self._journal.key if self._journal else None
+
+    @property
+    def id(self) -> str | None:
+        """MLflow's id of the run; None as long as MLflow does not have it."""
+        return self._journal.about["mlflow_run_id"] if self._journal else None
+
+    @property
+    def started(self) -> float:
+        """When the run began, in seconds since 1970, before all interruptions."""
+        return (self._journal.about["started"] if self._journal else _now()) / 1000
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Log nested params under dotted names."""
-
-        def log() -> None:
-            from mlflow.entities import Param
-
-            entities = [
-                Param(key, str(value)[:MAX_PARAM_LENGTH])
-                for key, value in flatten(params).items()
-                if not (self.before and self.before.has_param(key))
-            ]
-            self.client.log_batch(self.id, params=entities)
-
-        self._try(log)
+        """Log nested params under dotted names; a param that the run holds stays as it is."""
+        values = {key: str(value)[:MAX_PARAM_LENGTH] for key, value in flatten(params).items()}
+        if new := {key: value for key, value in values.items() if self._is_new("param", key)}:
+            self._append(kind="params", values=new)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log all of ``metrics`` at ``step`` in one request."""
-
-        def log() -> None:
-            import time
-
-            from mlflow.entities import Metric
-
-            now = int(time.time() * 1000)
-            entities = [
-                Metric(key, float(value), now, step)
-                for key, value in metrics.items()
-                if not (self.before and self.before.has_metric(key, step))
-            ]
-            if entities:
-                self.client.log_batch(self.id, metrics=entities)
-
-        self._try(log)
+        """Log all of ``metrics`` at ``step``."""
+        if new := {key: float(value) for key, value in metrics.items() if self._is_new("metric", key, step)}:
+            self._append(kind="metrics", step=step, values=new)
 
     def log_image(self, image: np.ndarray, key: str, step: int) -> None:
         """Log a picture, uint8 (H, W, 3), to the image grid under ``key``, at ``step``."""
+        from PIL import Image
 
-        def log() -> None:
-            if not (self.before and self.before.has_image(key, step)):
-                self.client.log_image(self.id, image, key=key, step=step)
-
-        self._try(log)
+        if self._journal and self._is_new("image", key, step):
+            png = io.BytesIO()
+            Image.fromarray(image).save(png, "PNG")
+            self._append(kind="image", key=key, step=step, content=("picture.png", png.getvalue()))
 
     def log_file(self, path: Path, folder: str | None = None) -> None:
-        """Log a file, or a folder's files, as artifacts under ``folder``."""
+        """Log a file as it is now, or a folder's files, as artifacts under ``folder``."""
+        self._append(kind="file", folder=folder or (path.name if path.is_dir() else None), content=path)
 
-        def log() -> None:
-            if path.is_dir():
-                self.client.log_artifacts(self.id, str(path), folder or path.name)
-            else:
-                self.client.log_artifact(self.id, str(path), folder)
-
-        self._try(log)
+    def log_text(self, text: str, name: str) -> None:
+        """Log ``text`` as the artifact ``name``."""
+        self._append(kind="file", folder=None, content=(name, text.encode("utf-8")))
 
     def log_dataset(self, frame: "pd.DataFrame", *, name: str, source: str, digest: str, context: str) -> None:
         """Log a data set as an input of the run: name, place, digest, and the frame's schema and size."""
-
-        def log() -> None:
-            import mlflow.data
-            from mlflow.entities import DatasetInput, InputTag
-
-            with warnings.catch_warnings():  # hints about schemas and sources that a user can do nothing about
-                warnings.simplefilter("ignore")
-                dataset = mlflow.data.from_pandas(frame, source=source, name=name, digest=digest)
-            tags = [InputTag("mlflow.data.context", context)]
-            self.client.log_inputs(self.id, [DatasetInput(dataset._to_mlflow_entity(), tags)])
-
-        self._try(log)
+        given = {"name": name, "source": source, "digest": digest, "context": context, "rows": len(frame)}
+        if self._is_new("dataset", name, digest, context):
+            self._append(kind="dataset", first_rows=frame.head(SHOWN_ROWS).to_dict("list"), **given)
 
     def set_tags(self, tags: Mapping[str, str | None]) -> None:
         """Set tags; those whose value is None are left out."""
+        if values := {key: str(value) for key, value in tags.items() if value is not None}:
+            self._append(kind="tags", values=values)
 
-        def log() -> None:
-            from mlflow.entities import RunTag
+    def describe(self, text: str) -> None:
+        """Set what MLflow shows as the run's description, in Markdown."""
+        self.set_tags({"mlflow.note.content": text})
 
-            self.client.log_batch(
-                self.id, tags=[RunTag(key, str(value)) for key, value in tags.items() if value is not None]
-            )
+    def set_status(self, status: str) -> None:
+        """Say that the run is ``RUNNING``, or ended as ``FINISHED``, ``FAILED`` or ``KILLED``."""
+        self._append(kind="status", status=status)
 
-        self._try(log)
+    def _is_new(self, *what: object) -> bool:
+        if not self._once:
+            return True
+        if not self._known and self._journal:
+            self._known.update(_held(self._journal.events))
+        new = what not in self._known
+        self._known.add(what)
+        return new
 
-    def end(self, status: str) -> None:
-        """Close the run as ``FINISHED``, ``FAILED`` or ``KILLED``."""
-        self._try(lambda: self.client.set_terminated(self.id, status))
-
-    def _try(self, log) -> None:
-        if self.client is None:
+    def _append(self, *, content: Path | tuple[str, bytes] | None = None, **event: Any) -> None:
+        if self._journal is None:
             return
         try:
-            log()
-        except Exception as error:
-            self._warn(error)
-
-    def _warn(self, error: Exception) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"MLflow could not be written to ({_first_line(error)}); the stage goes on, its files have all figures",
-                stacklevel=3,
-            )
+            if content is not None:
+                event["file"] = (
+                    self._journal.keep_file(content)
+                    if isinstance(content, Path)
+                    else self._journal.keep_bytes(*content)
+                )
+            self._journal.append({"time": _now(), **event})
+        except OSError as error:
+            warnings.warn(f"{event['kind']} could not be logged: {error}", stacklevel=3)
 
 
 @contextmanager
-def new_run(
-    root: Path, *, name: str | None = None, tags: Mapping[str, str | None], run_id: str | None = None
-) -> Iterator[TrackedRun]:
-    """Open a run in the project at ``root``; it ends as failed or killed when the block does so.
+def new_run(root: Path, *, name: str | None = None, key: str | None = None) -> Iterator[TrackedRun]:
+    """Open a run, in the experiment ``latentloom``; it ends as ``FINISHED``, ``FAILED`` or, at Ctrl-C, ``KILLED``.
 
     Args:
-        root: where the store is, unless the environment names another.
+        root: where the journals are, and the store, unless the environment names another.
         name: the name of a new run.
-        tags: those whose value is None are left out.
-        run_id: the run of an interrupted training that goes on. It is opened again, and what it holds is not logged
-            again. Where the store no longer has it, a new run is made.
+        key: the run of an interrupted training that goes on. What it holds is not logged again.
     """
-    run = TrackedRun()
-    try:
-        client = open_client(root)
-        if run_id and _has_run(client, run_id):
-            client.update_run(run_id, status="RUNNING")
-            run = TrackedRun(client, run_id, LoggedBefore(client, run_id))
-            run.set_tags(tags)
-        else:
-            created = client.create_run(
-                experiment_id(client, root), run_name=name, tags={k: v for k, v in tags.items() if v is not None}
-            )
-            run = TrackedRun(client, created.info.run_id)
-    except Exception as error:
-        run._warn(error)
-    with _ending(run):
+    about = {"name": name, "started": _now(), "target": current_target(), "mlflow_run_id": None}
+    opened = _open(root, key or uuid.uuid4().hex, about, once=True)
+    with opened as run, SystemMetrics(run.log_metrics, run.started):
+        run.set_status("RUNNING")
         yield run
 
 
 @contextmanager
-def reopened_run(root: Path, run_id: str | None) -> Iterator[TrackedRun]:
-    """Open a finished run to add to it, whatever it holds; where the store does not have it, warn and keep nothing."""
-    run = TrackedRun()
-    if run_id:
-        try:
-            client = open_client(root)
-            client.get_run(run_id)
-            run = TrackedRun(client, run_id)
-        except Exception as error:
-            run._warn(error)
-    with _ending(run):
+def reopened_run(root: Path, key: str | None, mlflow_run_id: str | None = None) -> Iterator[TrackedRun]:
+    """Open a finished run to add to it, whatever it holds; where the store does not have it, warn and keep nothing.
+
+    Args:
+        root: where the journals are, and the store, unless the environment names another.
+        key: the run's; None keeps nothing.
+        mlflow_run_id: MLflow's id, where it is known.
+    """
+    if not key:
+        yield TrackedRun()
+        return
+    about = {"name": None, "started": None, "target": current_target(), "mlflow_run_id": mlflow_run_id}
+    with _open(root, key, about, once=False) as run:
         yield run
+
+
+def journals(root: Path) -> Path:
+    """The folder of all runs' journals."""
+    return root / ".state" / "tracking"
+
+
+def sync(root: Path) -> Iterator[tuple[str, str]]:
+    """Deliver the journals that wait; yield each one's key and what became of it, in a person's words.
+
+    A run whose process was killed is marked ``KILLED``; one that goes on at the moment is left alone.
+    """
+    for folder in sorted(path for path in journals(root).glob("*") if (path / "about.json").exists()):
+        try:
+            journal = Journal(folder)
+        except JournalInUseError:
+            yield folder.name, "still running"
+            continue
+        try:
+            yield folder.name, _sync(journal, root)
+        finally:
+            journal.close()
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -230,29 +194,65 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @contextmanager
-def _ending(run: TrackedRun) -> Iterator[None]:
+def _open(root: Path, key: str, about: dict[str, Any], *, once: bool) -> Iterator[TrackedRun]:
+    """A run whose journal is open and delivered in the background; at the end all that can be delivered is."""
     try:
-        yield
+        journal = Journal(journals(root) / key, about)
+    except (OSError, ImportError, JournalInUseError) as error:
+        warnings.warn(f"nothing of this run is tracked ({first_line(error)})", stacklevel=4)
+        yield TrackedRun()
+        return
+    run, delivery = TrackedRun(journal, once), Delivery(journal, root)
+    delivery.start()
+    try:
+        yield run
     except KeyboardInterrupt:
-        run.end("KILLED")
+        run.set_status("KILLED")
         raise
     except BaseException:
-        run.end("FAILED")
+        run.set_status("FAILED")
         raise
-    run.end("FINISHED")
+    else:
+        run.set_status("FINISHED")
+    finally:
+        delivery.stop()
+        if waiting := len(journal.events) - journal.delivered:
+            print(
+                f"tracking: {waiting} entries of this run wait in {journal.folder}; `latentloom sync` delivers them",
+                file=sys.stderr,
+                flush=True,
+            )
+        journal.close()
 
 
-def _has_run(client: "MlflowClient", run_id: str) -> bool:
-    from mlflow.entities import LifecycleStage
-    from mlflow.exceptions import MlflowException
-
+def _sync(journal: Journal, root: Path) -> str:
+    if (target := journal.about["target"]) != current_target():
+        return f"waits for {target or 'the store of this project'}: set MLFLOW_TRACKING_URI accordingly"
+    status = [event["status"] for event in journal.events if event["kind"] == "status"]
+    if not status or status[-1] == "RUNNING":
+        journal.append({"time": _now(), "kind": "status", "status": "KILLED"})
+    waiting = len(journal.events) - journal.delivered
+    if not waiting:
+        return "nothing to deliver"
     try:
-        return client.get_run(run_id).info.lifecycle_stage == LifecycleStage.ACTIVE
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return False
-        raise
+        Delivery(journal, root).deliver()
+    except Exception as error:
+        return f"{len(journal.events) - journal.delivered} entries still wait: {first_line(error)}"
+    return f"delivered {waiting} entries"
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+def _held(events: list[Event]) -> Iterator[tuple]:
+    for event in events:
+        match event["kind"]:
+            case "metrics":
+                yield from (("metric", key, event["step"]) for key in event["values"])
+            case "params":
+                yield from (("param", key) for key in event["values"])
+            case "image":
+                yield "image", event["key"], event["step"]
+            case "dataset":
+                yield "dataset", event["name"], event["digest"], event["context"]
+
+
+def _now() -> int:
+    return int(time.time() * 1000)

@@ -43,6 +43,12 @@ def without_credentials(uri: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
+def current_target() -> str | None:
+    """The store that the environment names, without credentials; None for the project's own."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    return without_credentials(uri) if uri else None
+
+
 def open_client(root: Path) -> "MlflowClient":
     """A client of the store, which is made where it is the project's own and not there yet.
 
@@ -53,6 +59,7 @@ def open_client(root: Path) -> "MlflowClient":
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # each try is not worth a line
     from filelock import FileLock
     from mlflow.tracking import MlflowClient
 

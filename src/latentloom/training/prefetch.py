@@ -47,6 +47,9 @@ def made_ahead(make: Callable[[int], Parts], steps: Iterable[int], device: torch
 
     # An executor's thread waits for work, never for a place to put it, so it cannot keep a process from ending.
     thread = ThreadPoolExecutor(1, thread_name_prefix=THREAD_NAME)
+    threads = torch.get_num_threads()
+    thread.submit(_compute_alone).result()
+    torch.set_num_threads(threads)  # for all but that thread
     try:
         for step in steps:
             waiting.append(thread.submit(complete, step))
@@ -58,3 +61,9 @@ def made_ahead(make: Callable[[int], Parts], steps: Iterable[int], device: torch
         for future in waiting:
             future.cancel()
         thread.shutdown()
+
+
+def _compute_alone() -> None:
+    """Let this thread have no helpers of its own: waiting for work they would spin, and slow the training's own."""
+    torch.get_num_threads()  # what a thread inherits it takes over at its first look, here and not later
+    torch.set_num_threads(1)
