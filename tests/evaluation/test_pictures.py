@@ -138,7 +138,7 @@ def test_several_samples_stand_side_by_side_prompts_in_rows(sample):
         assert (sheet[64:, 64:128] == np.asarray(image)).all()
 
 
-@pytest.mark.parametrize("prompts", [["it's \"red\"; $HOME"], ["-v", "an apple"]])
+@pytest.mark.parametrize("prompts", [['it\'s "red"; $HOME'], ["-v", "an apple"]])
 def test_the_command_that_a_picture_tells_draws_the_same_bytes_again(sample, prompts):
     settings = "--seed 3 --first 1 --count 2 --guidance 1.7 --sampler dpmpp_2m --guidance-interval 0.1 0.9"
     settings += " --guidance-rescale 0.3 --threshold 98.5 -o a.png"

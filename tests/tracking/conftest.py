@@ -65,7 +65,12 @@ def train(project_root) -> Callable[..., str]:
             "input.latents": latents,
             "input.validation": hashlib.sha256(report.encode()).hexdigest(),
         }
-        settings = {"class_guidance": "2.5", "diffusion_steps": "4", "sampler": "ddim", "guidance_interval": "[0.0, 1.0]"}
+        settings = {
+            "class_guidance": "2.5",
+            "diffusion_steps": "4",
+            "sampler": "ddim",
+            "guidance_interval": "[0.0, 1.0]",
+        }
         with new_run(project_root, name=name, tags=given | (tags or {})) as run:
             run.log_params({"diffusion": {"schedule": "vp", "noise_levels": noise_levels}, "train.precision": "fp32"})
             figures = {"caption_recall_at_1": recall, "val_mae": val_mae}

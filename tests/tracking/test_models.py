@@ -66,9 +66,7 @@ def test_what_names_nothing_is_told_with_what_to_do(project_root, train, tiny_un
         find_model(reference, project_root)
 
 
-def test_a_registered_model_is_found_by_alias_number_and_uri_where_nothing_else_has_it(
-    project_root, train, tiny_unets
-):
+def test_a_registered_model_is_found_by_alias_number_and_uri_where_nothing_else_has_it(project_root, train, tiny_unets):
     run_id = train(tiny_unets[0])
     registry.promote(find_model(str(tiny_unets[0]), project_root), "champion", project_root)
     references = ("champion", "1", "latentloom:1", "latentloom@champion", "models:/latentloom/1", run_id)

@@ -66,7 +66,7 @@ def find_model(reference: str, root: Path) -> FoundModel:
         sha256 = version.tags.get(HASH_TAG)
         if sha256 is None:
             raise ValueError(f"version {version.version} of {NAME} was not made by `latentloom promote`: promote a run")
-        return FoundModel(_bring(client, root, sha256, {}, version), sha256, version.run_id or None, version.version)
+        return FoundModel(_bring(client, root, sha256, {}, version), sha256, version.run_id or None, number_of(version))
     if registered or reference in ALIASES:
         raise ValueError(f"{name} is nothing in the registry yet: `latentloom promote RUN --to champion` puts it there")
     run = find_run(client, root, reference)
@@ -77,12 +77,8 @@ def find_model(reference: str, root: Path) -> FoundModel:
             "than the tag model.sha256; train again (`dvc repro --force train`)"
         )
     version = version_of(client, sha256)
-    return FoundModel(
-        _bring(client, root, sha256, run.data.tags, version),
-        sha256,
-        run.info.run_id,
-        version.version if version else None,
-    )
+    folder = _bring(client, root, sha256, run.data.tags, version)
+    return FoundModel(folder, sha256, run.info.run_id, number_of(version) if version else None)
 
 
 def find_run(client: "MlflowClient", root: Path, reference: str) -> "Run":
@@ -134,6 +130,11 @@ def version_of(client: "MlflowClient", sha256: str) -> "ModelVersion | None":
     """The newest registered version of the model with that hash."""
     versions = client.search_model_versions(f"name = '{NAME}' and tags.`{HASH_TAG}` = '{sha256}'")
     return max(versions, key=lambda version: int(version.version), default=None)
+
+
+def number_of(version: "ModelVersion") -> str:
+    """A version's number; MLflow gives it as an integer from a database and as text from a server."""
+    return str(version.version)
 
 
 def _in_folder(folder: Path, root: Path) -> FoundModel:

@@ -1,6 +1,7 @@
 """A model folder as MLflow's model format wants it: weights, settings, the code that runs it, what that code needs."""
 
 import shutil
+import warnings
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -66,19 +67,23 @@ def save_served_model(
         facts: ``mlflow_run_id``, which goes into the pictures.
     """
     import mlflow.pyfunc
+    import pandas as pd
 
     packed = path.parent / "model"
     pack_folder(model, packed, settings)
-    mlflow.pyfunc.save_model(
-        str(path),
-        mlflow_model=entry,
-        python_model=str(SERVED),
-        artifacts={"model": str(packed)},
-        code_paths=[str(Path(latentloom.__file__).parent)],
-        signature=signature(settings),
-        pip_requirements=requirements(model),
-        model_config=dict(facts),
-    )
+    with warnings.catch_warnings():  # it would have type hints where there is a signature
+        warnings.simplefilter("ignore")
+        mlflow.pyfunc.save_model(
+            str(path),
+            mlflow_model=entry,
+            python_model=str(SERVED),
+            artifacts={"model": str(packed)},
+            code_paths=[str(Path(latentloom.__file__).parent)],
+            signature=signature(settings),
+            input_example=(pd.DataFrame({"prompt": ["a red apple"]}), {"seed": 1, "steps": settings.steps}),
+            pip_requirements=requirements(model),
+            model_config=dict(facts),
+        )
 
 
 def signature(settings: SamplingSettings) -> "ModelSignature":

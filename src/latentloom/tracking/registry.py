@@ -20,7 +20,7 @@ import yaml
 
 from latentloom.evaluation.drawing import SamplingSettings, default_settings
 from latentloom.files import read_json
-from latentloom.tracking.models import HASH_TAG, NAME, FoundModel, registered_model, version_of
+from latentloom.tracking.models import HASH_TAG, NAME, FoundModel, number_of, registered_model, version_of
 from latentloom.tracking.packing import save_served_model
 from latentloom.tracking.store import experiment_id, open_client
 from latentloom.training.model_files import read_config
@@ -110,18 +110,18 @@ def promote(
         figures = Figures.of_run(run)
         version = version_of(client, found.sha256)
         aliases = _aliases(client)
-        if version and aliases.get(alias) == version.version:
-            return version.version, False
+        if version and aliases.get(alias) == number_of(version):
+            return number_of(version), False
         if not force and (objections := _objections(client, root, run, figures, version, aliases.get("champion"))):
             listed = "\n".join(f"- {objection}" for objection in objections)
             raise PromotionRefused(f'not promoted:\n{listed}\nTo promote it all the same: --force --why "..."')
-        version = version or _register(client, root, found, run)
-        client.set_model_version_tag(NAME, version.version, "figures", json.dumps(asdict(figures)))
+        number = number_of(version or _register(client, root, found, run))
+        client.set_model_version_tag(NAME, number, "figures", json.dumps(asdict(figures)))
         if why:
-            client.set_model_version_tag(NAME, version.version, "why", why)
-        client.set_registered_model_alias(NAME, alias, version.version)
-        _record(client, alias, "promote", version.version, aliases.get(alias), why, figures)
-        return version.version, True
+            client.set_model_version_tag(NAME, number, "why", why)
+        client.set_registered_model_alias(NAME, alias, number)
+        _record(client, alias, "promote", number, aliases.get(alias), why, figures)
+        return number, True
 
 
 def demote(alias: Alias, root: Path, *, why: str | None = None) -> tuple[str, str | None]:
@@ -137,7 +137,7 @@ def demote(alias: Alias, root: Path, *, why: str | None = None) -> tuple[str, st
     now = _aliases(client).get(alias)
     if now is None:
         raise ValueError(f"there is no {alias} to take back: `latentloom history` shows what there was")
-    existing = {version.version: version for version in client.search_model_versions(f"name = '{NAME}'")}
+    existing = {number_of(version): version for version in client.search_model_versions(f"name = '{NAME}'")}
     earlier = [version for version in _line(history(root), alias, now)[:-1] if version in existing and version != now]
     back = earlier[-1] if earlier else None
     if back is None:
@@ -196,7 +196,7 @@ def _objections(
     champion: str | None,
 ) -> list[str]:
     found = [_validation_objection(client, root, run)]
-    if champion and not (version and version.version == champion):
+    if champion and not (version and number_of(version) == champion):
         found.append(worse(figures, Figures.of_version(client.get_model_version(NAME, champion))))
     return [objection for objection in found if objection]
 
