@@ -38,7 +38,7 @@ def test_of_two_runs_of_a_name_the_one_with_a_model_is_meant(project_root, train
     run_id = train(tiny_unets[0], name="twice")
     killed = client.create_run(client.get_run(run_id).info.experiment_id, run_name="twice").info.run_id
     assert find_model("twice", project_root).run_id == run_id
-    with pytest.raises(ValueError, match="has no model.*train again"):
+    with pytest.raises(ValueError, match=r"has no model.*train again"):
         find_model(killed, project_root)
 
 

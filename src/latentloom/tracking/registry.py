@@ -75,7 +75,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Move:
-    """One change of an alias: to ``version``, or away where it is None. ``figures``: those that it was promoted with."""
+    """One change of an alias: to ``version``, or away where it is None, with the figures it was promoted with."""
 
     when: str
     alias: str
