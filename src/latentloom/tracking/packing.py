@@ -1,5 +1,6 @@
 """A model folder as MLflow's model format wants it: weights, settings, the code that runs it, what that code needs."""
 
+import logging
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -66,13 +67,14 @@ def save_served_model(
         entry: MLflow's record of the model, which knows its id.
         facts: ``mlflow_run_id``, which goes into the pictures.
     """
-    import mlflow.pyfunc
     import pandas as pd
 
     packed = path.parent / "model"
     pack_folder(model, packed, settings)
-    with warnings.catch_warnings():  # it would have type hints where there is a signature
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(record=True):  # that type hints are missing; a filter would come too late
+        import mlflow.pyfunc
+
+        logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)
         mlflow.pyfunc.save_model(
             str(path),
             mlflow_model=entry,
