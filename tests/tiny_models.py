@@ -74,3 +74,37 @@ def save_clip(folder: Path | str, *, dim: int = 24, seed: int = 0) -> Path:
     )
     CLIPTextModelWithProjection(config).save_pretrained(folder)
     return Path(folder)
+
+
+def save_tiny_unet(folder: Path | str, *, seed: int = 0, vae: str = "bundled", text_encoder: str = "bundled") -> Path:
+    """A model folder as a training leaves it: 64x64 pictures, random weights, the encoders that are named."""
+    from latentloom.encoding.text_encoder import load_text_encoder
+    from latentloom.encoding.vae import load_vae
+    from latentloom.training.model_files import FORMAT_VERSION, EncoderReference, ModelConfig, save_model
+
+    loaded_vae, loaded_text = load_vae(vae), load_text_encoder(text_encoder)
+    config = ModelConfig(
+        format_version=FORMAT_VERSION,
+        latent_shape=(4, 8, 8),
+        widths=(16, 32),
+        block_depth=1,
+        emb_size=16,
+        text_dim=loaded_text.dim,
+        schedule="vp",
+        latent_mean=(0.1,) * 4,
+        latent_std=(0.9,) * 4,
+        latent_bound=3.0,
+        vae=EncoderReference(reference=vae, class_name=loaded_vae.class_name, fingerprint=loaded_vae.fingerprint),
+        text_encoder=EncoderReference(
+            reference=text_encoder, class_name=loaded_text.class_name, fingerprint=loaded_text.fingerprint
+        ),
+        attribution="Drawn by somebody",
+        licence="CC BY-SA 4.0",
+    )
+    torch.manual_seed(seed)
+    network = config.build()
+    with torch.no_grad():  # the last layer starts at zero: such a network would draw the same whatever it is asked
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    save_model(Path(folder), network, config)
+    return Path(folder)

@@ -1,13 +1,18 @@
 """The command `latentloom`."""
 
 import json
+import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from latentloom.params import ParamsError, load_params
+
+MODEL_HELP = "A model folder, champion, candidate, a version of the registry, or an MLflow run (id or name)."
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train your own text-to-image model: see README.md.")
 
@@ -39,6 +44,140 @@ def summary() -> None:
     print("Model     models/unet")
     print("Data      reports/data_docs/index.html")
     print("MLflow    make ui, then open http://127.0.0.1:5000")
+
+
+@app.command()
+def sample(
+    prompts: Annotated[list[str], typer.Argument(help="What to draw; each prompt is drawn.")],
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "models/unet",
+    output: Annotated[str, typer.Option("--output", "-o", help="FILE.png, or FOLDER/ for one PNG a sample.")] = (
+        "sample.png"
+    ),
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise that samples start from.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="Samples of each prompt.")] = 1,
+    first: Annotated[int, typer.Option(min=0, help="The number of the first sample.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; params.yaml says how many unless you do.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="1: as trained; more: closer to the prompt.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="ddim or dpmpp_2m.")] = None,
+    guidance_interval: Annotated[
+        tuple[float, float] | None, typer.Option(help="Noise levels at which guidance acts.")
+    ] = None,
+    guidance_rescale: Annotated[float | None, typer.Option(help="0 to 1: contrast taken back.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="The percentile of dynamic thresholding.")] = None,
+    precision: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")] = None,
+) -> None:
+    """Draw prompts with a model. The same command gives the same bytes on one machine's CPU."""
+    folder = output.endswith("/") or Path(output).is_dir()
+    if not folder and Path(output).suffix.lower() != ".png":
+        sys.exit(f"-o {output}: give FILE.png, or FOLDER/ for one PNG a sample")
+    with _mendable_errors_told():
+        from latentloom.evaluation.drawing import default_settings, load_text_to_image
+        from latentloom.evaluation.pictures import save_picture, together
+        from latentloom.stage import project_root
+        from latentloom.tracking.models import find_model
+
+        found = find_model(model, project_root())
+        settings = default_settings(found.folder).changed(
+            steps=steps,
+            guidance=guidance,
+            sampler=sampler,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
+            threshold=threshold,
+            precision=precision,
+        )
+        loaded = load_text_to_image(found.folder, mlflow_run_id=found.run_id)
+        drawn = loaded.draw(prompts, settings, seed=seed, count=count, first=first)
+        if not folder:
+            facts = loaded.facts(prompts, settings, seed=seed, count=count, first=first)
+            save_picture(Path(output), together(drawn), facts)
+            print(output)
+            return
+        for row, (prompt, images) in enumerate(zip(prompts, drawn, strict=True), start=1):
+            words = re.sub(r"[^\w]+", "-", prompt).strip("-")[:60]
+            for number, image in enumerate(images, start=first):
+                path = Path(output) / f"{row:02d}-{words}-{number}.png"
+                save_picture(path, image, loaded.facts([prompt], settings, seed=seed, first=number))
+                print(path)
+
+
+@app.command()
+def promote(
+    model: Annotated[str, typer.Argument(metavar="RUN", help=MODEL_HELP)],
+    to: Annotated[Literal["champion", "candidate"], typer.Option(help="What to call it.")],
+    force: Annotated[bool, typer.Option("--force", help="Though validation failed or it is worse; say --why.")] = False,
+    why: Annotated[str | None, typer.Option(help="Kept with the version and in the history.")] = None,
+) -> None:
+    """Register a model and call it the champion or the candidate; refused where it is worse than the champion."""
+    if force and not why:
+        sys.exit('--force needs a reason that others will read: --why "..."')
+    with _mendable_errors_told():
+        from latentloom.stage import project_root
+        from latentloom.tracking import registry
+        from latentloom.tracking.models import find_model
+
+        root = project_root()
+        version, moved = registry.promote(find_model(model, root), to, root, force=force, why=why)
+    print(f"version {version} of latentloom is the {to}" + ("" if moved else " already"))
+
+
+@app.command()
+def demote(
+    alias: Annotated[Literal["champion", "candidate"], typer.Option("--from", help="What it is called now.")],
+    why: Annotated[str | None, typer.Option(help="Kept in the history.")] = None,
+) -> None:
+    """Take a promotion back: the one before is the champion (or the candidate) again."""
+    with _mendable_errors_told():
+        from latentloom.stage import project_root
+        from latentloom.tracking import registry
+
+        was, now = registry.demote(alias, project_root(), why=why)
+    print(f"version {was} of latentloom is no longer the {alias}; " + (f"version {now} is" if now else "none is"))
+
+
+@app.command()
+def history() -> None:
+    """Which model was the champion or the candidate, since when, why, and how good it was."""
+    with _mendable_errors_told():
+        from latentloom.stage import project_root
+        from latentloom.tracking import registry
+
+        root = project_root()
+        moves, current = registry.history(root), registry.current(root)
+    row = "{:<20}  {:<9}  {:<7}  {:<10}  {:<10}  {:<7}  {:<10}  {}".format
+    print(row("when", "alias", "version", "instead of", "by", "recall", "val_mae", "why"))
+    for move in moves:
+        figures = move.figures
+        print(
+            row(
+                move.when.replace("+00:00", "Z"),
+                move.alias,
+                move.version or "none",
+                move.before or "none",
+                move.by or "",
+                _figure(figures.recall if figures else None),
+                _figure(figures.val_mae if figures else None),
+                move.why or ("taken back" if move.what == "demote" else ""),
+            ).rstrip()
+        )
+    print("now: " + (", ".join(f"{alias} is version {version}" for alias, version in current.items()) or "nothing"))
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+@contextmanager
+def _mendable_errors_told() -> Iterator[None]:
+    """End with the message alone where a person can mend the cause; anything else is a fault of ours."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+    except Exception as error:
+        if not type(error).__module__.startswith("mlflow."):
+            raise
+        sys.exit(f"MLflow: {error}")
 
 
 if __name__ == "__main__":

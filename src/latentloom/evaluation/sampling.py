@@ -30,6 +30,7 @@ class Sampler:
         sampler: how a sample gets from noise level to noise level, a name that the `Diffuser` knows.
         guidance_interval: the lowest and the highest noise level at which guidance acts.
         guidance_rescale: how far contrast that guidance added is taken back, from 0 to 1.
+        batch_size: samples computed together.
     """
 
     network: UNet
@@ -41,6 +42,7 @@ class Sampler:
     sampler: str = "ddim"
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     guidance_rescale: float = 0.0
+    batch_size: int = BATCH_SIZE
 
     def latents(self, embeddings: torch.Tensor, names: Sequence[str], seed: int) -> torch.Tensor:
         """Sample a standardised latent (B, C, h, w) for each text embedding (B, dim), on the network's device.
@@ -65,8 +67,8 @@ class Sampler:
         )
         samples = []
         with tqdm(total=len(names), desc="sample", unit="image") as progress:
-            for start in range(0, len(names), BATCH_SIZE):
-                part = slice(start, start + BATCH_SIZE)
+            for start in range(0, len(names), self.batch_size):
+                part = slice(start, start + self.batch_size)
                 samples.append(diffuser.reverse_diffusion(noise[part], embeddings[part].to(device), layout="nchw"))
                 progress.update(len(samples[-1]))
         return torch.cat(samples)

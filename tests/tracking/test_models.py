@@ -1,0 +1,115 @@
+"""Whatever a person calls a model by, its files are found, and are those of its hash."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from dvc.repo import Repo
+
+from latentloom.tracking import registry
+from latentloom.tracking.dvc_objects import directory_oid
+from latentloom.tracking.models import find_model
+from latentloom.tracking.store import open_client
+from latentloom.training.model_files import model_hash
+
+
+def test_a_folder_is_its_own_model_and_needs_no_store(tiny_unets, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = find_model(str(tiny_unets[0]), tmp_path)
+    assert (found.folder, found.sha256) == (tiny_unets[0], model_hash(tiny_unets[0]))
+    assert (found.run_id, found.version) == (None, None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_found_by_id_by_its_beginning_and_by_name(project_root, train, tiny_unets):
+    shutil.copytree(tiny_unets[0], "models/unet")
+    run_id = train(tiny_unets[0], name="gentle, isn't it")
+    for reference in (run_id, run_id[:6], "gentle, isn't it"):
+        found = find_model(reference, project_root)
+        assert (found.run_id, found.sha256) == (run_id, model_hash(tiny_unets[0]))
+        assert found.folder == project_root / "models/unet"
+
+
+def test_of_two_runs_of_a_name_the_one_with_a_model_is_meant(project_root, train, tiny_unets):
+    shutil.copytree(tiny_unets[0], "models/unet")
+    client = open_client(project_root)
+    run_id = train(tiny_unets[0], name="twice")
+    killed = client.create_run(client.get_run(run_id).info.experiment_id, run_name="twice").info.run_id
+    assert find_model("twice", project_root).run_id == run_id
+    with pytest.raises(ValueError, match=r"has no model.*train again"):
+        find_model(killed, project_root)
+
+
+def test_a_name_that_several_models_bear_is_refused_with_their_ids(project_root, train, tiny_unets):
+    ids = [train(folder, name="twice") for folder in tiny_unets[:2]]
+    with pytest.raises(ValueError, match="names 2 runs") as refused:
+        find_model("twice", project_root)
+    assert all(run_id in str(refused.value) for run_id in ids)
+
+
+@pytest.mark.parametrize(
+    ("reference", "told"),
+    [
+        ("models/unet", "`dvc pull` or `dvc repro`"),
+        ("champion", "`latentloom promote RUN --to champion`"),
+        ("latentloom:3", "`latentloom promote RUN --to champion`"),
+        ("nobody", "make ui"),
+        ("f" * 32, "make ui"),
+        ("a%", "make ui"),
+    ],
+)
+def test_what_names_nothing_is_told_with_what_to_do(project_root, train, tiny_unets, reference, told):
+    train(tiny_unets[0], name="a run")
+    with pytest.raises(ValueError, match=told):
+        find_model(reference, project_root)
+
+
+def test_a_registered_model_is_found_by_alias_number_and_uri_where_nothing_else_has_it(project_root, train, tiny_unets):
+    run_id = train(tiny_unets[0])
+    registry.promote(find_model(str(tiny_unets[0]), project_root), "champion", project_root)
+    references = ("champion", "1", "latentloom:1", "latentloom@champion", "models:/latentloom/1", run_id)
+    for reference in references:
+        shutil.rmtree(project_root / ".state" / "models", ignore_errors=True)
+        found = find_model(reference, project_root)
+        assert model_hash(found.folder) == found.sha256 == model_hash(tiny_unets[0])
+        assert (found.run_id, found.version) == (run_id, "1")
+        assert found.folder.is_relative_to(project_root / ".state" / "models")
+        assert [path.name for path in found.folder.parent.iterdir()] == [found.sha256]
+
+
+def test_a_damaged_copy_of_a_registered_model_is_not_used_but_brought_again(project_root, train, tiny_unets):
+    train(tiny_unets[0])
+    registry.promote(find_model(str(tiny_unets[0]), project_root), "champion", project_root)
+    weights = find_model("champion", project_root).folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    again = find_model("champion", project_root)
+    assert model_hash(again.folder) == model_hash(tiny_unets[0])
+
+
+@pytest.fixture
+def dvc_project(project_root) -> Path:
+    subprocess.run(["git", "init", "-q"], check=True)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], check=True)
+    return project_root
+
+
+def test_an_earlier_runs_model_comes_out_of_dvcs_cache(dvc_project, train, tiny_unets):
+    shutil.copytree(tiny_unets[0], "models/unet")
+    oid = directory_oid(Path("models/unet"))
+    with Repo(str(dvc_project)) as repo:
+        repo.add("models/unet")
+    run_id = train(tiny_unets[0], tags={"dvc.models/unet": oid})
+    shutil.rmtree("models/unet")
+    shutil.copytree(tiny_unets[1], "models/unet")
+    found = find_model(run_id, dvc_project)
+    assert found.folder == dvc_project / ".state" / "models" / model_hash(tiny_unets[0])
+    assert model_hash(found.folder) == model_hash(tiny_unets[0])
+
+
+def test_a_model_whose_bytes_are_nowhere_is_told_with_the_commit_to_train_from(dvc_project, train, tiny_unets):
+    tags = {"dvc.models/unet": "0" * 32 + ".dir", "mlflow.source.git.commit": "c" * 40}
+    run_id = train(tiny_unets[0], tags=tags)
+    with pytest.raises(ValueError, match="git checkout cccccccccccc && dvc repro"):
+        find_model(run_id, dvc_project)

@@ -1,0 +1,329 @@
+"""Promotions: what is refused, what moves when, and what is left when something breaks off."""
+
+import re
+import shutil
+import subprocess
+import sys
+from importlib.metadata import distribution, packages_distributions, version
+from pathlib import Path
+from urllib.parse import urlparse
+
+import pytest
+from tiny_models import save_clip, save_tiny_unet, save_tiny_vae
+from typer.testing import CliRunner
+
+from latentloom.cli import app
+from latentloom.evaluation.drawing import load_text_to_image, stored_settings
+from latentloom.tracking import packing, registry
+from latentloom.tracking.models import find_model
+from latentloom.tracking.registry import Figures, PromotionRefused, worse
+from latentloom.tracking.store import open_client
+from latentloom.training.model_files import model_hash, read_config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def promote(project_root):
+    """``promote(folder, "champion")``, as at the keyboard; the version."""
+
+    def call(folder: Path, alias: str = "champion", **more) -> str:
+        return registry.promote(find_model(str(folder), project_root), alias, project_root, **more)[0]
+
+    return call
+
+
+def aliases(root) -> dict[str, str]:
+    return registry.current(root)
+
+
+def versions(root) -> list[str]:
+    return sorted(str(found.version) for found in open_client(root).search_model_versions("name = 'latentloom'"))
+
+
+def test_a_promoted_model_is_a_version_with_all_that_drawing_needs(project_root, train, promote, tiny_unets, tmp_path):
+    import mlflow.artifacts
+
+    run_id = train(tiny_unets[0])
+    assert promote(tiny_unets[0]) == "1"
+    made = open_client(project_root).get_model_version_by_alias("latentloom", "champion")
+    config = read_config(tiny_unets[0])
+    assert made.run_id == run_id
+    assert made.tags["model.sha256"] == model_hash(tiny_unets[0])
+    assert (made.tags["vae"], made.tags["vae.fingerprint"]) == ("bundled", config.vae.fingerprint)
+    assert made.tags["text_encoder.fingerprint"] == config.text_encoder.fingerprint
+    assert (made.tags["licence"], made.tags["attribution"]) == ("CC BY-SA 4.0", "Drawn by somebody")
+
+    store = f"sqlite:///{project_root / 'mlflow.db'}"
+    logged = Path(mlflow.artifacts.download_artifacts(made.source, dst_path=str(tmp_path / "x"), tracking_uri=store))
+    assert model_hash(logged / "artifacts/model") == model_hash(tiny_unets[0])
+    assert stored_settings(logged / "artifacts/model").guidance == 2.5  # what its figures were measured with
+    assert (logged / "code/latentloom/evaluation/drawing.py").read_bytes() == (
+        ROOT / "src/latentloom/evaluation/drawing.py"
+    ).read_bytes()
+    assert not [path for path in logged.rglob("*") if path.suffix in (".pkl", ".pickle", ".pyc")]
+    assert f"torch=={version('torch').partition('+')[0]}\n" in (logged / "requirements.txt").read_text()
+
+
+def test_the_signature_takes_prompts_and_gives_png_bytes_with_the_stored_settings_as_defaults(
+    project_root, train, promote, tiny_unets
+):
+    from mlflow.models import get_model_info
+
+    train(tiny_unets[0])
+    promote(tiny_unets[0])
+    made = open_client(project_root).get_model_version_by_alias("latentloom", "champion")
+    signature = get_model_info(Path(urlparse(made.source).path)).signature
+    assert signature.inputs.input_names() == ["prompt"]
+    assert [str(kind) for kind in signature.outputs.input_types()][-1] == "DataType.binary"
+    assert {param.name: param.default for param in signature.params} == {
+        "seed": 0,
+        "count": 1,
+        "steps": 4,
+        "guidance": 2.5,
+    }
+
+
+def test_the_required_packages_are_enough_to_draw(tiny_unets):
+    required = closure({line.partition("==")[0] for line in packing.requirements(tiny_unets[0])})
+    hidden = [
+        name
+        for name, owners in packages_distributions().items()
+        if not {canonical(owner) for owner in owners} & required and name != "latentloom"
+    ]
+    assert {"dvc", "great_expectations", "accelerate"} <= set(hidden)
+    code = f"""
+import sys
+from importlib.machinery import PathFinder
+
+class Hiding(PathFinder):
+    @classmethod
+    def find_spec(cls, name, *arguments):
+        return None if name.partition(".")[0] in {hidden!r} else super().find_spec(name, *arguments)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Hiding
+import latentloom.tracking.served_model
+from pathlib import Path
+from latentloom.evaluation.drawing import load_text_to_image, SamplingSettings
+from latentloom.evaluation.pictures import encode_picture
+load_text_to_image(Path({str(tiny_unets[0])!r})).draw(["a"], SamplingSettings(steps=2), seed=0)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def closure(names: set[str]) -> set[str]:
+    """Distributions and all that they need, by their own metadata, without extras."""
+    found: set[str] = set()
+    todo = {canonical(name) for name in names}
+    while todo:
+        name = todo.pop()
+        found.add(name)
+        try:
+            needs = distribution(name).requires or []
+        except ImportError:
+            continue
+        plain = {canonical(re.match(r"[\w.-]+", need)[0]) for need in needs if "extra ==" not in need}
+        todo |= plain - found
+    return found
+
+
+def test_encoders_that_are_only_a_folder_here_go_with_the_model(project_root, train, promote, tmp_path):
+    vae, clip = save_tiny_vae(tmp_path / "vae"), save_clip(tmp_path / "clip")
+    mine = save_tiny_unet(tmp_path / "mine", vae=str(vae), text_encoder=str(clip))
+    train(mine)
+    promote(mine)
+    for folder in (vae, clip, mine):
+        shutil.rmtree(folder)
+    loaded = load_text_to_image(find_model("champion", project_root).folder)
+    assert loaded.vae.fingerprint == read_config(find_model("champion", project_root).folder).vae.fingerprint
+
+
+def test_the_same_model_promoted_twice_is_one_version_and_one_move(project_root, train, promote, tiny_unets):
+    train(tiny_unets[0])
+    assert promote(tiny_unets[0], "candidate") == promote(tiny_unets[0], "candidate") == promote(tiny_unets[0]) == "1"
+    assert versions(project_root) == ["1"]
+    assert aliases(project_root) == {"candidate": "1", "champion": "1"}
+    assert [(move.alias, move.version) for move in registry.history(project_root)] == [
+        ("candidate", "1"),
+        ("champion", "1"),
+    ]
+
+
+GOOD = Figures(recall=0.9, val_mae=0.3, latents="a", noise="vp/cosine")
+
+
+@pytest.mark.parametrize(
+    ("figures", "verdict"),
+    [
+        (GOOD, None),
+        (Figures(0.8, 0.1, "a", "vp/cosine"), "caption_recall_at_1 is 0.8, worse than the champion's 0.9"),
+        (Figures(0.95, 0.5, "a", "vp/cosine"), None),
+        (Figures(0.9, 0.31, "a", "vp/cosine"), "val_mae is 0.31, worse than the champion's 0.3"),
+        (Figures(0.9, 0.29, "a", "vp/cosine"), None),
+        (Figures(0.9, 0.5, "a", "vp/uniform"), None),  # errors over other noise levels do not compare
+        (Figures(0.9, None, "a", "vp/cosine"), None),
+        (Figures(0.99, 0.1, "b", "vp/cosine"), "other images"),
+        (Figures(None, 0.1, "a", "vp/cosine"), "dvc repro evaluate"),
+    ],
+)
+def test_recall_decides_then_the_error_on_held_out_images_and_only_what_compares(figures, verdict):
+    found = worse(figures, GOOD)
+    assert found is None if verdict is None else verdict in found
+
+
+def test_a_first_champion_needs_only_figures_and_a_champion_without_them_gives_way():
+    assert worse(GOOD, Figures(None, None, None, None)) is None
+
+
+def test_a_worse_model_is_refused_unless_someone_says_why(project_root, train, promote, tiny_unets):
+    train(tiny_unets[0], recall=0.9)
+    train(tiny_unets[1], recall=0.8)
+    promote(tiny_unets[0])
+    for alias in ("champion", "candidate"):
+        with pytest.raises(PromotionRefused, match=r"0\.8, worse than the champion's 0\.9(.|\n)*--force --why"):
+            promote(tiny_unets[1], alias)
+    assert (aliases(project_root), versions(project_root)) == ({"champion": "1"}, ["1"])
+    assert promote(tiny_unets[1], force=True, why="the hands are right") == "2"
+    assert aliases(project_root) == {"champion": "2"}
+    assert open_client(project_root).get_model_version("latentloom", "2").tags["why"] == "the hands are right"
+
+
+def test_a_model_of_data_that_failed_its_validation_is_refused(project_root, train, promote, tiny_unets):
+    train(tiny_unets[0], failed_checks=("latents are finite",))
+    with pytest.raises(PromotionRefused, match="validation of its data failed: latents are finite"):
+        promote(tiny_unets[0])
+    assert aliases(project_root) == {}
+
+
+def test_the_projects_validation_report_counts_where_it_is_the_one_that_the_run_read(
+    project_root, train, promote, tiny_unets
+):
+    train(tiny_unets[0], validation="reports")
+    train(tiny_unets[1], validation="reports", failed_checks=("a check",))  # writes over the report of the first
+    with pytest.raises(PromotionRefused, match="is not known"):
+        promote(tiny_unets[0])
+    with pytest.raises(PromotionRefused, match="failed: a check"):
+        promote(tiny_unets[1])
+
+
+def test_a_model_that_this_store_never_saw_trained_is_not_promoted(project_root, promote, tiny_unets):
+    with pytest.raises(ValueError, match="latentloom sync"):
+        promote(tiny_unets[0])
+
+
+def test_taken_back_the_champion_before_is_champion_again_until_there_is_none(project_root, train, promote, tiny_unets):
+    for number, folder in enumerate(tiny_unets):
+        train(folder, recall=0.5 + 0.1 * number)
+        promote(folder)
+    assert registry.demote("champion", project_root, why="too yellow") == ("3", "2")
+    assert registry.demote("champion", project_root) == ("2", "1")
+    promote(tiny_unets[2])
+    assert registry.demote("champion", project_root) == ("3", "1")
+    assert registry.demote("champion", project_root) == ("1", None)
+    assert aliases(project_root) == {}
+    with pytest.raises(ValueError, match="there is no champion"):
+        registry.demote("champion", project_root)
+    told = [(move.what, move.before, move.version) for move in registry.history(project_root)]
+    assert told == [
+        ("promote", None, "1"),
+        ("promote", "1", "2"),
+        ("promote", "2", "3"),
+        ("demote", "3", "2"),
+        ("demote", "2", "1"),
+        ("promote", "1", "3"),
+        ("demote", "3", "1"),
+        ("demote", "1", None),
+    ]
+    assert registry.history(project_root)[3].why == "too yellow"
+
+
+def test_a_champion_that_was_moved_in_mlflows_own_pages_is_taken_back_to_the_one_before(
+    project_root, train, promote, tiny_unets
+):
+    for number, folder in enumerate(tiny_unets[:2]):
+        train(folder, recall=0.5 + 0.1 * number)
+    promote(tiny_unets[0])
+    promote(tiny_unets[1], "candidate")
+    open_client(project_root).set_registered_model_alias("latentloom", "champion", "2")
+    assert registry.demote("champion", project_root) == ("2", "1")
+
+
+def test_a_version_that_was_deleted_is_passed_over(project_root, train, promote, tiny_unets):
+    for number, folder in enumerate(tiny_unets):
+        train(folder, recall=0.5 + 0.1 * number)
+        promote(folder)
+    open_client(project_root).delete_model_version("latentloom", "2")
+    assert registry.demote("champion", project_root) == ("3", "1")
+
+
+@pytest.mark.parametrize("breaks", ["log_model_artifacts", "finalize_logged_model", "create_model_version"])
+def test_a_promotion_that_breaks_off_moves_nothing_and_can_be_repeated(
+    project_root, train, promote, tiny_unets, monkeypatch, breaks
+):
+    from mlflow.tracking import MlflowClient
+
+    for number, folder in enumerate(tiny_unets[:2]):
+        train(folder, recall=0.5 + 0.1 * number)
+    promote(tiny_unets[0])
+
+    def broken(*arguments, **more):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, breaks, broken)
+        with pytest.raises(KeyboardInterrupt):
+            promote(tiny_unets[1])
+    assert (aliases(project_root), versions(project_root)) == ({"champion": "1"}, ["1"])
+    assert len(registry.history(project_root)) == 1
+    assert promote(tiny_unets[1]) == "2"
+    assert find_model("champion", project_root).sha256 == model_hash(tiny_unets[1])
+
+
+@pytest.fixture
+def invoke(project_root):
+    def run(*arguments: str) -> tuple[int, str]:
+        result = CliRunner().invoke(app, list(arguments))
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.exit_code, result.output
+
+    return run
+
+
+def test_at_the_keyboard(invoke, train, tiny_unets):
+    train(tiny_unets[0], name="gentle", recall=0.75)
+    bold = train(tiny_unets[1], name="bold", recall=0.5)
+    for folder in tiny_unets[:2]:  # where DVC would have kept them
+        shutil.copytree(folder, Path(".state/models") / model_hash(folder))
+    assert invoke("history") == (0, invoke("history")[1])
+    assert "now: nothing" in invoke("history")[1]
+    assert invoke("promote", "gentle", "--to", "champion") == (0, "version 1 of latentloom is the champion\n")
+    assert invoke("promote", "gentle", "--to", "champion") == (0, "version 1 of latentloom is the champion already\n")
+    status, told = invoke("promote", bold, "--to", "champion")
+    assert status == 1
+    assert "worse than the champion's 0.75" in told
+    assert invoke("promote", bold, "--to", "champion", "--force")[0] == 1
+    assert invoke("promote", bold, "--to", "champion", "--force", "--why", "sharper")[0] == 0
+    status, told = invoke("history")
+    lines = told.splitlines()
+    assert re.search(r"Z +champion +2 +1 .* 0\.5 .* sharper", lines[2])
+    assert lines[-1] == "now: champion is version 2"
+    assert invoke("demote", "--from", "champion") == (
+        0,
+        "version 2 of latentloom is no longer the champion; version 1 is\n",
+    )
+    assert invoke("sample", "a red apple", "--model", "champion", "--steps", "2", "-o", "out.png") == (0, "out.png\n")
+
+
+def test_a_server_that_is_away_is_told_without_a_traceback(invoke, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    status, told = invoke("history")
+    assert status == 1
+    assert "127.0.0.1" in told

@@ -1,0 +1,193 @@
+"""docs/models.md, run from top to bottom: drawing, promoting, serving over HTTP, and taking back; on a server too."""
+
+import base64
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+from projects import ROOT, tiny_params
+from typer.testing import CliRunner
+
+from latentloom.cli import app
+from latentloom.evaluation.pictures import read_facts
+from latentloom.tracking import registry
+from latentloom.tracking.models import find_model
+from latentloom.training.model_files import model_hash
+
+pytestmark = pytest.mark.pipeline
+
+PAGE = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+PATIENCE = 120  # seconds until a server counts as not starting
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+
+
+def shown(word: str) -> list[list[str]]:
+    """The commands of the page that begin with ``word``, as words, in the page's order."""
+    lines = [shlex.split(line, comments=True) for block in blocks("sh") for line in block.splitlines()]
+    return [line for line in lines if line and line[0] == word]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@contextmanager
+def serving(command: list[str], port: int, folder: Path, **environment: str) -> Iterator[None]:
+    """Run a server until the block ends, and see it and its workers go."""
+    inherited = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MLFLOW_TRACKING_URI")}
+    inherited["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), inherited["PATH"]])
+    with open(folder / "server.log", "w") as log:
+        server = subprocess.Popen(
+            command, cwd=folder, env=inherited | environment, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while not answers(f"http://127.0.0.1:{port}/health"):
+            assert server.poll() is None and time.monotonic() < deadline, (folder / "server.log").read_text()[-4000:]
+            time.sleep(0.2)
+        yield
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        deadline = time.monotonic() + 20
+        while has_processes(server):
+            if time.monotonic() > deadline:
+                os.killpg(server.pid, signal.SIGKILL)
+            time.sleep(0.1)
+
+
+def has_processes(server: subprocess.Popen) -> bool:
+    server.poll()  # or it would stay as a zombie
+    try:
+        os.killpg(server.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(address, timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def keyboard(*words: str) -> str:
+    result = CliRunner().invoke(app, list(words))
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, f"{shlex.join(words)}: {result.output}"
+    return result.output
+
+
+@pytest.fixture
+def project(project_root, train, tiny_unets) -> Path:
+    """Two trainings, `gentle` and the worse `bold`; the last one is in models/unet, the other in `.state`."""
+    for name, folder, recall in (("gentle", tiny_unets[0], 0.9), ("bold", tiny_unets[1], 0.8)):
+        train(folder, name=name, recall=recall)
+    shutil.copytree(tiny_unets[1], "models/unet")
+    shutil.copytree(tiny_unets[0], Path(".state/models") / model_hash(tiny_unets[0]))
+    params = tiny_params()
+    params["evaluate"]["class_guidance"] = 2.5  # what both were evaluated with
+    params["train"]["precision"] = "fp32"
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    return project_root
+
+
+def test_every_command_of_the_page_does_what_it_says(project):
+    commands = shown("latentloom")
+    assert len(commands) == 10
+    served = commands.pop()
+    printed = [keyboard(*words) for _, *words in commands]
+    for name in ("sample.png", "apples.png", "quick.png"):
+        assert read_facts(Path(name)).model_sha256 == model_hash(Path("models/unet"))
+    assert read_facts(Path("apples.png")).count == 4
+    assert len(list(Path("drawn").iterdir())) == 4
+    table = re.search(r"```\n(when .*?)```", PAGE, re.DOTALL)[1]
+    assert printed[6].splitlines()[0] == table.splitlines()[0]
+    assert printed[6].splitlines()[-1] == table.splitlines()[-1]
+    assert [(move.what, move.version) for move in registry.history(project)] == [
+        ("promote", "1"),
+        ("promote", "1"),
+        ("promote", "2"),
+        ("demote", "1"),
+    ]
+
+    port = free_port()
+    (command,) = shown("mlflow")
+    (script,) = blocks("python")
+    decoy = project / "decoy" / "latentloom"  # the server must run the code that was logged, whatever is installed
+    decoy.mkdir(parents=True)
+    (decoy / "__init__.py").write_text("raise SystemExit('not the code that was logged')")
+    environment = {"MLFLOW_TRACKING_URI": f"sqlite:///{project / 'mlflow.db'}", "PYTHONPATH": str(decoy.parent)}
+    with serving([*command[:-1], str(port)], port, project, **environment):
+        exec(script.replace("5001", str(port)), {})
+        keyboard(*served[1:])
+        assert Path("served.png").read_bytes() == Path("served-too.png").read_bytes()
+        assert read_facts(Path("served.png")).model_sha256 == find_model("gentle", project).sha256
+
+        several = {"inputs": {"prompt": ["a red apple", "a snowman"]}, "params": {"seed": 1, "steps": 3, "count": 2}}
+        rows = json.loads(ask(port, several))["predictions"]
+        options = shlex.split("--model champion --seed 1 --count 2 --steps 3 -o all/")
+        keyboard("sample", *several["inputs"]["prompt"], *options)
+        drawn = [path.read_bytes() for path in sorted(Path("all").iterdir())]
+        assert [base64.b64decode(row["png"]) for row in rows] == drawn
+        assert [(row["prompt"], row["number"]) for row in rows[1:3]] == [("a red apple", 1), ("a snowman", 0)]
+
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            ask(port, several | {"params": {"steps": 1}})
+        assert refused.value.code == 400
+        assert "steps = 1" in refused.value.read().decode()
+    assert not answers(f"http://127.0.0.1:{port}/health")
+
+
+def ask(port: int, question: dict) -> bytes:
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/invocations", json.dumps(question).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=PATIENCE) as response:
+        return response.read()
+
+
+def test_on_a_tracking_server_a_model_is_promoted_and_drawn_with_by_someone_who_has_nothing_but_the_address(
+    project_root, train, tiny_unets, tmp_path_factory, monkeypatch
+):
+    port, home = free_port(), tmp_path_factory.mktemp("server")
+    shutil.copyfile(project_root / "mlflow.db", home / "mlflow.db")
+    command = [
+        *("mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+        *("--backend-store-uri", f"sqlite:///{home / 'mlflow.db'}", "--artifacts-destination", str(home / "artifacts")),
+    ]
+    with serving(command, port, home, MLFLOW_DISABLE_TELEMETRY="true"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "a team's")
+        run_id = train(tiny_unets[0])
+        registry.promote(find_model(str(tiny_unets[0]), project_root), "champion", project_root)
+        elsewhere = tmp_path_factory.mktemp("elsewhere")
+        monkeypatch.chdir(elsewhere)
+        found = find_model("champion", elsewhere)
+        assert (found.sha256, found.run_id, found.version) == (model_hash(tiny_unets[0]), run_id, "1")
+        assert model_hash(found.folder) == found.sha256
+        keyboard("sample", "a red apple", "--model", "champion", "-o", "a.png")
+        assert (read_facts(Path("a.png")).steps, read_facts(Path("a.png")).mlflow_run_id) == (4, run_id)
+        assert "champion is version 1" in keyboard("history")
+        assert keyboard("demote", "--from", "champion").endswith("none is\n")
