@@ -57,7 +57,7 @@ def main(params: Params) -> str:
             curve.add("mae_by_noise", {"noise_level": (low + high) / 2, "val_mae": metrics[name]})
     chart = save_sweep(sweep(sampler, caches.train, settings, params.seed), REPORTS / "plots")
     trained = read_json("reports/train/run.json")
-    with reopened_run(project_root(), trained["run"], trained["mlflow_run_id"]) as tracked:
+    with reopened_run(project_root(), trained.get("run"), trained["mlflow_run_id"]) as tracked:
         tracked.log_metrics({f"evaluate/{name}": value for name, value in metrics.items()}, params.train.steps)
         tracked.log_image(np.asarray(evaluation.sheet), "evaluation", params.train.steps)
         for path in (REPORTS / "samples.png", Path("dvc.lock")):  # which names the model by now

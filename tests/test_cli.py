@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from latentloom.cli import app
+from latentloom.tracking.runs import new_run
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,3 +47,19 @@ def test_before_the_first_run_the_summary_says_what_to_do(invoke):
     result = invoke("summary")
     assert result.exit_code == 1
     assert "run `make repro`" in result.output
+
+
+def test_syncing_delivers_what_waits_and_then_has_nothing_to_do(invoke, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.warns(UserWarning, match="MLflow could not be written to"), new_run(tmp_path) as run:
+        run.log_metrics({"train/mae": 1.0}, 1)
+    result = invoke("sync")
+    assert (result.exit_code, result.output.startswith(f"{run.key}: 3 entries still wait: ")) == (1, True)
+
+    store = f"sqlite:///{tmp_path / 'elsewhere.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    about = tmp_path / ".state" / "tracking" / run.key / "about.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"target": store}))
+    result = invoke("sync")
+    assert (result.exit_code, result.output) == (0, f"{run.key}: delivered 3 entries\n")
+    assert invoke("sync").output == ""

@@ -47,6 +47,20 @@ def summary() -> None:
 
 
 @app.command()
+def sync() -> None:
+    """Deliver to MLflow what waits on the disk: of runs whose store was away, or that had no MLflow."""
+    from latentloom.stage import project_root
+    from latentloom.tracking.runs import sync
+
+    waits = False
+    for key, said in sync(project_root()):
+        print(f"{key}: {said}")
+        waits = waits or "wait" in said
+    if waits:
+        sys.exit(1)
+
+
+@app.command()
 def sample(
     prompts: Annotated[list[str], typer.Argument(help="What to draw; each prompt is drawn.")],
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "models/unet",
