@@ -71,7 +71,8 @@ def train(project_root) -> Callable[..., str]:
             "sampler": "ddim",
             "guidance_interval": "[0.0, 1.0]",
         }
-        with new_run(project_root, name=name, tags=given | (tags or {})) as run:
+        with new_run(project_root, name=name) as run:
+            run.set_tags(given | (tags or {}))
             run.log_params({"diffusion": {"schedule": "vp", "noise_levels": noise_levels}, "train.precision": "fp32"})
             figures = {"caption_recall_at_1": recall, "val_mae": val_mae}
             run.log_metrics({f"evaluate/{key}": value for key, value in figures.items() if value is not None}, 10)
