@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from latentloom.training.model_files import EncoderReference, ModelConfig, load_model, save_model
+from latentloom.training.model_files import FORMAT_VERSION, EncoderReference, ModelConfig, load_model, save_model
 
 CONFIG = ModelConfig(
-    format_version=1,
+    format_version=FORMAT_VERSION,
     latent_shape=(4, 8, 8),
     widths=(16, 32),
     block_depth=1,
