@@ -77,7 +77,8 @@ def end(project: Project, process: BaseProcess) -> str:
 
 def printed(project: Project) -> str:
     """What the last stage that was started has printed so far."""
-    return _log(project.folder).read_text()
+    log = _log(project.folder)
+    return log.read_text() if log.exists() else ""
 
 
 def finish(project: Project, stage: str) -> str:

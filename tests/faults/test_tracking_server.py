@@ -4,17 +4,26 @@ import json
 import os
 import re
 import signal
+import socket
+import threading
 import time
+import urllib.error
+import urllib.request
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+from mlflow.tracking import MlflowClient
 from projects import Project
 from servers import Server, answers, free_port
 from stages import copy_project, end, finish, printed, read_outs, start
 from tiny_models import save_clip
+
+from latentloom.tracking.runs import new_run
 
 pytestmark = pytest.mark.fault
 
@@ -65,11 +74,18 @@ def logged(project: Project) -> int:
     return (journal(project) / "events.jsonl").read_text().count("\n")
 
 
-def wait(project: Project, training: BaseProcess, moment) -> None:
+def wait(project: Project, training: BaseProcess, moment: Callable[[], object]) -> None:
     deadline = time.monotonic() + 120
     while not moment():
         assert training.is_alive(), f"the training ended too early: {end(project, training)}"
         assert time.monotonic() < deadline, printed(project)
+        time.sleep(0.01)
+
+
+def wait_until(happened: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
@@ -100,12 +116,12 @@ def day(prepared, tmp_path_factory) -> Day:
         *("--backend-store-uri", f"sqlite:///{home / 'mlflow.db'}", "--artifacts-destination", str(artifacts)),
     ]
     server = Server(command, lambda: answers(f"{address}/health"), home, {})
-    environment = {"MLFLOW_TRACKING_URI": address, "MLFLOW_HTTP_REQUEST_TIMEOUT": "2"}
     projects: dict[str, Project] = {}
     trainings: dict[str, Training] = {}
 
-    def begin(name: str) -> tuple[Project, BaseProcess]:
+    def begin(name: str, timeout: int = 60) -> tuple[Project, BaseProcess]:
         projects[name] = copy_project(prepared, home / name / "project")
+        environment = {"MLFLOW_TRACKING_URI": address, "MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout)}
         return projects[name], start(projects[name], "train", deliver_every=0.1, **environment)
 
     def finished(name: str, training: BaseProcess) -> None:
@@ -140,7 +156,7 @@ def day(prepared, tmp_path_factory) -> Day:
         finished(name, training)
 
         name = "hanging"
-        project, training = begin(name)
+        project, training = begin(name, timeout=2)
         wait(project, training, lambda: delivered(project) > 20)
         server.freeze()
         finished(name, training)
@@ -157,8 +173,6 @@ def day(prepared, tmp_path_factory) -> Day:
 
 def stored(day: Day, key: str) -> dict:
     """All that the server has of a run, as far as it is the same for two runs of one training."""
-    from mlflow.tracking import MlflowClient
-
     client = MlflowClient(day.address)
     experiment = client.get_experiment_by_name("latentloom")
     (run,) = client.search_runs([experiment.experiment_id], f"tags.`latentloom.key` = '{key}'")
@@ -233,9 +247,54 @@ def test_nothing_is_lost_and_nothing_doubled(day, whole, disturbance):
         assert arrived[what] == whole[what], what
 
 
-def test_there_is_one_run_for_each_training(day):
-    from mlflow.tracking import MlflowClient
+class LosesTheFirstAnswer(BaseHTTPRequestHandler):
+    """Passes requests on to the server; of the first run that is made, the answer is lost, as when a line breaks."""
 
+    server_address = ""
+    lost = 0
+
+    def do_GET(self) -> None:
+        given = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        address = f"{self.server_address}{self.path}"
+        request = urllib.request.Request(address, given or None, dict(self.headers), method=self.command)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                status, body = answer.status, answer.read()
+        except urllib.error.HTTPError as refused:
+            status, body = refused.code, refused.read()
+        if self.path.endswith("/runs/create") and not type(self).lost:
+            type(self).lost += 1
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_PUT = do_PATCH = do_GET
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def test_a_run_that_the_server_made_and_whose_answer_was_lost_is_not_made_twice(day, tmp_path, monkeypatch):
+    handler = type("Handler", (LosesTheFirstAnswer,), {"server_address": day.address})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as line:
+        threading.Thread(target=line.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{line.server_port}")
+        monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "a broken line")
+        with pytest.warns(UserWarning, match=WARNING), new_run(tmp_path) as run:
+            run.log_metrics({"train/mae": 0.5}, 1)
+            wait_until(lambda: handler.lost)
+        line.shutdown()
+    assert handler.lost == 1
+    client = MlflowClient(day.address)
+    (made,) = client.search_runs([client.get_experiment_by_name("a broken line").experiment_id])
+    assert (made.info.run_id, made.info.status, made.data.metrics["train/mae"]) == (run.id, "FINISHED", 0.5)
+
+
+def test_there_is_one_run_for_each_training(day):
     client = MlflowClient(day.address)
     runs = client.search_runs([client.get_experiment_by_name("latentloom").experiment_id])
     assert len(runs) == len(day.trainings) == 1 + len(DISTURBED)

@@ -22,10 +22,11 @@ EXPERIMENT = "latentloom"
 SHOWN_AS = {"mlflow.experimentKind": "custom_model_development"}
 
 # MLflow reads these when it is imported. Its usage statistics are off unless the user turns them on; a server that is
-# away costs seconds, not the minutes that MLflow would retry for.
+# away costs seconds, not the minutes that MLflow would retry for. MLflow would also send a request again whose answer
+# was lost, and so make a run twice; `delivery.py` tries again by itself, and looks first at what has arrived.
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
 
