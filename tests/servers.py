@@ -166,7 +166,7 @@ def composed(service: str, values: Mapping[str, str]) -> tuple[list[str], dict[s
 
 @dataclass(frozen=True)
 class ObjectStore:
-    """An S3-compatible store that makes a bucket at its first write.
+    """An S3-compatible store. A bucket is made by the first write to it; before that, to list it is an error.
 
     Attributes:
         endpoint: its address, for ``endpointurl`` of a DVC remote.

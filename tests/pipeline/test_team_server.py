@@ -12,7 +12,7 @@ import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import yaml
@@ -44,7 +44,7 @@ def shown() -> list[str]:
 
 def commands(word: str) -> list[str]:
     """Those that begin with ``word``."""
-    return [line for line in shown() if line.startswith(f"{word} ")]
+    return [line for line in shown() if line.startswith(word)]
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,8 @@ def trained(team) -> Team:
     """The accounts are there, the data is in the store, and both have trained and evaluated, side by side."""
     make_accounts(team)
     ada, grace = team.people["ada"], team.people["grace"]
+    bare = replace(ada, own={})
+    bare.shell("; ".join(map(team.here, (commands("export AWS_ENDPOINT_URL=http")[0], commands("python")[0]))))
     for stage in STAGES_OF_DATA:
         finish(ada, stage)
     ada.run("dvc", "commit", "--force", "--quiet", *STAGES_OF_DATA)
@@ -285,12 +287,10 @@ def test_the_errors_of_the_page_are_what_one_sees(team):
 def test_a_backup_brings_back_runs_accounts_and_artifacts(champion, tmp_path):
     before = in_store(champion.store)
     run_id = run_of(champion.people["ada"])["mlflow_run_id"]
-    person = Person(
-        tmp_path, "admin", champion.database | champion.store.environment | {"AWS_DEFAULT_REGION": "us-east-1"}
-    )
+    person = Person(tmp_path, "admin", champion.database | champion.store.environment)
     programs = f'PATH="{postgres_programs()}:$PATH"; '
     dump, restore = [line.removeprefix(IN_CONTAINER) for line in commands("docker") if line.startswith(IN_CONTAINER)]
-    get_artifacts, get_data, put_artifacts, put_data = commands("python")
+    _, get_artifacts, get_data, put_artifacts, put_data = commands("python")
     person.shell(programs + dump)
     for line in (get_artifacts, get_data):
         person.shell(line)
