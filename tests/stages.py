@@ -49,7 +49,13 @@ CHANGING = ("reports/train/run.json", "reports/encode_images.json", "reports/enc
 
 
 def start(
-    project: Project, stage: str, *, largest_file: int | None = None, deliver_every: float | None = None, **more: str
+    project: Project,
+    stage: str,
+    *,
+    largest_file: int | None = None,
+    deliver_every: float | None = None,
+    pause: float | None = None,
+    **more: str,
 ) -> BaseProcess:
     """Start a stage.
 
@@ -58,10 +64,12 @@ def start(
         stage: its name.
         largest_file: bounds the bytes of each file that it writes, as a full disk would.
         deliver_every: seconds between two deliveries to MLflow, and the longest pause between two tries.
+        pause: seconds of idleness after each step of a training, as if it were a large one.
         more: of its environment.
     """
     environment = project.environment | more
-    process = SERVER.Process(target=_run, args=(project.folder, environment, stage, largest_file, deliver_every))
+    limits = (largest_file, deliver_every, pause)
+    process = SERVER.Process(target=_run, args=(project.folder, environment, stage, *limits))
     process.start()
     return process
 
@@ -154,7 +162,12 @@ def _out_paths(project: Project, stage: str) -> list[Path]:
 
 
 def _run(
-    folder: Path, environment: dict[str, str], stage: str, largest_file: int | None, deliver_every: float | None
+    folder: Path,
+    environment: dict[str, str],
+    stage: str,
+    largest_file: int | None,
+    deliver_every: float | None,
+    pause: float | None,
 ) -> None:
     assert "latentloom" not in sys.modules
     logging.captureWarnings(False)  # Great Expectations, which only some stages import, turned it on
@@ -174,6 +187,11 @@ def _run(
         from latentloom.tracking import delivery
 
         delivery.EVERY = delivery.LONGEST_PAUSE = deliver_every
+    if pause is not None:
+        from latentloom.training.watch import TrainingWatch
+
+        take_in = TrainingWatch.step
+        TrainingWatch.step = lambda watch, step: (take_in(watch, step), time.sleep(pause))[0]
     runpy.run_path(f"pipelines/{stage}.py", run_name="__main__")
 
 

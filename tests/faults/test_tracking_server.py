@@ -27,7 +27,8 @@ from latentloom.tracking.runs import new_run
 
 pytestmark = pytest.mark.fault
 
-STEPS = 300  # seconds of work: time for a server to go and come back
+STEPS = 60
+PAUSE = 0.2  # seconds after each step: time for a server to go and come back
 DISTURBED = ("killed for good", "down at first, killed, and back", "hanging")
 WARNING = "MLflow could not be written to"
 WAITS = "`latentloom sync` delivers them"
@@ -119,10 +120,10 @@ def day(prepared, tmp_path_factory) -> Day:
     projects: dict[str, Project] = {}
     trainings: dict[str, Training] = {}
 
-    def begin(name: str, timeout: int = 60) -> tuple[Project, BaseProcess]:
+    def begin(name: str, pause: float = PAUSE, timeout: int = 60) -> tuple[Project, BaseProcess]:
         projects[name] = copy_project(prepared, home / name / "project")
         environment = {"MLFLOW_TRACKING_URI": address, "MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout)}
-        return projects[name], start(projects[name], "train", deliver_every=0.1, **environment)
+        return projects[name], start(projects[name], "train", deliver_every=0.1, pause=pause, **environment)
 
     def finished(name: str, training: BaseProcess) -> None:
         project = projects[name]
@@ -134,12 +135,12 @@ def day(prepared, tmp_path_factory) -> Day:
 
     try:
         server.start()
-        _, training = begin("undisturbed")
+        _, training = begin("undisturbed", pause=0.0)
         finished("undisturbed", training)
 
         name = "killed for good"
         project, training = begin(name)
-        wait(project, training, lambda: delivered(project) > 20)
+        wait(project, training, lambda: delivered(project) > 15)
         server.kill()
         finished(name, training)
 
@@ -147,17 +148,17 @@ def day(prepared, tmp_path_factory) -> Day:
         project, training = begin(name)
         wait(project, training, lambda: WARNING in printed(project))
         restart(server, training)
-        wait(project, training, lambda: delivered(project) > 20)
+        wait(project, training, lambda: delivered(project) > 15)
         server.kill()
         away = logged(project)
-        wait(project, training, lambda: logged(project) > away + 10)
+        wait(project, training, lambda: logged(project) > away + 5)
         restart(server, training)
         wait(project, training, lambda: delivered(project) > away)
         finished(name, training)
 
         name = "hanging"
         project, training = begin(name, timeout=2)
-        wait(project, training, lambda: delivered(project) > 20)
+        wait(project, training, lambda: delivered(project) > 15)
         server.freeze()
         finished(name, training)
         server.thaw()

@@ -20,7 +20,9 @@ from projects import ROOT, Project
 from servers import ObjectStore, TrackingServer, composed, mlflow_server, postgres, postgres_programs, seaweedfs
 from stages import end, finish, start
 from tiny_models import save_clip
+from typer.testing import CliRunner
 
+from latentloom.cli import app
 from latentloom.evaluation.pictures import read_facts
 from latentloom.training.model_files import model_hash
 
@@ -58,6 +60,15 @@ class Person(Project):
     def environment(self) -> dict[str, str]:
         kept = {key: value for key, value in super().environment.items() if not key.startswith(("AWS_", "PG"))}
         return kept | self.own | {"LOGNAME": self.name, "HOME": str(self.folder.parent)}
+
+    def latentloom(self, line: str) -> None:
+        """A command of the program, without the seconds that it takes to start."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(self.folder)
+            for key, value in (self.own | {"LOGNAME": self.name}).items():
+                patch.setenv(key, value)
+            result = CliRunner().invoke(app, shlex.split(line)[1:])
+        assert result.exit_code == 0, f"{line}: {result.output} {result.exception}"
 
     def shell(self, line: str) -> str:
         return self.run("bash", "-c", f"set -eo pipefail; {line}").stdout
@@ -194,10 +205,9 @@ def test_two_people_train_at_the_same_time_and_both_runs_arrive_whole(trained):
 @pytest.fixture(scope="module")
 def champion(trained) -> Team:
     """Ada has promoted her model, and Grace, who has another, has drawn with it."""
-    promote, sample = commands("latentloom promote")[0], commands("latentloom sample")[0]
-    trained.people["ada"].shell(promote)
-    shutil.rmtree(trained.people["grace"].folder / ".dvc" / "cache")
-    trained.people["grace"].shell(sample)
+    ada, grace = trained.people.values()
+    ada.latentloom(commands("latentloom promote")[0])
+    grace.latentloom(commands("latentloom sample")[0])
     return trained
 
 

@@ -81,6 +81,7 @@ def open_client(root: Path) -> "MlflowClient":
 def experiment_id(client: "MlflowClient", root: Path) -> str:
     """The id of the experiment that holds our runs: `MLFLOW_EXPERIMENT_NAME`, or ``latentloom``; made if need be."""
     from filelock import FileLock
+    from mlflow.exceptions import MlflowException
 
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
     with FileLock(root / ".mlflow.lock"):
@@ -88,7 +89,12 @@ def experiment_id(client: "MlflowClient", root: Path) -> str:
             return found.experiment_id
         own_store = not os.environ.get("MLFLOW_TRACKING_URI")
         location = (root.resolve() / "mlartifacts").as_uri() if own_store else None
-        return client.create_experiment(name, artifact_location=location, tags=SHOWN_AS)
+        try:
+            return client.create_experiment(name, artifact_location=location, tags=SHOWN_AS)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            return client.get_experiment_by_name(name).experiment_id  # on a team's server another machine was first
 
 
 def _write_ahead(store: Path) -> None:
