@@ -22,7 +22,9 @@ from projects import Project
 from servers import Server, answers, free_port
 from stages import copy_project, end, finish, printed, read_outs, start
 from tiny_models import save_clip
+from typer.testing import CliRunner
 
+from latentloom.cli import app
 from latentloom.tracking.runs import new_run
 
 pytestmark = pytest.mark.fault
@@ -52,6 +54,16 @@ class Day:
     artifacts: Path
     synced: str
     resynced: str
+
+
+def sync(project: Project, address: str) -> str:
+    """What `latentloom sync` says in a project."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(project.folder)
+        patch.setenv("MLFLOW_TRACKING_URI", address)
+        result = CliRunner().invoke(app, ["sync"])
+    assert result.exit_code == 0, result.output
+    return result.output
 
 
 def restart(server: Server, training: BaseProcess) -> None:
@@ -163,10 +175,8 @@ def day(prepared, tmp_path_factory) -> Day:
         finished(name, training)
         server.thaw()
 
-        late = [projects["killed for good"], projects["hanging"]]
-        sync = ("env", f"MLFLOW_TRACKING_URI={address}", "latentloom", "sync")
-        synced = "".join(project.run(*sync).stdout for project in late)
-        yield Day(trainings, address, artifacts, synced, late[0].run(*sync).stdout)
+        synced = [sync(projects[name], address) for name in ("killed for good", "hanging", "hanging")]
+        yield Day(trainings, address, artifacts, "".join(synced[:2]), synced[2])
     finally:
         server.thaw()
         server.kill()
