@@ -48,9 +48,28 @@ PATIENCE = 120  # seconds until a stage counts as hanging
 CHANGING = ("reports/train/run.json", "reports/encode_images.json", "reports/encode_text.json")
 
 
-def start(project: Project, stage: str, *, largest_file: int | None = None) -> BaseProcess:
-    """Start a stage; ``largest_file`` bounds the bytes of each file that it writes, as a full disk would."""
-    process = SERVER.Process(target=_run, args=(project.folder, project.environment, stage, largest_file))
+def start(
+    project: Project,
+    stage: str,
+    *,
+    largest_file: int | None = None,
+    deliver_every: float | None = None,
+    pause: float | None = None,
+    **more: str,
+) -> BaseProcess:
+    """Start a stage.
+
+    Args:
+        project: where.
+        stage: its name.
+        largest_file: bounds the bytes of each file that it writes, as a full disk would.
+        deliver_every: seconds between two deliveries to MLflow, and the longest pause between two tries.
+        pause: seconds of idleness after each step of a training, as if it were a large one.
+        more: of its environment.
+    """
+    environment = project.environment | more
+    limits = (largest_file, deliver_every, pause)
+    process = SERVER.Process(target=_run, args=(project.folder, environment, stage, *limits))
     process.start()
     return process
 
@@ -60,16 +79,22 @@ def end(project: Project, process: BaseProcess) -> str:
     process.join(PATIENCE)
     if process.exitcode is None:
         process.kill()
-        pytest.fail(f"a stage hung for {PATIENCE} s:\n{_log(project.folder).read_text()}")
-    return _log(project.folder).read_text()
+        pytest.fail(f"a stage hung for {PATIENCE} s:\n{printed(project)}")
+    return printed(project)
+
+
+def printed(project: Project) -> str:
+    """What the last stage that was started has printed so far."""
+    log = _log(project.folder)
+    return log.read_text() if log.exists() else ""
 
 
 def finish(project: Project, stage: str) -> str:
     """Run a stage to its good end; what it printed."""
     process = start(project, stage)
-    printed = end(project, process)
-    assert process.exitcode == 0, printed
-    return printed
+    said = end(project, process)
+    assert process.exitcode == 0, said
+    return said
 
 
 def kill(process: BaseProcess) -> bool:
@@ -136,7 +161,14 @@ def _out_paths(project: Project, stage: str) -> list[Path]:
     return [project.folder / name for name in names if name not in CHANGING]
 
 
-def _run(folder: Path, environment: dict[str, str], stage: str, largest_file: int | None) -> None:
+def _run(
+    folder: Path,
+    environment: dict[str, str],
+    stage: str,
+    largest_file: int | None,
+    deliver_every: float | None,
+    pause: float | None,
+) -> None:
     assert "latentloom" not in sys.modules
     logging.captureWarnings(False)  # Great Expectations, which only some stages import, turned it on
     sys.dont_write_bytecode = True  # a small disk is for the stage's own files
@@ -151,6 +183,15 @@ def _run(folder: Path, environment: dict[str, str], stage: str, largest_file: in
     os.dup2(log, 2)
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    if deliver_every is not None:
+        from latentloom.tracking import delivery
+
+        delivery.EVERY = delivery.LONGEST_PAUSE = deliver_every
+    if pause is not None:
+        from latentloom.training.watch import TrainingWatch
+
+        take_in = TrainingWatch.step
+        TrainingWatch.step = lambda watch, step: (take_in(watch, step), time.sleep(pause))[0]
     runpy.run_path(f"pipelines/{stage}.py", run_name="__main__")
 
 

@@ -2,24 +2,17 @@
 
 import base64
 import json
-import os
 import re
 import shlex
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import yaml
 from projects import ROOT, tiny_params
+from servers import PATIENCE, answers, free_port, serving
 from typer.testing import CliRunner
 
 from latentloom.cli import app
@@ -31,7 +24,6 @@ from latentloom.training.model_files import model_hash
 pytestmark = pytest.mark.pipeline
 
 PAGE = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
-PATIENCE = 120  # seconds until a server counts as not starting
 
 
 def blocks(language: str) -> list[str]:
@@ -42,53 +34,6 @@ def shown(word: str) -> list[list[str]]:
     """The commands of the page that begin with ``word``, as words, in the page's order."""
     lines = [shlex.split(line, comments=True) for block in blocks("sh") for line in block.splitlines()]
     return [line for line in lines if line and line[0] == word]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-@contextmanager
-def serving(command: list[str], port: int, folder: Path, **environment: str) -> Iterator[None]:
-    """Run a server until the block ends, and see it and its workers go."""
-    inherited = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MLFLOW_TRACKING_URI")}
-    inherited["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), inherited["PATH"]])
-    with open(folder / "server.log", "w") as log:
-        server = subprocess.Popen(
-            command, cwd=folder, env=inherited | environment, stdout=log, stderr=log, start_new_session=True
-        )
-    try:
-        deadline = time.monotonic() + PATIENCE
-        while not answers(f"http://127.0.0.1:{port}/health"):
-            assert server.poll() is None and time.monotonic() < deadline, (folder / "server.log").read_text()[-4000:]
-            time.sleep(0.2)
-        yield
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        deadline = time.monotonic() + 20
-        while has_processes(server):
-            if time.monotonic() > deadline:
-                os.killpg(server.pid, signal.SIGKILL)
-            time.sleep(0.1)
-
-
-def has_processes(server: subprocess.Popen) -> bool:
-    server.poll()  # or it would stay as a zombie
-    try:
-        os.killpg(server.pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def answers(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(address, timeout=5):
-            return True
-    except OSError:
-        return False
 
 
 def keyboard(*words: str) -> str:

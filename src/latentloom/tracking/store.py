@@ -22,10 +22,11 @@ EXPERIMENT = "latentloom"
 SHOWN_AS = {"mlflow.experimentKind": "custom_model_development"}
 
 # MLflow reads these when it is imported. Its usage statistics are off unless the user turns them on; a server that is
-# away costs seconds, not the minutes that MLflow would retry for.
+# away costs seconds, not the minutes that MLflow would retry for. MLflow would also send a request again whose answer
+# was lost, and so make a run twice; `delivery.py` tries again by itself, and looks first at what has arrived.
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
 
@@ -80,6 +81,7 @@ def open_client(root: Path) -> "MlflowClient":
 def experiment_id(client: "MlflowClient", root: Path) -> str:
     """The id of the experiment that holds our runs: `MLFLOW_EXPERIMENT_NAME`, or ``latentloom``; made if need be."""
     from filelock import FileLock
+    from mlflow.exceptions import MlflowException
 
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
     with FileLock(root / ".mlflow.lock"):
@@ -87,7 +89,12 @@ def experiment_id(client: "MlflowClient", root: Path) -> str:
             return found.experiment_id
         own_store = not os.environ.get("MLFLOW_TRACKING_URI")
         location = (root.resolve() / "mlartifacts").as_uri() if own_store else None
-        return client.create_experiment(name, artifact_location=location, tags=SHOWN_AS)
+        try:
+            return client.create_experiment(name, artifact_location=location, tags=SHOWN_AS)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            return client.get_experiment_by_name(name).experiment_id  # on a team's server another machine was first
 
 
 def _write_ahead(store: Path) -> None:
