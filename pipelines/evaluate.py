@@ -50,11 +50,12 @@ def main(params: Params) -> str:
     )
     metrics = evaluation.metrics
     save_sheet(evaluation.sheet, REPORTS / "samples.png")
-    write_json(REPORTS / "metrics.json", metrics)
+    by_noise = {f"val_mae_{bin_name(low, high)}": (low + high) / 2 for low, high in BINS}
+    write_json(REPORTS / "metrics.json", {name: value for name, value in metrics.items() if name not in by_noise})
     curve = Curves(REPORTS / "plots")
-    for low, high in BINS:
-        if (name := f"val_mae_{bin_name(low, high)}") in metrics:
-            curve.add("mae_by_noise", {"noise_level": (low + high) / 2, "val_mae": metrics[name]})
+    for name, noise_level in by_noise.items():
+        if name in metrics:
+            curve.add("mae_by_noise", {"noise_level": noise_level, "val_mae": metrics[name]})
     chart = save_sweep(sweep(sampler, caches.train, settings, params.seed), REPORTS / "plots")
     trained = read_json("reports/train/run.json")
     with reopened_run(project_root(), trained.get("run"), trained["mlflow_run_id"]) as tracked:

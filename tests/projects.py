@@ -105,9 +105,10 @@ def make_project(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pr
                 shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
             else:
                 shutil.copy2(source, folder / part)
-        (folder / ".dvc").mkdir()
-        shutil.copy2(ROOT / ".dvc" / "config", folder / ".dvc" / "config")
-        shutil.copy2(ROOT / ".dvc" / ".gitignore", folder / ".dvc" / ".gitignore")
+        for part in (".gitignore", "config", "plots/page.html"):
+            copy = folder / ".dvc" / part
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / ".dvc" / part, copy)
         (folder / "params.yaml").write_text(yaml.safe_dump(tiny_params(), sort_keys=False))
         project = Project(folder)
         project.run("git", "init", "-q", "-b", "main")

@@ -75,7 +75,7 @@ def test_dvc_shows_metrics_and_draws_plots(finished, tmp_path):
         assert name in shown
     finished.run("dvc", "plots", "show", "--out", str(tmp_path / "plots"))
     page = (tmp_path / "plots" / "index.html").read_text()
-    for title in ("Mean absolute error while training", "Mean absolute error on held-out images"):
+    for title in ("Mean absolute error on training images", "Mean absolute error on held-out images"):
         assert title in page
     assert "samples.png" in page
 

@@ -1,34 +1,126 @@
-"""Data and models as versions: pushed, pulled into another clone, tried out as experiments."""
+"""docs/versioning.md, run from top to bottom on a small project, with a git remote and an S3 server; and what the page
+claims. The tests go on from each other, in this order.
+"""
 
+import csv
+import html
+import io
 import json
+import os
+import re
+import shutil
+import sqlite3
+import subprocess
+from contextlib import closing
 from dataclasses import replace
 
+import boto3
 import pytest
+import yaml
+from PIL import Image
+from projects import ROOT, Project
+from servers import seaweedfs
+
+from latentloom.training.model_files import model_hash
 
 pytestmark = pytest.mark.pipeline
 
+PAGE = (ROOT / "docs" / "versioning.md").read_text(encoding="utf-8")
+TASKS = re.findall(r"^## (.*?)$(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL)
+KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+READ = set()  # blocks of the page that a test has run
+TRAINED = {}  # the weights of the first model, and of the experiment of the page
+NOTHING_TO_DO = ["find_sources:", "always", "changed"]
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
 
 @pytest.fixture(scope="module")
-def project(make_project):
-    project = make_project("versions")
-    project.repro()
-    project.run("git", "add", "-A")
-    project.run("git", "commit", "-q", "-m", "First model")
+def store(tmp_path_factory):
+    with seaweedfs(tmp_path_factory.mktemp("s3")) as store, pytest.MonkeyPatch.context() as patch:
+        for key in KEYS:
+            patch.setenv(key, store.environment[key])
+        boto3.client("s3", endpoint_url=store.endpoint, region_name="us-east-1").create_bucket(Bucket="your-bucket")
+        yield store
+
+
+@pytest.fixture(scope="module")
+def project(finished, tmp_path_factory) -> Project:
+    """A copy of the finished project that knows nothing of the first one, and has an empty git remote."""
+    project = replace(finished, folder=tmp_path_factory.mktemp("versions") / "project")
+    shutil.copytree(finished.folder, project.folder)
+    with closing(sqlite3.connect(project.folder / "mlflow.db")) as database, database:
+        for table, column in (("runs", "artifact_uri"), ("experiments", "artifact_location")):
+            moved = (str(finished.folder), str(project.folder))
+            database.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", moved)
+    bare = project.folder.parent / "loom.git"
+    project.run("git", "init", "-q", "--bare", "-b", "main", str(bare))
+    project.run("git", "remote", "add", "origin", str(bare))
     return project
 
 
-def test_a_second_clone_pulls_everything_and_has_nothing_to_do(project):
-    project.run("dvc", "push", "-q")
-    clone = replace(project, folder=project.folder.parent / "clone")
-    project.run("git", "clone", "-q", str(project.folder), str(clone.folder))
-    clone.run("dvc", "pull", "-q")
-    for path in ("models/unet/model.safetensors", "data/latents/00000.safetensors", "data/images/00000.parquet"):
-        assert (clone.folder / path).read_bytes() == (project.folder / path).read_bytes()
-    assert clone.repro() == []
+@pytest.fixture
+def run(project, store):
+    """``run(blocks, folder)`` does what a reader does who copies blocks of the page into a shell; what they printed."""
+    addresses = {
+        "git@example.org:you/loom.git": str(project.folder.parent / "loom.git"),
+        "https://s3.example.org": store.endpoint,
+        "/home/you/latentloom-dvc-remote": str(project.folder.parent / "latentloom-dvc-remote"),
+        "your-id": store.environment[KEYS[0]],
+        "your-secret": store.secret,
+    }
+
+    def run(blocks, folder=project.folder):
+        script = "\n".join(blocks)
+        for shown, real in addresses.items():
+            script = script.replace(shown, real)
+        return replace(project, folder=folder).run("bash", "-euo", "pipefail", "-c", script).stdout
+
+    return run
+
+
+def blocks_of(task):
+    """The shell blocks under a heading of the page."""
+    (text,) = [text for heading, text in TASKS if heading == task]
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    READ.update(blocks)
+    return blocks
+
+
+def is_a_copy(clone, project):
+    """Whether a clone has all that DVC keeps of a project, byte for byte."""
+    outs = [out for stage in lock(project)["stages"].values() for out in stage["outs"]]
+    kept = [project.folder / out["path"] for out in outs if out["path"].startswith(("data/", "models/", "reports/"))]
+    files = [path for out in kept for path in ([out] if out.is_file() else out.rglob("*")) if path.is_file()]
+    assert len(files) > 15
+    return all((clone.folder / path.relative_to(project.folder)).read_bytes() == path.read_bytes() for path in files)
+
+
+def lock(project):
+    return yaml.safe_load((project.folder / "dvc.lock").read_text())
+
+
+def weights(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_a_pushed_project_is_in_its_default_remote_with_no_set_up(project, run):
+    run(blocks_of("I want to keep what I have now"))
+    remote = project.folder.parent / "latentloom-dvc-remote"
+    oid = next(out["md5"] for out in lock(project)["stages"]["train"]["outs"] if out["path"] == "models/unet")
+    assert (remote / "files" / "md5" / oid[:2] / oid[2:]).is_file()
+
+
+def test_a_second_clone_pulls_everything_and_has_nothing_to_do(project, run):
+    output = run(blocks_of("I want it all in another clone"), project.folder.parent)
+    clone = replace(project, folder=project.folder.parent / "second")
+    assert "Running stage 'find_sources'" in output
+    assert output.count("Running stage") == 1
+    assert is_a_copy(clone, project)
+    assert clone.run("git", "status", "--porcelain").stdout == ""
 
 
 def test_in_a_clone_that_pulled_only_what_is_added_is_encoded(project):
-    clone = replace(project, folder=project.folder.parent / "clone")
+    clone = replace(project, folder=project.folder.parent / "second")
     assert not (clone.folder / ".state").exists()
     clone.set_params(ingest__limit=44)
     output = clone.run("dvc", "repro", "encode_images", "encode_text").stdout
@@ -36,42 +128,208 @@ def test_in_a_clone_that_pulled_only_what_is_added_is_encoded(project):
     assert "reused 0" not in output
 
 
-def test_an_experiment_changes_a_param_is_tracked_under_its_name_and_can_be_compared(project):
-    project.run("dvc", "exp", "run", "-n", "slow-rate", "-S", "train.learning_rate=0.0005")
-    shown = project.run("dvc", "exp", "show", "--csv", "--no-pager").stdout
-    assert "slow-rate" in shown
-    from mlflow.tracking import MlflowClient
+def test_a_clone_pulls_everything_from_s3_and_no_file_of_the_project_holds_the_keys(project, store, run):
+    configure, push, clone_again = blocks_of("I want data and models in S3")
+    run([configure, push])
+    for folder in (".dvc", ".git"):
+        for path in (project.folder / folder).rglob("*"):
+            assert not path.is_file() or store.secret.encode() not in path.read_bytes(), path
+    output = run([clone_again], project.folder.parent)
+    clone = replace(project, folder=project.folder.parent / "third")
+    assert clone.run("dvc", "remote", "list").stdout.split()[-3:] == ["store", "s3://your-bucket/loom", "(default)"]
+    assert output.count("Running stage") == 1
+    assert is_a_copy(clone, project)
 
-    client = MlflowClient(f"sqlite:///{project.folder / 'mlflow.db'}")
-    (experiment,) = [found for found in client.search_experiments() if found.name == "latentloom"]
-    runs = client.search_runs([experiment.experiment_id], "tags.`dvc.experiment` = 'slow-rate'")
-    assert [run.data.params["train.learning_rate"] for run in runs] == ["0.0005"]
+
+def test_an_experiment_is_compared_in_tables_with_few_columns_and_few_digits(project, run):
+    try_it, compare = blocks_of("I want to try something and see whether it is better")
+    before = figures(project)
+    printed = run([try_it])
+    after = figures(project)
+    TRAINED["gentle"] = weights(project.folder / "models/unet")
+    table = printed.partition("Experiment results have been applied to your workspace.")[2]
+    assert "gentle" in table
+    given = project.run("dvc", "exp", "show", "--csv", "--only-changed", "--drop", ".*/").stdout
+    columns = next(csv.reader(io.StringIO(given)))
+    assert set(columns) <= {"Experiment", "rev", "typ", "Created", "parent", "train.learning_rate", *before}
+    assert {"train_mae", "val_mae", "train.learning_rate"} <= set(columns)
+
+    printed = run([compare])
+    assert re.search(r"train.learning_rate +0.001 +0.0005", printed)
+    for name in ("train_mae", "val_mae"):
+        assert re.search(rf"{name} +{before[name]} +{after[name]} ", printed)
+    assert all(len(str(value)) <= 6 for value in after.values())  # the network has less than a million weights
+    go_to_main(project)
+
+
+def figures(project):
+    """All that DVC counts as a metric, by name."""
+    shown = json.loads(project.run("dvc", "metrics", "show", "--json").stdout)
+    return {name: value for file in shown[""]["data"].values() for name, value in file["data"].items()}
+
+
+def go_to_main(project):
     project.run("git", "checkout", "-q", "-f", "main")
     project.run("dvc", "checkout", "-q", "-f")
 
 
-def test_an_experiment_from_the_queue_runs_elsewhere_and_lands_in_the_same_store(project):
-    project.run("dvc", "exp", "run", "--queue", "-n", "queued-rate", "-S", "train.learning_rate=0.002")
-    before = (project.folder / "reports/train/metrics.json").read_text()
-    project.run("dvc", "exp", "run", "--run-all")
-    assert (project.folder / "reports/train/metrics.json").read_text() == before
+def test_an_experiment_is_one_run_of_its_name_in_the_projects_own_store(project):
+    (run,) = runs_of(project, "gentle")
+    assert run.data.params["train.learning_rate"] == "0.0005"
+
+
+def runs_of(project, experiment):
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(f"sqlite:///{project.folder / 'mlflow.db'}")
-    (experiment,) = [found for found in client.search_experiments() if found.name == "latentloom"]
-    (run,) = client.search_runs([experiment.experiment_id], "tags.`dvc.experiment` = 'queued-rate'")
-    assert client.list_artifacts(run.info.run_id, "images")
-    assert run.info.artifact_uri.startswith((project.folder / "mlartifacts").as_uri())
+    (own,) = [found for found in client.search_experiments() if found.name == "latentloom"]
+    return client.search_runs([own.experiment_id], f"tags.`dvc.experiment` = '{experiment}'")
 
 
-def test_an_experiment_in_a_temporary_copy_reuses_what_this_machine_encoded(project):
-    project.run("dvc", "exp", "run", "--queue", "-n", "flipped", "-S", "encode_images.flip=true")
+CURVES = {  # name in dvc.yaml -> title, file in reports/, columns
+    "Training error": ("Mean absolute error on training images", "train/plots/train.csv", "step", "train_mae"),
+    "Validation error": ("Mean absolute error on held-out images", "train/plots/validation.csv", "step", "val_mae"),
+    "Error by noise level": ("by noise level", "evaluate/plots/mae_by_noise.csv", "noise_level", "val_mae"),
+    "Learning rate": ("Learning rate", "train/plots/train.csv", "step", "train_learning_rate"),
+}
+
+
+def test_each_curve_has_a_title_and_the_points_of_both_revisions(project):
+    drawn = json.loads(project.run("dvc", "plots", "diff", "main", "gentle", "--json", "--split").stdout)["data"]
+    for name, (title, file, x, y) in CURVES.items():
+        (curve,) = drawn[name]
+        assert title in curve["anchor_definitions"]["<DVC_METRIC_TITLE>"]
+        points = curve["anchor_definitions"]["<DVC_METRIC_DATA>"]
+        assert {point["rev"] for point in points} == {"main", "gentle"}
+        ours = [(point[x], point[y]) for point in points if point["rev"] == "main"]
+        rows = list(csv.DictReader((project.folder / "reports" / file).read_text().splitlines()))
+        assert ours == [(row[x], row[y]) for row in rows]
+        assert len(rows) >= 2
+
+
+@pytest.mark.skipif(BROWSER is None, reason="there is no chromium on this machine: apt-get install chromium")
+def test_the_page_has_each_curve_once_and_the_sheets_side_by_side(project, tmp_path):
+    page = project.folder / "dvc_plots" / "index.html"
+    look = """
+        const sheets = [...document.images].map(({x, y, width, naturalWidth}) => ({x, y, width, naturalWidth}));
+        const shown = [...document.querySelectorAll("body > *")].filter(part => part.checkVisibility());
+        document.title = JSON.stringify({sheets, shown: shown.map(part => part.id).filter(Boolean)});
+    """
+    page.write_text(page.read_text() + f"<script>onload = () => {{{look}}}</script>")
+    drawn = browse(page, tmp_path, "--dump-dom", "--window-size=1400,1000")
+    found = json.loads(html.unescape(re.search("<title>(.*?)</title>", drawn)[1]))
+    curves = [name.replace(" ", "_") for name in CURVES]
+    explained = ["offline"]  # this browser finds no address, so the curves are missing and the page says why
+    assert found["shown"] == [*curves, "reports_evaluate_samples_png", *explained]
+    left, right = found["sheets"]
+    assert left["y"] == right["y"]
+    assert left["x"] + left["width"] < right["x"]
+    assert right["x"] + right["width"] < 1400
+    assert left["naturalWidth"] > 1000
+
+
+def browse(page, folder, *options):
+    root = ["--no-sandbox"] if os.geteuid() == 0 else []
+    command = [BROWSER, "--headless", "--disable-gpu", *root, "--host-resolver-rules=MAP * ~NOTFOUND"]
+    command += [f"--user-data-dir={folder}", *options, page.as_uri()]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+
+
+def test_an_experiment_is_taken_over_made_a_branch_and_given_to_a_colleague(project, run):
+    first = weights(project.folder / "models/unet")
+    take_over, branch, give, there = blocks_of("I want to take one of the experiments over")
+    run([take_over])
+    assert weights(project.folder / "models/unet") == TRAINED["gentle"] != first
+    assert project.run("git", "status", "--porcelain").stdout == ""
+    run([branch, give])
+    assert project.run("git", "show", "lower-rate:dvc.lock").stdout == (project.folder / "dvc.lock").read_text()
+
+    clone = replace(project, folder=project.folder.parent / "third")
+    assert weights(clone.folder / "models/unet") == first
+    run([there], clone.folder)
+    assert weights(clone.folder / "models/unet") == TRAINED["gentle"]
+    TRAINED["first"] = first
+
+
+def test_yesterdays_model_comes_back_whole_or_beside_todays(project, run):
+    back, forth, beside = blocks_of("I want yesterday's model back")
+    run([back])
+    assert weights(project.folder / "models/unet") == TRAINED["first"]
+    assert project.run("dvc", "status").stdout.split() == NOTHING_TO_DO
+    run([forth])
+    assert weights(project.folder / "models/unet") == TRAINED["gentle"]
+    run([beside])
+    assert weights(project.folder / "yesterday") == TRAINED["first"]
+    with Image.open(project.folder / "yesterday.png") as picture:
+        assert picture.text["model_sha256"] == model_hash(project.folder / "yesterday")
+
+
+def test_what_changed_between_two_versions_is_listed(project, run):
+    (compare,) = blocks_of("I want to know what changed between two versions")
+    printed = run([compare])
+    assert re.search(r"Modified:.*models/unet/model.safetensors", printed, re.DOTALL)
+    assert "data/images" not in printed.partition("Path ")[0]
+    assert re.search(r"train.learning_rate +0.001 +0.0005", printed)
+    assert re.search(r"reports/train/metrics.json +train_mae ", printed)
+
+
+def test_a_file_that_was_deleted_or_replaced_comes_back(project, run):
+    model, latents = project.folder / "models/unet/model.safetensors", project.folder / "data/latents"
+    model.unlink()
+    model.write_bytes(b"broken")
+    shutil.rmtree(latents)
+    (restore,) = blocks_of("I deleted or broke a file of data or model")
+    printed = run([restore])
+    for path in ("models/unet", "data/latents"):
+        assert path in printed
+    assert weights(model.parent) == TRAINED["gentle"]
+    assert latents.exists()
+    assert project.run("dvc", "status").stdout.split() == NOTHING_TO_DO
+
+
+def test_a_named_version_of_the_model_can_be_had_without_the_project(project, run, tmp_path):
+    name, get, get_from_folder = blocks_of("I want to give a model a name that outlives me")
+    printed = run([name])
+    assert re.search(r"unet +│ v1.0.0 +│ v1.0.0", printed)
+    pushed = project.run("git", "ls-remote", "--tags", "origin").stdout
+    assert [line.rpartition("/")[2] for line in pushed.splitlines()][::2] == ["unet#prod#1", "unet@v1.0.0"]
+    run([get], tmp_path)
+    project.run("dvc", "push", "-q", "-r", "local")
+    run([get_from_folder], tmp_path)
+    for folder in ("unet", "in-production", "from-a-folder"):
+        assert weights(tmp_path / folder) == TRAINED["gentle"]
+        assert model_hash(tmp_path / folder) == model_hash(project.folder / "models/unet")
+
+
+def test_only_what_no_commit_names_is_removed_when_the_disk_is_full(project, run):
+    clone = replace(project, folder=project.folder.parent / "second")  # in which 44 images were never committed
+    uncommitted = (out["md5"] for out in lock(clone)["stages"]["ingest"]["outs"] if out["path"] == "data/images")
+    directory = next(uncommitted)
+    go_to_main(clone)
+    cached = clone.folder / ".dvc/cache/files/md5" / directory[:2] / directory[2:]
+    assert cached.exists()
+    run(blocks_of("The disk is full"), clone.folder)
+    assert not cached.exists()
+    clone.run("dvc", "status")
+    shutil.rmtree(clone.folder / "data/images")
+    clone.run("dvc", "checkout", "data/images")
+    assert clone.run("dvc", "status").stdout.split() == NOTHING_TO_DO
+
+
+def test_every_command_of_the_page_has_been_run():
+    assert sorted(READ) == sorted(re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL))
+
+
+def test_an_experiment_from_the_queue_runs_elsewhere_reuses_what_is_encoded_and_lands_in_the_same_store(project):
+    before = figures(project)
+    changed = ("-S", "encode_images.flip=true", "-S", "train.learning_rate=0.002")
+    project.run("dvc", "exp", "run", "--queue", "-n", "queued", *changed)
     project.run("dvc", "exp", "run", "--run-all")
-    project.run("dvc", "exp", "branch", "flipped", "flipped-branch")
-    report = json.loads(project.run("git", "show", "flipped-branch:reports/encode_images.json").stdout)
+    assert figures(project) == before
+    (run,) = runs_of(project, "queued")
+    assert run.data.params["train.learning_rate"] == "0.002"
+    assert run.info.artifact_uri.startswith((project.folder / "mlartifacts").as_uri())
+    assert list((project.folder / "mlartifacts" / run.info.run_id / "artifacts" / "images").iterdir())
+    project.run("dvc", "exp", "branch", "queued", "queued-branch")
+    report = json.loads(project.run("git", "show", "queued-branch:reports/encode_images.json").stdout)
     assert (report["encoded"], report["reused"]) == (40, 40)
-
-
-def test_the_model_is_an_artifact_of_the_project(project):
-    code = "import dvc.repo as r; print(*(a.path for own in r.Repo().artifacts.read().values() for a in own.values()))"
-    assert project.run("python", "-c", code).stdout.split() == ["models/unet"]

@@ -67,7 +67,7 @@ def evaluate(
     drawn = decoder.decode(to_raw(latents, sampler.config))
 
     of_prompts, of_known, _ = latents.split([len(prompted), len(known), len(held_out)])
-    metrics = {f"val_{name}": round(value, 5) for name, value in error.items()} | {
+    metrics = {f"val_{name}": round(value, 4) for name, value in error.items()} | {
         "caption_recall_at_1": round(recall_at_1(of_known, caches.train), 4),
         "recall_captions": len(known),
     }

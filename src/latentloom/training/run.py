@@ -123,13 +123,11 @@ def run_training(
     if accelerator.is_main_process:
         save_model(model_folder, watch.model, config)
     metrics = {
-        "train_mae": round(watch.train_mae, 5),
-        "steps": settings.steps,
-        "images_seen": settings.steps * settings.batch_size,
+        "train_mae": round(watch.train_mae, 4),
         "parameters": sum(p.numel() for p in network.parameters()),
     }
     if watch.best_val_mae is not None:
-        metrics |= {"best_val_mae": round(watch.best_val_mae, 5), "best_step": watch.best_step}
+        metrics |= {"best_val_mae": round(watch.best_val_mae, 4), "best_step": watch.best_step}
     return TrainingResult(metrics, watch.val_mae, settings.steps * settings.batch_size / watch.seconds)
 
 
