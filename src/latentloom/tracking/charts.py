@@ -41,7 +41,7 @@ def saved_view(step: int, time: int) -> str:
     state = {
         "compareRunCharts": [{"uuid": f"{KEY}-{number}"} | chart for number, chart in enumerate(charts)],
         "compareRunSections": [
-            _section(PICTURES, columns=2, cardHeight=560),
+            _section(PICTURES, columns=2, cardHeight=440),
             _section(ERRORS, columns=2, cardHeight=400),
             _section(FIGURES, columns=2, cardHeight=300),
             *(_section(name, display=False) for name in FOLDED),
