@@ -24,7 +24,7 @@ test-fast: install ## unit tests alone, under two minutes
 	$(PYTEST) -m "not pipeline and not fault"
 
 ui: install ## MLflow's pages on http://127.0.0.1:5000
-	mlflow server --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}" --host 127.0.0.1 --port $${PORT:-5000}
+	@latentloom ui --port $${PORT:-5000}
 
 bench: install ## how fast the caches are, beside others; half an hour on an idle machine
 	@for script in benchmarks/*.py; do echo "== $$script"; PYTHONPATH=src TQDM_DISABLE=1 python $$script || exit 1; done

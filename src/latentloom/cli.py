@@ -1,6 +1,7 @@
 """The command `latentloom`."""
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -43,7 +44,28 @@ def summary() -> None:
     )
     print("Model     models/unet")
     print("Data      reports/data_docs/index.html")
-    print("MLflow    make ui, then open http://127.0.0.1:5000")
+    print("MLflow    make ui")
+
+
+@app.command()
+def ui(port: Annotated[int, typer.Option(min=1, max=65535, help="Of the address on this machine.")] = 5000) -> None:
+    """Serve MLflow's pages on this machine until Ctrl-C, and say where: pictures, curves and figures of all runs."""
+    with _mendable_errors_told():
+        from latentloom.stage import project_root
+        from latentloom.tracking.charts import address
+        from latentloom.tracking.store import experiment_id, open_client, tracking_uri, without_credentials
+
+        root = project_root()
+        store, experiment = tracking_uri(root), experiment_id(open_client(root), root)
+    if store.startswith(("http://", "https://")):
+        print(f"MLflow: {address(without_credentials(store), experiment)}")
+        return
+    print(f"MLflow: {address(f'http://127.0.0.1:{port}', experiment)}", flush=True)
+    # The store is told by the environment, where no list of processes shows its password. Without the jobs, which only
+    # judge language models, the server takes two processes instead of ten.
+    environment = {"MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
+    os.execve(sys.executable, command, environment | os.environ)
 
 
 @app.command()

@@ -197,6 +197,39 @@ def test_a_training_that_was_killed_and_goes_on_is_one_run_without_gaps_or_doubl
     assert len(others) == 1  # the one that made the store
 
 
+@pytest.mark.fault
+def test_four_processes_that_meet_at_a_fresh_store_all_arrive_whole(tmp_path, monkeypatch):
+    """The first to open it migrates it; without a lock, three of four crashed in that."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    fork = multiprocessing.get_context("fork")
+    at_once = fork.Barrier(4)
+
+    def log(number):
+        at_once.wait()
+        with new_run(tmp_path, name=f"process {number}") as run:
+            log_training(run, steps=range(1, 31))
+            run.log_metrics({"number": number}, 1)
+
+    processes = [fork.Process(target=log, args=(number,)) for number in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0, 0, 0]
+    own = client(tmp_path)
+    assert sorted(found.name for found in own.search_experiments()) == ["Default", "latentloom"]
+    runs = own.search_runs([experiment_id(own, tmp_path)])
+    assert sorted(run.info.run_name for run in runs) == [f"process {number}" for number in range(4)]
+    for run in runs:
+        assert (run.info.status, run.data.params) == ("FINISHED", {"train.steps": "8"})
+        assert run.info.run_name == f"process {run.data.metrics['number']:.0f}"
+        assert logged_steps(tmp_path, run.info.run_id, "train/mae") == list(range(1, 31))
+        assert logged_steps(tmp_path, run.info.run_id, "val/mae") == list(range(2, 31, 2))
+        assert logged_pictures(tmp_path, run.info.run_id) == list(range(2, 31, 2))
+        assert len(run.inputs.dataset_inputs) == 2
+    assert list(journals(tmp_path).iterdir()) == []
+
+
 def test_a_run_that_goes_on_is_running_until_it_ends(root, interrupted, monkeypatch):
     monkeypatch.setattr(delivery, "EVERY", 0.05)
     with new_run(root, key=interrupted) as run:

@@ -12,9 +12,11 @@ import re
 import threading
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from latentloom.tracking.charts import TAG, saved_view
 from latentloom.tracking.journal import Event, Journal
 from latentloom.tracking.store import current_target, experiment_id, open_client
 
@@ -167,6 +169,15 @@ class Delivery:
             at = {"key": event["key"], "step": event["step"], "timestamp": event["time"]}
             with Image.open(path) as image:
                 self._client.log_image(run_id, image, **at, synchronous=True)
+            self._show(event)
+
+    def _show(self, event: Event) -> None:
+        """Let MLflow's page open on the newest pictures; a server may not allow us to, and that is all right."""
+        from mlflow.exceptions import MlflowException
+
+        with suppress(MlflowException):
+            experiment = self._client.get_run(self.journal.about["mlflow_run_id"]).info.experiment_id
+            self._client.set_experiment_tag(experiment, TAG, saved_view(event["step"], event["time"]))
 
 
 def first_line(error: Exception) -> str:

@@ -31,12 +31,16 @@ DECIDING = {  # files that name the content of every row of the caches
     "text": TEXT / "index.parquet",
     "captions": TEXT / "pairs.parquet",
 }
-# MLflow repeats a run's params beside each picture, so it gets those that decide the model; params.yaml is an artifact.
+# MLflow repeats a run's params above each picture, so it gets those that decide the model; params.yaml is an artifact.
 NOT_COMPARED = {
     "evaluate": True,
     "machine": True,
     "validate_": True,
-    "train": {"log_every", "validate_every", "sample_every", "sample_count", "sample_guidance"},
+    "ingest": {"max_pixels", "max_aspect_ratio", "near_duplicate_distance", "max_reject_fraction"},
+    "train": {
+        *("log_every", "validate_every", "sample_every", "sample_count", "sample_guidance"),
+        *("gradient_accumulation", "gradient_checkpointing", "compile"),  # the same model, within rounding
+    },
 }
 CODE_DIFF, COMMIT, MODEL_HASH = "code.diff", "mlflow.source.git.commit", "model.sha256"
 

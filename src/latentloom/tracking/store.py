@@ -7,12 +7,14 @@ absolute path, so that experiments that DVC runs in temporary copies land in the
 import logging
 import os
 import sqlite3
+import time
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
 
 from latentloom.files import atomic_path
+from latentloom.tracking.charts import TAG, saved_view
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -89,8 +91,9 @@ def experiment_id(client: "MlflowClient", root: Path) -> str:
             return found.experiment_id
         own_store = not os.environ.get("MLFLOW_TRACKING_URI")
         location = (root.resolve() / "mlartifacts").as_uri() if own_store else None
+        tags = SHOWN_AS | {TAG: saved_view(step=0, time=int(time.time() * 1000))}
         try:
-            return client.create_experiment(name, artifact_location=location, tags=SHOWN_AS)
+            return client.create_experiment(name, artifact_location=location, tags=tags)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
