@@ -1,6 +1,8 @@
 """From a picture back to the bytes that made it: the very commands that are printed give the very bytes again."""
 
 import json
+import re
+import shlex
 import shutil
 import sqlite3
 import subprocess
@@ -9,12 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from projects import Project
+import yaml
+from projects import ROOT, Project
 from typer.testing import CliRunner
 
 from latentloom.cli import app
 
 pytestmark = pytest.mark.pipeline
+
+PAGE = (ROOT / "docs" / "lineage.md").read_text(encoding="utf-8")
+LINKS = ["run", "params", "code", "latents", "text", "images", "rejects", "near duplicates", "validation", "source"]
+LINKS += ["VAE", "text encoder"]
 
 
 @pytest.fixture
@@ -56,28 +63,44 @@ def restored(project: Project, commands: str) -> Path:
     return Path(result.stdout.splitlines()[-1])
 
 
-def places(reference: str, status: int = 0) -> dict[str, str]:
-    links = json.loads(keyboard("lineage", reference, "--json", status=status))["links"]
-    return {link["link"]: link["place"] for link in links}
+def shown(begins: str) -> list[str]:
+    """The commands of the page that begin so, in its order."""
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
+    return [line for line in lines if line.startswith(begins)]
 
 
-def test_of_a_committed_model_only_the_remote_is_needed(project):
-    keyboard("sample", "a red apple", "a snowman", "--seed", "3", "--count", "2", "-o", "drawn.png")
-    picture = Path("drawn.png").read_bytes()
+def test_every_command_of_the_page_does_what_it_says_with_nothing_left_but_git_and_the_remote(project):
     project.run("git", "add", "-A")
     project.run("git", "commit", "-q", "-m", "A model")
+    keyboard("promote", "models/unet", "--to", "champion")
+    run_id = json.loads(Path("reports/train/run.json").read_text())["mlflow_run_id"]
+    drawn, *asked, as_json = [shlex.split(line, comments=True)[1:] for line in shown("latentloom")]
+    keyboard(*drawn)
+    told = [keyboard(*(run_id if word == "RUN" else word for word in words)) for words in asked]
+    assert len(told) == 4
+    assert all(names(output) == ["model", *LINKS] for output in told[1:])
+    assert names(told[0]) == ["picture", "drawing code", "model", *LINKS]
+    assert names("picture" + PAGE.partition("```\npicture")[2].partition("```")[0]) == names(told[0])
+
+    picture = Path("apple.png").read_bytes()
     project.run("dvc", "push", "-q")
     for folder in (".dvc/cache", "models/unet", "data/images", "data/latents", "data/text", "mlartifacts", ".state"):
         shutil.rmtree(folder)
     Path("mlflow.db").unlink()
-    found = places("drawn.png")
+    found = {link["link"]: link["place"] for link in json.loads(keyboard(*as_json[:3]))["links"]}
     assert {found[link] for link in ("model", "latents", "text", "images", "validation")} == {"in the remote"}
     assert found["run"] == "not known"
-    clone = restored(project, printed_commands(keyboard("lineage", "drawn.png")))
+    commands = [" ".join(["latentloom", *as_json]), *shown("python"), *shown("sh -e")]
+    clone = restored(project, f"cd {project.folder}\n" + "\n".join(commands) + "\ncd $(dirname ../*/again.png)")
     assert clone != project.folder
     assert (clone / "again.png").read_bytes() == picture
     assert (clone / "data/latents/index.parquet").exists()
-    assert replace(project, folder=clone).run("dvc", "status", "train", "-q", check=False).returncode == 0
+    replace(project, folder=clone).run("dvc", "status", "-q", "train")
+
+
+def names(output: str) -> list[str]:
+    """What the lines of an output are about."""
+    return [re.split("  +", line)[0] for line in output.partition("\n\n")[0].splitlines() if line]
 
 
 def test_of_a_model_that_nobody_committed_the_run_knows_enough(project):
@@ -85,7 +108,8 @@ def test_of_a_model_that_nobody_committed_the_run_knows_enough(project):
     output = keyboard("lineage", "drawn.png")
     clone = restored(project, printed_commands(output))
     assert (clone / "again.png").read_bytes() == Path("drawn.png").read_bytes()
-    assert (clone / "dvc.lock").read_bytes() == Path("dvc.lock").read_bytes()
+    then, now = (yaml.safe_load(path.read_text())["stages"] for path in (clone / "dvc.lock", Path("dvc.lock")))
+    assert then == {stage: locked for stage, locked in now.items() if stage != "evaluate"}
     for path in ("data/images/00000.parquet", "data/latents/00000.safetensors", "reports/validation.json"):
         assert (clone / path).read_bytes() == Path(path).read_bytes()
 

@@ -3,18 +3,19 @@
 import json
 import shutil
 import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
-from projects import tiny_params
+from projects import ROOT, tiny_params
 from tiny_models import save_tiny_unet, save_tiny_vae
 from typer.testing import CliRunner
 
 from latentloom.cli import app
-from latentloom.evaluation.drawing_code import drawing_code
+from latentloom.evaluation.drawing_code import drawing_code, drawing_code_of
+from latentloom.evaluation.pictures import PictureFacts, save_picture
 from latentloom.files import write_json
 from latentloom.ingestion.listing import list_sources
 from latentloom.params import SourceParams
@@ -55,10 +56,14 @@ def commands(found: Lineage) -> str:
 def lab(project_root) -> Path:
     """A project in git and DVC, with a folder as its remote, a source of two files, and small stand-ins of data."""
     git("init", "-q", "-b", "main")
-    subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], check=True)
-    with open(".dvc/config", "a") as config:
-        config.write("[core]\n    remote = local\n['remote \"local\"']\n    url = ../../remote\n")
-    (project_root / ".gitignore").write_text("/mlflow.db*\n/mlartifacts/\n/.state/\n/.mlflow.lock\n/data/\n/models/\n")
+    Path(".dvc").mkdir()
+    Path(".dvc/config").write_text(
+        f"[core]\n    remote = local\n['remote \"local\"']\n    url = {remote(project_root)}\n"
+    )
+    Path(".dvc/.gitignore").write_text("/config.local\n/tmp\n/cache\n")
+    (project_root / ".gitignore").write_text(
+        "/mlflow.db*\n/mlartifacts/\n/.state/\n/.mlflow.lock\n/data/*/\n/models/\n"
+    )
     pictures = project_root / "pictures"
     pictures.mkdir()
     for name in "ab":
@@ -119,8 +124,12 @@ def put_into_cache(path: Path) -> None:
         kept.write_bytes(data)
 
 
+def remote(lab: Path) -> Path:
+    return lab.parent / f"{lab.name}-remote"
+
+
 def push(lab: Path) -> None:
-    shutil.copytree(".dvc/cache/files/md5", lab.parent / "remote/files/md5", dirs_exist_ok=True)
+    shutil.copytree(".dvc/cache/files/md5", remote(lab) / "files/md5")
 
 
 def forget(*paths: str, objects: str = "", lab: Path = Path()) -> None:
@@ -171,7 +180,7 @@ def test_what_was_pushed_is_in_the_remote_and_what_was_not_is_lost(lab, trained)
     assert {link(found, name).place for name in ("model", "latents", "text", "images")} == {Place.REMOTE}
     assert not found.missing
     assert "dvc pull" in commands(found)
-    (lab.parent / "remote/files/md5" / oid[:2] / oid[2:]).unlink()
+    (remote(lab) / "files/md5" / oid[:2] / oid[2:]).unlink()
     found = trace(run_id, lab)
     assert [own.link for own in found.missing] == ["latents"]
     assert link(found, "latents").place is Place.LOST
@@ -191,8 +200,9 @@ def test_of_a_remote_that_is_away_nobody_knows_what_it_holds(lab, trained):
     forget("models/unet", "data", ".dvc/cache")
     found = trace(run_id, lab)
     assert link(found, "latents").place is Place.UNKNOWN
-    assert str(lab.parent / "remote") in link(found, "latents").where
-    subprocess.run([sys.executable, "-m", "dvc", "remote", "modify", "local", "url", f"{NO_SERVER}/"], check=True)
+    assert str(remote(lab)) in link(found, "latents").where
+    config = Path(".dvc/config")
+    config.write_text(config.read_text().replace(str(remote(lab)), f"{NO_SERVER}/"))
     assert link(trace(run_id, lab), "model").place is Place.UNKNOWN
 
 
@@ -201,7 +211,7 @@ def test_data_that_only_the_folder_still_has_are_here_and_are_copied(lab, traine
     shutil.copytree("data", "kept")
     forget(".dvc/cache", "data")
     shutil.move("kept", "data")
-    (lab.parent / "remote").mkdir()
+    remote(lab).mkdir()
     found = trace(run_id, lab)
     assert link(found, "images").place is Place.HERE
     assert f"cp -r {lab / 'data/images'} data/images" in commands(found)
@@ -242,7 +252,7 @@ def test_in_a_clone_that_has_not_pulled_the_models_folder_is_known_by_its_hash(l
     push(lab)
     oid = oid_of(Path("models/unet"))
     commit("Results")
-    clone = lab.parent / "clone"
+    clone = tmp_path_factory.mktemp("clones") / "clone"
     git("clone", "-q", str(lab), str(clone))
     found = trace(str(clone / "models/unet"), clone)
     assert (link(found, "model").place, link(found, "model").details["dvc"]) == (Place.REMOTE, oid)
@@ -280,6 +290,69 @@ def test_where_the_changes_were_committed_later_that_commit_is_the_way_back(lab,
     assert "git apply" in commands(trace(run_id, lab))
 
 
+def test_results_of_an_experiment_are_found_in_its_own_commit_which_a_new_clone_has(lab, trained):
+    Path("src/latentloom/devices.py").write_text("# tried out\n")
+    run_id = trained()
+    results = commit("As DVC keeps an experiment")
+    git("update-ref", "refs/exps/aa/bb/gentle", results)
+    git("reset", "-q", "--hard", "HEAD~1")
+    clone = [step.command for step in trace(run_id, lab).steps[:3]]
+    assert clone[-1] == f"git checkout -q {results}"
+    subprocess.run(["bash", "-ec", "\n".join(clone)], check=True)
+    (folder,) = lab.parent.glob(f"{lab.name}-????????")
+    assert (folder / "src/latentloom/devices.py").read_text() == "# tried out\n"
+
+
+def test_the_drawing_code_is_that_of_the_training_of_a_later_commit_or_of_none(lab, trained, tiny_unets):
+    def draw(code: str | None) -> Lineage:
+        facts = PictureFacts(
+            prompts=("a red apple",),
+            seed=1,
+            first=0,
+            count=1,
+            steps=2,
+            guidance=3.0,
+            sampler="ddim",
+            precision="fp32",
+            guidance_interval=(0.0, 1.0),
+            guidance_rescale=0.0,
+            threshold=99.5,
+            model_sha256=model_hash(tiny_unets[0]),
+            mlflow_run_id=None,
+            vae="v",
+            text_encoder="t",
+            code=code,
+        )
+        save_picture(Path("drawn.png"), np.zeros((8, 8, 3), np.uint8), facts)
+        return trace("drawn.png", lab)
+
+    def own_code() -> str:
+        return drawing_code_of({"devices.py": git("hash-object", "src/latentloom/devices.py")})
+
+    trained()
+    of_the_training = own_code()
+    Path("src/latentloom/devices.py").write_text("# better\n")
+    later, named_later = commit("Better pictures"), own_code()
+    assert link(draw(of_the_training), "drawing code").where == "the same as the training's"
+    assert f"git checkout -q -f {later}" in commands(draw(named_later))
+    assert link(draw(drawing_code()), "drawing code").where.endswith(", in no commit")
+    found = draw("0" * 64)
+    assert [own.link for own in found.missing] == ["drawing code"]
+    assert "model_sha256" in commands(found)  # so that the picture names no run, as it did
+    found = draw(None)
+    assert (link(found, "drawing code").place, found.missing) == (Place.UNKNOWN, ())
+
+
+def test_git_and_the_disk_name_the_drawing_code_alike_and_nothing_else_matters():
+    package = ROOT / "src" / "latentloom"
+    files = sorted(package.rglob("*.py"))
+    hashes = git("-C", str(package), "hash-object", *map(str, files)).splitlines()
+    blobs = {path.relative_to(package).as_posix(): own for path, own in zip(files, hashes, strict=True)}
+    assert drawing_code_of(blobs) == drawing_code()
+    assert drawing_code_of(blobs | {"cli.py": "0" * 40, "training/loop.py": "0" * 40}) == drawing_code()
+    assert drawing_code_of(blobs | {"diffusion/noise.py": "0" * 40}) != drawing_code()
+
+
 def test_a_commit_that_is_in_no_clone_is_lost_and_one_that_can_be_fetched_is_not_known(lab, trained):
     run_id = trained()
     git("checkout", "-q", "--orphan", "other")
@@ -290,7 +363,7 @@ def test_a_commit_that_is_in_no_clone_is_lost_and_one_that_can_be_fetched_is_not
     git("gc", "-q", "--prune=now")
     found = trace(run_id, lab)
     assert link(found, "code").place is Place.LOST
-    git("remote", "add", "origin", str(lab.parent / "elsewhere"))
+    git("remote", "add", "origin", str(lab / "elsewhere"))
     found = trace(run_id, lab)
     assert link(found, "code").place is Place.UNKNOWN
     assert "fetch --all" in commands(found)
@@ -305,14 +378,14 @@ def test_a_source_that_changed_is_lost_but_not_needed_as_long_as_its_prepared_im
     assert not found.missing
     shutil.rmtree("pictures")
     assert link(trace(run_id, lab), "source").place is Place.UNKNOWN
-    (lab.parent / "remote").mkdir()
+    remote(lab).mkdir()
     forget("data", ".dvc/cache")
     assert {own.link for own in trace(run_id, lab).missing} >= {"images", "source"}
 
 
 def test_an_encoder_of_a_folder_is_compared_by_its_fingerprint(lab, trained, tmp_path_factory):
     vae = save_tiny_vae(tmp_path_factory.mktemp("encoders") / "vae")
-    run_id = trained(save_tiny_unet(lab.parent / "unet", vae=str(vae)))
+    run_id = trained(save_tiny_unet(vae.parent / "unet", vae=str(vae)))
     assert link(trace(run_id, lab), "VAE").place is Place.HERE
     registry.promote(find_model(run_id, lab), "champion", lab)
     save_tiny_vae(vae, seed=1)
@@ -331,10 +404,10 @@ def test_of_packages_those_that_differ_from_the_lock_are_named():
         "# a comment",
         f"pytest=={version('pytest')}",
         "ruff==0.0.1",
-        "unheard-of==2",
+        "unknown==2",
         "old==1; python_version<'3'",
     )
-    assert differing_packages("\n".join(lines)) == {"ruff": ("0.0.1", version("ruff")), "unheard-of": ("2", None)}
+    assert differing_packages("\n".join(lines)) == {"ruff": ("0.0.1", version("ruff")), "unknown": ("2", None)}
 
 
 def test_a_run_that_left_no_model_says_how_it_ended(lab, train, tiny_unets):
@@ -365,7 +438,7 @@ def test_the_json_form_is_the_documented_one_and_the_status_tells_whether_all_is
     assert set(given["links"][0]) == {"link", "name", "hash", "place", "where", "needed", "details"}
     assert set(given["steps"][0]) == {"why", "command"}
     forget("models/unet", objects=oid_of(Path("models/unet")), lab=lab)
-    (lab.parent / "remote").mkdir()
+    remote(lab).mkdir()
     result = CliRunner().invoke(app, ["lineage", run_id, "--json"])
     assert (result.exit_code, json.loads(result.stdout)["complete"]) == (1, False)
     assert CliRunner().invoke(app, ["lineage", run_id]).exit_code == 1

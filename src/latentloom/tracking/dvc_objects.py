@@ -3,6 +3,8 @@
 import hashlib
 import json
 import shutil
+import urllib.error
+import urllib.request
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from latentloom.files import atomic_path
 from latentloom.tracking.delivery import first_line
+from latentloom.tracking.store import without_credentials
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -117,9 +120,8 @@ def _in_remote(repo: "Repo", oids: list[str]) -> dict[str, Whereabouts]:
     try:
         if (remote := _remote(repo)) is None:
             return dict.fromkeys(oids, Whereabouts(Place.LOST, "not in DVC's cache, and there is no remote"))
-        if remote.fs.protocol == "local" and not remote.fs.exists(remote.path):
-            folder = Path(remote.path).parent.parent  # of files/md5
-            return dict.fromkeys(oids, Whereabouts(Place.UNKNOWN, f"not in DVC's cache; the remote {folder} is away"))
+        if (away := _away(remote)) is not None:
+            return dict.fromkeys(oids, Whereabouts(Place.UNKNOWN, f"not in DVC's cache; the remote {away} is away"))
         held = {oid for oid in oids if _holds(remote, oid)}
     except Exception as error:  # each kind of remote has its own
         told = f"not in DVC's cache; the remote does not answer: {first_line(error)}"
@@ -129,7 +131,23 @@ def _in_remote(repo: "Repo", oids: list[str]) -> dict[str, Whereabouts]:
     return {oid: there if oid in held else lost for oid in oids}
 
 
-def _repo(root: Path) -> "Repo":
+def _away(remote: "HashFileDB") -> str | None:
+    """The remote's address where it is of those kinds for which nothing is there when all of it is away."""
+    protocol = remote.fs.protocol
+    if protocol == "local":
+        folder = Path(remote.path).parent.parent  # of files/md5
+        return None if folder.exists() else str(folder)
+    if "http" in protocol:
+        try:
+            urllib.request.urlopen(remote.path, timeout=10).close()
+        except urllib.error.HTTPError:  # an answer
+            return None
+        except OSError:
+            return without_credentials(remote.path)
+    return None
+
+
+def _repo(root: Path | str) -> "Repo":
     from dvc.repo import Repo
 
     return Repo(str(root))
