@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import sqlite3
 import subprocess
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 
@@ -247,6 +249,17 @@ def test_a_server_that_is_away_does_not_keep_a_model_from_telling_what_git_knows
     assert not found.missing
 
 
+def test_where_the_files_of_a_run_do_not_answer_what_they_say_is_not_known(lab, trained):
+    Path("src/latentloom/devices.py").write_text("# other code\n")
+    run_id = trained()
+    with closing(sqlite3.connect("mlflow.db")) as store, store:
+        store.execute("UPDATE runs SET artifact_uri = ?", (f"{NO_SERVER}/artifacts",))
+    found = trace(run_id, lab)
+    for name in ("params", "local changes"):
+        assert (link(found, name).place, "cannot be read" in link(found, name).where) == (Place.UNKNOWN, True)
+    assert link(found, "latents").place is Place.HERE
+
+
 def test_in_a_clone_that_has_not_pulled_the_models_folder_is_known_by_its_hash(lab, trained, tmp_path_factory):
     trained()
     push(lab)
@@ -397,6 +410,25 @@ def test_an_encoder_of_a_folder_is_compared_by_its_fingerprint(lab, trained, tmp
     assert "another one now" in link(found, "VAE").where
     shutil.rmtree(vae)
     assert link(trace(run_id, lab), "VAE").place is Place.UNKNOWN
+
+
+def test_an_encoder_of_the_hub_is_not_downloaded_to_compare_it(lab, trained, tiny_unets):
+    Path("named").mkdir()
+    config = json.loads((tiny_unets[0] / "config.json").read_text())
+    config["vae"]["reference"] = "some-owner/some-vae"
+    write_json("named/config.json", config)
+    shutil.copy(tiny_unets[0] / "model.safetensors", "named")
+    found = trace(trained(Path("named")), lab)
+    assert (link(found, "VAE").place, "some-owner/some-vae" in link(found, "VAE").where) == (Place.REMOTE, True)
+
+
+def test_where_other_packages_are_installed_the_clone_gets_those_of_then(lab, trained):
+    Path("requirements.lock").write_text("ruff==0.0.1\n")
+    commit("Packages")
+    found = trace(trained(), lab)
+    assert link(found, "packages").place is Place.REMOTE
+    assert "ruff 0.0.1" in link(found, "packages").where
+    assert "make install\n" in commands(found)
 
 
 def test_of_packages_those_that_differ_from_the_lock_are_named():

@@ -139,18 +139,21 @@ def run_link(record: TrainingRecord) -> Link:
     name = f"{info.run_name} ({info.run_id}), {info.status.lower()}"
     if details["experiment"]:
         name += f", DVC experiment {details['experiment']}"
-    return Link("run", name, info.run_id, Place.HERE, record.store, details=details)
+    return Link("run", name, info.run_id, record.run_place, record.store, details=details)
 
 
 def params_link(record: TrainingRecord) -> Link:
     """The training's params.yaml."""
     text, params = record.files.get("params.yaml"), record.params
+    if text is None and record.unread:
+        return Link("params", "params.yaml", None, Place.UNKNOWN, record.unread)
     if text is None:
         return Link("params", "params.yaml", None, Place.LOST, "neither in the run nor in a commit of this clone")
     train = params.get("train", {})
     told = {"seed": params.get("seed"), "steps": train.get("steps"), "learning rate": train.get("learning_rate")}
     name = ", ".join(f"{key} {value}" for key, value in told.items() if value is not None)
-    return Link("params", name, _sha256(text), Place.HERE, record.origin, details={"params": params})
+    place = Place.HERE if record.origin.startswith("commit") else record.run_place
+    return Link("params", name, _sha256(text), place, record.origin, details={"params": params})
 
 
 def code_links(record: TrainingRecord, history: History) -> list[Link]:
@@ -175,16 +178,17 @@ def code_links(record: TrainingRecord, history: History) -> list[Link]:
     links = [Link("code", name, named, place, where, details=details)]
     if commit and record.diff is not None:
         files = [line.split(b" b/", 1)[-1].decode() for line in record.diff.splitlines() if line.startswith(b"diff --")]
-        place, where = Place.HERE, "code.diff of the run"
+        place, where = record.run_place, "code.diff of the run"
         if results:
-            where = f"commit {results[:12]} has them"
+            place, where = Place.HERE, f"commit {results[:12]} has them"
         elif record.code is None and history.has(commit):
             place, where = Place.LOST, "code.diff of the run does not fit the commit"
         name = f"{', '.join(files[:3])}{' ...' if len(files) > 3 else ''}"
         links.append(Link("local changes", name, _sha256(record.diff), place, where, details={"files": files}))
     elif record.diff_is_missing and not results:
-        where = "the run has no code.diff, yet files differed from the commit"
-        links.append(Link("local changes", "local changes", None, Place.LOST, where))
+        place = Place.UNKNOWN if record.unread else Place.LOST
+        where = record.unread or "the run's files are gone, and code.diff with them"
+        links.append(Link("local changes", "files differed from the commit", None, place, where))
     return links
 
 
@@ -333,9 +337,9 @@ def encoder_links(subject: Subject, record: TrainingRecord, history: History, ro
 
 
 def _encoder_place(key, reference, wanted, fingerprint_of, history: History, record, root) -> tuple[Place, str]:
-    if reference != "bundled" and not _is_folder(reference) and not (root / reference).is_dir():
+    local = root / reference if reference != "bundled" and (root / reference).is_dir() else reference
+    if local == reference != "bundled" and not _is_folder(reference):
         return _hub_place(reference, wanted)
-    local = root / reference if (root / reference).is_dir() else reference
     here = None
     with suppress(ValueError, OSError):  # it cannot be read, or is not there
         here = fingerprint_of(str(local))

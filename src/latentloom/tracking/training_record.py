@@ -18,7 +18,7 @@ import yaml
 from latentloom.evaluation.pictures import PictureFacts, read_facts
 from latentloom.files import read_json
 from latentloom.tracking.delivery import first_line
-from latentloom.tracking.dvc_objects import directory_oid
+from latentloom.tracking.dvc_objects import Place, directory_oid
 from latentloom.tracking.history import History
 from latentloom.tracking.models import DVC_TAG, HASH_TAG, MODEL, look_up, model_in_folder, version_of
 from latentloom.tracking.provenance import CODE_DIFF, COMMIT, INGESTED, SOURCES
@@ -71,6 +71,7 @@ class TrainingRecord:
         model_oid: DVC's hash of the model.
         origin: where the params were read, for a person.
         has_artifacts: whether the run still has files.
+        unread: why the run's files could not be read, where the place that holds them does not answer.
         run_report: reports/train/run.json as it is in the commit that is to be checked out.
         tags: of the run.
     """
@@ -86,6 +87,7 @@ class TrainingRecord:
     model_oid: str | None
     origin: str
     has_artifacts: bool
+    unread: str | None
     run_report: bytes | None
     tags: Mapping[str, str] = field(default_factory=dict)
 
@@ -98,6 +100,13 @@ class TrainingRecord:
     def diff_is_missing(self) -> bool:
         """Whether files differed from the commit, and the run's artifacts, which would say how, are gone."""
         return self.tags.get("git.dirty") == "true" and not self.has_artifacts
+
+    @property
+    def run_place(self) -> Place:
+        """Where the run is."""
+        if self.run is None:
+            return Place.UNKNOWN
+        return Place.REMOTE if self.store.startswith("http") else Place.HERE
 
     @property
     def ended(self) -> str | None:
@@ -248,7 +257,13 @@ def _record(
     root: Path,
 ) -> TrainingRecord:
     tags = dict(run.data.tags) if run else {}
-    files = _artifacts(client, run.info.run_id) if client and run else {}
+    files: dict[str, bytes] = {}
+    unread = None
+    if client and run:
+        try:
+            files = _artifacts(client, run.info.run_id)
+        except Exception as error:  # each kind of artifact store has its own
+            unread = f"the run's files cannot be read: {first_line(error)}"
     has_artifacts = bool(files)
     oid = tags.get(DVC_TAG) or _oid_in_folder(subject, root)
     commit, diff = tags.get(COMMIT), files.get(CODE_DIFF)
@@ -279,6 +294,7 @@ def _record(
         model_oid=oid or outs_of(files.get(LOCK) if results else None).get(str(MODEL)),
         origin=origin,
         has_artifacts=has_artifacts,
+        unread=unread,
         run_report=history.read(results or commit, RUN_REPORT) if results or commit else None,
         tags=tags,
     )
