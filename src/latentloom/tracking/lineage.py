@@ -14,6 +14,7 @@ from latentloom.tracking.restoring import Step, steps
 from latentloom.tracking.training_record import find_training
 
 FORMAT_VERSION = 1
+WIDEST = 72  # characters of a name, for the places to stand in a column
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def render(lineage: Lineage) -> str:
     """A lineage for a person: a line a link, then the commands, ready to be copied."""
     kind, name = (max(len(getattr(link, part)) for link in lineage.links) for part in ("link", "name"))
     lines = [
-        f"{link.link:<{kind}}  {link.name:<{min(name, 60)}}  {link.place}{': ' if link.where else ''}{link.where}"
+        f"{link.link:<{kind}}  {link.name:<{min(name, WIDEST)}}  {link.place}{': ' if link.where else ''}{link.where}"
         for link in lineage.links
     ]
     if lineage.steps:

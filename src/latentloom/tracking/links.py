@@ -168,6 +168,8 @@ def code_links(record: TrainingRecord, history: History) -> list[Link]:
         branches = history.branches(named)
         swept = "on no branch: `git tag` keeps it from being swept away"
         where = f"on {', '.join(branches[:3])}" if branches else swept
+        if results and results != named:
+            where += f"; with its results: {results[:12]}"
         place, name = Place.HERE, f"commit {named[:12]}, {history.subject(named)}"
     elif results:
         place, name = Place.HERE, f"commit {results[:12]}, {history.subject(results)}"

@@ -15,13 +15,18 @@ from latentloom.tracking.dvc_objects import Place, cache_folder
 from latentloom.tracking.history import History
 from latentloom.tracking.links import Link
 from latentloom.tracking.models import MODEL, NAME, PACKED_MODEL
-from latentloom.tracking.provenance import CODE_DIFF
+from latentloom.tracking.provenance import CODE_DIFF, INGESTED, SOURCES
 from latentloom.tracking.store import tracking_uri, without_credentials
 from latentloom.tracking.training_record import IN_GIT, LOCK, RUN_REPORT, Subject, TrainingRecord, outs_of
 
 AT_HAND = (Place.HERE, Place.REMOTE)
 MADE_OF_DATA = ("latents", "text", "images", "rejects", "near duplicates", "validation")
 AGAIN = "again.png"
+FETCHED = {  # artifacts of the run, and what each tells
+    LOCK: "which data and which model: DVC's hashes",
+    SOURCES.name: "what the sources held",
+    INGESTED.name: "what the ingestion counted",
+}
 
 
 @dataclass(frozen=True)
@@ -76,9 +81,8 @@ def _code(
         yield Step("", ". .venv/bin/activate")
     if record.results is None:
         for name, path in IN_GIT.items():
-            if name != "params.yaml" and name in record.files and record.files[name] != history.read(commit, path):
-                why = "which data and which model: DVC's hashes" if name == LOCK else "what the sources held"
-                yield Step(why, _download(record, root, name, str(Path(path).parent)))
+            if name in FETCHED and name in record.files and record.files[name] != history.read(commit, path):
+                yield Step(FETCHED[name], _download(record, root, name, str(Path(path).parent)))
 
 
 def _data(record: TrainingRecord, by_kind: dict[str, Link], root: Path) -> Iterator[Step]:
