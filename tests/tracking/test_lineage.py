@@ -167,6 +167,9 @@ def test_a_run_a_version_an_alias_a_folder_and_a_picture_have_one_lineage(lab, t
     assert drawn.exit_code == 0, drawn.output
     chains = [trace(reference, lab).links for reference in ("gentle", run_id[:8], "1", "champion", "models/unet")]
     assert all(chain == chains[0] for chain in chains)
+    shutil.copytree("models/unet", Path(".state/models") / chains[0][0].hash)
+    assert trace("1", lab).links[0].where == f"models/unet, .state/models/{chains[0][0].hash}, DVC's cache"
+    shutil.rmtree(".state/models")
     picture = trace("drawn.png", lab)
     assert picture.links[2:] == chains[0]
     assert link(picture, "picture").name.startswith('"a red apple", sample 0 of seed 0, 2 steps of ddim')

@@ -67,17 +67,23 @@ class History:
 
         None where the commit is not here, or the diff does not fit it.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
-            if self._git("read-tree", commit, **index) is None:
-                return None
-            if diff and self._git("apply", "--cached", "--whitespace=nowarn", given=diff, **index) is None:
-                return None
-            listed = self._git("ls-files", "-s", "-z", "--", *CODE, **index)
+        if not diff:
+            listed, column = self._git("ls-tree", "-r", "-z", commit, "--", *CODE), 2
+        else:
+            listed, column = self._patched(commit, diff), 1
         if listed is None:
             return None
         entries = (entry.partition("\t") for entry in listed.decode("utf-8", "surrogateescape").split("\0") if entry)
-        return {path: about.split()[1] for about, _, path in entries}
+        return {path: about.split()[column] for about, _, path in entries}
+
+    def _patched(self, commit: str, diff: bytes) -> bytes | None:
+        with tempfile.TemporaryDirectory() as folder:
+            index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}  # the user's own stays as it is
+            if self._git("read-tree", commit, **index) is None:
+                return None
+            if self._git("apply", "--cached", "--whitespace=nowarn", given=diff, **index) is None:
+                return None
+            return self._git("ls-files", "-s", "-z", "--", *CODE, **index)
 
     def _line(self, *arguments: str) -> str | None:
         given = self._git(*arguments)

@@ -111,7 +111,7 @@ def model_link(subject: Subject, record: TrainingRecord, root: Path) -> Link:
     folders = [subject.folder, root / MODEL, root / ".state" / "models" / sha256] if sha256 else []
     held = [folder for folder in dict.fromkeys(folders) if folder and _is_model(folder, sha256)]
     details: dict[str, Any] = {"folder": str(held[0]) if held else None, "dvc": record.model_oid}
-    places, told = ([Place.HERE] if held else []), [str(_within(folder, root)) for folder in held]
+    places, told = [Place.HERE] * len(held), [str(_within(folder, root)) for folder in held]
     if record.model_oid:
         found = places_of(root, [record.model_oid])[record.model_oid]
         details["dvc_place"] = found.place
