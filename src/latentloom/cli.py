@@ -199,6 +199,27 @@ def history() -> None:
     print("now: " + (", ".join(f"{alias} is version {version}" for alias, version in current.items()) or "nothing"))
 
 
+@app.command()
+def lineage(
+    of: Annotated[str, typer.Argument(metavar="X", help=f"A PNG of `latentloom sample`, or: {MODEL_HELP}")] = (
+        "models/unet"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="For machines: docs/lineage.md has the form.")] = False,
+) -> None:
+    """Say what a picture or a model came from, where the bytes of each part are, and how to bring it back.
+
+    Exit status 1 where something that is needed for it is lost, or not known.
+    """
+    with _mendable_errors_told():
+        from latentloom.stage import project_root
+        from latentloom.tracking.lineage import render, to_json, trace
+
+        found = trace(of, project_root())
+    print(to_json(found) if as_json else render(found))
+    if found.missing:
+        raise typer.Exit(1)
+
+
 def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 

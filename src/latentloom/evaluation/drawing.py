@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from latentloom.devices import autocast_dtype, choose_device
 from latentloom.encoding.text_encoder import TextEncoder, load_text_encoder
 from latentloom.encoding.vae import Vae, load_vae
+from latentloom.evaluation.drawing_code import drawing_code
 from latentloom.evaluation.pictures import PictureFacts
 from latentloom.evaluation.sampling import BATCH_SIZE, Sampler
 from latentloom.files import read_json, write_json
@@ -144,6 +145,7 @@ class TextToImage:
             mlflow_run_id=self.mlflow_run_id,
             vae=self.vae.fingerprint,
             text_encoder=self.text_encoder.fingerprint,
+            code=drawing_code(),
         )
 
 

@@ -6,6 +6,7 @@ pixels, facts -> PNG with `prompt`, `seed`, `model_sha256`, `mlflow_run_id`, and
 import io
 import json
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -40,6 +41,7 @@ class PictureFacts:
         mlflow_run_id: of the model's training, where it is known.
         vae: the fingerprint of the VAE that decoded.
         text_encoder: the fingerprint of the encoder that read the prompts.
+        code: the hash of the code that drew, see `drawing_code`; None in pictures that are older than this.
     """
 
     prompts: tuple[str, ...]
@@ -57,6 +59,7 @@ class PictureFacts:
     mlflow_run_id: str | None
     vae: str
     text_encoder: str
+    code: str | None = None
 
 
 def together(samples: np.ndarray) -> np.ndarray:
@@ -120,13 +123,19 @@ def read_facts(path: Path) -> PictureFacts:
         raise ValueError(f"{path}: its text chunk {CHUNK!r} cannot be read: {where}: {first['msg']}") from error
 
 
-def redraw_command(facts: PictureFacts, model: str = "models/unet", output: str = "again.png") -> str:
+def redraw_command(
+    facts: PictureFacts,
+    model: str = "models/unet",
+    output: str = "again.png",
+    program: Sequence[str] = ("latentloom",),
+) -> str:
     """The command that draws the same bytes again, for a shell.
 
     Args:
         facts: the picture's.
         model: where the model with its hash is, as ``--model`` takes it.
         output: the file to write.
+        program: how `latentloom` is called.
     """
     low, high = facts.guidance_interval
     settings = {
@@ -145,4 +154,4 @@ def redraw_command(facts: PictureFacts, model: str = "models/unet", output: str 
     options += ["--guidance-interval", str(low), str(high), "-o", output]
     prompts = list(facts.prompts)
     ordered = [*options, "--", *prompts] if any(p.startswith("-") for p in prompts) else [*prompts, *options]
-    return shlex.join(["latentloom", "sample", *ordered])
+    return shlex.join([*program, "sample", *ordered])

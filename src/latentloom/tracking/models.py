@@ -53,7 +53,7 @@ def find_model(reference: str, root: Path) -> FoundModel:
     """
     folder = Path(reference).expanduser()
     if (folder / "config.json").is_file():
-        return _in_folder(folder, root)
+        return model_in_folder(folder, root)
     registered = REGISTERED.fullmatch(reference)
     if not registered and (folder.is_dir() or "/" in reference or reference.startswith(".")):
         raise ValueError(
@@ -61,16 +61,13 @@ def find_model(reference: str, root: Path) -> FoundModel:
             "version, champion or candidate"
         )
     client = open_client(root)
-    name = registered["name"] if registered else reference
-    if version := _version(client, name):
-        sha256 = version.tags.get(HASH_TAG)
-        if sha256 is None:
-            raise ValueError(f"version {version.version} of {NAME} was not made by `latentloom promote`: promote a run")
+    from mlflow.entities import Run  # once the client has seen to MLflow's settings
+
+    found = look_up(client, root, reference)
+    if not isinstance(found, Run):
+        sha256, version = found.tags[HASH_TAG], found
         return FoundModel(_bring(client, root, sha256, {}, version), sha256, version.run_id or None, number_of(version))
-    if registered or reference in ALIASES:
-        raise ValueError(f"{name} is nothing in the registry yet: `latentloom promote RUN --to champion` puts it there")
-    run = find_run(client, root, reference)
-    sha256 = run.data.tags.get(HASH_TAG)
+    run, sha256 = found, found.data.tags.get(HASH_TAG)
     if sha256 is None:
         raise ValueError(
             f"the run {run.info.run_id} ({run.info.run_name}) has no model: it is {run.info.status.lower()}, or older "
@@ -79,6 +76,23 @@ def find_model(reference: str, root: Path) -> FoundModel:
     version = version_of(client, sha256)
     folder = _bring(client, root, sha256, run.data.tags, version)
     return FoundModel(folder, sha256, run.info.run_id, number_of(version) if version else None)
+
+
+def look_up(client: "MlflowClient", root: Path, reference: str) -> "Run | ModelVersion":
+    """What of the store ``reference`` names: a version that `latentloom promote` made, else a run.
+
+    Raises:
+        ValueError: when it names neither, or several runs.
+    """
+    registered = REGISTERED.fullmatch(reference)
+    name = registered["name"] if registered else reference
+    if version := _version(client, name):
+        if HASH_TAG not in version.tags:
+            raise ValueError(f"version {version.version} of {NAME} was not made by `latentloom promote`: promote a run")
+        return version
+    if registered or reference in ALIASES:
+        raise ValueError(f"{name} is nothing in the registry yet: `latentloom promote RUN --to champion` puts it there")
+    return find_run(client, root, reference)
 
 
 def find_run(client: "MlflowClient", root: Path, reference: str) -> "Run":
@@ -137,7 +151,8 @@ def number_of(version: "ModelVersion") -> str:
     return str(version.version)
 
 
-def _in_folder(folder: Path, root: Path) -> FoundModel:
+def model_in_folder(folder: Path, root: Path) -> FoundModel:
+    """The model in a folder, with its run where `reports/train/run.json` is of it."""
     sha256 = model_hash(folder)
     report = root / "reports" / "train" / "run.json"
     run = read_json(report) if report.exists() else {}

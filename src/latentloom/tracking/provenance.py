@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 WRITTEN_BY_THE_PIPELINE = (":!dvc.lock", ":!reports")
 CODE = ("src", "pipelines", "params.yaml", "dvc.yaml", "requirements.lock", "pyproject.toml")
 LATENTS, TEXT, VALIDATION = Path("data/latents"), Path("data/text"), Path("reports/validation.json")
+SOURCES, INGESTED = Path("data/sources.json"), Path("reports/ingest.json")
 DECIDING = {  # files that name the content of every row of the caches
     "latents": LATENTS / "index.parquet",
     "latent statistics": LATENTS / "stats.json",
@@ -50,7 +51,7 @@ def record_start(tracked: TrackedRun, params: Params, caches: "Caches", device: 
     tags = git_tags(Path.cwd()) | dvc_tags() | {"device": device, "mlflow.user": getpass.getuser()}
     tracked.set_tags(tags | input_tags(DECIDING | {"validation": VALIDATION}) | out_tags(Path("dvc.lock")))
     tracked.log_params(params.model_dump(by_alias=True, exclude=NOT_COMPARED))
-    for path in (Path("params.yaml"), Path("dvc.lock"), VALIDATION):
+    for path in (Path("params.yaml"), Path("dvc.lock"), VALIDATION, SOURCES, INGESTED):
         if path.exists():
             tracked.log_file(path)
     if diff := code_diff(Path.cwd()):
@@ -135,7 +136,7 @@ def _description(params: Params, caches: "Caches", tags: dict[str, str | None]) 
 def _git(root: Path, *arguments: str, **environment: str) -> str | None:
     command = ["git", "-C", str(root), *arguments]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | environment)
+        result = subprocess.run(command, capture_output=True, check=True, env=os.environ | environment)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return result.stdout
+    return result.stdout.decode("utf-8", "surrogateescape")  # a diff must keep every byte, ends of lines too

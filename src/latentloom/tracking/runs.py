@@ -82,7 +82,7 @@ class TrackedRun:
 
     def log_text(self, text: str, name: str) -> None:
         """Log ``text`` as the artifact ``name``."""
-        self._append(kind="file", folder=None, content=(name, text.encode("utf-8")))
+        self._append(kind="file", folder=None, content=(name, text.encode("utf-8", "surrogateescape")))
 
     def log_dataset(self, frame: "pd.DataFrame", *, name: str, source: str, digest: str, context: str) -> None:
         """Log a data set as an input of the run: name, place, digest, and the frame's schema and size."""

@@ -1,0 +1,488 @@
+"""What `latentloom lineage` says of each link: its bytes are here, in the remote, lost, or nobody can tell."""
+
+import json
+import shutil
+import sqlite3
+import subprocess
+from contextlib import closing
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from projects import ROOT, tiny_params
+from tiny_models import save_tiny_unet, save_tiny_vae
+from typer.testing import CliRunner
+
+from latentloom.cli import app
+from latentloom.evaluation.drawing_code import drawing_code, drawing_code_of
+from latentloom.evaluation.pictures import PictureFacts, save_picture
+from latentloom.files import write_json
+from latentloom.ingestion.listing import list_sources
+from latentloom.params import SourceParams
+from latentloom.tracking import registry
+from latentloom.tracking.dvc_objects import Place, oid_of
+from latentloom.tracking.lineage import Lineage, trace
+from latentloom.tracking.links import Link, differing_packages
+from latentloom.tracking.models import find_model
+from latentloom.tracking.provenance import code_diff, git_tags, out_tags
+from latentloom.tracking.store import open_client
+from latentloom.training.model_files import model_hash
+
+DATA = ("data/images", "data/latents", "data/text", "reports/validation.json")
+NO_SERVER = "http://127.0.0.1:9"
+
+
+def git(*arguments: str) -> str:
+    identity = ("-c", "user.email=test@example.org", "-c", "user.name=Test")
+    return subprocess.run(["git", *identity, *arguments], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def commit(message: str) -> str:
+    git("add", "-A")
+    git("commit", "-q", "-m", message)
+    return git("rev-parse", "HEAD")
+
+
+def link(found: Lineage, name: str) -> Link:
+    (own,) = [own for own in found.links if own.link == name]
+    return own
+
+
+def commands(found: Lineage) -> str:
+    return "\n".join(step.command for step in found.steps)
+
+
+@pytest.fixture
+def lab(project_root) -> Path:
+    """A project in git and DVC, with a folder as its remote, a source of two files, and small stand-ins of data."""
+    git("init", "-q", "-b", "main")
+    Path(".dvc").mkdir()
+    Path(".dvc/config").write_text(
+        f"[core]\n    remote = local\n['remote \"local\"']\n    url = {remote(project_root)}\n"
+    )
+    Path(".dvc/.gitignore").write_text("/config.local\n/tmp\n/cache\n")
+    (project_root / ".gitignore").write_text(
+        "/mlflow.db*\n/mlartifacts/\n/.state/\n/.mlflow.lock\n/data/*/\n/models/\n"
+    )
+    pictures = project_root / "pictures"
+    pictures.mkdir()
+    for name in "ab":
+        (pictures / f"{name}.png").write_text(name)
+    params = tiny_params()
+    params["ingest"] |= {"source": "folder", "path": str(pictures)}
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    Path("src/latentloom").mkdir(parents=True)
+    Path("src/latentloom/devices.py").write_text("# some code\n")
+    for path in DATA:
+        target = Path(path) / "index.parquet" if path.startswith("data") else Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(path)
+    write_json("data/sources.json", list_sources([SourceParams(source="folder", path=str(pictures))], Path("no")))
+    counts = {"name": "folder", "source": "folder", "weight": 1.0, "found": 3, "kept": 2, "rejected": 1}
+    write_json("reports/ingest.json", {"kept": 2, "train": 1, "validation": 1, "sources": [counts]})
+    commit("Some code")
+    return project_root
+
+
+@pytest.fixture
+def trained(lab, train, tiny_unets):
+    """``trained()`` gives the id of a run in which `tiny_unets[0]` was trained on the lab's data, tracked by DVC."""
+
+    def run(model: Path = tiny_unets[0], name: str = "a run") -> str:
+        shutil.copytree(model, "models/unet", dirs_exist_ok=True)
+        outs = {path: oid_of(Path(path)) for path in (*DATA, "models/unet")}
+        for path in outs:
+            put_into_cache(Path(path))
+        stage = {"outs": [{"path": path, "md5": oid} for path, oid in outs.items()]}
+        tags = git_tags(lab)
+        diff = code_diff(lab)
+        Path("dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": {"train": stage}}))
+        tags |= out_tags(Path("dvc.lock")) | {"dvc.models/unet": outs["models/unet"]}
+        run_id = train(model, name=name, tags=tags)
+        client = open_client(lab)
+        for path in ("params.yaml", "dvc.lock", "data/sources.json", "reports/ingest.json"):
+            client.log_artifact(run_id, path)
+        client.log_artifact(run_id, "models/unet/config.json", "model")
+        if diff:
+            client.log_text(run_id, diff, "code.diff")
+        write_json("reports/train/run.json", {"mlflow_run_id": run_id, "model_sha256": model_hash(model)})
+        return run_id
+
+    return run
+
+
+def put_into_cache(path: Path) -> None:
+    """What `dvc commit` does, without the seconds that it takes to start."""
+    files = [path] if path.is_file() else sorted(own for own in path.rglob("*") if own.is_file())
+    listing = [{"md5": oid_of(own), "relpath": own.relative_to(path).as_posix()} for own in files]
+    objects = {oid_of(own): own.read_bytes() for own in files}
+    if path.is_dir():
+        objects[oid_of(path)] = json.dumps(listing, sort_keys=True).encode()
+    for oid, data in objects.items():
+        kept = Path(".dvc/cache/files/md5") / oid[:2] / oid[2:]
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_bytes(data)
+
+
+def remote(lab: Path) -> Path:
+    return lab.parent / f"{lab.name}-remote"
+
+
+def push(lab: Path) -> None:
+    shutil.copytree(".dvc/cache/files/md5", remote(lab) / "files/md5")
+
+
+def forget(*paths: str, objects: str = "", lab: Path = Path()) -> None:
+    """Delete files, and those of DVC's cache whose hash begins with ``objects``."""
+    for path in paths:
+        shutil.rmtree(path)
+    if objects:
+        (lab / ".dvc/cache/files/md5" / objects[:2] / objects[2:]).unlink()
+
+
+def test_the_chain_goes_from_the_model_to_the_sources_with_hashes_and_counts(lab, trained, tiny_unets):
+    run_id = trained()
+    head = git("rev-parse", "HEAD")
+    found = trace(run_id, lab)
+    assert [own.link for own in found.links] == [
+        *("model", "run", "params", "code", "latents", "text", "images", "validation", "source", "VAE", "text encoder")
+    ]
+    assert {own.place for own in found.links} == {Place.HERE}
+    assert not found.missing
+    assert link(found, "model").hash == model_hash(tiny_unets[0])
+    assert link(found, "run").hash == run_id
+    assert link(found, "code").hash == head
+    assert link(found, "latents").hash == oid_of(Path("data/latents"))
+    assert "2 images (1 train, 1 validation)" in link(found, "images").name
+    assert link(found, "source").name == f"folder {lab / 'pictures'}: 3 found, 2 kept, 1 rejected"
+    assert link(found, "VAE").name.startswith("bundled ")
+
+
+def test_a_run_a_version_an_alias_a_folder_and_a_picture_have_one_lineage(lab, trained, tiny_unets):
+    run_id = trained(name="gentle")
+    registry.promote(find_model("gentle", lab), "champion", lab)
+    drawn = CliRunner().invoke(app, ["sample", "a red apple", "--steps", "2", "-o", "drawn.png"])
+    assert drawn.exit_code == 0, drawn.output
+    chains = [trace(reference, lab).links for reference in ("gentle", run_id[:8], "1", "champion", "models/unet")]
+    assert all(chain == chains[0] for chain in chains)
+    shutil.copytree("models/unet", Path(".state/models") / chains[0][0].hash)
+    assert trace("1", lab).links[0].where == f"models/unet, .state/models/{chains[0][0].hash}, DVC's cache"
+    shutil.rmtree(".state/models")
+    picture = trace("drawn.png", lab)
+    assert picture.links[2:] == chains[0]
+    assert link(picture, "picture").name.startswith('"a red apple", sample 0 of seed 0, 2 steps of ddim')
+    assert link(picture, "drawing code").hash == drawing_code()
+
+
+def test_what_was_pushed_is_in_the_remote_and_what_was_not_is_lost(lab, trained):
+    run_id = trained()
+    push(lab)
+    oid = oid_of(Path("data/latents"))
+    forget("models/unet", "data", ".dvc/cache")
+    found = trace(run_id, lab)
+    assert {link(found, name).place for name in ("model", "latents", "text", "images")} == {Place.REMOTE}
+    assert not found.missing
+    assert "dvc pull" in commands(found)
+    (remote(lab) / "files/md5" / oid[:2] / oid[2:]).unlink()
+    found = trace(run_id, lab)
+    assert [own.link for own in found.missing] == ["latents"]
+    assert link(found, "latents").place is Place.LOST
+    assert "data/latents" not in commands(found).partition("dvc pull")[2].splitlines()[0]
+    assert "dvc repro validate" in commands(found)
+
+
+def test_a_folder_of_which_one_file_is_gone_is_not_here(lab, trained):
+    run_id = trained()
+    push(lab)
+    forget("data", objects=oid_of(Path("data/text/index.parquet")), lab=lab)
+    assert link(trace(run_id, lab), "text").place is Place.REMOTE
+
+
+def test_of_a_remote_that_is_away_nobody_knows_what_it_holds(lab, trained):
+    run_id = trained()
+    forget("models/unet", "data", ".dvc/cache")
+    found = trace(run_id, lab)
+    assert link(found, "latents").place is Place.UNKNOWN
+    assert str(remote(lab)) in link(found, "latents").where
+    config = Path(".dvc/config")
+    config.write_text(config.read_text().replace(str(remote(lab)), f"{NO_SERVER}/"))
+    assert link(trace(run_id, lab), "model").place is Place.UNKNOWN
+
+
+def test_data_that_only_the_folder_still_has_are_here_and_are_copied(lab, trained):
+    run_id = trained()
+    shutil.copytree("data", "kept")
+    forget(".dvc/cache", "data")
+    shutil.move("kept", "data")
+    remote(lab).mkdir()
+    found = trace(run_id, lab)
+    assert link(found, "images").place is Place.HERE
+    assert f"cp -r {lab / 'data/images'} data/images" in commands(found)
+    Path("data/images/index.parquet").write_text("changed")
+    assert link(trace(run_id, lab), "images").place is Place.LOST
+
+
+def test_without_the_store_the_commit_that_holds_the_results_tells_the_same(lab, trained):
+    run_id = trained()
+    results = commit("Results")
+    before = trace("models/unet", lab)
+    for path in lab.glob("mlflow.db*"):
+        path.unlink()
+    shutil.rmtree("mlartifacts")
+    after = trace("models/unet", lab)
+    assert link(after, "run").place is Place.UNKNOWN
+    assert not after.missing
+    for name in ("model", "latents", "text", "images", "params", "source"):
+        assert (link(after, name).hash, link(after, name).place) == (link(before, name).hash, link(before, name).place)
+    assert f"git checkout -q {results}" in commands(after)
+    assert commands(after) == commands(before)
+    with pytest.raises(ValueError, match="MLFLOW_TRACKING_URI"):
+        trace(run_id, lab)
+
+
+def test_a_server_that_is_away_does_not_keep_a_model_from_telling_what_git_knows(lab, trained, monkeypatch):
+    trained()
+    commit("Results")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", NO_SERVER)
+    found = trace("models/unet", lab)
+    assert link(found, "run").place is Place.UNKNOWN
+    assert "does not answer" in link(found, "run").where
+    assert not found.missing
+
+
+def test_where_the_files_of_a_run_do_not_answer_what_they_say_is_not_known(lab, trained):
+    Path("src/latentloom/devices.py").write_text("# other code\n")
+    run_id = trained()
+    with closing(sqlite3.connect("mlflow.db")) as store, store:
+        store.execute("UPDATE runs SET artifact_uri = ?", (f"{NO_SERVER}/artifacts",))
+    found = trace(run_id, lab)
+    for name in ("params", "local changes"):
+        assert (link(found, name).place, "cannot be read" in link(found, name).where) == (Place.UNKNOWN, True)
+    assert link(found, "latents").place is Place.HERE
+
+
+def test_in_a_clone_that_has_not_pulled_the_models_folder_is_known_by_its_hash(lab, trained, tmp_path_factory):
+    trained()
+    push(lab)
+    oid = oid_of(Path("models/unet"))
+    commit("Results")
+    clone = tmp_path_factory.mktemp("clones") / "clone"
+    git("clone", "-q", str(lab), str(clone))
+    found = trace(str(clone / "models/unet"), clone)
+    assert (link(found, "model").place, link(found, "model").details["dvc"]) == (Place.REMOTE, oid)
+
+
+def test_changes_that_were_not_committed_are_told_and_applied(lab, trained):
+    Path("src/latentloom/devices.py").write_text("# other code\r\n")
+    Path("src/latentloom/new.py").write_text("# new\n")
+    run_id = trained()
+    git("checkout", "-q", "src")
+    Path("src/latentloom/new.py").unlink()
+    found = trace(run_id, lab)
+    changes = link(found, "local changes")
+    assert (changes.place, set(changes.details["files"])) == (
+        Place.HERE,
+        {"src/latentloom/devices.py", "src/latentloom/new.py"},
+    )
+    assert "git apply" in commands(found)
+    shutil.rmtree("mlartifacts")
+    found = trace(run_id, lab)
+    assert {own.link for own in found.missing} >= {"local changes", "params"}
+
+
+def test_where_the_changes_were_committed_later_that_commit_is_the_way_back(lab, trained):
+    Path("src/latentloom/devices.py").write_text("# other code\n")
+    run_id = trained()
+    results = commit("Code and results together")
+    found = trace(run_id, lab)
+    assert f"git checkout -q {results}" in commands(found)
+    assert "git apply" not in commands(found)
+    Path("src/latentloom/devices.py").write_text("# and other code again\n")
+    git("commit", "-q", "--amend", "-a", "-m", "Other code with those results")
+    git("reflog", "expire", "--expire=now", "--all")
+    git("gc", "-q", "--prune=now")
+    assert "git apply" in commands(trace(run_id, lab))
+
+
+def test_results_of_an_experiment_are_found_in_its_own_commit_which_a_new_clone_has(lab, trained):
+    Path("src/latentloom/devices.py").write_text("# tried out\n")
+    run_id = trained()
+    results = commit("As DVC keeps an experiment")
+    git("update-ref", "refs/exps/aa/bb/gentle", results)
+    git("reset", "-q", "--hard", "HEAD~1")
+    clone = [step.command for step in trace(run_id, lab).steps[:3]]
+    assert clone[-1] == f"git checkout -q {results}"
+    subprocess.run(["bash", "-ec", "\n".join(clone)], check=True)
+    (folder,) = lab.parent.glob(f"{lab.name}-????????")
+    assert (folder / "src/latentloom/devices.py").read_text() == "# tried out\n"
+
+
+def test_the_drawing_code_is_that_of_the_training_of_a_later_commit_or_of_none(lab, trained, tiny_unets):
+    def draw(code: str | None) -> Lineage:
+        facts = PictureFacts(
+            prompts=("a red apple",),
+            seed=1,
+            first=0,
+            count=1,
+            steps=2,
+            guidance=3.0,
+            sampler="ddim",
+            precision="fp32",
+            guidance_interval=(0.0, 1.0),
+            guidance_rescale=0.0,
+            threshold=99.5,
+            model_sha256=model_hash(tiny_unets[0]),
+            mlflow_run_id=None,
+            vae="v",
+            text_encoder="t",
+            code=code,
+        )
+        save_picture(Path("drawn.png"), np.zeros((8, 8, 3), np.uint8), facts)
+        return trace("drawn.png", lab)
+
+    def own_code() -> str:
+        return drawing_code_of({"devices.py": git("hash-object", "src/latentloom/devices.py")})
+
+    trained()
+    of_the_training = own_code()
+    Path("src/latentloom/devices.py").write_text("# better\n")
+    later, named_later = commit("Better pictures"), own_code()
+    assert link(draw(of_the_training), "drawing code").where == "the same as the training's"
+    assert f"git checkout -q -f {later}" in commands(draw(named_later))
+    assert link(draw(drawing_code()), "drawing code").where.endswith(", in no commit")
+    found = draw("0" * 64)
+    assert [own.link for own in found.missing] == ["drawing code"]
+    assert "model_sha256" in commands(found)  # so that the picture names no run, as it did
+    found = draw(None)
+    assert (link(found, "drawing code").place, found.missing) == (Place.UNKNOWN, ())
+
+
+def test_git_and_the_disk_name_the_drawing_code_alike_and_nothing_else_matters():
+    package = ROOT / "src" / "latentloom"
+    files = sorted(package.rglob("*.py"))
+    hashes = git("-C", str(package), "hash-object", *map(str, files)).splitlines()
+    blobs = {path.relative_to(package).as_posix(): own for path, own in zip(files, hashes, strict=True)}
+    assert drawing_code_of(blobs) == drawing_code()
+    assert drawing_code_of(blobs | {"cli.py": "0" * 40, "training/loop.py": "0" * 40}) == drawing_code()
+    assert drawing_code_of(blobs | {"diffusion/noise.py": "0" * 40}) != drawing_code()
+
+
+def test_a_commit_that_is_in_no_clone_is_lost_and_one_that_can_be_fetched_is_not_known(lab, trained):
+    run_id = trained()
+    git("checkout", "-q", "--orphan", "other")
+    Path("dvc.lock").unlink()
+    commit("Another history")
+    git("branch", "-q", "-D", "main")
+    git("reflog", "expire", "--expire=now", "--all")
+    git("gc", "-q", "--prune=now")
+    found = trace(run_id, lab)
+    assert link(found, "code").place is Place.LOST
+    git("remote", "add", "origin", str(lab / "elsewhere"))
+    found = trace(run_id, lab)
+    assert link(found, "code").place is Place.UNKNOWN
+    assert "fetch --all" in commands(found)
+
+
+def test_a_source_that_changed_is_lost_but_not_needed_as_long_as_its_prepared_images_are_there(lab, trained):
+    run_id = trained()
+    Path("pictures/c.png").write_text("c")
+    found = trace(run_id, lab)
+    assert link(found, "source").place is Place.LOST
+    assert "2 files then, 3 now" in link(found, "source").where
+    assert not found.missing
+    shutil.rmtree("pictures")
+    assert link(trace(run_id, lab), "source").place is Place.UNKNOWN
+    remote(lab).mkdir()
+    forget("data", ".dvc/cache")
+    assert {own.link for own in trace(run_id, lab).missing} >= {"images", "source"}
+
+
+def test_an_encoder_of_a_folder_is_compared_by_its_fingerprint(lab, trained, tmp_path_factory):
+    vae = save_tiny_vae(tmp_path_factory.mktemp("encoders") / "vae")
+    run_id = trained(save_tiny_unet(vae.parent / "unet", vae=str(vae)))
+    assert link(trace(run_id, lab), "VAE").place is Place.HERE
+    registry.promote(find_model(run_id, lab), "champion", lab)
+    save_tiny_vae(vae, seed=1)
+    found = trace(run_id, lab)
+    assert (link(found, "VAE").place, "version 1" in link(found, "VAE").where) == (Place.REMOTE, True)
+    open_client(lab).delete_registered_model("latentloom")
+    found = trace(run_id, lab)
+    assert (link(found, "VAE").place, link(found, "VAE").needed) == (Place.LOST, True)
+    assert "another one now" in link(found, "VAE").where
+    shutil.rmtree(vae)
+    assert link(trace(run_id, lab), "VAE").place is Place.UNKNOWN
+
+
+def test_an_encoder_of_the_hub_is_not_downloaded_to_compare_it(lab, trained, tiny_unets):
+    Path("named").mkdir()
+    config = json.loads((tiny_unets[0] / "config.json").read_text())
+    config["vae"]["reference"] = "some-owner/some-vae"
+    write_json("named/config.json", config)
+    shutil.copy(tiny_unets[0] / "model.safetensors", "named")
+    found = trace(trained(Path("named")), lab)
+    assert (link(found, "VAE").place, "some-owner/some-vae" in link(found, "VAE").where) == (Place.REMOTE, True)
+
+
+def test_where_other_packages_are_installed_the_clone_gets_those_of_then(lab, trained):
+    Path("requirements.lock").write_text("ruff==0.0.1\n")
+    commit("Packages")
+    found = trace(trained(), lab)
+    assert link(found, "packages").place is Place.REMOTE
+    assert "ruff 0.0.1" in link(found, "packages").where
+    assert "make install\n" in commands(found)
+
+
+def test_of_packages_those_that_differ_from_the_lock_are_named():
+    lines = (
+        "# a comment",
+        f"pytest=={version('pytest')}",
+        "ruff==0.0.1",
+        "unknown==2",
+        "old==1; python_version<'3'",
+    )
+    assert differing_packages("\n".join(lines)) == {"ruff": ("0.0.1", version("ruff")), "unknown": ("2", None)}
+
+
+def test_a_run_that_left_no_model_says_how_it_ended(lab, train, tiny_unets):
+    client = open_client(lab)
+    experiment = client.get_run(train(tiny_unets[0])).info.experiment_id
+    run_id = client.create_run(experiment).info.run_id
+    client.set_terminated(run_id, "FAILED")
+    found = trace(run_id, lab)
+    assert link(found, "model").where == "the run is failed"
+    assert "model" in [own.link for own in found.missing]
+
+
+@pytest.mark.parametrize("reference", ["nothing", "data", "params.yaml", "gone.png", "f" * 32, "latentloom:7"])
+def test_what_names_nothing_is_one_clear_line(lab, train, tiny_unets, reference):
+    train(tiny_unets[0])
+    result = CliRunner().invoke(app, ["lineage", reference])
+    assert result.exit_code == 1
+    assert len(result.output.splitlines()) == 1
+    assert reference.removeprefix("latentloom:") in result.output
+
+
+def test_the_json_form_is_the_documented_one_and_the_status_tells_whether_all_is_there(lab, trained):
+    run_id = trained()
+    result = CliRunner().invoke(app, ["lineage", run_id, "--json"])
+    given = json.loads(result.stdout)
+    assert result.exit_code == 0
+    assert (given["format_version"], given["of"], given["complete"]) == (1, run_id, True)
+    assert set(given["links"][0]) == {"link", "name", "hash", "place", "where", "needed", "details"}
+    assert set(given["steps"][0]) == {"why", "command"}
+    forget("models/unet", objects=oid_of(Path("models/unet")), lab=lab)
+    remote(lab).mkdir()
+    result = CliRunner().invoke(app, ["lineage", run_id, "--json"])
+    assert (result.exit_code, json.loads(result.stdout)["complete"]) == (1, False)
+    assert CliRunner().invoke(app, ["lineage", run_id]).exit_code == 1
+
+
+def test_addresses_are_shown_and_written_without_user_and_password(lab, trained, monkeypatch):
+    trained()
+    commit("Results")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ada:secret@127.0.0.1:9")
+    result = CliRunner().invoke(app, ["lineage", "models/unet", "--json"])
+    assert "127.0.0.1:9" in result.output
+    assert "secret" not in result.output
