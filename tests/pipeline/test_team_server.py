@@ -170,10 +170,17 @@ def run_of(person: Person) -> dict:
     return json.loads((person.folder / "reports/train/run.json").read_text())
 
 
-def ask(team: Team, path: str, **headers: str) -> dict:
-    account = base64.b64encode(f"admin:{team.server.secrets['MLFLOW_ADMIN_PASSWORD']}".encode()).decode()
-    given = {"Authorization": f"Basic {account}"} | headers
-    request = urllib.request.Request(f"{team.server.address}/api/2.0/mlflow/{path}", headers=given)
+def ask(team: Team, path: str, *, person: str = "admin", delete: dict | None = None, **headers: str) -> dict:
+    """What MLflow's server answers to a person: to a GET, or to a DELETE of what is named."""
+    password = team.secrets["MLFLOW_ADMIN_PASSWORD" if person == "admin" else f"password of {person}"]
+    account = base64.b64encode(f"{person}:{password}".encode()).decode()
+    given = {"Authorization": f"Basic {account}", "Content-Type": "application/json"} | headers
+    request = urllib.request.Request(
+        f"{team.server.address}/api/2.0/mlflow/{path}",
+        data=json.dumps(delete).encode() if delete else None,
+        headers=given,
+        method="DELETE" if delete else "GET",
+    )
     with urllib.request.urlopen(request, timeout=60) as response:
         return json.load(response)
 
@@ -218,6 +225,16 @@ def test_one_promotes_and_the_other_draws_with_the_champion(champion):
     facts = read_facts(grace.folder / "sample.png")
     assert facts.model_sha256 == run_of(ada)["model_sha256"] != run_of(grace)["model_sha256"]
     assert facts.mlflow_run_id == run_of(ada)["mlflow_run_id"]
+
+
+@needs_servers
+def test_only_who_made_a_model_or_the_administrator_deletes_what_belongs_to_it(champion):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        ask(champion, "registered-models/delete", person="grace", delete={"name": "latentloom"})
+    assert refused.value.code == 403
+    assert "Permission denied" in refused.value.read().decode()
+    assert "`403` and `Permission denied`" in PAGE
+    ask(champion, "registered-models/alias", person="ada", delete={"name": "latentloom", "alias": "champion"})
 
 
 @needs_servers
