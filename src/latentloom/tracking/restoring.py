@@ -120,8 +120,8 @@ def _model(subject: Subject, record: TrainingRecord, model: Link, root: Path) ->
         elif version := model.details.get("version"):
             uri = f"models:/{NAME}/{version}/{PACKED_MODEL}"
             get = _join("mlflow", "artifacts", "download", "-u", uri, "-d", ".state/registered")
-            yield Step("the model, from the registry", _with_store(get, root))
-            yield Step("", f"mkdir -p models && mv .state/registered/{Path(PACKED_MODEL).name} {MODEL}")
+            yield Step("the model, from the registry", _with_store(get, root) + " > /dev/null")
+            yield Step("", f"mkdir -p models && mv .state/registered/{PACKED_MODEL} {MODEL}")
     named = subject.facts.mlflow_run_id if subject.facts else record.run_id
     committed = json.loads(record.run_report) if record.run_report else {}
     if subject.sha256 and {"mlflow_run_id": named, "model_sha256": subject.sha256}.items() - committed.items():
