@@ -52,9 +52,10 @@ def steps(
     return (
         *_code(subject, record, by_kind, history, root),
         *_data(record, by_kind, root),
-        *_model(subject, record, by_kind["model"], root),
-        *_made_again(by_kind, links),
+        *_model(by_kind["model"], root),
         *_encoders(by_kind, root),
+        *_made_again(by_kind, links),
+        *_run_report(subject, record),
         *(_picture(subject, by_kind["drawing code"]) if subject.facts else ()),
     )
 
@@ -113,7 +114,7 @@ def _data(record: TrainingRecord, by_kind: dict[str, Link], root: Path) -> Itera
             yield _copy(folder, link.details["path"])
 
 
-def _model(subject: Subject, record: TrainingRecord, model: Link, root: Path) -> Iterator[Step]:
+def _model(model: Link, root: Path) -> Iterator[Step]:
     if model.details.get("dvc_place") not in AT_HAND:
         if folder := model.details.get("folder"):
             yield _copy(folder, str(MODEL))
@@ -122,12 +123,6 @@ def _model(subject: Subject, record: TrainingRecord, model: Link, root: Path) ->
             get = _join("mlflow", "artifacts", "download", "-u", uri, "-d", ".state/registered")
             yield Step("the model, from the registry", _with_store(get, root) + " > /dev/null")
             yield Step("", f"mkdir -p models && mv .state/registered/{PACKED_MODEL} {MODEL}")
-    named = subject.facts.mlflow_run_id if subject.facts else record.run_id
-    committed = json.loads(record.run_report) if record.run_report else {}
-    if subject.sha256 and {"mlflow_run_id": named, "model_sha256": subject.sha256}.items() - committed.items():
-        report = json.dumps(committed | {"mlflow_run_id": named, "model_sha256": subject.sha256})
-        write = f"mkdir -p reports/train && echo {shlex.quote(report)} > {RUN_REPORT}"
-        yield Step("which run the model is of, as pictures say it", write)
 
 
 def _made_again(by_kind: dict[str, Link], links: tuple[Link, ...]) -> Iterator[Step]:
@@ -141,6 +136,17 @@ def _made_again(by_kind: dict[str, Link], links: tuple[Link, ...]) -> Iterator[S
     if possible and by_kind["code"].place is Place.HERE and (lost or model.place is Place.LOST):
         stage = "train" if model.place is Place.LOST else "validate"
         yield Step("what is lost is made again: on the same machine's CPU the same bytes", f"dvc repro {stage}")
+
+
+def _run_report(subject: Subject, record: TrainingRecord) -> Iterator[Step]:
+    """The report by which `latentloom sample` knows the model's run: a picture holds the run's id."""
+    named = subject.facts.mlflow_run_id if subject.facts else record.run_id
+    ids = {"mlflow_run_id": named, "model_sha256": subject.sha256}
+    committed = json.loads(record.run_report) if record.run_report else {}
+    if subject.sha256 and ids.items() - committed.items():
+        kept = committed if committed.get("model_sha256") == subject.sha256 else {}
+        write = f"mkdir -p reports/train && echo {shlex.quote(json.dumps(kept | ids))} > {RUN_REPORT}"
+        yield Step("which run the model is of, as pictures say it", write)
 
 
 def _encoders(by_kind: dict[str, Link], root: Path) -> Iterator[Step]:
