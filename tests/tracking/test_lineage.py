@@ -303,7 +303,7 @@ def test_changes_that_were_not_committed_are_told_and_applied(lab, trained):
         Place.HERE,
         {"src/latentloom/devices.py", "src/latentloom/new.py"},
     )
-    assert "git apply" in commands(found)
+    assert "/code.diff .state\ngit apply" in commands(found)
     shutil.rmtree("mlartifacts")
     found = trace(run_id, lab)
     assert {own.link for own in found.missing} >= {"local changes", "params"}

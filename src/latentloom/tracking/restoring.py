@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import latentloom
 from latentloom.evaluation.pictures import redraw_command
@@ -173,6 +174,10 @@ def _copy(source: str, path: str) -> Step:
 
 
 def _download(record: TrainingRecord, root: Path, name: str, folder: str) -> str:
+    """The command that brings a file of the run: a copy where they lie on this machine, else MLflow's own."""
+    place = urlsplit(record.run.info.artifact_uri)
+    if place.scheme in ("", "file") and not place.netloc:
+        return f"mkdir -p {folder} && " + _join("cp", Path(unquote(place.path)) / name, folder)
     get = _join("mlflow", "artifacts", "download", "-r", record.run_id, "-a", name, "-d", folder)
     return _with_store(get, root) + " > /dev/null"
 
