@@ -122,11 +122,11 @@ def test_of_a_model_of_changed_code_and_params_the_changes_come_back(project):
     code.write_text(inverted)
     project.set_params(train__steps=6)
     project.run("dvc", "repro", "train")
-    sample = ("python", "-m", "latentloom.cli", "sample", "a red apple", "-o")
     own_code = {**project.environment, "PYTHONPATH": "src"}
-    subprocess.run([*sample, "drawn.png"], env=own_code, check=True)
+    sample = ("sample", "a red apple", "-o")
+    subprocess.run(["python", "-m", "latentloom.cli", *sample, "drawn.png"], env=own_code, check=True)
     project.run("git", "checkout", "-q", "src", "params.yaml")
-    subprocess.run([*sample, "present-code.png"], env=own_code, check=True)
+    keyboard(*sample, "present-code.png")
     assert Path("present-code.png").read_bytes() != Path("drawn.png").read_bytes()
     shutil.rmtree("models/unet")  # DVC has it
 

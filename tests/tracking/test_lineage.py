@@ -1,9 +1,11 @@
 """What `latentloom lineage` says of each link: its bytes are here, in the remote, lost, or nobody can tell."""
 
 import json
+import os
 import shutil
 import sqlite3
 import subprocess
+import sys
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
@@ -224,6 +226,21 @@ def test_data_that_only_the_folder_still_has_are_here_and_are_copied(lab, traine
     assert link(trace(run_id, lab), "images").place is Place.LOST
 
 
+def test_a_model_that_only_the_registry_has_comes_from_there(lab, trained, tiny_unets):
+    run_id = trained()
+    registry.promote(find_model(run_id, lab), "champion", lab)
+    forget("models/unet", objects=oid_of(Path("models/unet")), lab=lab)
+    remote(lab).mkdir()
+    found = trace("champion", lab)
+    assert (link(found, "model").place, link(found, "model").where) == (Place.REMOTE, "version 1 of the registry")
+    fetching = "\n".join(step.command for step in found.steps if "registered" in step.command)
+    clone = lab / "clone"
+    clone.mkdir()
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    subprocess.run(["bash", "-ec", fetching], cwd=clone, env=os.environ | {"PATH": path}, check=True)
+    assert model_hash(clone / "models/unet") == model_hash(tiny_unets[0])
+
+
 def test_without_the_store_the_commit_that_holds_the_results_tells_the_same(lab, trained):
     run_id = trained()
     results = commit("Results")
@@ -286,7 +303,7 @@ def test_changes_that_were_not_committed_are_told_and_applied(lab, trained):
         Place.HERE,
         {"src/latentloom/devices.py", "src/latentloom/new.py"},
     )
-    assert "git apply" in commands(found)
+    assert "/code.diff .state\ngit apply" in commands(found)
     shutil.rmtree("mlartifacts")
     found = trace(run_id, lab)
     assert {own.link for own in found.missing} >= {"local changes", "params"}
@@ -301,8 +318,6 @@ def test_where_the_changes_were_committed_later_that_commit_is_the_way_back(lab,
     assert "git apply" not in commands(found)
     Path("src/latentloom/devices.py").write_text("# and other code again\n")
     git("commit", "-q", "--amend", "-a", "-m", "Other code with those results")
-    git("reflog", "expire", "--expire=now", "--all")
-    git("gc", "-q", "--prune=now")
     assert "git apply" in commands(trace(run_id, lab))
 
 
@@ -371,12 +386,10 @@ def test_git_and_the_disk_name_the_drawing_code_alike_and_nothing_else_matters()
 
 def test_a_commit_that_is_in_no_clone_is_lost_and_one_that_can_be_fetched_is_not_known(lab, trained):
     run_id = trained()
-    git("checkout", "-q", "--orphan", "other")
+    shutil.rmtree(".git")
     Path("dvc.lock").unlink()
+    git("init", "-q", "-b", "main")
     commit("Another history")
-    git("branch", "-q", "-D", "main")
-    git("reflog", "expire", "--expire=now", "--all")
-    git("gc", "-q", "--prune=now")
     found = trace(run_id, lab)
     assert link(found, "code").place is Place.LOST
     git("remote", "add", "origin", str(lab / "elsewhere"))

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import latentloom
 from latentloom.evaluation.pictures import redraw_command
@@ -52,9 +53,10 @@ def steps(
     return (
         *_code(subject, record, by_kind, history, root),
         *_data(record, by_kind, root),
-        *_model(subject, record, by_kind["model"], root),
-        *_made_again(by_kind, links),
+        *_model(by_kind["model"], root),
         *_encoders(by_kind, root),
+        *_made_again(by_kind, links),
+        *_run_report(subject, record),
         *(_picture(subject, by_kind["drawing code"]) if subject.facts else ()),
     )
 
@@ -113,21 +115,15 @@ def _data(record: TrainingRecord, by_kind: dict[str, Link], root: Path) -> Itera
             yield _copy(folder, link.details["path"])
 
 
-def _model(subject: Subject, record: TrainingRecord, model: Link, root: Path) -> Iterator[Step]:
+def _model(model: Link, root: Path) -> Iterator[Step]:
     if model.details.get("dvc_place") not in AT_HAND:
         if folder := model.details.get("folder"):
             yield _copy(folder, str(MODEL))
         elif version := model.details.get("version"):
             uri = f"models:/{NAME}/{version}/{PACKED_MODEL}"
             get = _join("mlflow", "artifacts", "download", "-u", uri, "-d", ".state/registered")
-            yield Step("the model, from the registry", _with_store(get, root))
-            yield Step("", f"mkdir -p models && mv .state/registered/{Path(PACKED_MODEL).name} {MODEL}")
-    named = subject.facts.mlflow_run_id if subject.facts else record.run_id
-    committed = json.loads(record.run_report) if record.run_report else {}
-    if subject.sha256 and {"mlflow_run_id": named, "model_sha256": subject.sha256}.items() - committed.items():
-        report = json.dumps(committed | {"mlflow_run_id": named, "model_sha256": subject.sha256})
-        write = f"mkdir -p reports/train && echo {shlex.quote(report)} > {RUN_REPORT}"
-        yield Step("which run the model is of, as pictures say it", write)
+            yield Step("the model, from the registry", _with_store(get, root) + " > /dev/null")
+            yield Step("", f"mkdir -p models && mv .state/registered/{PACKED_MODEL} {MODEL}")
 
 
 def _made_again(by_kind: dict[str, Link], links: tuple[Link, ...]) -> Iterator[Step]:
@@ -141,6 +137,17 @@ def _made_again(by_kind: dict[str, Link], links: tuple[Link, ...]) -> Iterator[S
     if possible and by_kind["code"].place is Place.HERE and (lost or model.place is Place.LOST):
         stage = "train" if model.place is Place.LOST else "validate"
         yield Step("what is lost is made again: on the same machine's CPU the same bytes", f"dvc repro {stage}")
+
+
+def _run_report(subject: Subject, record: TrainingRecord) -> Iterator[Step]:
+    """The report by which `latentloom sample` knows the model's run: a picture holds the run's id."""
+    named = subject.facts.mlflow_run_id if subject.facts else record.run_id
+    ids = {"mlflow_run_id": named, "model_sha256": subject.sha256}
+    committed = json.loads(record.run_report) if record.run_report else {}
+    if subject.sha256 and ids.items() - committed.items():
+        kept = committed if committed.get("model_sha256") == subject.sha256 else {}
+        write = f"mkdir -p reports/train && echo {shlex.quote(json.dumps(kept | ids))} > {RUN_REPORT}"
+        yield Step("which run the model is of, as pictures say it", write)
 
 
 def _encoders(by_kind: dict[str, Link], root: Path) -> Iterator[Step]:
@@ -167,6 +174,10 @@ def _copy(source: str, path: str) -> Step:
 
 
 def _download(record: TrainingRecord, root: Path, name: str, folder: str) -> str:
+    """The command that brings a file of the run: a copy where they lie on this machine, else MLflow's own."""
+    place = urlsplit(record.run.info.artifact_uri)
+    if place.scheme in ("", "file") and not place.netloc:
+        return f"mkdir -p {folder} && " + _join("cp", Path(unquote(place.path)) / name, folder)
     get = _join("mlflow", "artifacts", "download", "-r", record.run_id, "-a", name, "-d", folder)
     return _with_store(get, root) + " > /dev/null"
 
