@@ -42,5 +42,6 @@ $(INSTALLED): requirements.lock pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
-clean: ## remove the environment and saved work; data, models and experiments stay
-	rm -rf $(VENV) .state
+clean: ## remove the environment and saved work; data, models, experiments and what MLflow has yet to get stay
+	rm -rf $(VENV)
+	if [ -d .state ]; then find .state -mindepth 1 -maxdepth 1 ! -name tracking -exec rm -rf {} +; fi
