@@ -77,6 +77,37 @@ def test_pictures_arrive_under_their_key_and_step(root):
         assert any(re.fullmatch(rf"images/samples\W+step\W+{step}\W.*\.png", name) for name in names)
 
 
+def first_shown_step(root):
+    """Of the pictures, in the view that MLflow's page of runs offers."""
+    tags = client(root).get_experiment_by_name("latentloom").tags
+    view = json.loads(json.loads(tags["mlflow.sharedViewState.latentloom"])["state"])
+    (step,) = {chart["step"] for chart in view["compareRunCharts"] if chart["type"] == "IMAGE"}
+    return step
+
+
+def test_mlflows_page_opens_on_the_newest_pictures(root):
+    assert first_shown_step(root) == 0
+    with new_run(root) as run:
+        for step in (100, 200):
+            run.log_image(np.zeros((8, 8, 3), dtype=np.uint8), "samples", step)
+    assert first_shown_step(root) == 200
+
+
+def test_where_we_may_not_change_the_experiment_pictures_arrive_all_the_same(root, monkeypatch):
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    def refuse(*arguments):
+        raise MlflowException("not yours")
+
+    monkeypatch.setattr(MlflowClient, "set_experiment_tag", refuse)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with new_run(root) as run:
+            run.log_image(np.zeros((8, 8, 3), dtype=np.uint8), "samples", 100)
+    assert logged_pictures(root, run.id) == [100]
+
+
 def test_the_data_set_arrives_with_its_digest(root):
     with new_run(root) as run:
         frame = pd.DataFrame({"id": ["a"], "caption": ["an apple"]})

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 KEY_TAG = "latentloom.key"
-EVERY = 5.0  # seconds between two deliveries
+EVERY = 10.0  # seconds between two deliveries
 LONGEST_PAUSE = 60.0  # seconds between two tries to reach a store that is away
 LARGEST_BATCH = 100  # of a request: MLflow takes no more tags or params, and ten times as many metrics
 
