@@ -30,10 +30,7 @@ def saved_view(step: int, time: int) -> str:
     from latentloom.training.denoising_error import BINS, bin_name  # which brings torch
 
     charts = [
-        *(
-            _chart("IMAGE", PICTURES, imageKeys=[key], step=step, showRunParams=False)
-            for key in ("samples", "evaluation")
-        ),
+        *(_pictures(key, step) for key in ("samples", "evaluation")),
         _lines("train/mae"),
         _lines("val/mae", *(f"val/mae_{bin_name(*noise)}" for noise in BINS)),
         *(_chart("BAR", FIGURES, metricKey=f"evaluate/{figure}") for figure in ("caption_recall_at_1", "val_mae")),
