@@ -241,6 +241,7 @@ def _run_of(client: "MlflowClient", root: Path, found: FoundModel) -> "Run":
 def _register(client: "MlflowClient", root: Path, found: FoundModel, run: "Run") -> "ModelVersion":
     """Log the model's files, and make a version of them; nothing is registered when the logging breaks off."""
     from mlflow.entities import LoggedModelOutput
+    from mlflow.exceptions import MlflowException
     from mlflow.models import Model
 
     run_id, config = run.info.run_id, read_config(found.folder)
@@ -273,8 +274,11 @@ def _register(client: "MlflowClient", root: Path, found: FoundModel, run: "Run")
             client.finalize_logged_model(logged.model_id, "FAILED")
         raise
     client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
-    if registered_model(client) is None:
+    try:
         client.create_registered_model(NAME, description=DESCRIPTION)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
     return client.create_model_version(
         NAME, source=logged.artifact_location, run_id=run_id, model_id=logged.model_id, tags=tags
     )
