@@ -31,7 +31,7 @@ def test_the_full_size_network_has_the_shapes_and_the_size_of_the_design(full_si
     hooks = [
         module.register_forward_hook(lambda module, args, out, name=name: seen.setdefault(name, out))
         for name, module in full_size.named_modules()
-        if name in ("noise_embedding", "text_projection", "text_tokens", "middle")
+        if name in ("noise_embedding", "text_projection", "text_tokens", "middle.1")
         or (name.startswith(("downs.", "ups.")) and name.count(".") == 1)
     ]
     with torch.no_grad():
@@ -44,7 +44,7 @@ def test_the_full_size_network_has_the_shapes_and_the_size_of_the_design(full_si
     assert seen["text_tokens"].shape == (2, 8, 256)
     skips = [skip.shape for level in range(3) for skip in seen[f"downs.{level}"][1]]
     assert skips == [(2, 128, 16, 16)] * 2 + [(2, 256, 8, 8)] * 2 + [(2, 512, 4, 4)] * 2
-    assert seen["middle"].shape == (2, 512, 4, 4)
+    assert seen["middle.1"].shape == (2, 512, 4, 4)
     assert [seen[f"ups.{i}"].shape[1:] for i in range(3)] == [(512, 4, 4), (256, 8, 8), (128, 16, 16)]
     assert 40e6 < sum(parameter.numel() for parameter in full_size.parameters()) < 60e6
 
@@ -179,7 +179,7 @@ def test_gradient_checkpointing_is_for_training_alone():
     expected = network(*arguments)
     network.gradient_checkpointing = True
     runs = []
-    hook = network.middle.residual.register_forward_hook(lambda *_: runs.append(1))
+    hook = network.middle[0].residual.register_forward_hook(lambda *_: runs.append(1))
     for training, with_grad, times in [(True, True, 2), (False, True, 1), (True, False, 1)]:
         runs.clear()
         network.train(training)

@@ -255,8 +255,6 @@ class UpBlock(nn.Module):
 
     `(B, in_ch, H/2, W/2)` and skips `(B, skip_ch, H, W)` -> `(B, out_ch, H, W)`. The skips come in the order
     in which `DownBlock` made them and are used from the last; `skip_ch` is `out_ch` unless told otherwise.
-    A 1x1 convolution brings `in_ch` to `out_ch` before the resolution doubles: nearest-neighbour upsampling commutes
-    with it, so it costs a quarter there, and the 3x3 convolution after it has that many channels less to read.
     """
 
     def __init__(
@@ -275,17 +273,16 @@ class UpBlock(nn.Module):
         super().__init__()
         skip_ch = out_ch if skip_ch is None else skip_ch
         self.upsample = upsample
-        self.narrow = nn.Conv2d(in_ch, out_ch, 1) if in_ch != out_ch else nn.Identity()
         self.layers = nn.ModuleList(
             ConditionedLayer(
-                out_ch + skip_ch,
+                (in_ch if i == 0 else out_ch) + skip_ch,
                 out_ch,
                 cond_ch,
                 use_self_attention,
                 txt_ch=txt_ch,
                 heads=heads,
             )
-            for _ in range(block_depth)
+            for i in range(block_depth)
         )
 
     def forward(
@@ -297,7 +294,6 @@ class UpBlock(nn.Module):
     ) -> torch.Tensor:
         if len(skips) != len(self.layers):
             raise ValueError(f"this UpBlock takes {len(self.layers)} skips, one a layer, not {len(skips)}")
-        x = self.narrow(x)
         if self.upsample:
             x = F.interpolate(x, scale_factor=2.0, mode="nearest")
         for layer, skip in zip(self.layers, reversed(skips), strict=True):

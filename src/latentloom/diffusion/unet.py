@@ -129,7 +129,12 @@ class UNet(nn.Module):
             up = UpBlock(coarser, width, block_depth, emb_size, attends, upsample=resample, **options)
             self.downs.append(down)
             self.ups.insert(0, up)
-        self.middle = ConditionedLayer(width, width, emb_size, attends, **options)  # as the deepest level
+        self.middle = nn.ModuleList(
+            [
+                ConditionedLayer(width, width, emb_size, attends, **options),  # as the deepest level
+                ConditionedLayer(width, width, emb_size, use_self_attention=False),
+            ]
+        )
         self.head_norm = group_norm(widths[0])
         self.head = nn.Conv2d(widths[0], latent_channels, 3, padding=1)
         # The first guess is near the mean latent, yet not 0, so that gradients pass from the first step on.
@@ -171,7 +176,8 @@ class UNet(nn.Module):
         for down in self.downs:
             h, kept = down(h, condition, tokens)
             skips.append(kept)
-        h = self.middle(h, condition, tokens)
+        for layer in self.middle:
+            h = layer(h, condition, tokens)
         for up in self.ups:
             h = up(h, skips.pop(), condition, tokens)
         h = F.silu(self.head_norm(h))
