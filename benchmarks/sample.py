@@ -7,7 +7,7 @@ the same network: the peer's has a layer more a level on the way up and a feed-f
 parameters and operations are told too. Ours thresholds each guess, the peer does not.
 
     fp32   as they are
-    bf16   ours under autocast; the peer's cast to bf16, or under autocast
+    bf16   ours under autocast; the peer's cast to bf16, or under autocast; left out where the device has to emulate it
 
 In each precision the peer runs in the fastest of its ways (memory format, cast or autocast), found by a short run of
 each. Then all take turns; figures are medians over the rounds.
@@ -30,7 +30,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from latentloom.devices import choose_device
+from latentloom.devices import autocast_dtype, choose_device
 from latentloom.diffusion import Diffuser, UNet, get_network
 
 SIDE, CHANNELS, GUIDANCE = 16, 4, 3.0
@@ -158,7 +158,11 @@ def main() -> None:
     spelt_out = peer_network(widths, depth, device)
     spelt_out.set_attn_processor(AttnProcessor())  # the fused kernel's operations are not counted on a CPU
     peer_gflop = describe("peer", spelt_out, latent, level, tokens)
-    precisions = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    precisions = {"fp32": torch.float32}
+    if autocast_dtype("auto", device) is torch.bfloat16:
+        precisions["bf16"] = torch.bfloat16
+    else:
+        print("bf16 is left out: this device has no instructions for it")
     ways, samplings = {}, {}
     for name, dtype in precisions.items():
         samplings[f"ours {name}"] = our_sampling(ours, images, device, dtype)
