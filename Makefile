@@ -7,8 +7,10 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export DO_NOT_TRACK ?= 1
 
-# Files of tests side by side, each process with one thread: most of the time goes into starting stages.
-PYTEST := OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 4 --dist loadfile
+# Files of tests side by side, each process with one thread, and one process more than cores: tests of servers and kills
+# wait a third of their time.
+CORES := $(shell getconf _NPROCESSORS_ONLN)
+PYTEST := OMP_NUM_THREADS=1 python -m pytest -n $(shell echo $$(( $(CORES) < 4 ? $(CORES) + 1 : 4 ))) --dist loadfile
 
 .PHONY: repro test test-fast ui bench lint install clean
 

@@ -320,16 +320,11 @@ def test_every_command_of_the_page_has_been_run():
     assert sorted(READ) == sorted(re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL))
 
 
-def test_an_experiment_from_the_queue_runs_elsewhere_reuses_what_is_encoded_and_lands_in_the_same_store(project):
+def test_an_experiment_from_the_queue_runs_elsewhere_and_reuses_what_this_machine_encoded(project):
     before = figures(project)
-    changed = ("-S", "encode_images.flip=true", "-S", "train.learning_rate=0.002")
-    project.run("dvc", "exp", "run", "--queue", "-n", "queued", *changed)
+    project.run("dvc", "exp", "run", "--queue", "-n", "queued", "-S", "encode_images.flip=true", "encode_images")
     project.run("dvc", "exp", "run", "--run-all")
     assert figures(project) == before
-    (run,) = runs_of(project, "queued")
-    assert run.data.params["train.learning_rate"] == "0.002"
-    assert run.info.artifact_uri.startswith((project.folder / "mlartifacts").as_uri())
-    assert list((project.folder / "mlartifacts" / run.info.run_id / "artifacts" / "images").iterdir())
     project.run("dvc", "exp", "branch", "queued", "queued-branch")
     report = json.loads(project.run("git", "show", "queued-branch:reports/encode_images.json").stdout)
     assert (report["encoded"], report["reused"]) == (40, 40)
