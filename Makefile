@@ -22,7 +22,7 @@ repro: install ## run every stage that is not up to date
 test: install ## every test: fast, pipeline and fault tests
 	$(PYTEST)
 
-test-fast: install ## unit tests alone, under two minutes
+test-fast: install ## unit tests alone
 	$(PYTEST) -m "not pipeline and not fault"
 
 ui: install ## MLflow's pages on http://127.0.0.1:5000
