@@ -140,11 +140,6 @@ class TrainingRecord:
         agree = all(locked.get(path) == oid for path, oid in tagged.items())
         return (locked if agree else {}) | tagged
 
-    @property
-    def lock_is_whole(self) -> bool:
-        """Whether the training's dvc.lock is at hand and names the model."""
-        return self.model_oid is not None and outs_of(self.files.get(LOCK)).get(str(MODEL)) == self.model_oid
-
 
 def find_training(reference: str, root: Path) -> tuple[Subject, TrainingRecord]:
     """What ``reference`` names, and what is known of its training.
