@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from latentloom.diffusion import (
     CrossAttention,
@@ -13,6 +15,7 @@ from latentloom.diffusion import (
     UpBlock,
     sinusoidal_embedding,
 )
+from latentloom.diffusion.blocks import SkipConv2d, UpsampledConv2d
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -69,6 +72,47 @@ def test_a_residual_block_is_two_normalised_convolutions_modulated_by_its_condit
     h = norm(block.conv1(silu(norm(x, block.norm1))), block.norm2)
     h = h * (1 + scale[..., None, None]) + shift[..., None, None]
     torch.testing.assert_close(block(x, condition), block.shortcut(x) + block.conv2(silu(h)))
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3])
+@pytest.mark.parametrize("upsample", [False, True])
+def test_a_convolution_with_a_skip_is_one_of_the_upsampled_map_concatenated_with_the_skip(upsample, kernel_size):
+    conv = SkipConv2d(5, 3, 7, kernel_size, upsample=upsample).double()
+    x = torch.randn(2, 5, 4, 6, requires_grad=True, dtype=torch.float64)
+    skip = torch.randn(2, 3, 8, 12) if upsample else torch.randn(2, 3, 4, 6)
+    skip = skip.double().requires_grad_()
+    parts = [conv.features.weight, conv.features.bias, conv.skip.weight, x, skip]
+    large = F.interpolate(x, scale_factor=2.0) if upsample else x
+    weight = torch.cat([conv.features.weight, conv.skip.weight], dim=1)
+    expected = F.conv2d(torch.cat([large, skip], dim=1), weight, conv.features.bias, padding=kernel_size // 2)
+    result = conv(x, skip)
+    torch.testing.assert_close(result, expected)
+    wanted = torch.randn_like(expected)
+    gradients = (torch.autograd.grad(((out - wanted) ** 2).sum(), parts) for out in (result, expected))
+    for ours, plain in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+def test_a_convolution_with_a_skip_starts_as_one_of_the_concatenation():
+    torch.manual_seed(0)
+    whole = nn.Conv2d(8, 7, 3)
+    torch.manual_seed(0)
+    conv = SkipConv2d(5, 3, 7, 3, upsample=True)
+    weight = torch.cat([conv.features.weight, conv.skip.weight], dim=1)
+    torch.testing.assert_close(weight, whole.weight, rtol=0, atol=0)
+    torch.testing.assert_close(conv.features.bias, whole.bias, rtol=0, atol=0)
+
+
+def test_upsampling_without_the_large_map_saves_five_ninths_of_its_operations():
+    counts = []
+    for layer, x in [
+        (nn.Conv2d(32, 16, 3, padding=1), torch.randn(2, 32, 8, 8)),
+        (UpsampledConv2d(32, 16), torch.randn(2, 32, 4, 4)),
+    ]:
+        with FlopCounterMode(display=False) as counter:
+            layer(x)
+        counts.append(counter.get_total_flops())
+    assert counts[1] * 9 == counts[0] * 4
 
 
 @pytest.mark.parametrize("kind", ["self", "cross"])
@@ -142,5 +186,7 @@ def test_blocks_say_what_they_miss():
         DownBlock(32, 32, 1, None, txt_ch=8)(x)
     with pytest.raises(ValueError, match="takes 2 skips"):
         UpBlock(32, 32, 2, None)(x, [x])
+    with pytest.raises(ValueError, match="skip_ch"):
+        ResidualBlock(32, 32, skip_ch=32)(x)
     with pytest.raises(ValueError, match="32 channels do not divide into 5 heads"):
         SpatialAttention(32, heads=5)

@@ -101,31 +101,103 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: 
     return attended.transpose(1, 2).flatten(2)
 
 
+class UpsampledConv2d(nn.Conv2d):
+    """A 3x3 convolution of a feature map made twice as large by nearest neighbours, which is not made.
+
+    `(B, in_ch, H, W)` -> `(B, out_ch, 2H, 2W)`. Each position of the large map meets its nine weights on at most four
+    positions of the small one, so weights that meet the same position are added up first: nearest-neighbour
+    upsampling is a transposed convolution with four ones, and two convolutions in a row are one. It takes four
+    ninths of the operations.
+    """
+
+    def __init__(self, in_ch: int, out_ch: int):
+        super().__init__(in_ch, out_ch, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shifted = [F.pad(self.weight, (left, 1 - left, top, 1 - top)) for left in (0, 1) for top in (0, 1)]
+        kernel = (shifted[0] + shifted[1] + shifted[2] + shifted[3]).flip(2, 3).transpose(0, 1)  # in, out, 4, 4
+        return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
+
+
+class SkipConv2d(nn.Module):
+    """A convolution of a feature map concatenated with a skip, computed without the concatenation.
+
+    `(B, in_ch, H, W)` and a skip `(B, skip_ch, H, W)` -> `(B, out_ch, H, W)`. With `upsample` the feature map has half
+    the skip's height and width, and is made as large by nearest neighbours. A convolution of a concatenation is the
+    sum of one of each part: same function, same initialisation, and the small map is worked on as long as it is small.
+    """
+
+    def __init__(self, in_ch: int, skip_ch: int, out_ch: int, kernel_size: int, *, upsample: bool = False):
+        super().__init__()
+        padding = kernel_size // 2
+        whole = nn.Conv2d(in_ch + skip_ch, out_ch, kernel_size, padding=padding)
+        self.features: nn.Conv2d
+        if upsample and kernel_size == 3:
+            self.features, self.upsample = UpsampledConv2d(in_ch, out_ch), False
+        else:
+            self.features, self.upsample = nn.Conv2d(in_ch, out_ch, kernel_size, padding=padding), upsample
+        self.skip = nn.Conv2d(skip_ch, out_ch, kernel_size, padding=padding, bias=False)
+        with torch.no_grad():
+            self.features.weight.copy_(whole.weight[:, :in_ch])
+            self.features.bias.copy_(whole.bias)
+            self.skip.weight.copy_(whole.weight[:, in_ch:])
+
+    def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        x = self.features(x)
+        if self.upsample:
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return x + self.skip(skip)
+
+
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions beside a shortcut: `(B, in_ch, H, W)` -> `(B, out_ch, H, W)`.
 
     With `cond_ch`, a conditioning vector `(B, cond_ch)` scales and shifts the normalised features between the
-    convolutions (FiLM, Perez et al. 2018; adaptive group norm in Dhariwal & Nichol 2021).
+    convolutions (FiLM, Perez et al. 2018; adaptive group norm in Dhariwal & Nichol 2021). With `skip_ch`, the input is
+    concatenated with a skip `(B, skip_ch, H, W)`, each normalised by itself; with `upsample`, the input is half as
+    high and wide as the skip and the output.
     """
 
-    def __init__(self, in_ch: int, out_ch: int, *, cond_ch: int | None = None):
+    def __init__(
+        self,
+        in_ch: int,
+        out_ch: int,
+        *,
+        cond_ch: int | None = None,
+        skip_ch: int | None = None,
+        upsample: bool = False,
+    ):
         super().__init__()
         self.norm1 = group_norm(in_ch)
-        self.conv1 = nn.Conv2d(in_ch, out_ch, 3, padding=1)
+        if skip_ch:
+            self.skip_norm = group_norm(skip_ch)
+            self.conv1 = SkipConv2d(in_ch, skip_ch, out_ch, 3, upsample=upsample)
+            self.shortcut = SkipConv2d(in_ch, skip_ch, out_ch, 1, upsample=upsample)
+        else:
+            self.skip_norm = None
+            self.conv1 = nn.Conv2d(in_ch, out_ch, 3, padding=1)
+            self.shortcut = nn.Conv2d(in_ch, out_ch, 1) if in_ch != out_ch else nn.Identity()
         self.film = nn.Linear(cond_ch, 2 * out_ch) if cond_ch else None
         self.norm2 = group_norm(out_ch)
         self.conv2 = _zero(nn.Conv2d(out_ch, out_ch, 3, padding=1))
-        self.shortcut = nn.Conv2d(in_ch, out_ch, 1) if in_ch != out_ch else nn.Identity()
 
-    def forward(self, x: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
+    def forward(
+        self, x: torch.Tensor, condition: torch.Tensor | None = None, skip: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        h = F.silu(self.norm1(x))
+        if self.skip_norm is None:
+            h, shortcut = self.conv1(h), self.shortcut(x)
+        elif skip is None:
+            raise ValueError("this ResidualBlock was built with skip_ch: call it with a skip (B, skip_ch, H, W)")
+        else:
+            h, shortcut = self.conv1(h, F.silu(self.skip_norm(skip))), self.shortcut(x, skip)
         h = self.norm2(h)
         if self.film is not None:
             if condition is None:
                 raise ValueError("this ResidualBlock was built with cond_ch: call it with a condition (B, cond_ch)")
             scale, shift = self.film(condition)[:, :, None, None].chunk(2, dim=1)
             h = torch.addcmul(shift, h, 1 + scale)
-        return self.shortcut(x) + self.conv2(F.silu(h))
+        return shortcut + self.conv2(F.silu(h))
 
 
 class SpatialAttention(nn.Module):
@@ -187,22 +259,34 @@ class ConditionedLayer(nn.Module):
         *,
         txt_ch: int | None = None,
         heads: int | None = None,
+        skip_ch: int | None = None,
+        upsample: bool = False,
     ):
         super().__init__()
-        self.residual = ResidualBlock(in_ch, out_ch, cond_ch=cond_ch)
+        self.residual = ResidualBlock(in_ch, out_ch, cond_ch=cond_ch, skip_ch=skip_ch, upsample=upsample)
         self.self_attention = SpatialAttention(out_ch, heads=heads) if use_self_attention else None
         self.cross_attention = CrossAttention(out_ch, txt_ch, heads=heads) if txt_ch else None
 
     def forward(
-        self, x: torch.Tensor, condition: torch.Tensor | None = None, text: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        condition: torch.Tensor | None = None,
+        text: torch.Tensor | None = None,
+        skip: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if self.checkpointed and self.training and torch.is_grad_enabled():
             # Nothing in a layer is random, so there is no random state to bring back.
-            return checkpoint(self._compute, x, condition, text, use_reentrant=False, preserve_rng_state=False)
-        return self._compute(x, condition, text)
+            return checkpoint(self._compute, x, condition, text, skip, use_reentrant=False, preserve_rng_state=False)
+        return self._compute(x, condition, text, skip)
 
-    def _compute(self, x: torch.Tensor, condition: torch.Tensor | None, text: torch.Tensor | None) -> torch.Tensor:
-        x = self.residual(x, condition)
+    def _compute(
+        self,
+        x: torch.Tensor,
+        condition: torch.Tensor | None,
+        text: torch.Tensor | None,
+        skip: torch.Tensor | None,
+    ) -> torch.Tensor:
+        x = self.residual(x, condition, skip)
         if self.self_attention is not None:
             x = self.self_attention(x)
         if self.cross_attention is not None:
@@ -251,7 +335,7 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """The mirror of `DownBlock`: twice the resolution, then `block_depth` layers, each fed a skip as well.
+    """The mirror of `DownBlock`: `block_depth` layers at twice the resolution, each fed a skip as well.
 
     `(B, in_ch, H/2, W/2)` and skips `(B, skip_ch, H, W)` -> `(B, out_ch, H, W)`. The skips come in the order
     in which `DownBlock` made them and are used from the last; `skip_ch` is `out_ch` unless told otherwise.
@@ -272,15 +356,16 @@ class UpBlock(nn.Module):
     ):
         super().__init__()
         skip_ch = out_ch if skip_ch is None else skip_ch
-        self.upsample = upsample
         self.layers = nn.ModuleList(
             ConditionedLayer(
-                (in_ch if i == 0 else out_ch) + skip_ch,
+                in_ch if i == 0 else out_ch,
                 out_ch,
                 cond_ch,
                 use_self_attention,
                 txt_ch=txt_ch,
                 heads=heads,
+                skip_ch=skip_ch,
+                upsample=upsample and i == 0,
             )
             for i in range(block_depth)
         )
@@ -294,8 +379,6 @@ class UpBlock(nn.Module):
     ) -> torch.Tensor:
         if len(skips) != len(self.layers):
             raise ValueError(f"this UpBlock takes {len(self.layers)} skips, one a layer, not {len(skips)}")
-        if self.upsample:
-            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
         for layer, skip in zip(self.layers, reversed(skips), strict=True):
-            x = layer(torch.cat([x, skip], dim=1), condition, text)
+            x = layer(x, condition, text, skip)
         return x
