@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 from latentloom.diffusion import UNet, get_network
 from latentloom.files import atomic_path, read_json, sha256_file, write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MODEL_FILES = ("config.json", "model.safetensors")
 
 
