@@ -10,7 +10,7 @@ export DO_NOT_TRACK ?= 1
 # Files of tests side by side, each process with one thread, and one process more than cores: tests of servers and kills
 # wait a third of their time.
 CORES := $(shell getconf _NPROCESSORS_ONLN)
-PYTEST := OMP_NUM_THREADS=1 python -m pytest -n $(shell echo $$(( $(CORES) < 4 ? $(CORES) + 1 : 4 ))) --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 python -m pytest -n $(shell echo $$(( $(CORES) < 4 ? $(CORES) + 1 : 4 ))) --dist loadfile --no-loadscope-reorder
 
 .PHONY: repro test test-fast ui bench lint install clean
 
@@ -22,8 +22,8 @@ repro: install ## run every stage that is not up to date
 test: install ## every test: fast, pipeline and fault tests
 	$(PYTEST)
 
-test-fast: install ## unit tests alone
-	$(PYTEST) -m "not pipeline and not fault"
+test-fast: install ## unit tests alone, without the slow ones
+	$(PYTEST) -m "not pipeline and not fault and not slow"
 
 ui: install ## MLflow's pages on http://127.0.0.1:5000
 	@latentloom ui --port $${PORT:-5000}

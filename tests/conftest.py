@@ -1,15 +1,30 @@
 """What several test folders share: prepared images on disk, as the ingest stage leaves them."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
-from projects import finished, first_run, make_project  # noqa: F401 (fixtures)
+from projects import finished, first_run, made_once, make_project  # noqa: F401 (fixtures)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of whole pipelines and of faults come first, in turns, so that the short ones fill the gaps at the end.
+
+    In turns, since the first of each kind makes a project that the others of its kind wait for.
+    """
+    kinds: dict[str, list[Path]] = {"pipeline": [], "fault": []}
+    for item in items:
+        for kind, files in kinds.items():
+            if item.get_closest_marker(kind) and item.path not in files:
+                files.append(item.path)
+    turns = {path: turn for files in kinds.values() for turn, path in enumerate(files)}
+    items.sort(key=lambda item: turns.get(item.path, math.inf))  # stable: a file's tests stay in their order
 
 
 @pytest.fixture

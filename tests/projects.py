@@ -2,15 +2,18 @@
 
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("ingest", "encode_images", "encode_text", "validate", "train", "evaluate")
@@ -39,8 +42,7 @@ class Project:
 
         Apart from `find_sources`, which always runs.
         """
-        output = self.run("dvc", "repro").stdout
-        return [stage for stage in STAGES if f"Running stage '{stage}'" in output]
+        return stages_run(self.run("dvc", "repro").stdout)
 
     def set_params(self, **values: Any) -> None:
         """Change params by dotted names, with ``__`` for the dot."""
@@ -54,6 +56,15 @@ class Project:
             section[key] = value
         path.write_text(yaml.safe_dump(params, sort_keys=False))
 
+    def copied(self, folder: Path) -> "Project":
+        """A copy with its git, its DVC and an MLflow store that keeps its files in the copy."""
+        shutil.copytree(self.folder, folder, symlinks=True)
+        with closing(sqlite3.connect(folder / "mlflow.db")) as store, store:
+            for table, column in (("runs", "artifact_uri"), ("experiments", "artifact_location")):
+                moved = (str(self.folder), str(folder))
+                store.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", moved)
+        return Project(folder)
+
     @property
     def environment(self) -> dict[str, str]:
         """The environment of a user who has made the virtual environment active."""
@@ -66,6 +77,11 @@ class Project:
             "HF_HUB_OFFLINE": "1",
             "TQDM_DISABLE": "1",
         }
+
+
+def stages_run(printed: str) -> list[str]:
+    """The stages that DVC really ran, by what it printed."""
+    return [stage for stage in STAGES if f"Running stage '{stage}'" in printed]
 
 
 def tiny_params() -> dict[str, Any]:
@@ -92,40 +108,64 @@ def tiny_params() -> dict[str, Any]:
     return params
 
 
+def new_project(folder: Path) -> Project:
+    """A fresh project with tiny params and nothing computed, as a git clone would be."""
+    folder.mkdir(parents=True)
+    for part in PARTS:
+        source = ROOT / part
+        if source.is_dir():
+            shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        else:
+            shutil.copy2(source, folder / part)
+    for part in (".gitignore", "config", "plots/page.html"):
+        copy = folder / ".dvc" / part
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / ".dvc" / part, copy)
+    (folder / "params.yaml").write_text(yaml.safe_dump(tiny_params(), sort_keys=False))
+    project = Project(folder)
+    project.run("git", "init", "-q", "-b", "main")
+    project.run("git", "config", "user.email", "test@example.org")
+    project.run("git", "config", "user.name", "Test")
+    project.run("git", "add", "-A")
+    project.run("git", "commit", "-q", "-m", "A project")
+    return project
+
+
 @pytest.fixture(scope="session")
 def make_project(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Project]:
-    """Make a fresh project with tiny params and nothing computed, as a git clone would be."""
-
-    def make(name: str) -> Project:
-        folder = tmp_path_factory.mktemp(name) / "project"
-        folder.mkdir()
-        for part in PARTS:
-            source = ROOT / part
-            if source.is_dir():
-                shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-            else:
-                shutil.copy2(source, folder / part)
-        for part in (".gitignore", "config", "plots/page.html"):
-            copy = folder / ".dvc" / part
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / ".dvc" / part, copy)
-        (folder / "params.yaml").write_text(yaml.safe_dump(tiny_params(), sort_keys=False))
-        project = Project(folder)
-        project.run("git", "init", "-q", "-b", "main")
-        project.run("git", "config", "user.email", "test@example.org")
-        project.run("git", "config", "user.name", "Test")
-        project.run("git", "add", "-A")
-        project.run("git", "commit", "-q", "-m", "A project")
-        return project
-
-    return make
+    """Make a fresh project of a name, in a folder of its own."""
+    return lambda name: new_project(tmp_path_factory.mktemp(name) / "project")
 
 
 @pytest.fixture(scope="session")
-def first_run(make_project: Callable[[str], Project]) -> tuple[Project, str]:
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], str]], tuple[Path, str]]:
+    """``made_once(name, make)`` is a folder and what ``make(folder)`` returned, made by the first who asks.
+
+    pytest's processes share it: each other one waits until it is there. Tests must leave it as they found it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def get(name: str, make: Callable[[Path], str]) -> tuple[Path, str]:
+        folder, returned = base / name, base / f"{name}.txt"
+        with FileLock(base / f"{name}.lock"):
+            if not returned.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of one who failed
+                returned.write_text(make(folder), encoding="utf-8")
+        return folder, returned.read_text(encoding="utf-8")
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def first_run(made_once) -> tuple[Project, str]:
     """A project whose stages have all run once, and what `dvc repro` printed."""
-    project = make_project("finished")
-    return project, project.run("dvc", "repro").stdout
+
+    def make(folder: Path) -> str:
+        return new_project(folder / "project").run("dvc", "repro").stdout
+
+    folder, printed = made_once("finished", make)
+    return Project(folder / "project"), printed
 
 
 @pytest.fixture(scope="session")

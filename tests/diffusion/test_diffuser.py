@@ -290,6 +290,7 @@ def two_words():
     return network, words, meanings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
 @pytest.mark.parametrize("w", [1.0, 3.0])
 def test_a_trained_network_draws_what_the_text_says(two_words, w, sampler):

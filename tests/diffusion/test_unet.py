@@ -129,6 +129,7 @@ def test_autocast_answers_in_float32_close_to_full_precision():
     torch.testing.assert_close(half, network(x_t, levels, text), rtol=0, atol=0.02)
 
 
+@pytest.mark.slow
 def test_the_network_is_one_graph_with_no_breaks():
     network, arguments = tiny(), inputs()
     whole = torch.compile(network, backend="eager", fullgraph=True)

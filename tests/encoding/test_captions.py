@@ -117,6 +117,7 @@ def test_an_encoder_that_leads_nowhere_is_explained(tmp_path):
         load_text_encoder(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_one_percent_more_captions_cost_at_most_two_percent_of_the_encoders_work(bundled, prepare_images, tmp_path):
     work = []
     hook = bundled.model.register_forward_pre_hook(
@@ -138,6 +139,7 @@ def test_one_percent_more_captions_cost_at_most_two_percent_of_the_encoders_work
 IMAGES = st.lists(st.integers(0, 12), unique=True, min_size=1, max_size=10)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(IMAGES, st.integers(0, 3)), min_size=1, max_size=4))
 def test_after_any_history_the_cache_equals_a_rebuild(clip, prepare_images, tmp_path, monkeypatch, history):

@@ -305,6 +305,7 @@ def test_one_percent_more_images_cost_at_most_two_percent_of_the_encoders_work(t
 IMAGES = st.lists(st.integers(0, 12), unique=True, min_size=1, max_size=10)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(IMAGES, st.booleans(), st.integers(0, 3)), min_size=1, max_size=4))
 def test_after_any_history_the_cache_equals_a_rebuild(tiny, prepare_images, tmp_path, monkeypatch, history):

@@ -98,6 +98,7 @@ def test_orthogonalised_moves_all_singular_values_near_one():
     assert 0.6 < values.min() <= values.max() < 1.3
 
 
+@pytest.mark.slow
 def test_training_on_a_handful_of_pictures_lowers_the_loss(pictures):
     state = begin(recipe(100))
     losses = [after.losses["loss"] for after in train(state, pictures, recipe(100))]

@@ -171,9 +171,9 @@ def test_a_sample_does_not_depend_on_what_else_is_asked_for():
     names = list("abcde")
     together = sampler(network, guidance=3.0).latents(embeddings, names, seed=1)
     alone = sampler(network, guidance=3.0).latents(embeddings[2:3], names[2:3], seed=1)
-    torch.testing.assert_close(alone[0], together[2], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(alone[0], together[2], atol=1e-5, rtol=1e-4)
     other_seed = sampler(network, guidance=3.0).latents(embeddings, names, seed=2)
-    assert not torch.allclose(other_seed, together, atol=1e-2)
+    assert not torch.allclose(other_seed, together, atol=1e-3)
 
 
 def test_the_nearest_training_latent_is_found_as_numpy_finds_it(monkeypatch):

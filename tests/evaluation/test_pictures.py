@@ -207,6 +207,7 @@ def test_the_run_of_a_model_is_named_where_the_report_is_about_that_very_model(s
     assert read_facts(Path("a.png")).mlflow_run_id is None
 
 
+@pytest.mark.slow
 def test_another_process_with_another_number_of_threads_draws_the_same_bytes_and_needs_no_mlflow(sample, tmp_path):
     sample("a red apple", *QUICK, "-o", "here.png")
     code = (

@@ -1,10 +1,12 @@
 """A project that no fault has met: what each of its stages left, and how long it took."""
 
+import json
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
-from projects import STAGES, Project
+from projects import STAGES, Project, new_project
 from stages import SERVER, copy_project, finish, read_outs
 from tiny_models import save_clip
 
@@ -19,28 +21,33 @@ class Uninterrupted:
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(make_project, tmp_path_factory) -> Uninterrupted:
+def uninterrupted(made_once) -> Uninterrupted:
     """All of OpenMoji at 32 pixels: more than one shard of everything, yet seconds of work."""
-    project = make_project("uninterrupted")
-    encoder = save_clip(tmp_path_factory.mktemp("clip"), dim=384)
+    warm_up = SERVER.Process(target=int)  # the server makes its imports before it answers for the first time
+    warm_up.start()
+    warm_up.join()
+    folder, seconds = made_once("uninterrupted", _run_all)
+    project = Project(folder / "project")
+    return Uninterrupted(project, {stage: read_outs(project, stage) for stage in STAGES}, json.loads(seconds))
+
+
+def _run_all(folder: Path) -> str:
+    """Run the stages of a new project; the seconds of each, as JSON."""
+    project = new_project(folder / "project")
     project.set_params(
         ingest__limit=None,
         ingest__image_size=32,
-        encode_text__model=str(encoder),
+        encode_text__model=str(save_clip(folder / "clip", dim=384)),
         model__widths=[32, 64],
         train__steps=4,
         train__sample_count=2,
     )
-    warm_up = SERVER.Process(target=int)  # the server makes its imports before it answers for the first time
-    warm_up.start()
-    warm_up.join()
-    outs, seconds = {}, {}
+    seconds = {}
     for stage in STAGES:
         started = time.monotonic()
         finish(project, stage)
         seconds[stage] = time.monotonic() - started
-        outs[stage] = read_outs(project, stage)
-    return Uninterrupted(project, outs, seconds)
+    return json.dumps(seconds)
 
 
 @pytest.fixture

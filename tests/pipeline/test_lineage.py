@@ -4,9 +4,7 @@ import json
 import re
 import shlex
 import shutil
-import sqlite3
 import subprocess
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,17 +25,12 @@ LINKS += ["VAE", "text encoder"]
 @pytest.fixture
 def project(finished, tmp_path, monkeypatch) -> Project:
     """A copy of the finished project, as the current folder; its results are not committed yet."""
-    folder = tmp_path / "project"
-    shutil.copytree(finished.folder, folder, symlinks=True)
-    old, new = (f"file://{path}/mlartifacts" for path in (finished.folder, folder))
-    with closing(sqlite3.connect(folder / "mlflow.db")) as store, store:
-        store.execute("UPDATE runs SET artifact_uri = replace(artifact_uri, ?, ?)", (old, new))
-        store.execute("UPDATE experiments SET artifact_location = ?", (new,))
-    monkeypatch.chdir(folder)
+    project = finished.copied(tmp_path / "project")
+    monkeypatch.chdir(project.folder)
     monkeypatch.setenv("LATENTLOOM_DEVICE", "cpu")
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "DVC_ROOT"):
         monkeypatch.delenv(name, raising=False)
-    return replace(finished, folder=folder)
+    return project
 
 
 def keyboard(*words: str, status: int = 0) -> str:

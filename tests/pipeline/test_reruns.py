@@ -5,16 +5,17 @@ from pathlib import Path
 
 import pytest
 import yaml
+from projects import Project, stages_run
 
 TESTS = Path(__file__).parents[1]
 pytestmark = pytest.mark.pipeline
 
 
 @pytest.fixture(scope="module")
-def project(make_project):
-    project = make_project("reruns")
-    assert project.repro() == ["ingest", "encode_images", "encode_text", "validate", "train", "evaluate"]
-    return project
+def project(first_run, tmp_path_factory) -> Project:
+    finished, printed = first_run
+    assert stages_run(printed) == ["ingest", "encode_images", "encode_text", "validate", "train", "evaluate"]
+    return finished.copied(tmp_path_factory.mktemp("reruns") / "project")
 
 
 def lock(project) -> dict:

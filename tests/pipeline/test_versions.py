@@ -9,9 +9,7 @@ import json
 import os
 import re
 import shutil
-import sqlite3
 import subprocess
-from contextlib import closing
 from dataclasses import replace
 
 import boto3
@@ -46,12 +44,7 @@ def store(tmp_path_factory):
 @pytest.fixture(scope="module")
 def project(finished, tmp_path_factory) -> Project:
     """A copy of the finished project that knows nothing of the first one, and has an empty git remote."""
-    project = replace(finished, folder=tmp_path_factory.mktemp("versions") / "project")
-    shutil.copytree(finished.folder, project.folder)
-    with closing(sqlite3.connect(project.folder / "mlflow.db")) as database, database:
-        for table, column in (("runs", "artifact_uri"), ("experiments", "artifact_location")):
-            moved = (str(finished.folder), str(project.folder))
-            database.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", moved)
+    project = finished.copied(tmp_path_factory.mktemp("versions") / "project")
     bare = project.folder.parent / "loom.git"
     project.run("git", "init", "-q", "--bare", "-b", "main", str(bare))
     project.run("git", "remote", "add", "origin", str(bare))

@@ -226,6 +226,7 @@ def test_data_that_only_the_folder_still_has_are_here_and_are_copied(lab, traine
     assert link(trace(run_id, lab), "images").place is Place.LOST
 
 
+@pytest.mark.slow
 def test_a_model_that_only_the_registry_has_comes_from_there(lab, trained, tiny_unets):
     run_id = trained()
     registry.promote(find_model(run_id, lab), "champion", lab)

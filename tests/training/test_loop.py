@@ -38,6 +38,7 @@ def test_a_run_repeats_itself_bit_by_bit(make_data, train_params, diffusion_para
     assert_equal(state.tensors(), other.tensors())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("stop", [1, 7, 39])
 def test_a_run_goes_on_from_any_step_bit_by_bit(make_data, train_params, diffusion_params, stop, dtype):
@@ -121,6 +122,7 @@ def test_losses_are_what_their_names_say(train_params):
         torch.testing.assert_close(mae, error.mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["mse", "huber"])
 def test_other_losses_learn_and_the_mae_is_told_with_them(make_data, train_params, diffusion_params, loss):
     _, steps = run(make_data(8), train_params.model_copy(update={"steps": 150, "loss": loss}), diffusion_params)
@@ -161,6 +163,7 @@ def test_bf16_learns_as_well(make_data, train_params, diffusion_params):
     assert all(parameter.dtype == torch.float32 for parameter in state.average.parameters())
 
 
+@pytest.mark.slow
 def test_without_a_label_the_trained_network_answers_otherwise_than_with_one(make_data, train_params, diffusion_params):
     data = make_data(4)
     state, _ = run(data, train_params.model_copy(update={"steps": 200}), diffusion_params)

@@ -78,6 +78,7 @@ def error_of_model(folder: Path, caches: Caches) -> float:
     return denoising_error(network, caches.validation, schedule="vp", noise_levels="cosine")["mae"]
 
 
+@pytest.mark.slow
 def test_the_last_averages_or_those_of_the_lowest_validation_error_become_the_model(run, caches, tmp_path):
     last = run(quick(keep="last"))
     assert error_of_model(tmp_path, caches) == pytest.approx(last.val_mae, abs=1e-6)
@@ -97,7 +98,7 @@ def test_without_a_validation_split_the_best_averages_are_the_last(run, caches, 
     assert "best_step" not in result.metrics
 
 
-@pytest.mark.pipeline  # it takes a minute
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_a_compiled_training_learns_the_same_within_rounding(run):
     few = {"steps": 8, "log_every": 1}
