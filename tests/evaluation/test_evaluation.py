@@ -167,13 +167,14 @@ def test_a_samplers_settings_reach_its_diffuser(settings):
 def test_a_sample_does_not_depend_on_what_else_is_asked_for():
     torch.manual_seed(0)
     network = CONFIG.build().eval()
+    network.head.weight.data *= 10  # before its training it guesses near 0, whatever it is asked
     embeddings = torch.randn(5, 8)
     names = list("abcde")
     together = sampler(network, guidance=3.0).latents(embeddings, names, seed=1)
     alone = sampler(network, guidance=3.0).latents(embeddings[2:3], names[2:3], seed=1)
     torch.testing.assert_close(alone[0], together[2], atol=1e-5, rtol=1e-4)
     other_seed = sampler(network, guidance=3.0).latents(embeddings, names, seed=2)
-    assert not torch.allclose(other_seed, together, atol=1e-3)
+    assert not torch.allclose(other_seed, together, atol=1e-2)
 
 
 def test_the_nearest_training_latent_is_found_as_numpy_finds_it(monkeypatch):
