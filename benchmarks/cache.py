@@ -35,8 +35,8 @@ import torch
 from synthetic import DIM, SHAPE, memory, synthetic, write_caches
 
 from latentloom.encoding.captions import read_captions
+from latentloom.encoding.dataset import load_caches
 from latentloom.encoding.latents import read_latents
-from latentloom.training.dataset import load_caches
 
 BATCH = 256
 TAR_ROWS, BUFFER = 10_000, 10_000

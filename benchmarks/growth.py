@@ -28,8 +28,8 @@ from streaming import BATCH, Trainer, drawn
 from synthetic import memory, write_caches
 
 from latentloom.devices import choose_device
+from latentloom.encoding.dataset import load_caches
 from latentloom.files import read_json
-from latentloom.training.dataset import load_caches
 
 ROOT = Path(__file__).parents[1]
 WIDTHS = (16, 32)

@@ -16,10 +16,10 @@ import torch
 
 from latentloom.devices import choose_device
 from latentloom.diffusion import SAMPLERS
+from latentloom.encoding.dataset import load_caches
 from latentloom.evaluation.sampling import Sampler, recall_at_1
+from latentloom.model_files import load_model
 from latentloom.params import load_params
-from latentloom.training.dataset import load_caches
-from latentloom.training.model_files import load_model
 
 REFERENCE_STEPS = 1000
 MODEL = Path("models/unet")

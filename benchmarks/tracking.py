@@ -29,12 +29,12 @@ from accelerate import Accelerator
 from synthetic import write_caches
 
 from latentloom.devices import choose_device
+from latentloom.encoding.dataset import Caches, load_caches
 from latentloom.encoding.vae import load_vae
 from latentloom.params import Params, load_params
 from latentloom.tracking.provenance import record_start
 from latentloom.tracking.runs import TrackedRun, new_run
 from latentloom.training.checkpoints import Checkpoints
-from latentloom.training.dataset import Caches, load_caches
 from latentloom.training.run import run_training
 
 THREADS = ("tracking", "system-metrics")

@@ -46,8 +46,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latentloom.devices import autocast, autocast_dtype, choose_device
 from latentloom.diffusion import get_network
+from latentloom.encoding.dataset import LatentDataset
 from latentloom.params import DiffusionParams, TrainParams
-from latentloom.training.dataset import LatentDataset
 
 ROOT = Path(__file__).resolve().parents[1]
 CHANNELS, SIZE, TEXT_DIM = 4, 16, 384

@@ -8,8 +8,9 @@ from latentloom.encoding.pulled import adopt_pulled
 from latentloom.encoding.row_store import RowStore
 from latentloom.encoding.vae import load_vae
 from latentloom.files import write_json
+from latentloom.layout import state_folder, state_limit
 from latentloom.params import Params
-from latentloom.stage import run_stage, state_folder, state_limit
+from latentloom.stage import run_stage
 
 
 def main(params: Params) -> str:

@@ -1,10 +1,12 @@
 """Stage `evaluate`: the model's figures and samples, in reports/evaluate and in the MLflow run of its training."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from latentloom.devices import autocast_dtype, choose_device
+from latentloom.encoding.dataset import load_caches
 from latentloom.encoding.text_encoder import load_text_encoder
 from latentloom.encoding.vae import load_vae
 from latentloom.evaluation.run import evaluate
@@ -12,13 +14,13 @@ from latentloom.evaluation.sampling import Sampler
 from latentloom.evaluation.sheet import save_sheet
 from latentloom.evaluation.sweep import CHART, TABLE, save_sweep, sweep
 from latentloom.files import read_json, write_json
+from latentloom.layout import project_root
+from latentloom.model_files import load_model
 from latentloom.params import Params
-from latentloom.stage import project_root, run_stage
+from latentloom.stage import run_stage
 from latentloom.tracking.runs import reopened_run
 from latentloom.training.curves import Curves
-from latentloom.training.dataset import load_caches
 from latentloom.training.denoising_error import BINS, bin_name
-from latentloom.training.model_files import load_model
 
 REPORTS = Path("reports/evaluate")
 
@@ -29,13 +31,13 @@ def main(params: Params) -> str:
     sampler = Sampler(
         network,
         config,
-        guidance=settings.class_guidance,
-        steps=settings.diffusion_steps,
-        threshold_percentile=settings.threshold_percentile,
-        dtype=autocast_dtype(params.train.precision, device),
-        sampler=settings.sampler,
-        guidance_interval=tuple(settings.guidance_interval),
-        guidance_rescale=settings.guidance_rescale,
+        guidance=settings.sampling.class_guidance,
+        steps=settings.sampling.diffusion_steps,
+        threshold_percentile=settings.sampling.threshold_percentile,
+        dtype=autocast_dtype(settings.sampling.precision, device),
+        sampler=settings.sampling.sampler,
+        guidance_interval=tuple(settings.sampling.guidance_interval),
+        guidance_rescale=settings.sampling.guidance_rescale,
     )
     caches = load_caches(
         Path("data/latents"), Path("data/text"), device=device, memory_share=params.machine.data_memory_share
@@ -68,9 +70,7 @@ def main(params: Params) -> str:
             tracked.log_image(np.asarray(chart), "sweep", params.train.steps)
             for name in (CHART, TABLE):
                 tracked.log_file(REPORTS / "plots" / name)
-        tracked.set_tags(
-            {f"evaluate.{key}": str(value) for key, value in settings.model_dump().items() if key != "prompts"}
-        )
+        tracked.set_tags({f"evaluate.{key}": str(value) for key, value in asdict(settings.sampling).items()})
     recall = f"caption_recall_at_1 {metrics['caption_recall_at_1']:.3f}"
     return f"{len(settings.prompts)} prompts drawn, {recall}, see {REPORTS / 'samples.png'}"
 

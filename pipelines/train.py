@@ -11,15 +11,16 @@ from pathlib import Path
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from latentloom.devices import autocast_dtype, choose_device
+from latentloom.encoding.dataset import Caches, load_caches
 from latentloom.encoding.vae import load_vae
 from latentloom.files import sha256_file, write_json
+from latentloom.layout import project_root, state_folder, state_limit
+from latentloom.model_files import model_hash
 from latentloom.params import Params
-from latentloom.stage import project_root, run_stage, state_folder, state_limit
+from latentloom.stage import run_stage
 from latentloom.tracking.provenance import DECIDING, LATENTS, TEXT, record_model, record_start
 from latentloom.tracking.runs import TrackedRun, new_run
 from latentloom.training.checkpoints import Checkpoints, code_hash, training_fingerprint
-from latentloom.training.dataset import Caches, load_caches
-from latentloom.training.model_files import model_hash
 from latentloom.training.run import TrainingResult, run_training, usable_checkpoint
 
 REPORTS, MODEL = Path("reports/train"), Path("models/unet")

@@ -94,11 +94,8 @@ def tiny_params() -> dict[str, Any]:
         "steps": 8,
         "batch_size": 8,
         "warmup_steps": 2,
-        "log_every": 2,
-        "validate_every": 4,
-        "sample_every": 4,
     }
-    params["train"] |= {"sample_count": 4}
+    params["monitor"] |= {"log_every": 2, "validate_every": 4, "sample_every": 4, "sample_count": 4}
     params["evaluate"] |= {
         "diffusion_steps": 4,
         "prompts": ["red apple", "snowman"],

@@ -80,7 +80,7 @@ def save_tiny_unet(folder: Path | str, *, seed: int = 0, vae: str = "bundled", t
     """A model folder as a training leaves it: 64x64 pictures, random weights, the encoders that are named."""
     from latentloom.encoding.text_encoder import load_text_encoder
     from latentloom.encoding.vae import load_vae
-    from latentloom.training.model_files import FORMAT_VERSION, EncoderReference, ModelConfig, save_model
+    from latentloom.model_files import FORMAT_VERSION, EncoderReference, ModelConfig, save_model
 
     loaded_vae, loaded_text = load_vae(vae), load_text_encoder(text_encoder)
     config = ModelConfig(

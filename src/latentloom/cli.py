@@ -51,7 +51,7 @@ def summary() -> None:
 def ui(port: Annotated[int, typer.Option(min=1, max=65535, help="Of the address on this machine.")] = 5000) -> None:
     """Serve MLflow's pages on this machine until Ctrl-C, and say where: pictures, curves and figures of all runs."""
     with _mendable_errors_told():
-        from latentloom.stage import project_root
+        from latentloom.layout import project_root
         from latentloom.tracking.charts import address
         from latentloom.tracking.store import experiment_id, open_client, tracking_uri, without_credentials
 
@@ -71,7 +71,7 @@ def ui(port: Annotated[int, typer.Option(min=1, max=65535, help="Of the address 
 @app.command()
 def sync() -> None:
     """Deliver to MLflow what waits on the disk: of runs whose store was away, or that had no MLflow."""
-    from latentloom.stage import project_root
+    from latentloom.layout import project_root
     from latentloom.tracking.runs import sync
 
     waits = False
@@ -109,8 +109,8 @@ def sample(
     with _mendable_errors_told():
         from latentloom.evaluation.drawing import default_settings, load_text_to_image
         from latentloom.evaluation.pictures import save_picture, together
-        from latentloom.stage import project_root
-        from latentloom.tracking.models import find_model
+        from latentloom.layout import project_root
+        from latentloom.registry.models import find_model
 
         found = find_model(model, project_root())
         settings = default_settings(found.folder).changed(
@@ -148,9 +148,9 @@ def promote(
     if force and not why:
         sys.exit('--force needs a reason that others will read: --why "..."')
     with _mendable_errors_told():
-        from latentloom.stage import project_root
-        from latentloom.tracking import registry
-        from latentloom.tracking.models import find_model
+        from latentloom.layout import project_root
+        from latentloom.registry import registry
+        from latentloom.registry.models import find_model
 
         root = project_root()
         version, moved = registry.promote(find_model(model, root), to, root, force=force, why=why)
@@ -164,8 +164,8 @@ def demote(
 ) -> None:
     """Take a promotion back: the one before is the champion (or the candidate) again."""
     with _mendable_errors_told():
-        from latentloom.stage import project_root
-        from latentloom.tracking import registry
+        from latentloom.layout import project_root
+        from latentloom.registry import registry
 
         was, now = registry.demote(alias, project_root(), why=why)
     print(f"version {was} of latentloom is no longer the {alias}; " + (f"version {now} is" if now else "none is"))
@@ -175,8 +175,8 @@ def demote(
 def history() -> None:
     """Which model was the champion or the candidate, since when, why, and how good it was."""
     with _mendable_errors_told():
-        from latentloom.stage import project_root
-        from latentloom.tracking import registry
+        from latentloom.layout import project_root
+        from latentloom.registry import registry
 
         root = project_root()
         moves, current = registry.history(root), registry.current(root)
@@ -211,8 +211,8 @@ def lineage(
     Exit status 1 where something that is needed for it is lost, or not known.
     """
     with _mendable_errors_told():
-        from latentloom.stage import project_root
-        from latentloom.tracking.lineage import render, to_json, trace
+        from latentloom.layout import project_root
+        from latentloom.lineage.lineage import render, to_json, trace
 
         found = trace(of, project_root())
     print(to_json(found) if as_json else render(found))

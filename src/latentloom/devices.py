@@ -8,12 +8,14 @@ import os
 
 import torch
 
+from latentloom.errors import UserError
+
 
 def choose_device() -> torch.device:
     """``LATENTLOOM_DEVICE`` where it is set, else CUDA, else Apple's MPS, else the CPU.
 
     Raises:
-        ValueError: when ``LATENTLOOM_DEVICE`` names a device that torch does not know or this machine does not have.
+        UserError: when ``LATENTLOOM_DEVICE`` names a device that torch does not know or this machine does not have.
     """
     name = os.environ.get("LATENTLOOM_DEVICE")
     if name:
@@ -22,7 +24,7 @@ def choose_device() -> torch.device:
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:
             first_line = str(error).splitlines()[0]
-            raise ValueError(
+            raise UserError(
                 f"LATENTLOOM_DEVICE={name} cannot be used here ({first_line}); try cuda, mps or cpu"
             ) from error
         return device

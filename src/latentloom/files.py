@@ -1,4 +1,4 @@
-"""Writing files so that a reader never meets half of one.
+"""Writing files atomically: a reader sees the old file or the new one, never a part of it.
 
 Every file is written under a temporary name in its own folder, flushed to the disk, and renamed onto its final name.
 A process killed at any moment leaves the old file, or the new one, and at worst a stray ``.NAME.PID.tmp``.
@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from latentloom.errors import UserError, WriteError
+
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -27,7 +29,7 @@ def atomic_path(path: Path | str, room: int | Callable[[], int] | None = None) -
         room: how many bytes the file will take, or what tells it when asked; for the message of a full disk.
 
     Raises:
-        OSError: what the disk said, with the final name, the room needed and the room left, when the file cannot be
+        WriteError: what the disk said, with the final name, the room needed and the room left, when the file cannot be
             written.
     """
     path = Path(path)
@@ -45,7 +47,7 @@ def atomic_path(path: Path | str, room: int | Callable[[], int] | None = None) -
             needs = "" if needed is None else f"it needs {math.ceil(needed / 2**20 * 10) / 10:.1f} MiB, "
             free = shutil.disk_usage(path.parent).free / 2**20
             message += f"; {needs}{free:.0f} MiB are free there. Make room and run the stage again."
-        raise OSError(error.errno, message) from error
+        raise WriteError(error.errno, message) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -61,7 +63,7 @@ def write_json(path: Path | str, data: Any) -> None:
     """Write ``data`` as indented JSON, atomically; the same data gives the same bytes.
 
     Raises:
-        ValueError: when a number is NaN or infinite, which JSON has no word for.
+        ValueError: when a number is NaN or infinite, which JSON cannot hold.
     """
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -70,16 +72,15 @@ def read_json(path: Path | str) -> Any:
     """Read a JSON file.
 
     Raises:
-        FileNotFoundError: naming the file, and the command that makes it.
-        ValueError: naming the file, when it is not JSON.
+        UserError: naming the file and the command that makes it, when it is missing or is not JSON.
     """
     path = Path(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist: run `dvc repro`, which makes it") from None
+        raise UserError(f"{path} does not exist: run `dvc repro`, which makes it") from None
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): delete it and run `dvc repro`") from error
+        raise UserError(f"{path} is not valid JSON ({error}): delete it and run `dvc repro`") from error
 
 
 def sha256_file(path: Path | str) -> str:

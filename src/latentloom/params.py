@@ -5,6 +5,7 @@ that matters. An unknown key, a missing one or a wrong value is refused before a
 """
 
 import difflib
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +24,9 @@ from pydantic import (
     model_validator,
 )
 
+from latentloom.diffusion.sampling_settings import SETTING_NAMES, SamplingSettings
+from latentloom.errors import UserError
+
 Count = Annotated[StrictInt, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
@@ -31,7 +35,7 @@ SourceName = Literal["openmoji", "folder", "webdataset", "parquet"]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
-class ParamsError(ValueError):
+class ParamsError(UserError):
     """``params.yaml`` cannot be used; the message names each key, its value and what is allowed."""
 
 
@@ -166,13 +170,6 @@ class TrainParams(Section):
     ema_images: Positive
     keep: Literal["last", "best"]
     precision: Literal["auto", "fp32", "bf16"]
-    gradient_checkpointing: StrictBool
-    compile: StrictBool
-    log_every: Count
-    validate_every: Count
-    sample_every: Count
-    sample_count: Count
-    sample_guidance: NonNegative
 
     @model_validator(mode="after")
     def _batch_divides(self) -> "TrainParams":
@@ -193,7 +190,18 @@ class TrainParams(Section):
         return self
 
 
+class MonitorParams(Section):
+    log_every: Count
+    validate_every: Count
+    validation_images: Count
+    sample_every: Count
+    sample_count: Count
+    sample_guidance: NonNegative
+
+
 class MachineParams(Section):
+    gradient_checkpointing: StrictBool
+    compile: StrictBool
     checkpoint_every: Count
     checkpoints_kept: Count
     data_memory_share: Annotated[float, Field(ge=0.0, le=1.0)]
@@ -205,23 +213,21 @@ class SweepParams(Section):
 
 
 class EvaluateParams(Section):
-    sampler: Literal["ddim", "dpmpp_2m"]
-    class_guidance: NonNegative
-    guidance_interval: Annotated[list[Annotated[float, Field(ge=0.0, le=1.0)]], Field(min_length=2, max_length=2)]
-    guidance_rescale: Annotated[float, Field(ge=0.0, le=1.0)]
-    diffusion_steps: Steps
-    threshold_percentile: Annotated[float, Field(gt=50.0, le=100.0)]
+    sampling: SamplingSettings  # its settings are keys of the section itself
     prompts: Annotated[list[Annotated[StrictStr, Field(min_length=1)]], Field(min_length=1)]
     held_out_captions: Annotated[StrictInt, Field(ge=0)]
     recall_captions: Count
     sweep: SweepParams | None
 
-    @field_validator("guidance_interval")
+    @model_validator(mode="before")
     @classmethod
-    def _interval_is_ordered(cls, interval: list[float]) -> list[float]:
-        if interval[0] >= interval[1]:
-            raise ValueError("must be [lowest, highest] noise level with lowest < highest")
-        return interval
+    def _gather_sampling(cls, section: Any) -> Any:
+        if not isinstance(section, dict):
+            return section
+        if missing := [name for name in SETTING_NAMES if name not in section]:
+            raise ValueError(f"{missing[0]}: missing; every key of the section must be given")
+        sampling = SamplingSettings(**{name: section[name] for name in SETTING_NAMES})
+        return {key: value for key, value in section.items() if key not in SETTING_NAMES} | {"sampling": sampling}
 
 
 class Params(Section):
@@ -233,9 +239,18 @@ class Params(Section):
     model: ModelParams
     diffusion: DiffusionParams
     train: TrainParams
+    monitor: MonitorParams
     machine: MachineParams
     evaluate: EvaluateParams
 
+
+# Keys that decide no weight left `train`, so that a change of one neither reruns a finished training nor keeps an
+# interrupted one from resuming. A file written before that is read all the same, with a warning.
+MOVED = {
+    **{f"train.{key}": f"monitor.{key}" for key in ("log_every", "validate_every", "sample_every")},
+    **{f"train.{key}": f"monitor.{key}" for key in ("sample_count", "sample_guidance")},
+    **{f"train.{key}": f"machine.{key}" for key in ("gradient_checkpointing", "compile")},
+}
 
 BEHIND_A_UNION: dict[str, type[BaseModel]] = {"source": SourceParams, "sweep": SweepParams}
 
@@ -256,10 +271,33 @@ def load_params(path: Path | str = "params.yaml") -> Params:
         raise ParamsError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ParamsError(f"{path} must hold sections ({', '.join(_allowed_keys(Params))}), not {content!r}")
+    content = _with_keys_moved(content, path)
     try:
         return Params.model_validate(content)
     except ValidationError as error:
         raise ParamsError("\n".join([f"{path}:", *(_explain(item) for item in error.errors())])) from error
+
+
+def _with_keys_moved(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """``content`` with the keys of `MOVED` where they belong; a key in both places stays where it is now."""
+    train = content.get("train")
+    old = [key for key in MOVED if isinstance(train, dict) and key.partition(".")[2] in train]
+    if not old:
+        return content
+    sections = {name: dict(content.get(name) or {}) for name in ("train", "monitor", "machine", "evaluate")}
+    for key in old:
+        section, _, name = MOVED[key].partition(".")
+        sections[section].setdefault(name, sections["train"].pop(name))
+    # Two keys that such a file cannot have, at what the code did before there were keys for it.
+    sections["monitor"].setdefault("validation_images", 96)
+    sections["evaluate"].setdefault("precision", sections["train"].get("precision", "auto"))
+    warnings.warn(
+        f"{path}: keys have moved; this version still reads the old places, the next will not: "
+        + ", ".join(f"{key} -> {MOVED[key]}" for key in old)
+        + ". New keys: monitor.validation_images, evaluate.precision",
+        stacklevel=3,
+    )
+    return content | sections
 
 
 def _explain(error: dict[str, Any]) -> str:
@@ -273,12 +311,15 @@ def _explain(error: dict[str, Any]) -> str:
     if error["type"] == "missing":
         return f"  {key}: missing; every key of the section must be given"
     message = error["msg"].removeprefix("Value error, ")
+    if location == ["evaluate"] and error["type"] == "value_error":
+        return f"  evaluate.{message}"  # which names the sampling setting
     value = "" if isinstance(error["input"], dict) else f" = {error['input']!r}"
     return f"  {key}{value}: {message[0].lower()}{message[1:]}"
 
 
 def _allowed_keys(section: type[BaseModel]) -> list[str]:
-    return [field.alias or name for name, field in section.model_fields.items()]
+    names = [field.alias or name for name, field in section.model_fields.items()]
+    return [*SETTING_NAMES, *names[1:]] if section is EvaluateParams else names
 
 
 def _section_at(location: list[str]) -> type[BaseModel]:

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from bundled_vae.data import evaluation_stems, rendered
+from bundled_vae.training import encode_all, psnr, reconstruct
 from diffusers import AutoencoderTiny
 
 import latentloom.encoding
-from latentloom.encoding.vae_data import evaluation_stems, rendered
-from latentloom.encoding.vae_training import encode_all, psnr, reconstruct
 
 FOLDER = Path(latentloom.encoding.__file__).parent / "bundled_vae"
 

@@ -10,14 +10,14 @@ from PIL import Image
 from torch import nn
 
 from latentloom.diffusion import Diffuser
+from latentloom.encoding.dataset import Caches, LatentDataset
 from latentloom.evaluation import run
 from latentloom.evaluation.run import evaluate
 from latentloom.evaluation.sampling import Sampler, nearest
 from latentloom.evaluation.sheet import CELL, Row, Section, draw_sheet, save_sheet
 from latentloom.ingestion.shards import read_metadata
+from latentloom.model_files import FORMAT_VERSION, EncoderReference, ModelConfig
 from latentloom.params import load_params
-from latentloom.training.dataset import Caches, LatentDataset
-from latentloom.training.model_files import FORMAT_VERSION, EncoderReference, ModelConfig
 
 REFERENCE = EncoderReference(reference="bundled", class_name="X", fingerprint="0" * 64)
 CONFIG = ModelConfig(

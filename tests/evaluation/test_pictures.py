@@ -23,8 +23,8 @@ from latentloom.encoding.text_encoder import load_text_encoder
 from latentloom.encoding.vae import load_vae
 from latentloom.evaluation.drawing import SamplingSettings, load_text_to_image, store_settings
 from latentloom.evaluation.pictures import PictureFacts, read_facts, redraw_command, save_picture
-from latentloom.training.draws import generator
-from latentloom.training.model_files import load_model, model_hash
+from latentloom.model_files import load_model, model_hash
+from latentloom.randomness import generator
 
 ROOT = Path(__file__).parents[2]
 FACTS = PictureFacts(

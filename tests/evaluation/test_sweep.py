@@ -11,10 +11,10 @@ import torch
 import yaml
 from PIL import Image
 
+from latentloom.encoding.dataset import LatentDataset
 from latentloom.evaluation.sampling import Sampler
 from latentloom.evaluation.sweep import SweepPoint, draw_sweep, save_sweep, sweep
 from latentloom.params import SweepParams, load_params
-from latentloom.training.dataset import LatentDataset
 
 GUIDANCE, STEPS = [1.0, 3.0, 5.0], [20, 70]
 POINTS = [SweepPoint(w, steps, 1 - 0.1 * w, 0.2 + w / steps) for steps, w in product(STEPS, GUIDANCE)]

@@ -40,7 +40,7 @@ def _run_all(folder: Path) -> str:
         encode_text__model=str(save_clip(folder / "clip", dim=384)),
         model__widths=[32, 64],
         train__steps=4,
-        train__sample_count=2,
+        monitor__sample_count=2,
     )
     seconds = {}
     for stage in STAGES:

@@ -88,10 +88,10 @@ def project(uninterrupted, tmp_path) -> Project:
     copy = copy_project(uninterrupted.project, tmp_path / "project")
     copy.set_params(
         train__steps=60,
-        train__log_every=1,
+        monitor__log_every=1,
         train__precision="fp32",
         machine__checkpoint_every=5,
-        train__sample_every=60,
+        monitor__sample_every=60,
     )
     remove_outs(copy, "train")
     return copy

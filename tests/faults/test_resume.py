@@ -27,9 +27,9 @@ def with_longer_training(project: Project, **changes) -> Project:
     project.set_params(
         **{
             "train__steps": STEPS,
-            "train__log_every": 2,
-            "train__validate_every": 5,
-            "train__sample_every": 12,
+            "monitor__log_every": 2,
+            "monitor__validate_every": 5,
+            "monitor__sample_every": 12,
             "train__keep": "best",
             "machine__checkpoint_every": EVERY,
         }

@@ -111,9 +111,9 @@ def prepared(make_project, tmp_path_factory) -> Project:
         encode_text__model=str(save_clip(tmp_path_factory.mktemp("clip"), dim=16)),
         train__steps=STEPS,
         train__precision="fp32",
-        train__log_every=1,
-        train__validate_every=STEPS // 4,
-        train__sample_every=STEPS // 2,
+        monitor__log_every=1,
+        monitor__validate_every=STEPS // 4,
+        monitor__sample_every=STEPS // 2,
     )
     for stage in ("ingest", "encode_images", "encode_text"):
         finish(project, stage)

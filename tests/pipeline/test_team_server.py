@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 from latentloom.cli import app
 from latentloom.evaluation.pictures import read_facts
-from latentloom.training.model_files import model_hash
+from latentloom.model_files import model_hash
 
 PAGE = (ROOT / "docs" / "team-server.md").read_text(encoding="utf-8")
 IN_CONTAINER = "docker compose -f deploy/compose.yaml exec -T postgres "
@@ -122,7 +122,7 @@ def team(make_project, tmp_path_factory) -> Iterator[Team]:
         team = Team(people, server, database, store, secrets)
         project = make_project("team")
         project.set_params(
-            ingest__image_size=32, encode_text__model=str(save_clip(homes["clip"], dim=16)), train__log_every=1
+            ingest__image_size=32, encode_text__model=str(save_clip(homes["clip"], dim=16)), monitor__log_every=1
         )
         shutil.copytree(project.folder, people["ada"].folder)
         yield team

@@ -19,7 +19,7 @@ from PIL import Image
 from projects import ROOT, Project
 from servers import seaweedfs
 
-from latentloom.training.model_files import model_hash
+from latentloom.model_files import model_hash
 
 pytestmark = pytest.mark.pipeline
 

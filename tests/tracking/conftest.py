@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from tiny_models import save_tiny_unet
 
+from latentloom.model_files import model_hash
 from latentloom.tracking.runs import new_run
 from latentloom.tracking.store import open_client
-from latentloom.training.model_files import model_hash
 
 
 @pytest.fixture(scope="session")

@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 import torch
 
+from latentloom.encoding.dataset import LatentDataset
 from latentloom.encoding.rows import FORMAT_VERSION
 from latentloom.encoding.tensor_shards import save_shard
 from latentloom.files import write_json
 from latentloom.params import DiffusionParams, TrainParams
-from latentloom.training.dataset import LatentDataset
 
 SHARD_ROWS = 7
 
@@ -111,13 +111,6 @@ def train_params() -> TrainParams:
         ema_images=80.0,
         keep="last",
         precision="fp32",
-        gradient_checkpointing=False,
-        compile=False,
-        log_every=5,
-        validate_every=20,
-        sample_every=20,
-        sample_count=4,
-        sample_guidance=2.0,
     )
 
 

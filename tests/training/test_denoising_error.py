@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from latentloom.training.dataset import LatentDataset
+from latentloom.encoding.dataset import LatentDataset
 from latentloom.training.denoising_error import denoising_error
 
 

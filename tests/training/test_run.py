@@ -11,13 +11,13 @@ import torch
 import yaml
 from accelerate import Accelerator
 
+from latentloom.encoding.dataset import Caches
+from latentloom.model_files import load_model
 from latentloom.params import Params
 from latentloom.tracking.runs import TrackedRun
 from latentloom.training.checkpoints import Checkpoint, Checkpoints
-from latentloom.training.dataset import Caches
 from latentloom.training.denoising_error import denoising_error
 from latentloom.training.interruption import StopRequest
-from latentloom.training.model_files import load_model
 from latentloom.training.run import TrainingResult, run_training, usable_checkpoint
 
 SHIPPED = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from torch import nn
 
 from latentloom.diffusion import get_network
-from latentloom.training.dataset import Caches, load_caches
+from latentloom.encoding.dataset import Caches, load_caches
 from latentloom.training.denoising_error import denoising_error
 from latentloom.training.draws import Batch, batches
 from latentloom.training.latent_bound import latent_bound
@@ -174,7 +174,7 @@ def test_only_streamed_data_are_made_ahead_by_a_thread(write_caches):
 def test_data_are_streamed_where_they_need_more_than_their_share_of_the_free_memory(write_caches, monkeypatch):
     folders = write_caches(ROWS)
     needed = ROWS * 4 * 4 * 8 * 8 * 2 + 2 * ROWS * 12 * 2  # mean and std, mirrored as well, and the embeddings
-    monkeypatch.setattr("latentloom.training.dataset.free_memory", lambda device: 2 * needed)
+    monkeypatch.setattr("latentloom.encoding.dataset.free_memory", lambda device: 2 * needed)
     assert not load_caches(*folders, memory_share=0.5).streamed
     caches = load_caches(*folders, memory_share=0.499)
     assert caches.streamed

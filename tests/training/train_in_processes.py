@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from latentloom.diffusion import get_network
+from latentloom.encoding.dataset import LatentDataset
 from latentloom.params import load_params
-from latentloom.training.dataset import LatentDataset
 from latentloom.training.loop import TrainingState, train
 
 ROWS, STEPS, BATCH, PARTS = 21, 20, 8, 2

@@ -1,65 +1,56 @@
 """The science of latent diffusion, on torch and NumPy alone: noise, a denoiser, and the way back from noise.
 
-`noise` says how latents become noise and what one step back is, `blocks` and `unet` build the denoiser,
-`samplers` string steps into a walk, `diffuser` walks from noise to latents with them, `plotting` shows those.
-`layouts` lets arrays and tensors in, in either layout.
+`noise` says how latents become noise and what one step back is, `blocks` and `unet` build the denoiser, `samplers`
+string steps into a trajectory, `diffuser` follows one from noise to latents with `sampling_settings`, `plotting` shows
+those. `layouts` takes arrays and tensors in either layout.
+
+`from latentloom.diffusion import Diffuser` works for each name below; a module is imported when a name of it is first
+asked for, so that reading settings does not load torch. The names `seeds_nhwc`, `labels_np`, `array_nhwc`, `perc`,
+`noise_level_scalar`, `class_guidance` and `std_latent` are those of the walkthrough that this package grew from, and
+are kept though the arguments accept more than they say.
 """
 
-from latentloom.diffusion.blocks import (
-    ConditionedLayer,
-    CrossAttention,
-    DownBlock,
-    ResidualBlock,
-    SpatialAttention,
-    UpBlock,
-    sinusoidal_embedding,
-)
-from latentloom.diffusion.diffuser import Diffuser
-from latentloom.diffusion.layouts import detect_layout, to_nchw, to_tensor
-from latentloom.diffusion.noise import (
-    NOISE_LEVELS,
-    SCHEDULES,
-    NoisedLatents,
-    Schedule,
-    add_noise,
-    dynamic_thresholding,
-    get_schedule,
-    noise_levels_from_uniform,
-    sampling_levels,
-)
-from latentloom.diffusion.plotting import decode_latents, imshow, plot_images
-from latentloom.diffusion.samplers import SAMPLERS, ddim, dpmpp_2m, get_sampler
-from latentloom.diffusion.unet import TiledMerge, UNet, get_network
+from importlib import import_module
+from typing import Any
 
-__all__ = [
-    "NOISE_LEVELS",
-    "SAMPLERS",
-    "SCHEDULES",
-    "ConditionedLayer",
-    "CrossAttention",
-    "Diffuser",
-    "DownBlock",
-    "NoisedLatents",
-    "ResidualBlock",
-    "Schedule",
-    "SpatialAttention",
-    "TiledMerge",
-    "UNet",
-    "UpBlock",
-    "add_noise",
-    "ddim",
-    "decode_latents",
-    "detect_layout",
-    "dpmpp_2m",
-    "dynamic_thresholding",
-    "get_network",
-    "get_sampler",
-    "get_schedule",
-    "imshow",
-    "noise_levels_from_uniform",
-    "plot_images",
-    "sampling_levels",
-    "sinusoidal_embedding",
-    "to_nchw",
-    "to_tensor",
-]
+_NAMES = {
+    "blocks": [
+        "ConditionedLayer",
+        "CrossAttention",
+        "DownBlock",
+        "ResidualBlock",
+        "SpatialAttention",
+        "UpBlock",
+        "sinusoidal_embedding",
+    ],
+    "diffuser": ["Diffuser"],
+    "layouts": ["detect_layout", "to_nchw", "to_tensor"],
+    "noise": [
+        "NOISE_LEVELS",
+        "SCHEDULES",
+        "NoisedLatents",
+        "Schedule",
+        "add_noise",
+        "dynamic_thresholding",
+        "get_schedule",
+        "noise_levels_from_uniform",
+        "sampling_levels",
+    ],
+    "plotting": ["decode_latents", "imshow", "plot_images"],
+    "samplers": ["SAMPLERS", "ddim", "dpmpp_2m", "get_sampler"],
+    "sampling_settings": ["SamplingSettings"],
+    "unet": ["TiledMerge", "UNet", "get_network"],
+}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

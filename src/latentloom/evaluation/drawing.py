@@ -23,8 +23,8 @@ from latentloom.evaluation.drawing_code import drawing_code
 from latentloom.evaluation.pictures import PictureFacts
 from latentloom.evaluation.sampling import BATCH_SIZE, Sampler
 from latentloom.files import read_json, write_json
+from latentloom.model_files import EncoderReference, load_model, model_hash
 from latentloom.params import load_params
-from latentloom.training.model_files import EncoderReference, load_model, model_hash
 from latentloom.training.preview import to_raw
 
 SETTINGS_FILE = "sampling.json"
@@ -71,13 +71,13 @@ def default_settings(model: Path, params: Path = Path("params.yaml")) -> Samplin
         loaded = load_params(params)
         evaluate = loaded.evaluate
         return SamplingSettings(
-            steps=evaluate.diffusion_steps,
-            guidance=evaluate.class_guidance,
-            sampler=evaluate.sampler,
-            guidance_interval=evaluate.guidance_interval,
-            guidance_rescale=evaluate.guidance_rescale,
-            threshold=evaluate.threshold_percentile,
-            precision=loaded.train.precision,
+            steps=evaluate.sampling.diffusion_steps,
+            guidance=evaluate.sampling.class_guidance,
+            sampler=evaluate.sampling.sampler,
+            guidance_interval=evaluate.sampling.guidance_interval,
+            guidance_rescale=evaluate.sampling.guidance_rescale,
+            threshold=evaluate.sampling.threshold_percentile,
+            precision=evaluate.sampling.precision,
         )
     return stored_settings(model)
 

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from latentloom.encoding.dataset import Caches, LatentDataset
 from latentloom.evaluation.sampling import Sampler, recall_at_1
 from latentloom.evaluation.sheet import Row, Section, draw_sheet
 from latentloom.ingestion.shards import iterate_images
 from latentloom.params import Params
-from latentloom.training.dataset import Caches, LatentDataset
 from latentloom.training.denoising_error import denoising_error
 from latentloom.training.preview import Decoder, to_raw
 

@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from latentloom.diffusion import Diffuser, UNet
-from latentloom.training.dataset import LatentDataset
-from latentloom.training.draws import generator
-from latentloom.training.model_files import ModelConfig
+from latentloom.diffusion.diffuser import Diffuser
+from latentloom.diffusion.unet import UNet
+from latentloom.encoding.dataset import LatentDataset
+from latentloom.model_files import ModelConfig
+from latentloom.randomness import generator
 
 BATCH_SIZE = 64
 PART = 8192  # training latents looked at together

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from latentloom.encoding.dataset import LatentDataset
 from latentloom.evaluation.sampling import Sampler, recall_at_1
 from latentloom.evaluation.sheet import save_sheet
 from latentloom.params import EvaluateParams
 from latentloom.training.curves import Curves
-from latentloom.training.dataset import LatentDataset
 
 CHART, TABLE = "sweep.png", "sweep.csv"
 

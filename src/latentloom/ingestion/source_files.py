@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from latentloom.ingestion.sources import IngestError
-from latentloom.stage import project_root
+from latentloom.layout import project_root
 
 WILDCARD = re.compile(r"[*?\[]")
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import yaml
 
 from latentloom.files import read_json, sha256_file
+from latentloom.lineage.dvc_objects import directory_oid
+from latentloom.model_files import model_hash
 from latentloom.params import Params
-from latentloom.tracking.dvc_objects import directory_oid
 from latentloom.tracking.runs import TrackedRun
-from latentloom.training.model_files import model_hash
 
 if TYPE_CHECKING:
-    from latentloom.training.dataset import Caches
+    from latentloom.encoding.dataset import Caches
     from latentloom.training.run import TrainingResult
 
 WRITTEN_BY_THE_PIPELINE = (":!dvc.lock", ":!reports")
@@ -36,11 +36,11 @@ DECIDING = {  # files that name the content of every row of the caches
 NOT_COMPARED = {
     "evaluate": True,
     "machine": True,
+    "monitor": True,
     "validate_": True,
     "ingest": {"max_pixels", "max_aspect_ratio", "near_duplicate_distance", "max_reject_fraction"},
     "train": {
-        *("log_every", "validate_every", "sample_every", "sample_count", "sample_guidance"),
-        *("gradient_accumulation", "gradient_checkpointing", "compile"),  # the same model, within rounding
+        "gradient_accumulation",  # the same model, within rounding
     },
 }
 CODE_DIFF, COMMIT, MODEL_HASH = "code.diff", "mlflow.source.git.commit", "model.sha256"

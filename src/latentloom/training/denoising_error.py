@@ -11,9 +11,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from latentloom.devices import autocast
-from latentloom.diffusion import get_schedule, noise_levels_from_uniform
-from latentloom.training.dataset import LatentDataset
-from latentloom.training.draws import generator
+from latentloom.diffusion.noise import get_schedule, noise_levels_from_uniform
+from latentloom.encoding.dataset import LatentDataset
+from latentloom.randomness import generator
 
 LEVELS_A_ROW = 8
 BINS = ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))

@@ -5,23 +5,17 @@ draws are made for the whole batch wherever a part of it is needed, so processes
 by part, see the very batch that one process would.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
-from latentloom.diffusion import noise_levels_from_uniform
-from latentloom.training.dataset import LatentDataset
+from latentloom.diffusion.noise import noise_levels_from_uniform
+from latentloom.encoding.dataset import LatentDataset
+from latentloom.randomness import generator
 from latentloom.training.prefetch import made_ahead
 
 WHOLE = slice(None)
-
-
-def generator(device: torch.device | str, *parts: int | str) -> torch.Generator:
-    """A generator seeded by ``parts`` (the seed, what it is for, the step)."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 class Batch(NamedTuple):

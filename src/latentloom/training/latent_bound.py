@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from latentloom.training.dataset import LatentDataset
+from latentloom.encoding.dataset import LatentDataset
 
 BOUND_PERCENTILE = 0.995
 BOUND_SHARE = 0.99

@@ -16,9 +16,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from latentloom.devices import autocast
-from latentloom.diffusion import get_schedule
+from latentloom.diffusion.noise import get_schedule
+from latentloom.encoding.dataset import LatentDataset
 from latentloom.params import DiffusionParams, TrainParams
-from latentloom.training.dataset import LatentDataset
 from latentloom.training.draws import Batch, batches
 from latentloom.training.learning_rate import learning_rate_at
 
@@ -141,6 +141,7 @@ def train(
     seed: int,
     dtype: torch.dtype | None = None,
     accelerator: Accelerator | None = None,
+    compiled: bool = False,
 ) -> Iterator[Step]:
     """Train from ``state``, which is updated in place, to ``params.steps``; yield after every step.
 
@@ -152,11 +153,12 @@ def train(
         seed: every draw is a function of it, the step and the position in the global batch.
         dtype: for autocast; None computes in fp32.
         accelerator: of this process; None: the only one.
+        compiled: by `torch.compile`.
     """
     device = data.device
     accelerator = accelerator or Accelerator(cpu=device.type == "cpu")
     schedule = get_schedule(diffusion.schedule)
-    if params.compile:
+    if compiled:
         state.network.compile()
     network = accelerator.prepare_model(state.network.train())
     weights, averaged = list(state.network.parameters()), list(state.average.parameters())

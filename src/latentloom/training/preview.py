@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from latentloom.diffusion import Diffuser
-from latentloom.training.dataset import Caches
-from latentloom.training.draws import generator
-from latentloom.training.model_files import ModelConfig
+from latentloom.diffusion.diffuser import Diffuser
+from latentloom.encoding.dataset import Caches
+from latentloom.model_files import ModelConfig
+from latentloom.randomness import generator
 
 PREVIEW_STEPS = 20
 

@@ -10,16 +10,16 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list
 
 from latentloom.devices import autocast_dtype
+from latentloom.encoding.dataset import Caches
+from latentloom.model_files import FORMAT_VERSION, EncoderReference, ModelConfig, save_model
 from latentloom.params import Params
 from latentloom.tracking.runs import TrackedRun
 from latentloom.training.checkpoints import Checkpoint, Checkpoints
 from latentloom.training.curves import Curves
-from latentloom.training.dataset import Caches
 from latentloom.training.interruption import StopRequest, TrainingStopped
 from latentloom.training.latent_bound import latent_bound
 from latentloom.training.learning_rate import learning_rate_at, open_ended_steps
 from latentloom.training.loop import Step, TrainingState, train
-from latentloom.training.model_files import FORMAT_VERSION, EncoderReference, ModelConfig, save_model
 from latentloom.training.preview import Decoder
 from latentloom.training.watch import TrainingWatch
 
@@ -65,12 +65,12 @@ def run_training(
     """
     settings, device = params.train, accelerator.device
     dtype = autocast_dtype(settings.precision, device)
-    if settings.compile:
+    if params.machine.compile:
         _check_compiler()
     torch.manual_seed(params.seed)
     config = model_config(params, caches)
     network = config.build().to(device, memory_format=torch.channels_last)
-    network.gradient_checkpointing = settings.gradient_checkpointing
+    network.gradient_checkpointing = params.machine.gradient_checkpointing
     state = TrainingState.start(network, settings)
     watch = TrainingWatch(
         params,
@@ -102,11 +102,12 @@ def run_training(
         seed=params.seed,
         dtype=dtype,
         accelerator=accelerator,
+        compiled=params.machine.compile,
     )
     with watch, StopRequest() as request:
         for step in steps:
             watch.step(step)
-            signal = _asked_to_stop(request, accelerator, step, settings.log_every)
+            signal = _asked_to_stop(request, accelerator, step, params.monitor.log_every)
             if (
                 signal
                 or step.step % params.machine.checkpoint_every == 0
@@ -188,7 +189,7 @@ def _asked_to_stop(request: StopRequest, accelerator: Accelerator, step: Step, e
 
 def _check_compiler() -> None:
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        raise ValueError("train.compile = True: torch.compile needs a C++ compiler; install g++, or set it to false")
+        raise ValueError("machine.compile = True: torch.compile needs a C++ compiler; install g++, or set it to false")
 
 
 def model_config(params: Params, caches: Caches) -> ModelConfig:

@@ -12,14 +12,14 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
+from latentloom.encoding.dataset import Caches
+from latentloom.model_files import ModelConfig
 from latentloom.params import Params
 from latentloom.tracking.runs import TrackedRun
 from latentloom.training.curves import Curves
-from latentloom.training.dataset import Caches
 from latentloom.training.denoising_error import denoising_error
 from latentloom.training.divergence import DivergenceGuard
 from latentloom.training.loop import Step
-from latentloom.training.model_files import ModelConfig
 from latentloom.training.preview import Decoder, draw_preview, preview_subjects
 
 
@@ -57,7 +57,13 @@ class TrainingWatch:
         dtype: torch.dtype | None,
         load_decoder: Callable[[], Decoder],
     ) -> None:
-        self.settings, self.diffusion, self.config, self.caches = params.train, params.diffusion, config, caches
+        self.settings, self.monitor, self.diffusion, self.config, self.caches = (
+            params.train,
+            params.monitor,
+            params.diffusion,
+            config,
+            caches,
+        )
         self.train_mae: float | None = None
         self.val_mae: float | None = None
         self.best_step: int | None = None
@@ -67,7 +73,7 @@ class TrainingWatch:
         self._best = copy.deepcopy(average) if self.settings.keep == "best" else None
         self._curves, self._tracked, self._dtype = curves, tracked, dtype
         self._decoder = functools.cache(load_decoder)
-        self._subjects = preview_subjects(caches, self.settings.sample_count, params.seed)
+        self._subjects = preview_subjects(caches, self.monitor.sample_count, params.seed)
         self._guard = DivergenceGuard()
         self._unlogged: list[torch.Tensor] = []  # (loss, mae, gradient norm) a step, of this process
         self._judged = 0  # how many of them the guard has seen
@@ -170,7 +176,7 @@ class TrainingWatch:
             self._clock = time.monotonic()
 
     def _actions(self) -> tuple[tuple[int, Callable[[int, float], None]], ...]:
-        settings = self.settings
+        settings = self.monitor
         return (
             (settings.log_every, self._log),
             (settings.validate_every, self._validate),
@@ -229,7 +235,7 @@ class TrainingWatch:
                 self.config,
                 self._subjects,
                 self._decoder(),
-                guidance=self.settings.sample_guidance,
+                guidance=self.monitor.sample_guidance,
                 dtype=self._dtype,
             )
             self._tracked.log_image(picture, "samples", step)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from latentloom.training.model_files import FORMAT_VERSION, EncoderReference, ModelConfig, load_model, save_model
+from latentloom.model_files import FORMAT_VERSION, EncoderReference, ModelConfig, load_model, save_model
 
 CONFIG = ModelConfig(
     format_version=FORMAT_VERSION,

@@ -15,9 +15,9 @@ import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor
 
-from latentloom.encoding.vae_data import Pictures, draw_batch
-from latentloom.encoding.vae_network import Architecture, TrainingAutoencoder, plain_autoencoder, standardise
-from latentloom.encoding.vae_optimizer import build_optimizers
+from bundled_vae.data import Pictures, draw_batch
+from bundled_vae.network import Architecture, TrainingAutoencoder, plain_autoencoder, standardise
+from bundled_vae.optimizer import build_optimizers
 
 
 @dataclass(frozen=True)

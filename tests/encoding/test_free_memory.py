@@ -3,7 +3,7 @@
 import psutil
 import torch
 
-from latentloom.training.free_memory import container_allowances, free_memory
+from latentloom.encoding.free_memory import container_allowances, free_memory
 
 
 def test_the_cpu_has_no_more_free_than_the_machine():

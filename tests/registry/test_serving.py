@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 from latentloom.cli import app
 from latentloom.evaluation.pictures import read_facts
-from latentloom.tracking import registry
-from latentloom.tracking.models import find_model
-from latentloom.training.model_files import model_hash
+from latentloom.model_files import model_hash
+from latentloom.registry import registry
+from latentloom.registry.models import find_model
 
 pytestmark = pytest.mark.pipeline
 

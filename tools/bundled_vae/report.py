@@ -7,7 +7,7 @@ from diffusers import AutoencoderTiny
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from latentloom.encoding.vae_training import reconstruct
+from bundled_vae.training import reconstruct
 
 
 def figures_table(figures: dict[float, float]) -> str:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from latentloom.diffusion import UNet, get_network
+from latentloom.diffusion.unet import UNet, get_network
 from latentloom.files import atomic_path, read_json, sha256_file, write_json
 
 FORMAT_VERSION = 2

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from dvc.repo import Repo
 
-from latentloom.tracking import registry
-from latentloom.tracking.dvc_objects import directory_oid
-from latentloom.tracking.models import find_model
+from latentloom.lineage.dvc_objects import directory_oid
+from latentloom.model_files import model_hash
+from latentloom.registry import registry
+from latentloom.registry.models import find_model
 from latentloom.tracking.store import open_client
-from latentloom.training.model_files import model_hash
 
 
 def test_a_folder_is_its_own_model_and_needs_no_store(tiny_unets, tmp_path, monkeypatch):

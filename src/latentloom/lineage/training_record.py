@@ -17,13 +17,13 @@ import yaml
 
 from latentloom.evaluation.pictures import PictureFacts, read_facts
 from latentloom.files import read_json
+from latentloom.lineage.dvc_objects import Place, directory_oid
+from latentloom.lineage.history import History
+from latentloom.model_files import MODEL_FILES
+from latentloom.registry.models import DVC_TAG, HASH_TAG, MODEL, look_up, model_in_folder, version_of
 from latentloom.tracking.delivery import first_line
-from latentloom.tracking.dvc_objects import Place, directory_oid
-from latentloom.tracking.history import History
-from latentloom.tracking.models import DVC_TAG, HASH_TAG, MODEL, look_up, model_in_folder, version_of
 from latentloom.tracking.provenance import CODE_DIFF, COMMIT, INGESTED, SOURCES
 from latentloom.tracking.store import open_client, tracking_uri, without_credentials
-from latentloom.training.model_files import MODEL_FILES
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

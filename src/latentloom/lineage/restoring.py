@@ -12,13 +12,13 @@ from urllib.parse import unquote, urlsplit
 
 import latentloom
 from latentloom.evaluation.pictures import redraw_command
-from latentloom.tracking.dvc_objects import Place, cache_folder
-from latentloom.tracking.history import History
-from latentloom.tracking.links import Link
-from latentloom.tracking.models import MODEL, NAME, PACKED_MODEL
+from latentloom.lineage.dvc_objects import Place, cache_folder
+from latentloom.lineage.history import History
+from latentloom.lineage.links import Link
+from latentloom.lineage.training_record import IN_GIT, LOCK, RUN_REPORT, Subject, TrainingRecord, outs_of
+from latentloom.registry.models import MODEL, NAME, PACKED_MODEL
 from latentloom.tracking.provenance import CODE_DIFF, INGESTED, SOURCES
 from latentloom.tracking.store import tracking_uri, without_credentials
-from latentloom.tracking.training_record import IN_GIT, LOCK, RUN_REPORT, Subject, TrainingRecord, outs_of
 
 AT_HAND = (Place.HERE, Place.REMOTE)
 MADE_OF_DATA = ("latents", "text", "images", "rejects", "near duplicates", "validation")
@@ -107,7 +107,7 @@ def _data(record: TrainingRecord, by_kind: dict[str, Link], root: Path) -> Itera
             verb = "checkout" if all(wanted[path][1] is Place.HERE for path in targets) else "pull"
             yield Step("the data and the model, by their hashes", _join("dvc", verb, "-q", *targets))
         for path in wanted.keys() - set(targets):  # no dvc.lock is at hand that names it
-            code = f"from latentloom.tracking.dvc_objects import bring; bring('.', {wanted[path][0]!r}, {path!r})"
+            code = f"from latentloom.lineage.dvc_objects import bring; bring('.', {wanted[path][0]!r}, {path!r})"
             source = Path(latentloom.__file__).parents[1]
             yield Step(f"{path}, by its hash", f"PYTHONPATH={shlex.quote(str(source))} {_join('python', '-c', code)}")
     for kind in MADE_OF_DATA:

@@ -22,15 +22,15 @@ from latentloom.evaluation.drawing_code import drawing_code, drawing_code_of
 from latentloom.evaluation.pictures import PictureFacts, save_picture
 from latentloom.files import write_json
 from latentloom.ingestion.listing import list_sources
+from latentloom.lineage.dvc_objects import Place, oid_of
+from latentloom.lineage.lineage import Lineage, trace
+from latentloom.lineage.links import Link, differing_packages
+from latentloom.model_files import model_hash
 from latentloom.params import SourceParams
-from latentloom.tracking import registry
-from latentloom.tracking.dvc_objects import Place, oid_of
-from latentloom.tracking.lineage import Lineage, trace
-from latentloom.tracking.links import Link, differing_packages
-from latentloom.tracking.models import find_model
+from latentloom.registry import registry
+from latentloom.registry.models import find_model
 from latentloom.tracking.provenance import code_diff, git_tags, out_tags
 from latentloom.tracking.store import open_client
-from latentloom.training.model_files import model_hash
 
 DATA = ("data/images", "data/latents", "data/text", "reports/validation.json")
 NO_SERVER = "http://127.0.0.1:9"

@@ -1,6 +1,6 @@
 import pytest
 
-from latentloom.stage import state_limit
+from latentloom.layout import state_limit
 
 
 def test_the_stores_limit_comes_from_the_environment(monkeypatch):

@@ -15,7 +15,7 @@ from diffusers import AutoencoderTiny
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from latentloom.encoding.vae_training import Recipe, TrainingState
+from bundled_vae.training import Recipe, TrainingState
 from latentloom.files import atomic_path
 
 

@@ -20,10 +20,10 @@ import yaml
 
 from latentloom.evaluation.drawing import SamplingSettings, default_settings
 from latentloom.files import read_json
-from latentloom.tracking.models import HASH_TAG, NAME, FoundModel, number_of, registered_model, version_of
-from latentloom.tracking.packing import save_served_model
+from latentloom.model_files import read_config
+from latentloom.registry.models import HASH_TAG, NAME, FoundModel, number_of, registered_model, version_of
+from latentloom.registry.packing import save_served_model
 from latentloom.tracking.store import experiment_id, open_client
-from latentloom.training.model_files import read_config
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

@@ -22,13 +22,13 @@ from latentloom.encoding.vae import vae_fingerprint
 from latentloom.evaluation.drawing_code import drawing_code, drawing_code_of
 from latentloom.evaluation.pictures import PictureFacts
 from latentloom.files import sha256_file
+from latentloom.lineage.dvc_objects import Place, oid_of, places_of
+from latentloom.lineage.history import History
+from latentloom.lineage.training_record import Subject, TrainingRecord
+from latentloom.model_files import MODEL_FILES, model_hash
+from latentloom.registry.models import MODEL, number_of
 from latentloom.tracking.delivery import first_line
-from latentloom.tracking.dvc_objects import Place, oid_of, places_of
-from latentloom.tracking.history import History
-from latentloom.tracking.models import MODEL, number_of
 from latentloom.tracking.provenance import LATENTS, TEXT
-from latentloom.tracking.training_record import Subject, TrainingRecord
-from latentloom.training.model_files import MODEL_FILES, model_hash
 
 PACKAGE = "src/latentloom/"
 BUNDLED_VAE = PACKAGE + "encoding/bundled_vae"

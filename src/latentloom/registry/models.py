@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentloom.files import read_json
+from latentloom.model_files import MODEL_FILES, model_hash
 from latentloom.tracking.store import experiment_id, open_client, tracking_uri
-from latentloom.training.model_files import MODEL_FILES, model_hash
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -208,7 +208,7 @@ def _holds(folder: Path, sha256: str) -> bool:
 
 
 def _from_dvc(root: Path, oid: str, folder: Path) -> None:
-    from latentloom.tracking.dvc_objects import bring
+    from latentloom.lineage.dvc_objects import bring
 
     bring(root, oid, folder)
 

@@ -3,7 +3,7 @@
     data/latents  -> raw rows, fp16  -> z0 = (raw - mean) / std per channel, (B, C, h, w), fp32
     data/text     -> raw rows, fp16  -> embeddings (B, dim), fp32; each image names its captions by row
 
-The raw rows lie on the device, or are streamed from the disk where they do not fit (`latentloom.training.row_sources`).
+The raw rows lie on the device, or are streamed from the disk where they do not fit (`latentloom.encoding.row_sources`).
 """
 
 import hashlib
@@ -16,11 +16,11 @@ import pandas as pd
 import torch
 
 from latentloom.encoding.captions import STATS as TEXT_STATS
+from latentloom.encoding.free_memory import free_memory
 from latentloom.encoding.latents import FLIPPED
 from latentloom.encoding.latents import STATS as LATENT_STATS
+from latentloom.encoding.row_sources import HeldRows, RowPlaces, Rows, RowSource, StreamedRows
 from latentloom.files import read_json
-from latentloom.training.free_memory import free_memory
-from latentloom.training.row_sources import HeldRows, RowPlaces, Rows, RowSource, StreamedRows
 
 
 @dataclass(frozen=True)

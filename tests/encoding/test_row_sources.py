@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from latentloom.encoding.row_sources import RowPlaces, StreamedRows
 from latentloom.encoding.tensor_shards import DamagedShardError
-from latentloom.training.row_sources import RowPlaces, StreamedRows
 
 CPU = torch.device("cpu")
 SHARDS = 5

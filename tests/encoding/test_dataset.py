@@ -7,12 +7,12 @@ import tiny_models
 import torch
 
 from latentloom.encoding.captions import encode_captions, read_captions
+from latentloom.encoding.dataset import load_caches
 from latentloom.encoding.latents import encode_images, read_latents
 from latentloom.encoding.row_store import RowStore
 from latentloom.encoding.text_encoder import load_text_encoder
 from latentloom.encoding.vae import load_vae
 from latentloom.ingestion.shards import read_metadata
-from latentloom.training.dataset import load_caches
 
 
 @pytest.fixture(scope="module")

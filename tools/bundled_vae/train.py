@@ -9,11 +9,11 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
-from latentloom.encoding.vae_checkpoint import checkpoint_path, resume, save_checkpoint, save_vae
-from latentloom.encoding.vae_data import evaluation_stems, rendered, training_pictures
-from latentloom.encoding.vae_network import Architecture
-from latentloom.encoding.vae_report import figures_table, save_reconstructions
-from latentloom.encoding.vae_training import Recipe, begin, evaluate, finished_vae, train
+from bundled_vae.checkpoint import checkpoint_path, resume, save_checkpoint, save_vae
+from bundled_vae.data import evaluation_stems, rendered, training_pictures
+from bundled_vae.network import Architecture
+from bundled_vae.report import figures_table, save_reconstructions
+from bundled_vae.training import Recipe, begin, evaluate, finished_vae, train
 
 
 def main(params_path: Path) -> None:

@@ -3,9 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-
-from latentloom.encoding.vae_checkpoint import resume, save_checkpoint
-from latentloom.encoding.vae_data import (
+from bundled_vae.checkpoint import resume, save_checkpoint
+from bundled_vae.data import (
     Pictures,
     draw_batch,
     evaluation_stems,
@@ -15,9 +14,9 @@ from latentloom.encoding.vae_data import (
     rendered,
     untoned,
 )
-from latentloom.encoding.vae_network import Architecture, LatentNorm, UpsampledConv, plain_autoencoder
-from latentloom.encoding.vae_optimizer import orthogonalised
-from latentloom.encoding.vae_training import Recipe, begin, encode_all, finished_vae, train
+from bundled_vae.network import Architecture, LatentNorm, UpsampledConv, plain_autoencoder
+from bundled_vae.optimizer import orthogonalised
+from bundled_vae.training import Recipe, begin, encode_all, finished_vae, train
 
 TINY = Architecture((8, 16, 16, 16), (0, 1, 1, 1), (16, 16, 16, 8), (1, 1, 1, 0))
 

@@ -7,11 +7,11 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from latentloom.tracking.dvc_objects import Place
-from latentloom.tracking.history import History
-from latentloom.tracking.links import Link, gather
-from latentloom.tracking.restoring import Step, steps
-from latentloom.tracking.training_record import find_training
+from latentloom.lineage.dvc_objects import Place
+from latentloom.lineage.history import History
+from latentloom.lineage.links import Link, gather
+from latentloom.lineage.restoring import Step, steps
+from latentloom.lineage.training_record import find_training
 
 FORMAT_VERSION = 1
 WIDEST = 72  # characters of a name, for the places to stand in a column

@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 
 from latentloom.cli import app
 from latentloom.evaluation.drawing import load_text_to_image, stored_settings
-from latentloom.tracking import packing, registry
-from latentloom.tracking.models import find_model
-from latentloom.tracking.registry import Figures, PromotionRefused, worse
+from latentloom.model_files import model_hash, read_config
+from latentloom.registry import packing, registry
+from latentloom.registry.models import find_model
+from latentloom.registry.registry import Figures, PromotionRefused, worse
 from latentloom.tracking.store import open_client
-from latentloom.training.model_files import model_hash, read_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -103,7 +103,7 @@ class Hiding(PathFinder):
         return None if name.partition(".")[0] in {hidden!r} else super().find_spec(name, *arguments)
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Hiding
-import latentloom.tracking.served_model
+import latentloom.registry.served_model
 from pathlib import Path
 from latentloom.evaluation.drawing import load_text_to_image, SamplingSettings
 from latentloom.evaluation.pictures import encode_picture

@@ -12,7 +12,7 @@ import latentloom
 from latentloom.encoding.text_encoder import text_folder
 from latentloom.encoding.vae import vae_folder
 from latentloom.evaluation.drawing import SamplingSettings, store_settings
-from latentloom.training.model_files import MODEL_FILES, read_config
+from latentloom.model_files import MODEL_FILES, read_config
 
 if TYPE_CHECKING:
     from mlflow.models import Model, ModelSignature

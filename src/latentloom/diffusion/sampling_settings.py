@@ -1,0 +1,89 @@
+"""How a sample is generated: the one declaration of its settings.
+
+The same object is read from ``params.yaml``, is taken by the `Diffuser`, and is written into a picture's metadata, the
+MLflow run and the registered model.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+SAMPLER_NAMES = ("ddim", "dpmpp_2m")
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """Settings of a sample.
+
+    diffusion_steps:      sampling steps, from 2 to 1000.
+    class_guidance:       w of classifier-free guidance: 1 is the plain conditional model, more follows the text.
+    sampler:              `ddim` or `dpmpp_2m`.
+    guidance_interval:    the lowest and the highest noise level at which guidance acts; at other levels the prediction
+                          is the plain conditional one, for half the work (Kynkäänniemi et al. 2024).
+    guidance_rescale:     phi, from 0 to 1: how far the guided prediction is scaled back to the standard deviation of
+                          the conditional one, per sample (Lin et al. 2024, eq. 15 and 16).
+    threshold_percentile: of dynamic thresholding (Saharia et al. 2022), above 50; None: no thresholding.
+    precision:            what the network computes in: `fp32`, `bf16`, or `auto` (bf16 where the device is good at it).
+
+    Raises `ValueError` naming the setting, its value and what is allowed.
+    """
+
+    diffusion_steps: int = 70
+    class_guidance: float = 3.0
+    sampler: str = "ddim"
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_rescale: float = 0.0
+    threshold_percentile: float | None = 99.5
+    precision: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check_integer("diffusion_steps", self.diffusion_steps, 2, 1000)
+        _check_number("class_guidance", self.class_guidance, 0.0)
+        _check_choice("sampler", self.sampler, SAMPLER_NAMES)
+        object.__setattr__(self, "guidance_interval", _interval("guidance_interval", self.guidance_interval))
+        _check_number("guidance_rescale", self.guidance_rescale, 0.0, 1.0)
+        if self.threshold_percentile is not None:
+            _check_number("threshold_percentile", self.threshold_percentile, 50.0, 100.0)
+        _check_choice("precision", self.precision, PRECISIONS)
+
+    def changed(self, **given: Any) -> SamplingSettings:
+        """These settings, with those that are given and not None in their place.
+
+        Raises `ValueError` as the constructor does.
+        """
+        return replace(self, **{name: value for name, value in given.items() if value is not None})
+
+
+SETTING_NAMES = tuple(field.name for field in fields(SamplingSettings))
+
+
+def _check_choice(name: str, value: object, allowed: Any) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} = {value!r}: must be one of {', '.join(allowed)}")
+
+
+def _check_integer(name: str, value: object, lowest: int, highest: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= highest:
+        raise ValueError(f"{name} = {value!r}: must be a whole number from {lowest} to {highest}")
+
+
+def _check_number(name: str, value: object, lowest: float, highest: float = math.inf) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not lowest <= value <= highest:
+        bounds = f"at least {lowest:g}" if highest == math.inf else f"from {lowest:g} to {highest:g}"
+        raise ValueError(f"{name} = {value!r}: must be a number, {bounds}")
+
+
+def _interval(name: str, value: Any) -> tuple[float, float]:
+    allowed = "must be [lowest, highest] noise level with lowest < highest, both from 0 to 1"
+    try:
+        low, high = value
+        ordered = 0 <= low < high <= 1
+    except (TypeError, ValueError):
+        ordered = False
+    if not ordered:
+        raise ValueError(f"{name} = {value!r}: {allowed}")
+    return (float(low), float(high))

@@ -1,0 +1,16 @@
+"""What a person can fix: the errors whose message alone is shown. Anything else is a bug and shows its traceback."""
+
+
+class UserError(ValueError):
+    """Something that the person at the keyboard can fix: params, data, files, the environment.
+
+    The message says what is wrong, where (file, row or key), and what to do. Stages and the command line show it
+    without a traceback, and end with exit status 1.
+    """
+
+
+class WriteError(OSError, UserError):
+    """A file could not be written, as on a full disk; the message names it, the room it needs and the room left."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)

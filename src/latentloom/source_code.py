@@ -1,0 +1,81 @@
+"""Which code made this: the modules that a script reaches by its imports, and one hash of them.
+
+`dvc.yaml` lists exactly these modules as a stage's dependencies (a test compares), a checkpoint records their hash, and
+a picture names the hash of those that generated it.
+"""
+
+import ast
+import hashlib
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+PACKAGE = "latentloom"
+# Modules and packages that decide nothing of what a stage computes: params.yaml itself is what DVC compares, paths and
+# errors are no content, previews only show, and tracking, lineage and registry only record.
+UNDECIDING = (
+    *("params", "layout", "errors", "stage", "files", "source_code"),
+    *("training.preview", "tracking", "lineage", "registry"),
+)
+
+
+def deciding_modules(script: Path, package: Path) -> list[Path]:
+    """The files that decide what ``script`` computes: itself, and the modules of ours that it imports, at any depth.
+
+    Imports inside functions count. The package's own code imports a name from the module that defines it, never from
+    the package around it.
+
+    Args:
+        script: a Python file.
+        package: the folder of the package, ``src/latentloom``.
+    """
+    reached, waiting = {script}, [script]
+    while waiting:
+        for module in _imports(waiting.pop(), package):
+            if module not in reached and not _is_undeciding(module, package):
+                reached.add(module)
+                waiting.append(module)
+    return sorted(reached)
+
+
+def code_hash(files: Iterable[Path], root: Path) -> str:
+    """One hash of files, by their paths below ``root`` and their bytes: 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(f"{path.relative_to(root).as_posix()} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _is_undeciding(module: Path, package: Path) -> bool:
+    name = ".".join(module.relative_to(package).with_suffix("").parts)
+    return any(name == own or name.startswith(f"{own}.") for own in UNDECIDING)
+
+
+@cache
+def _imports(file: Path, package: Path) -> tuple[Path, ...]:
+    """The modules of the package that one file imports."""
+    found: list[Path] = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == PACKAGE:
+            for alias in node.names:
+                found += _resolve(node.module, alias.name, package)
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.partition(".")[0] == PACKAGE:
+                    found += _resolve(alias.name, None, package)
+    return tuple(found)
+
+
+def _resolve(module: str, name: str | None, package: Path) -> list[Path]:
+    """The files behind ``from module import name``: the module, the packages around it, and what ``name`` is."""
+    parts = module.split(".")[1:]
+    around = [package.joinpath(*parts[:depth], "__init__.py") for depth in range(1, len(parts) + 1)]
+    files = [path for path in around if path.is_file()]
+    place = package.joinpath(*parts)
+    if place.with_suffix(".py").is_file():
+        return [*files, place.with_suffix(".py")]
+    if name and (place / f"{name}.py").is_file():
+        return [*files, place / f"{name}.py"]
+    if name and (place / name).is_dir():
+        return [*files, place / name / "__init__.py"]
+    return files
