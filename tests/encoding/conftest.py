@@ -1,0 +1,1 @@
+from latent_data import make_data, write_caches  # noqa: F401 (fixtures)

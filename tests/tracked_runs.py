@@ -1,0 +1,88 @@
+"""A project's root with a store, and runs of tiny models in it, as trainings and evaluations leave them."""
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from tiny_models import save_tiny_unet
+
+from latentloom.model_files import model_hash
+from latentloom.tracking.runs import new_run
+from latentloom.tracking.store import open_client
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory) -> Path:
+    """A fresh SQLite store: MLflow needs seconds to make one, so each test gets a copy."""
+    folder = tmp_path_factory.mktemp("store")
+    open_client(folder)
+    return folder / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def tiny_unets(tmp_path_factory) -> list[Path]:
+    """Three models that differ in their weights."""
+    folder = tmp_path_factory.mktemp("unets")
+    return [save_tiny_unet(folder / str(seed), seed=seed) for seed in range(3)]
+
+
+@pytest.fixture
+def project_root(tmp_path, empty_store, monkeypatch) -> Path:
+    """The current folder, as a project's root with an empty store."""
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "DVC_ROOT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LATENTLOOM_DEVICE", "cpu")
+    with closing(sqlite3.connect(empty_store)) as made, closing(sqlite3.connect(tmp_path / "mlflow.db")) as copy:
+        made.backup(copy)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def train(project_root) -> Callable[..., str]:
+    """``train(folder, recall=..., ...)`` logs the run of a model, as `train` and `evaluate` do; the run's id."""
+
+    def log(
+        folder: Path,
+        *,
+        name: str = "a run",
+        recall: float | None = 0.5,
+        val_mae: float | None = 0.4,
+        latents: str = "l" * 64,
+        noise_levels: str = "cosine",
+        failed_checks: tuple[str, ...] = (),
+        validation: str = "artifact",
+        tags: dict[str, str] | None = None,
+    ) -> str:
+        checks = {"enough images": {"success": True}} | {check: {"success": False} for check in failed_checks}
+        report = json.dumps({"success": not failed_checks, "checks": checks})
+        given = {
+            "model.sha256": model_hash(folder),
+            "input.latents": latents,
+            "input.validation": hashlib.sha256(report.encode()).hexdigest(),
+        }
+        settings = {
+            "class_guidance": "2.5",
+            "diffusion_steps": "4",
+            "sampler": "ddim",
+            "guidance_interval": "[0.0, 1.0]",
+        }
+        with new_run(project_root, name=name) as run:
+            run.set_tags(given | (tags or {}))
+            run.log_params({"diffusion": {"schedule": "vp", "noise_levels": noise_levels}, "train.precision": "fp32"})
+            figures = {"caption_recall_at_1": recall, "val_mae": val_mae}
+            run.log_metrics({f"evaluate/{key}": value for key, value in figures.items() if value is not None}, 10)
+            run.set_tags({f"evaluate.{key}": value for key, value in settings.items()})
+            if validation == "artifact":
+                (project_root / "validation.json").write_text(report)
+                run.log_file(project_root / "validation.json")
+        if validation == "reports":
+            (project_root / "reports").mkdir(exist_ok=True)
+            (project_root / "reports" / "validation.json").write_text(report)
+        return run.id
+
+    return log
