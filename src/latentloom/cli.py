@@ -107,33 +107,34 @@ def sample(
     if not folder and Path(output).suffix.lower() != ".png":
         sys.exit(f"-o {output}: give FILE.png, or FOLDER/ for one PNG a sample")
     with _mendable_errors_told():
-        from latentloom.evaluation.drawing import default_settings, load_text_to_image
-        from latentloom.evaluation.pictures import save_picture, together
+        from latentloom.evaluation.metadata import save_image
+        from latentloom.evaluation.text_to_image import default_settings, load_text_to_image
+        from latentloom.image_grid import image_grid
         from latentloom.layout import project_root
         from latentloom.registry.models import find_model
 
         found = find_model(model, project_root())
         settings = default_settings(found.folder).changed(
-            steps=steps,
-            guidance=guidance,
+            diffusion_steps=steps,
+            class_guidance=guidance,
             sampler=sampler,
             guidance_interval=guidance_interval,
             guidance_rescale=guidance_rescale,
-            threshold=threshold,
+            threshold_percentile=threshold,
             precision=precision,
         )
-        loaded = load_text_to_image(found.folder, mlflow_run_id=found.run_id)
-        drawn = loaded.draw(prompts, settings, seed=seed, count=count, first=first)
+        loaded = load_text_to_image(found.folder, provenance={"mlflow_run_id": found.run_id})
+        samples = loaded.generate(prompts, settings, seed=seed, count=count, first=first)
         if not folder:
-            facts = loaded.facts(prompts, settings, seed=seed, count=count, first=first)
-            save_picture(Path(output), together(drawn), facts)
+            metadata = loaded.metadata(prompts, settings, seed=seed, count=count, first=first)
+            save_image(Path(output), image_grid(samples.reshape(-1, *samples.shape[2:]), columns=count), metadata)
             print(output)
             return
-        for row, (prompt, images) in enumerate(zip(prompts, drawn, strict=True), start=1):
+        for row, (prompt, images) in enumerate(zip(prompts, samples, strict=True), start=1):
             words = re.sub(r"[^\w]+", "-", prompt).strip("-")[:60]
             for number, image in enumerate(images, start=first):
                 path = Path(output) / f"{row:02d}-{words}-{number}.png"
-                save_picture(path, image, loaded.facts([prompt], settings, seed=seed, first=number))
+                save_image(path, image, loaded.metadata([prompt], settings, seed=seed, first=number))
                 print(path)
 
 
