@@ -28,6 +28,7 @@ from latentloom.encoding.vae import load_vae
 from latentloom.errors import UserError
 from latentloom.evaluation.metadata import ImageMetadata
 from latentloom.files import read_json, write_json
+from latentloom.image_grid import image_grid
 from latentloom.layout import PARAMS
 from latentloom.model_files import EncoderReference, ModelConfig, load_model, model_hash
 from latentloom.params import load_params
@@ -144,6 +145,11 @@ def load_text_to_image(
     _check("text encoder", folder, config.text_encoder, text_encoder.fingerprint)
     codec = LatentCodec(config.latent_mean, config.latent_std, load_vae=lambda: vae)
     return TextToImage(network, config, codec, text_encoder, model_hash(folder), provenance)
+
+
+def prompt_grid(samples: np.ndarray) -> np.ndarray:
+    """Samples (P, N, H, W, 3) as one image (P H, N W, 3): a prompt's samples side by side, prompts in rows."""
+    return image_grid(samples.reshape(-1, *samples.shape[2:]), columns=samples.shape[1])
 
 
 def default_settings(model: Path, params: Path = PARAMS) -> SamplingSettings:
