@@ -36,6 +36,7 @@ from pathlib import Path
 from statistics import median
 from unittest.mock import MagicMock
 
+import pandas as pd
 import torch
 import yaml
 from torch import nn
@@ -46,7 +47,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latentloom.devices import autocast, autocast_dtype, choose_device
 from latentloom.diffusion import get_network
+from latentloom.encoding.codec import LatentCodec
 from latentloom.encoding.dataset import LatentDataset
+from latentloom.encoding.row_sources import InMemoryRows
 from latentloom.params import DiffusionParams, TrainParams
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,12 +103,12 @@ def ours(settings: Settings) -> Contender:
 
 
 def synthetic_data(device: torch.device) -> LatentDataset:
-    return LatentDataset.from_tensors(
+    return LatentDataset(
         ids=[str(row) for row in range(ROWS)],
-        mean=latents(ROWS, device),
-        std=None,
-        embeddings=texts(ROWS, device),
-        texts=[str(row) for row in range(ROWS)],
+        latents=InMemoryRows({"mean": latents(ROWS, device)}),
+        codec=LatentCodec([0.0] * CHANNELS, [1.0] * CHANNELS),
+        text=InMemoryRows({"embedding": texts(ROWS, device)}),
+        texts=pd.Series([str(row) for row in range(ROWS)]),
         captions=torch.arange(ROWS, device=device).unsqueeze(1),
         caption_counts=torch.ones(ROWS, dtype=torch.long, device=device),
     )

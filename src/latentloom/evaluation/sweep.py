@@ -45,11 +45,10 @@ def sweep(sampler: Sampler, train: LatentDataset, settings: EvaluateParams, seed
         return []
     known = train.take(min(settings.recall_captions, len(train)))
     embeddings, points = known.primary_embeddings(), []
-    own, _ = known.latents_at(slice(0, len(known)))
     for steps in sorted(set(settings.sweep.diffusion_steps)):
         for guidance in sorted(set(settings.sweep.class_guidance)):
             latents = replace(sampler, guidance=guidance, steps=steps).latents(embeddings, known.ids, seed)
-            error = (latents - own).abs().mean()
+            error = (latents - known.mean).abs().mean()
             points.append(SweepPoint(guidance, steps, recall_at_1(latents, train), float(error)))
     return points
 
