@@ -19,38 +19,52 @@ from latentloom.files import read_json, write_json
 SHARD_ROWS = 7
 
 
-def dataset_from_tensors(
-    ids: list[str],
-    mean: torch.Tensor,
-    std: torch.Tensor | None,
-    embeddings: torch.Tensor,
-    texts: Sequence[str],
-    captions: torch.Tensor,
-    caption_counts: torch.Tensor,
-    weights: torch.Tensor | None = None,
-    flipped_mean: torch.Tensor | None = None,
-    flipped_std: torch.Tensor | None = None,
-) -> LatentDataset:
-    """A data set of tensors that are standardised already, all on one device."""
-    views = {"mean": (mean, flipped_mean), "std": (std, flipped_std)}
-    channels = mean.shape[1]
-    return LatentDataset(
-        ids=ids,
-        latents=InMemoryRows(
-            {
-                name: own if mirrored is None else torch.cat([own, mirrored])
-                for name, (own, mirrored) in views.items()
-                if own is not None
-            }
-        ),
-        codec=LatentCodec([0.0] * channels, [1.0] * channels),
-        text=InMemoryRows({"embedding": embeddings}),
-        texts=pd.Series(texts),
-        captions=captions,
-        caption_counts=caption_counts,
-        weights=weights,
-        first_mirrored=None if flipped_mean is None else len(ids),
-    )
+class TensorDataset(LatentDataset):
+    """A data set of tensors that are standardised already, all on one device; and all of them at once."""
+
+    @classmethod
+    def from_tensors(
+        cls,
+        ids: list[str],
+        mean: torch.Tensor,
+        std: torch.Tensor | None,
+        embeddings: torch.Tensor,
+        texts: Sequence[str],
+        captions: torch.Tensor,
+        caption_counts: torch.Tensor,
+        weights: torch.Tensor | None = None,
+        flipped_mean: torch.Tensor | None = None,
+        flipped_std: torch.Tensor | None = None,
+    ) -> "TensorDataset":
+        views = {"mean": (mean, flipped_mean), "std": (std, flipped_std)}
+        latents = {
+            name: own if mirrored is None else torch.cat([own, mirrored])
+            for name, (own, mirrored) in views.items()
+            if own is not None
+        }
+        return cls(
+            ids=ids,
+            latents=InMemoryRows(latents),
+            codec=LatentCodec([0.0] * mean.shape[1], [1.0] * mean.shape[1]),
+            text=InMemoryRows({"embedding": embeddings}),
+            texts=pd.Series(texts, dtype="str"),
+            captions=captions,
+            caption_counts=caption_counts,
+            weights=weights,
+            first_mirrored=None if flipped_mean is None else len(ids),
+        )
+
+    @property
+    def mean(self) -> torch.Tensor:
+        return self.latents_at(slice(0, len(self)))[0]
+
+    @property
+    def flipped_mean(self) -> torch.Tensor:
+        return self.latents_at(slice(self.first_mirrored, self.first_mirrored + len(self)))[0]
+
+    @property
+    def embeddings(self) -> torch.Tensor:
+        return self.embeddings_at(slice(0, len(self.texts)))
 
 
 def read_cache(folder: Path) -> tuple[pd.DataFrame, dict[str, torch.Tensor], dict]:
@@ -65,16 +79,16 @@ def read_cache(folder: Path) -> tuple[pd.DataFrame, dict[str, torch.Tensor], dic
 
 
 @pytest.fixture
-def make_data() -> Callable[..., LatentDataset]:
+def make_data() -> Callable[..., TensorDataset]:
     """``make_data(rows)``: latents (rows, 4, 8, 8) with two captions each, the second shared by all.
 
     With ``flipped``, a mirrored latent is the latent mirrored, plus 100, and has no spread.
     """
 
-    def make(rows: int, *, std: bool = False, flipped: bool = False, prefix: str = "image") -> LatentDataset:
+    def make(rows: int, *, std: bool = False, flipped: bool = False, prefix: str = "image") -> TensorDataset:
         generator = torch.Generator().manual_seed(rows)
         mean = torch.randn(rows, 4, 8, 8, generator=generator)
-        return dataset_from_tensors(
+        return TensorDataset.from_tensors(
             ids=[f"{prefix}{row}" for row in range(rows)],
             mean=mean,
             std=torch.full((rows, 4, 8, 8), 0.1) if std else None,
