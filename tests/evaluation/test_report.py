@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from latent_data import dataset_from_tensors
+from latent_data import TensorDataset
 from PIL import Image
 from torch import nn
 
@@ -88,7 +88,7 @@ def caches(prepare_images) -> tuple[Caches, Path]:
 
     def split(name: str) -> LatentDataset:
         rows = torch.from_numpy(np.flatnonzero(metadata["split"] == name))
-        return dataset_from_tensors(
+        return TensorDataset.from_tensors(
             ids=metadata["id"].iloc[rows.numpy()].tolist(),
             mean=torch.randn(len(rows), 4, 4, 4, generator=generator),
             std=None,
@@ -201,7 +201,7 @@ def test_the_nearest_training_latent_is_found_as_numpy_finds_it(monkeypatch):
     references[13] = references[2]  # of two alike, the first
     samples[0] = references[13]
     distances = np.linalg.norm(samples.reshape(7, 1, -1) - references.reshape(1, 20, -1), axis=2)
-    train = dataset_from_tensors(
+    train = TensorDataset.from_tensors(
         ids=[f"image{row}" for row in range(20)],
         mean=torch.from_numpy(references),
         std=None,
