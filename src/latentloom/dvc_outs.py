@@ -169,3 +169,9 @@ def _last_line(message: str) -> str:
 
 def _md5(data: bytes = b""):
     return hashlib.md5(data, usedforsecurity=False)
+
+
+if __name__ == "__main__":  # of the commands that `latentloom lineage` prints: HASH=PATH, each in the current project
+    for argument in sys.argv[1:]:
+        own_hash, _, own_path = argument.partition("=")
+        bring(Path.cwd(), own_hash, Path(own_path))

@@ -39,6 +39,10 @@ class Git:
                     return b""
             return self._run("diff", "--cached", "--binary", "HEAD", "--", *paths, **index) or b""
 
+    def code_between(self, earlier: str, later: str) -> bytes | None:
+        """How code and params differ between two commits, in the form of `code_diff`."""
+        return self._run("diff", "--binary", earlier, later, "--", *CODE)
+
     def has(self, commit: str) -> bool:
         """Whether the commit is in this clone."""
         return self._run("cat-file", "-e", f"{commit}^{{commit}}") is not None

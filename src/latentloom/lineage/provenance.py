@@ -4,7 +4,6 @@ It goes into the MLflow run as ``provenance.json``, and into ``.state/runs/MODEL
 which `latentloom sample` takes what it writes into a PNG.
 """
 
-import getpass
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -27,6 +26,7 @@ from latentloom.layout import (
 )
 from latentloom.lineage.git import Git
 from latentloom.params import Params
+from latentloom.user import user_name
 
 FORMAT_VERSION = 1
 PACKAGES = Path("requirements.lock")
@@ -38,6 +38,7 @@ INPUTS = {  # files that name the content of every row that the training reads
     "captions": TEXT / "pairs.parquet",
     "validation": VALIDATION_REPORT,
 }
+ENCODERS = {"vae": (LATENTS / "stats.json", "vae"), "text_encoder": (TEXT / "stats.json", "encoder")}
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,14 @@ class Provenance:
         experiment: the name of the DVC experiment that ran the training.
         baseline: the commit that the experiment began from.
         user: who trained.
+        settings: of the training, as far as `latentloom lineage` shows them; all are in params.yaml of the commit.
         code_hash: of the modules that decide the weights, see `source_code.code_hash`.
         packages: the SHA-256 of requirements.lock.
         inputs: the SHA-256 of the files that name the data, by `INPUTS`' names.
         outs: DVC's hashes of the data, and of the finished model: path -> hash.
         sources: what the sources held, as `find_sources` listed it.
         ingested: what `ingest` counted.
-        encoders: the references of the VAE and the text encoder, as params.yaml names them.
+        encoders: ``vae`` and ``text_encoder``, that made the caches: each one's reference and fingerprint.
         failed_checks: the names of the validation's checks that failed; None: there was no validation.
         model_sha256: names the finished model, see `model_files.model_hash`.
         mlflow_run_id: of the training, where MLflow answered.
@@ -70,13 +72,14 @@ class Provenance:
     experiment: str | None = None
     baseline: str | None = None
     user: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
     code_hash: str | None = None
     packages: str | None = None
     inputs: Mapping[str, str] = field(default_factory=dict)
     outs: Mapping[str, str] = field(default_factory=dict)
     sources: list[dict[str, Any]] = field(default_factory=list)
     ingested: dict[str, Any] = field(default_factory=dict)
-    encoders: Mapping[str, str] = field(default_factory=dict)
+    encoders: Mapping[str, dict[str, str]] = field(default_factory=dict)
     failed_checks: list[str] | None = None
     model_sha256: str | None = None
     mlflow_run_id: str | None = None
@@ -108,9 +111,9 @@ class Provenance:
 def collect(root: Path, params: Params, code_hash: str) -> Provenance:
     """What a training that begins now in ``root`` comes from."""
     git = Git(root)
-    lock, report = root / DVC_LOCK, root / VALIDATION_REPORT
+    lock = root / DVC_LOCK
     outs = locked_outs(lock.read_bytes() if lock.exists() else None)
-    checks = read_json(report)["checks"] if report.exists() else None
+    checks = _read(root / VALIDATION_REPORT, {}).get("checks")
     return Provenance(
         commit=git.commit(),
         dirty=git.is_dirty(),
@@ -118,13 +121,18 @@ def collect(root: Path, params: Params, code_hash: str) -> Provenance:
         experiment=os.environ.get("DVC_EXP_NAME"),
         baseline=os.environ.get("DVC_EXP_BASELINE_REV"),
         user=user_name(),
+        settings={
+            "seed": params.seed,
+            "steps": params.train.steps,
+            "learning rate": params.train.learning_rate,
+        },
         code_hash=code_hash,
         packages=sha256_file(root / PACKAGES) if (root / PACKAGES).exists() else None,
         inputs={name: sha256_file(root / path) for name, path in INPUTS.items() if (root / path).exists()},
         outs={path: outs[path] for path in DATA if path in outs},
-        sources=read_json(root / SOURCES) if (root / SOURCES).exists() else [],
-        ingested=read_json(root / INGEST_REPORT) if (root / INGEST_REPORT).exists() else {},
-        encoders={"vae": params.encode_images.vae, "text_encoder": params.encode_text.model},
+        sources=_read(root / SOURCES, []),
+        ingested=_read(root / INGEST_REPORT, {}),
+        encoders={name: own for name, (path, key) in ENCODERS.items() if (own := _read(root / path, {}).get(key))},
         failed_checks=None if checks is None else [name for name, check in checks.items() if not check["success"]],
     )
 
@@ -145,12 +153,8 @@ def read_run_record(root: Path, model_sha256: str) -> Provenance | None:
     return Provenance.from_dict(read_json(path)) if path.exists() else None
 
 
-def user_name() -> str | None:
-    """Who runs this; None where the user id has no name, as in a container."""
-    try:
-        return getpass.getuser()
-    except (ImportError, KeyError, OSError):
-        return None
+def _read(path: Path, otherwise: Any) -> Any:
+    return read_json(path) if path.exists() else otherwise
 
 
 def _run_record(root: Path, model_sha256: str | None) -> Path:
