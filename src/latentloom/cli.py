@@ -84,9 +84,9 @@ def sync() -> None:
 
 @app.command()
 def sample(
-    prompts: Annotated[list[str], typer.Argument(help="What to draw; each prompt is drawn.")],
+    prompts: Annotated[list[str], typer.Argument(help="What to generate; each prompt gets images of its own.")],
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "models/unet",
-    output: Annotated[str, typer.Option("--output", "-o", help="FILE.png, or FOLDER/ for one PNG a sample.")] = (
+    output: Annotated[str, typer.Option("--output", "-o", help="FILE.png, or FOLDER/ for one PNG per sample.")] = (
         "sample.png"
     ),
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise that samples start from.")] = 0,
@@ -102,38 +102,42 @@ def sample(
     threshold: Annotated[float | None, typer.Option(help="The percentile of dynamic thresholding.")] = None,
     precision: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")] = None,
 ) -> None:
-    """Draw prompts with a model. The same command gives the same bytes on one machine's CPU."""
+    """Generate images of prompts with a model. The same command gives the same bytes on one machine's CPU."""
     folder = output.endswith("/") or Path(output).is_dir()
     if not folder and Path(output).suffix.lower() != ".png":
-        sys.exit(f"-o {output}: give FILE.png, or FOLDER/ for one PNG a sample")
+        sys.exit(f"-o {output}: give FILE.png, or FOLDER/ for one PNG per sample")
     with _mendable_errors_told():
-        from latentloom.evaluation.drawing import default_settings, load_text_to_image
-        from latentloom.evaluation.pictures import save_picture, together
+        from latentloom.errors import UserError
+        from latentloom.evaluation.metadata import save_image
+        from latentloom.evaluation.text_to_image import default_settings, load_text_to_image, prompt_grid
         from latentloom.layout import project_root
         from latentloom.registry.models import find_model
 
         found = find_model(model, project_root())
-        settings = default_settings(found.folder).changed(
-            steps=steps,
-            guidance=guidance,
-            sampler=sampler,
-            guidance_interval=guidance_interval,
-            guidance_rescale=guidance_rescale,
-            threshold=threshold,
-            precision=precision,
-        )
-        loaded = load_text_to_image(found.folder, mlflow_run_id=found.run_id)
-        drawn = loaded.draw(prompts, settings, seed=seed, count=count, first=first)
+        try:
+            settings = default_settings(found.folder).changed(
+                diffusion_steps=steps,
+                class_guidance=guidance,
+                sampler=sampler,
+                guidance_interval=guidance_interval,
+                guidance_rescale=guidance_rescale,
+                threshold_percentile=threshold,
+                precision=precision,
+            )
+        except ValueError as error:  # names the setting
+            raise UserError(str(error)) from error
+        loaded = load_text_to_image(found.folder, provenance={"mlflow_run_id": found.run_id})
+        samples = loaded.generate(prompts, settings, seed=seed, count=count, first=first)
         if not folder:
-            facts = loaded.facts(prompts, settings, seed=seed, count=count, first=first)
-            save_picture(Path(output), together(drawn), facts)
+            metadata = loaded.metadata(prompts, settings, seed=seed, count=count, first=first)
+            save_image(Path(output), prompt_grid(samples), metadata)
             print(output)
             return
-        for row, (prompt, images) in enumerate(zip(prompts, drawn, strict=True), start=1):
+        for row, (prompt, images) in enumerate(zip(prompts, samples, strict=True), start=1):
             words = re.sub(r"[^\w]+", "-", prompt).strip("-")[:60]
             for number, image in enumerate(images, start=first):
                 path = Path(output) / f"{row:02d}-{words}-{number}.png"
-                save_picture(path, image, loaded.facts([prompt], settings, seed=seed, first=number))
+                save_image(path, image, loaded.metadata([prompt], settings, seed=seed, first=number))
                 print(path)
 
 
