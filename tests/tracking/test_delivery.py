@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from logged_runs import (
     AWAY,
+    all_stored,
     artifacts,
     client,
     killed_training,
     log_training,
     logged_images,
     logged_steps,
-    stored,
     wait_until,
 )
 
@@ -96,7 +96,7 @@ def test_a_store_that_fails_at_every_call_neither_loses_nor_doubles_anything(roo
     assert {"create_run", "log_batch", "log_image", "log_artifact", "log_inputs", "set_terminated"} <= set(calls)
     assert calls.pop("create_run") == 2  # the run of the lost answer is found by its key
     assert min(calls.values()) >= 3
-    assert stored(root, found_by_key(root, away)) == stored(root, whole.id)
+    assert all_stored(root, found_by_key(root, away)) == all_stored(root, whole.id)
     assert list(journals(root).iterdir()) == []
 
 
@@ -106,12 +106,12 @@ def test_a_delivery_that_the_journal_does_not_know_of_is_repeated_without_effect
         run.log_file(Path(__file__))
         shutil.copytree(journals(root) / run.key / "files", root / "files")
         raise KeyboardInterrupt
-    before = stored(root, run.id)
+    before = all_stored(root, run.id)
     shutil.copytree(root / "files", journals(root) / run.key / "files", dirs_exist_ok=True)
     forget_what_arrived(journals(root) / run.key)
     (synced,) = sync(root)
     assert synced.message == "delivered 15 entries"
-    assert stored(root, run.id) == before
+    assert all_stored(root, run.id) == before
 
 
 def test_an_image_of_which_a_kill_cut_the_delivery_short_is_delivered_again(root):
