@@ -46,7 +46,7 @@ class Training:
         self.process.start()
 
     def log(self, steps: int) -> None:
-        """Log so many steps, and see the process go on at once."""
+        """Log so many steps, and see the process continue at once."""
         began = time.monotonic()
         self.orders.send(range(self.steps + 1, self.steps + steps + 1))
         self.orders.recv()

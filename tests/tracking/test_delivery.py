@@ -171,12 +171,19 @@ def test_a_deleted_run_is_created_again_with_its_whole_curve(root):
     assert logged_steps(root, run.id, "train/mae") == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
-def test_a_training_resumed_with_another_store_is_there_with_its_whole_curve(root, away, empty_store, monkeypatch):
-    shutil.copyfile(empty_store, root / "other.db")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'other.db'}")
-    with new_run(root, key=away) as run:
-        log_training(run, steps=range(4, 9))
-    assert logged_steps(root, run.id, "train/mae") == [1, 2, 3, 4, 5, 6, 7, 8]
+def test_a_training_resumed_with_another_store_and_back_is_whole_in_both(root, empty_store, monkeypatch):
+    own, other = f"sqlite:///{root / 'own.db'}", f"sqlite:///{root / 'other.db'}"
+    for name in ("own.db", "other.db"):
+        shutil.copyfile(empty_store, root / name)
+    key = None
+    for uri, steps in ((own, range(1, 4)), (other, range(3, 6)), (own, range(5, 9))):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        with pytest.raises(KeyboardInterrupt), new_run(root, key=key) as run:
+            key = run.key
+            log_training(run, steps)
+            raise KeyboardInterrupt
+        assert logged_steps(root, run.id, "train/mae") == list(range(1, steps.stop))
+    assert logged_images(root, run.id) == [2, 6, 8]  # the files of what `other` had are not kept
 
 
 def test_adding_to_a_run_that_the_store_does_not_have_costs_a_warning_and_leaves_nothing(root):
