@@ -52,15 +52,20 @@ def ui(port: Annotated[int, typer.Option(min=1, max=65535, help="Of the address 
     """Serve MLflow's pages on this machine until Ctrl-C, and say where: pictures, curves and figures of all runs."""
     with _mendable_errors_told():
         from latentloom.layout import project_root
-        from latentloom.tracking.charts import address
-        from latentloom.tracking.store import experiment_id, open_client, tracking_uri, without_credentials
+        from latentloom.tracking.store import (
+            experiment_id,
+            open_client,
+            tracking_uri,
+            ui_address,
+            without_credentials,
+        )
 
         root = project_root()
         store, experiment = tracking_uri(root), experiment_id(open_client(root), root)
     if store.startswith(("http://", "https://")):
-        print(f"MLflow: {address(without_credentials(store), experiment)}")
+        print(f"MLflow: {ui_address(without_credentials(store), experiment)}")
         return
-    print(f"MLflow: {address(f'http://127.0.0.1:{port}', experiment)}", flush=True)
+    print(f"MLflow: {ui_address(f'http://127.0.0.1:{port}', experiment)}", flush=True)
     # The store is told by the environment, where no list of processes shows its password. Without the jobs, which only
     # judge language models, the server takes two processes instead of ten.
     environment = {"MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
@@ -75,9 +80,9 @@ def sync() -> None:
     from latentloom.tracking.runs import sync
 
     waits = False
-    for key, said in sync(project_root()):
-        print(f"{key}: {said}")
-        waits = waits or "wait" in said
+    for synced in sync(project_root()):
+        print(f"{synced.key}: {synced.message}")
+        waits = waits or synced.waits
     if waits:
         sys.exit(1)
 
