@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from latentloom import sharding
+from latentloom.errors import UserError
 from latentloom.files import atomic_path, read_json, write_json
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ WRITER_OPTIONS = {
 METADATA_COLUMNS = ["id", "captions", "split", "key", "source", "width", "height"]
 
 
-class ShardError(ValueError):
+class ShardError(UserError):
     """A file of ``data/images`` is missing or damaged; the message names it."""
 
 
@@ -276,7 +277,7 @@ def _open_shards(folder: Path) -> Iterator[tuple[Path, pq.ParquetFile]]:
     for shard in read_manifest(folder)["shards"]:
         path = folder / shard["name"]
         if not path.is_file():
-            raise FileNotFoundError(
+            raise ShardError(
                 f"{path} is missing, yet {MANIFEST} names it: run `dvc repro`, which writes it anew"
             )
         with _naming(path):
