@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from latent_data import TensorDataset
 from PIL import Image
 from torch import nn
 
@@ -74,6 +75,10 @@ def model(network) -> TextToImage:
     return TextToImage(network, CONFIG, codec, Hashing(), model_sha256="0" * 64)
 
 
+def means(data: LatentDataset) -> torch.Tensor:
+    return data.latents_at(slice(0, len(data)))[0]
+
+
 @pytest.fixture
 def caches(prepare_images) -> tuple[Caches, Path]:
     images = prepare_images(range(16))
@@ -83,7 +88,7 @@ def caches(prepare_images) -> tuple[Caches, Path]:
 
     def split(name: str) -> LatentDataset:
         rows = torch.from_numpy(np.flatnonzero(metadata["split"] == name))
-        return LatentDataset.from_tensors(
+        return TensorDataset.from_tensors(
             ids=metadata["id"].iloc[rows.numpy()].tolist(),
             mean=torch.randn(len(rows), 4, 4, 4, generator=generator),
             std=None,
@@ -106,7 +111,7 @@ def params():
 
 def test_a_model_that_knows_its_captions_has_full_recall(caches, params):
     data, images = caches
-    network = Remembers(data.train.primary_embeddings(), data.train.mean)
+    network = Remembers(data.train.primary_embeddings(), means(data.train))
     result = evaluate(params, model(network), data, images)
     assert result.metrics["caption_recall_at_1"] == 1.0
     assert result.metrics["recall_captions"] == 8
@@ -116,14 +121,14 @@ def test_a_model_that_mixes_two_captions_up_loses_just_those(caches, params):
     data, images = caches
     order = torch.arange(12)
     order[[0, 1]] = torch.tensor([1, 0])
-    network = Remembers(data.train.primary_embeddings(), data.train.mean[order])
+    network = Remembers(data.train.primary_embeddings(), means(data.train)[order])
     result = evaluate(params, model(network), data, images)
     assert result.metrics["caption_recall_at_1"] == 6 / 8
 
 
 def test_the_validation_error_is_of_the_validation_split(caches, params):
     data, images = caches
-    network = Remembers(data.validation.primary_embeddings(), data.validation.mean)
+    network = Remembers(data.validation.primary_embeddings(), means(data.validation))
     result = evaluate(params, model(network), data, images)
     assert result.metrics["val_mae"] == 0.0
     assert all(math.isfinite(value) for value in result.metrics.values())
@@ -132,7 +137,7 @@ def test_the_validation_error_is_of_the_validation_split(caches, params):
 def test_without_a_validation_split_there_is_still_an_evaluation(caches, params):
     data, images = caches
     data = Caches(data.train, data.validation.take(0), {}, {})
-    network = Remembers(data.train.primary_embeddings(), data.train.mean)
+    network = Remembers(data.train.primary_embeddings(), means(data.train))
     result = evaluate(params, model(network), data, images)
     assert "val_mae" not in result.metrics
     assert "no held-out image: val_mae is not measured" in result.summary
@@ -153,7 +158,7 @@ def test_the_sheets_footer_says_how_the_samples_were_made(caches, params, monkey
     footers = []
     monkeypatch.setattr(report, "render_sheet", lambda sections, footer: footers.append(footer))
     data, images = caches
-    network = Remembers(data.train.primary_embeddings(), data.train.mean)
+    network = Remembers(data.train.primary_embeddings(), means(data.train))
     settings = params.evaluate.model_copy(update={"sampling": SETTINGS.changed(**settings)})
     evaluate(params.model_copy(update={"evaluate": settings}), model(network), data, images)
     assert footers[0].startswith(expected)
@@ -196,7 +201,7 @@ def test_the_nearest_training_latent_is_found_as_numpy_finds_it(monkeypatch):
     references[13] = references[2]  # of two alike, the first
     samples[0] = references[13]
     distances = np.linalg.norm(samples.reshape(7, 1, -1) - references.reshape(1, 20, -1), axis=2)
-    train = LatentDataset.from_tensors(
+    train = TensorDataset.from_tensors(
         ids=[f"image{row}" for row in range(20)],
         mean=torch.from_numpy(references),
         std=None,

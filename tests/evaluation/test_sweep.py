@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from latent_data import TensorDataset
 from PIL import Image
 
 from latentloom.diffusion import SamplingSettings
@@ -36,7 +37,7 @@ LATENTS = torch.randn(12, 4, 4, 4, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture
 def train() -> LatentDataset:
-    return LatentDataset.from_tensors(
+    return TensorDataset.from_tensors(
         ids=[str(row) for row in range(12)],
         mean=LATENTS,
         std=None,
