@@ -6,13 +6,13 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict
 
 import numpy as np
-from latentloom.lineage.provenance import read_run_record
 
 from latentloom.encoding.dataset import load_caches
 from latentloom.evaluation.report import evaluate
 from latentloom.evaluation.sweep import CHART, TABLE, save_sweep, sweep
 from latentloom.evaluation.text_to_image import SETTINGS_FILE, load_text_to_image
 from latentloom.layout import DVC_LOCK, IMAGES, LATENTS, MODEL, SAMPLE_SHEET, TEXT, project_root
+from latentloom.lineage.provenance import read_run_record
 from latentloom.params import Params
 from latentloom.stage import run_stage
 from latentloom.tracking.runs import TrackedRun, reopened_run

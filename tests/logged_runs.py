@@ -66,14 +66,20 @@ def artifacts(root: Path, run_id: str) -> Path:
     return Path(urlparse(client(root).get_run(run_id).info.artifact_uri).path)
 
 
-def stored(root: Path, run_id: str) -> dict:
-    """All that the store has of a run, as far as it is the same for two runs that logged the same."""
-    run, files = client(root).get_run(run_id), artifacts(root, run_id)
+def stored(client: MlflowClient, run_id: str, files: Path) -> dict:
+    """All that a store has of a run, as far as it is the same for two runs that logged the same.
+
+    Args:
+        client: of the store.
+        run_id: the run's.
+        files: the folder of its artifacts.
+    """
+    run = client.get_run(run_id)
     own = ("latentloom.key", "mlflow.runName")
     return {
         "status": run.info.status,
         "metrics": {
-            key: [(metric.step, metric.value) for metric in client(root).get_metric_history(run_id, key)]
+            key: [(metric.step, metric.value) for metric in client.get_metric_history(run_id, key)]
             for key in run.data.metrics
         },
         "params": run.data.params,
@@ -85,6 +91,11 @@ def stored(root: Path, run_id: str) -> dict:
             if path.is_file()
         ),
     }
+
+
+def all_stored(root: Path, run_id: str) -> dict:
+    """`stored`, of the project's own store."""
+    return stored(client(root), run_id, artifacts(root, run_id))
 
 
 def wait_until(happened: Callable[[], object]) -> None:

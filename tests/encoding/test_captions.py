@@ -1,6 +1,8 @@
 """The text cache: CLIP's projected embeddings, sentence embeddings, and which caption belongs to which image."""
 
 import contextlib
+import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from latent_data import read_cache
+from safetensors.torch import load_file, save_file
 
 from latentloom import sharding
 from latentloom.encoding import captions
@@ -177,3 +180,27 @@ def crashing_after(encoder: TextEncoder, batches: int) -> TextEncoder:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_what_decides_an_embedding_is_known_without_loading_the_model(clip, bundled, tmp_path):
+    for loaded in (clip, bundled):
+        encoder = TextEncoder(loaded.reference)
+        known = (encoder.class_name, encoder.dim, encoder.max_tokens, encoder.pooling)
+        assert "_loaded" not in vars(encoder)
+        config, length = loaded.model.config, loaded.tokenizer.model_max_length
+        dim = config.projection_dim if loaded is clip else config.hidden_size
+        assert known[:3] == (type(loaded.model).__name__, dim, min(length, config.max_position_embeddings))
+
+
+def test_what_a_config_leaves_to_the_defaults_of_transformers_is_taken_from_the_model(clip, tmp_path):
+    folder = Path(shutil.copytree(clip.reference, tmp_path / "clip"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"projection_dim": 512}))
+    weights = load_file(folder / "model.safetensors")
+    weights["text_projection.weight"] = torch.zeros(512, 16)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    del config["projection_dim"], config["max_position_embeddings"]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    encoder = TextEncoder(str(folder))
+    assert (encoder.dim, encoder.max_tokens) == (512, 77)

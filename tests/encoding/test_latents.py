@@ -20,6 +20,7 @@ from latentloom.encoding import cache, latents
 from latentloom.encoding.cache import RowStore
 from latentloom.encoding.latents import encode_images
 from latentloom.encoding.vae import Vae, load_vae, vae_fingerprint
+from latentloom.errors import UserError
 from latentloom.ingestion.shards import iterate_images, read_metadata
 
 
@@ -319,3 +320,20 @@ def crashing_after(vae: Vae, batches: int) -> Vae:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_damaged_weights_are_an_error_of_the_users_that_names_the_vae(tmp_path):
+    folder = tiny_models.save_tiny_vae(tmp_path / "vae")
+    path = folder / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"encode_images\.vae: .*vae cannot be loaded"):
+        load_vae(str(folder))
+
+
+def test_the_bound_is_that_of_the_standardised_training_latents(kl, prepare_images, tmp_path):
+    encode_images(kl, prepare_images(range(40)), tmp_path / "out", RowStore(tmp_path / "state", 2**30), flip=True)
+    index, tensors, statistics = read_cache(tmp_path / "out")
+    chosen = tensors["mean"][(index["split"] == "train").to_numpy(copy=True)].double().numpy()
+    scale, center = (np.array(statistics[name])[:, None, None] for name in ("std", "mean"))
+    percentiles = np.quantile(np.abs((chosen - center) / scale).reshape(len(chosen), -1), 0.995, axis=1)
+    assert statistics["bound"] == pytest.approx(np.quantile(percentiles, 0.99), abs=1e-4)

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from logged_runs import (
     AWAY,
+    all_stored,
     artifacts,
     client,
     killed_training,
     log_training,
     logged_images,
     logged_steps,
-    stored,
     wait_until,
 )
 
@@ -96,7 +96,7 @@ def test_a_store_that_fails_at_every_call_neither_loses_nor_doubles_anything(roo
     assert {"create_run", "log_batch", "log_image", "log_artifact", "log_inputs", "set_terminated"} <= set(calls)
     assert calls.pop("create_run") == 2  # the run of the lost answer is found by its key
     assert min(calls.values()) >= 3
-    assert stored(root, found_by_key(root, away)) == stored(root, whole.id)
+    assert all_stored(root, found_by_key(root, away)) == all_stored(root, whole.id)
     assert list(journals(root).iterdir()) == []
 
 
@@ -106,12 +106,12 @@ def test_a_delivery_that_the_journal_does_not_know_of_is_repeated_without_effect
         run.log_file(Path(__file__))
         shutil.copytree(journals(root) / run.key / "files", root / "files")
         raise KeyboardInterrupt
-    before = stored(root, run.id)
+    before = all_stored(root, run.id)
     shutil.copytree(root / "files", journals(root) / run.key / "files", dirs_exist_ok=True)
     forget_what_arrived(journals(root) / run.key)
     (synced,) = sync(root)
     assert synced.message == "delivered 15 entries"
-    assert stored(root, run.id) == before
+    assert all_stored(root, run.id) == before
 
 
 def test_an_image_of_which_a_kill_cut_the_delivery_short_is_delivered_again(root):
@@ -171,12 +171,19 @@ def test_a_deleted_run_is_created_again_with_its_whole_curve(root):
     assert logged_steps(root, run.id, "train/mae") == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
-def test_a_training_resumed_with_another_store_is_there_with_its_whole_curve(root, away, empty_store, monkeypatch):
-    shutil.copyfile(empty_store, root / "other.db")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'other.db'}")
-    with new_run(root, key=away) as run:
-        log_training(run, steps=range(4, 9))
-    assert logged_steps(root, run.id, "train/mae") == [1, 2, 3, 4, 5, 6, 7, 8]
+def test_a_training_resumed_with_another_store_and_back_is_whole_in_both(root, empty_store, monkeypatch):
+    own, other = f"sqlite:///{root / 'own.db'}", f"sqlite:///{root / 'other.db'}"
+    for name in ("own.db", "other.db"):
+        shutil.copyfile(empty_store, root / name)
+    key = None
+    for uri, steps in ((own, range(1, 4)), (other, range(3, 6)), (own, range(5, 9))):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        with pytest.raises(KeyboardInterrupt), new_run(root, key=key) as run:
+            key = run.key
+            log_training(run, steps)
+            raise KeyboardInterrupt
+        assert logged_steps(root, run.id, "train/mae") == list(range(1, steps.stop))
+    assert logged_images(root, run.id) == [2, 6, 8]  # the files of what `other` had are not kept
 
 
 def test_adding_to_a_run_that_the_store_does_not_have_costs_a_warning_and_leaves_nothing(root):

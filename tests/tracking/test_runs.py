@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from logged_runs import (
     IMAGE,
+    all_stored,
     artifacts,
     client,
     killed_training,
     log_training,
     logged_images,
     logged_steps,
-    stored,
     wait_until,
 )
 
@@ -35,7 +35,7 @@ def test_params_metrics_and_tags_arrive(root):
     assert found.data.params == {"train.steps": "5", "train.prompts": "['a', 'b']", "seed": "0"}
     assert found.data.tags["kept"] == "yes"
     assert "dropped" not in found.data.tags
-    assert stored(root, run.id)["metrics"] == {"train/mae": [(10, 0.5), (20, 0.4)], "val/mae": [(10, 0.6)]}
+    assert all_stored(root, run.id)["metrics"] == {"train/mae": [(10, 0.5), (20, 0.4)], "val/mae": [(10, 0.6)]}
 
 
 def test_nested_params_are_flattened_with_dots():

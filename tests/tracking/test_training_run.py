@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from logged_runs import artifacts, client, stored
+from logged_runs import all_stored, artifacts, client
 from projects import tiny_params
 
 from latentloom.params import Params
@@ -108,7 +108,7 @@ def test_the_finished_model_is_recorded_beside_what_it_came_from(project_root, p
             model_sha256="c" * 64,
             provenance=PROVENANCE | {"model_sha256": "c" * 64},
         )
-    tags, files = stored(project_root, run.id)["tags"], artifacts(project_root, run.id)
+    tags, files = all_stored(project_root, run.id)["tags"], artifacts(project_root, run.id)
     assert tags["model.sha256"] == "c" * 64
     assert tags["mlflow.note.content"].startswith("**1,234 images")
     assert tags["mlflow.note.content"].endswith("train MAE **0.250**, validation MAE **0.500**. Model `cccccccccccc`.")

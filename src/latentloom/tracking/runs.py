@@ -201,7 +201,7 @@ def _open(root: Path, key: str, about: dict[str, Any], *, skip: bool) -> Iterato
         yield TrackedRun()
         return
     if journal.about["target"] != current_target():  # a resumed run, and all of it, goes to the present store
-        journal.update(target=current_target(), mlflow_run_id=None)
+        journal.update(target=current_target(), mlflow_run_id=None, delivered=0)
     run, delivery = TrackedRun(journal, skip=skip), Delivery(journal, root)
     started = (journal.about["started"] or _now()) / 1000
     delivery.start(measure=lambda: run.log_metrics(system_metrics(), int(time.time() - started)))
