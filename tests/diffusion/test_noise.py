@@ -17,6 +17,7 @@ from latentloom.diffusion import (
     noise_levels_from_uniform,
     sampling_levels,
 )
+from latentloom.diffusion.noise import quantile
 
 GAMMA = {"vp": lambda a: np.sqrt(1 - a**2), "linear": lambda a: 1 - a}
 
@@ -201,3 +202,11 @@ def test_dynamic_thresholding_treats_each_sample_apart():
 def test_dynamic_thresholding_refuses_impossible_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         dynamic_thresholding(np.zeros((1, 4, 4, 4)), *arguments)
+
+
+@pytest.mark.parametrize("numbers", [1, 2, 64, 256, 1000])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.995, 1.0])
+def test_quantiles_of_rows_are_numpys(numbers, share):
+    values = torch.randn(7, numbers, generator=torch.Generator().manual_seed(0))
+    expected = np.quantile(values.double().numpy(), share, axis=1)
+    np.testing.assert_allclose(quantile(values, share), expected, rtol=1e-5, atol=1e-6)

@@ -1,8 +1,8 @@
 """The science of latent diffusion, on torch and NumPy alone: noise, a denoiser, and the way back from noise.
 
 `noise` says how latents become noise and what one step back is, `blocks` and `unet` build the denoiser, `samplers`
-string steps into a trajectory, `diffuser` follows one from noise to latents with `sampling_settings`, `plotting` shows
-those. `layouts` takes arrays and tensors in either layout.
+string steps into a trajectory, `diffuser` follows one from noise to latents with `sampling_settings`, `decoding` makes
+pixels of those, and `plotting` shows them. `layouts` takes arrays and tensors in either layout.
 
 `from latentloom.diffusion import Diffuser` works for each name below; a module is imported when a name of it is first
 asked for, so that reading settings does not load torch. The names `seeds_nhwc`, `labels_np`, `array_nhwc`, `perc`,
@@ -23,6 +23,7 @@ _NAMES = {
         "UpBlock",
         "sinusoidal_embedding",
     ],
+    "decoding": ["decode_latents"],
     "diffuser": ["Diffuser"],
     "layouts": ["detect_layout", "to_nchw", "to_tensor"],
     "noise": [
@@ -36,7 +37,7 @@ _NAMES = {
         "noise_levels_from_uniform",
         "sampling_levels",
     ],
-    "plotting": ["decode_latents", "imshow", "plot_images"],
+    "plotting": ["imshow", "plot_images"],
     "samplers": ["SAMPLERS", "ddim", "dpmpp_2m", "get_sampler"],
     "sampling_settings": ["SamplingSettings"],
     "unet": ["TiledMerge", "UNet", "get_network"],

@@ -222,14 +222,20 @@ def dynamic_thresholding(img: Array, perc: float = 99.5, bound: float = 1.0) -> 
     x, restore = to_tensor(img)
     if x.ndim < 2:
         raise ValueError(f"dynamic thresholding needs a batch (B, ...), but the shape is {tuple(x.shape)}")
-    magnitude = x.abs().flatten(1)
-    # The percentile by linear interpolation between order statistics. `topk` sorts just the largest values
-    # and, unlike `torch.quantile`, has no limit on size.
-    position = perc / 100 * (magnitude.shape[1] - 1)
-    below = math.floor(position)
-    top = magnitude.topk(magnitude.shape[1] - below, dim=1).values
-    s = top[:, -1]
-    if position > below:
-        s = torch.lerp(s, top[:, -2], position - below)
+    s = quantile(x.abs().flatten(1), perc / 100)
     s = s.clamp(min=bound).reshape(-1, *[1] * (x.ndim - 1))
     return restore(x.clamp(-s, s) * (bound / s))
+
+
+def quantile(values: torch.Tensor, share: float) -> torch.Tensor:
+    """The quantile `(N,)` of each row of `values` `(N, M)`, by linear interpolation between order statistics.
+
+    `share` is from 0 to 1. The result is that of `torch.quantile`, which limits the number of values; and only the
+    values from the quantile up are sorted.
+    """
+    position = share * (values.shape[1] - 1)
+    below = math.floor(position)
+    largest = values.topk(values.shape[1] - below, dim=1).values
+    if position == below:
+        return largest[:, -1]
+    return torch.lerp(largest[:, -1], largest[:, -2], position - below)
