@@ -10,25 +10,39 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from latentloom.diffusion import get_network
+from latentloom.diffusion.unet import get_network
 from latentloom.encoding.dataset import LatentDataset
 from latentloom.params import load_params
 from latentloom.training.loop import TrainingState, train
+from latentloom.training.processes import make_accelerator
 
 ROWS, STEPS, BATCH, PARTS = 21, 20, 8, 2
+
+
+class Rows:
+    """Rows in memory, as `LatentDataset` reads them."""
+
+    device, streamed = torch.device("cpu"), False
+
+    def __init__(self, **tensors: torch.Tensor) -> None:
+        self.tensors = tensors
+        self.shapes = {name: tuple(tensor.shape[1:]) for name, tensor in tensors.items()}
+
+    def gather(self, rows: torch.Tensor | slice) -> dict[str, torch.Tensor]:
+        return {name: tensor[rows] for name, tensor in self.tensors.items()}
 
 
 def make_data() -> LatentDataset:
     generator = torch.Generator().manual_seed(0)
     mean = torch.randn(ROWS, 4, 8, 8, generator=generator)
-    return LatentDataset.from_tensors(
+    return LatentDataset(
         ids=[f"image{row}" for row in range(ROWS)],
-        mean=mean,
-        std=torch.full_like(mean, 0.1),
-        embeddings=torch.randn(ROWS, 12, generator=generator),
+        latents=Rows(mean=mean, std=torch.full_like(mean, 0.1)),
+        center=torch.zeros(1, 4, 1, 1),
+        scale=torch.ones(1, 4, 1, 1),
+        text=Rows(embedding=torch.randn(ROWS, 12, generator=generator)),
         texts=[f"caption {row}" for row in range(ROWS)],
         captions=torch.arange(ROWS)[:, None],
         caption_counts=torch.ones(ROWS, dtype=torch.long),
@@ -37,7 +51,7 @@ def make_data() -> LatentDataset:
 
 def main(out: Path, failing: int | None) -> None:
     torch.set_num_threads(1)
-    accelerator = Accelerator(cpu=True)
+    accelerator = make_accelerator(torch.device("cpu"))
     params = load_params(Path(__file__).parents[2] / "params.yaml")
     settings = params.train.model_copy(update={"steps": STEPS, "batch_size": BATCH, "gradient_accumulation": PARTS})
     torch.manual_seed(0)
