@@ -18,31 +18,20 @@ from latentloom.params import load_params
 from latentloom.training.loop import TrainingState, train
 from latentloom.training.processes import make_accelerator
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from latent_data import TensorDataset
+
 ROWS, STEPS, BATCH, PARTS = 21, 20, 8, 2
-
-
-class Rows:
-    """Rows in memory, as `LatentDataset` reads them."""
-
-    device, streamed = torch.device("cpu"), False
-
-    def __init__(self, **tensors: torch.Tensor) -> None:
-        self.tensors = tensors
-        self.shapes = {name: tuple(tensor.shape[1:]) for name, tensor in tensors.items()}
-
-    def gather(self, rows: torch.Tensor | slice) -> dict[str, torch.Tensor]:
-        return {name: tensor[rows] for name, tensor in self.tensors.items()}
 
 
 def make_data() -> LatentDataset:
     generator = torch.Generator().manual_seed(0)
     mean = torch.randn(ROWS, 4, 8, 8, generator=generator)
-    return LatentDataset(
+    return TensorDataset.from_tensors(
         ids=[f"image{row}" for row in range(ROWS)],
-        latents=Rows(mean=mean, std=torch.full_like(mean, 0.1)),
-        center=torch.zeros(1, 4, 1, 1),
-        scale=torch.ones(1, 4, 1, 1),
-        text=Rows(embedding=torch.randn(ROWS, 12, generator=generator)),
+        mean=mean,
+        std=torch.full_like(mean, 0.1),
+        embeddings=torch.randn(ROWS, 12, generator=generator),
         texts=[f"caption {row}" for row in range(ROWS)],
         captions=torch.arange(ROWS)[:, None],
         caption_counts=torch.ones(ROWS, dtype=torch.long),
