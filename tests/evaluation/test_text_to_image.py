@@ -1,4 +1,4 @@
-"""`latentloom sample`: the same command gives the same bytes, and a picture knows the command that drew it."""
+"""`latentloom sample`: the same command gives the same bytes, and an image names the command that generated it."""
 
 import json
 import os
@@ -6,7 +6,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,33 +17,21 @@ from tiny_models import save_clip, save_tiny_unet, save_tiny_vae
 from typer.testing import CliRunner
 
 from latentloom.cli import app
-from latentloom.diffusion import Diffuser
+from latentloom.diffusion import Diffuser, SamplingSettings
 from latentloom.encoding.text_encoder import load_text_encoder
 from latentloom.encoding.vae import load_vae
-from latentloom.evaluation.drawing import SamplingSettings, load_text_to_image, store_settings
-from latentloom.evaluation.pictures import PictureFacts, read_facts, redraw_command, save_picture
+from latentloom.errors import UserError
+from latentloom.evaluation.metadata import generate_command, read_metadata
+from latentloom.evaluation.text_to_image import (
+    generating_code,
+    load_text_to_image,
+    store_settings,
+    stored_settings,
+)
 from latentloom.model_files import load_model, model_hash
 from latentloom.randomness import generator
 
 ROOT = Path(__file__).parents[2]
-FACTS = PictureFacts(
-    prompts=("a red apple", "une pomme, « rouge » ✓"),
-    seed=7,
-    first=2,
-    count=3,
-    steps=20,
-    guidance=0.1 + 0.2,
-    sampler="dpmpp_2m",
-    guidance_interval=(0.2, 0.7),
-    guidance_rescale=0.5,
-    threshold=99.5,
-    precision="bf16",
-    model_sha256="a" * 64,
-    mlflow_run_id="b" * 32,
-    vae="c" * 64,
-    text_encoder="d" * 64,
-)
-PIXELS = np.arange(6 * 4 * 3, dtype=np.uint8).reshape(6, 4, 3)
 QUICK = ("--steps", "3", "--precision", "fp32")
 
 
@@ -70,43 +57,6 @@ def sample(model, tmp_path, monkeypatch):
     return run
 
 
-def test_a_picture_comes_back_with_its_pixels_and_facts(tmp_path):
-    save_picture(tmp_path / "a.png", PIXELS, FACTS)
-    assert read_facts(tmp_path / "a.png") == FACTS
-    with Image.open(tmp_path / "a.png") as image:
-        assert (np.asarray(image) == PIXELS).all()
-
-
-def test_any_png_reader_finds_prompt_seed_model_and_run(tmp_path):
-    save_picture(tmp_path / "a.png", PIXELS, FACTS)
-    with Image.open(tmp_path / "a.png") as image:
-        text = dict(image.text)
-    assert text["prompt"] == "\n".join(FACTS.prompts)
-    assert (text["seed"], text["model_sha256"], text["mlflow_run_id"]) == ("7", "a" * 64, "b" * 32)
-    assert json.loads(text["latentloom"])["guidance_interval"] == [0.2, 0.7]
-
-
-def test_a_picture_of_a_model_without_a_run_names_none(tmp_path):
-    save_picture(tmp_path / "a.png", PIXELS, replace(FACTS, mlflow_run_id=None))
-    with Image.open(tmp_path / "a.png") as image:
-        assert "mlflow_run_id" not in image.text
-    assert read_facts(tmp_path / "a.png").mlflow_run_id is None
-
-
-def test_a_file_that_is_not_one_of_our_pictures_is_named(tmp_path):
-    (tmp_path / "text.png").write_text("hello")
-    Image.fromarray(PIXELS).save(tmp_path / "bare.png")
-    save_picture(tmp_path / "whole.png", PIXELS, FACTS)
-    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-30])
-    changed = (tmp_path / "whole.png").read_bytes().replace(b'"precision": "bf16"', b'"precision": "bf61"')
-    (tmp_path / "changed.png").write_bytes(changed)
-    for name, reason in (("text", "no picture"), ("bare", "does not say"), ("cut", "damaged"), ("changed", "")):
-        with pytest.raises(ValueError, match=rf"{name}\.png.*{reason}"):
-            read_facts(tmp_path / f"{name}.png")
-    with pytest.raises(FileNotFoundError, match="absent"):
-        read_facts(tmp_path / "absent.png")
-
-
 def test_a_sample_is_what_the_science_gives_step_by_step(sample, model):
     sample("a red apple", "--seed", "5", "--guidance", "2.5", *QUICK, "-o", "a.png")
     network, config = load_model(model)
@@ -118,7 +68,7 @@ def test_a_sample_is_what_the_science_gives_step_by_step(sample, model):
         assert np.abs(np.asarray(image).astype(int) - expected).max() <= 1
 
 
-def test_a_sample_is_the_same_bytes_whatever_is_drawn_beside_it(sample):
+def test_a_sample_is_the_same_bytes_whatever_is_generated_beside_it(sample):
     sample("a red apple", "a snowman", "--seed", "1", "--count", "3", *QUICK, "-o", "all/")
     sample("a snowman", "--seed", "1", "--first", "2", *QUICK, "-o", "alone.png")
     names = sorted(path.name for path in Path("all").iterdir())
@@ -139,17 +89,17 @@ def test_several_samples_stand_side_by_side_prompts_in_rows(sample):
 
 
 @pytest.mark.parametrize("prompts", [['it\'s "red"; $HOME'], ["-v", "an apple"]])
-def test_the_command_that_a_picture_tells_draws_the_same_bytes_again(sample, prompts):
+def test_the_command_in_the_metadata_generates_the_same_bytes_again(sample, prompts):
     settings = "--seed 3 --first 1 --count 2 --guidance 1.7 --sampler dpmpp_2m --guidance-interval 0.1 0.9"
     settings += " --guidance-rescale 0.3 --threshold 98.5 -o a.png"
     sample(*settings.split(), *QUICK, "--", *prompts)
-    facts = read_facts(Path("a.png"))
-    assert (facts.prompts, facts.model_sha256) == (tuple(prompts), model_hash(Path("models/unet")))
-    # Other defaults than those that drew it: the command must not lean on them.
+    metadata = read_metadata(Path("a.png"))
+    assert (metadata.prompts, metadata.model_sha256) == (tuple(prompts), model_hash(Path("models/unet")))
+    # Other defaults than those that generated it: the command must not depend on them.
     params = yaml.safe_load((ROOT / "params.yaml").read_text()) | {"seed": 99}
     params["evaluate"] |= {"sampler": "ddim", "class_guidance": 9.0, "threshold_percentile": 90.0}
     Path("params.yaml").write_text(yaml.safe_dump(params))
-    program, command, *arguments = shlex.split(redraw_command(facts))
+    program, command, *arguments = shlex.split(generate_command(metadata))
     assert (program, command) == ("latentloom", "sample")
     sample(*arguments)
     assert Path("again.png").read_bytes() == Path("a.png").read_bytes()
@@ -157,41 +107,42 @@ def test_the_command_that_a_picture_tells_draws_the_same_bytes_again(sample, pro
 
 def test_settings_come_from_the_params_then_from_the_model_then_from_us(sample):
     sample("an apple", "--steps", "3", "-o", "a.png")
-    assert read_facts(Path("a.png")).guidance == SamplingSettings().guidance
-    store_settings(Path("models/unet"), SamplingSettings(guidance=5.0, steps=4))
+    assert read_metadata(Path("a.png")).sampling.class_guidance == SamplingSettings().class_guidance
+    store_settings(Path("models/unet"), SamplingSettings(class_guidance=5.0, diffusion_steps=4))
     sample("an apple", "-o", "a.png")
-    assert (read_facts(Path("a.png")).guidance, read_facts(Path("a.png")).steps) == (5.0, 4)
+    sampling = read_metadata(Path("a.png")).sampling
+    assert (sampling.class_guidance, sampling.diffusion_steps) == (5.0, 4)
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["evaluate"] |= {"class_guidance": 6.0, "diffusion_steps": 5, "sampler": "dpmpp_2m"}
     Path("params.yaml").write_text(yaml.safe_dump(params))
     sample("an apple", "--guidance", "7", "-o", "a.png")
-    facts = read_facts(Path("a.png"))
-    assert (facts.guidance, facts.steps, facts.sampler) == (7.0, 5, "dpmpp_2m")
+    sampling = read_metadata(Path("a.png")).sampling
+    assert (sampling.class_guidance, sampling.diffusion_steps, sampling.sampler) == (7.0, 5, "dpmpp_2m")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
-        (("--steps", "1"), "steps = 1"),
-        (("--sampler", "euler"), "sampler = euler"),
+        (("--steps", "1"), "diffusion_steps = 1: must be"),
+        (("--sampler", "euler"), "sampler = 'euler': must be"),
         (("--guidance-interval", "0.9", "0.1"), "guidance_interval"),
         (("-o", "picture.jpg"), "-o picture.jpg"),
         (("--model", "models/other"), "models/other holds no model"),
     ],
 )
-def test_what_cannot_be_drawn_is_told_and_leaves_no_file(sample, tmp_path, arguments, told):
-    assert told in sample("an apple", *arguments, fails=True)
+def test_what_cannot_be_generated_is_named_and_leaves_no_file(sample, tmp_path, arguments, message):
+    assert message in sample("an apple", *arguments, fails=True)
     assert {path.name for path in tmp_path.iterdir()} == {"models"}
 
 
-@pytest.mark.parametrize(("encoder", "told"), [("vae", "the VAE"), ("clip", "the text encoder")])
-def test_an_encoder_that_has_changed_since_the_training_is_refused(sample, tmp_path, encoder, told):
+@pytest.mark.parametrize(("encoder", "name"), [("vae", "the VAE"), ("clip", "the text encoder")])
+def test_an_encoder_that_has_changed_since_the_training_is_rejected(sample, tmp_path, encoder, name):
     vae, clip = save_tiny_vae(tmp_path / "vae"), save_clip(tmp_path / "clip")
     save_tiny_unet(tmp_path / "mine", vae=str(vae), text_encoder=str(clip))
     sample("an apple", "--model", "mine", *QUICK, "-o", "a.png")
     {"vae": save_tiny_vae, "clip": save_clip}[encoder](tmp_path / encoder, seed=1)
     message = sample("an apple", "--model", "mine", *QUICK, "-o", "b.png", fails=True)
-    assert told in message
+    assert name in message
     assert str(tmp_path / encoder) in message
     assert not Path("b.png").exists()
 
@@ -201,14 +152,14 @@ def test_the_run_of_a_model_is_named_where_the_report_is_about_that_very_model(s
     report = {"mlflow_run_id": "f" * 32, "model_sha256": model_hash(Path("models/unet"))}
     Path("reports/train/run.json").write_text(json.dumps(report))
     sample("an apple", *QUICK, "-o", "a.png")
-    assert read_facts(Path("a.png")).mlflow_run_id == "f" * 32
+    assert read_metadata(Path("a.png")).mlflow_run_id == "f" * 32
     Path("reports/train/run.json").write_text(json.dumps(report | {"model_sha256": "0" * 64}))
     sample("an apple", *QUICK, "-o", "a.png")
-    assert read_facts(Path("a.png")).mlflow_run_id is None
+    assert read_metadata(Path("a.png")).mlflow_run_id is None
 
 
 @pytest.mark.slow
-def test_another_process_with_another_number_of_threads_draws_the_same_bytes_and_needs_no_mlflow(sample, tmp_path):
+def test_another_process_with_another_number_of_threads_generates_the_same_bytes_and_needs_no_mlflow(sample, tmp_path):
     sample("a red apple", *QUICK, "-o", "here.png")
     code = (
         "import sys; sys.modules['mlflow'] = None\n"
@@ -222,14 +173,32 @@ def test_another_process_with_another_number_of_threads_draws_the_same_bytes_and
 def test_samples_of_one_number_start_from_the_same_noise_whatever_the_prompt(model):
     seen = []
     loaded = load_text_to_image(model, device=torch.device("cpu"))
-    original = loaded.sampler.network.forward
+    original = loaded.network.forward
 
-    def watched(x_t, noise_levels, labels):
+    def recording(x_t, noise_levels, labels):
         seen.append((float(noise_levels[0]), x_t[0].clone()))
         return original(x_t, noise_levels, labels)
 
-    loaded.sampler.network.forward = watched
-    loaded.draw(["a red apple", "a snowman"], SamplingSettings(steps=2, precision="fp32"), seed=4)
+    loaded.network.forward = recording
+    loaded.generate(["a red apple", "a snowman"], SamplingSettings(diffusion_steps=2, precision="fp32"), seed=4)
     starts = [x for level, x in seen if level == 1.0]
     assert len(starts) == 2
     assert torch.equal(*starts)
+
+
+def test_a_model_folder_carries_its_settings_also_as_the_first_version_wrote_them(tmp_path):
+    settings = SamplingSettings(diffusion_steps=20, guidance_interval=(0.2, 0.7), threshold_percentile=None)
+    store_settings(tmp_path, settings)
+    assert stored_settings(tmp_path) == settings
+    earlier = {"steps": 12, "guidance": 2.0, "guidance_interval": [0.0, 0.5], "threshold": 98.0, "precision": "fp32"}
+    (tmp_path / "sampling.json").write_text(json.dumps(earlier))
+    assert stored_settings(tmp_path) == SamplingSettings(12, 2.0, "ddim", (0.0, 0.5), 0.0, 98.0, "fp32")
+    (tmp_path / "sampling.json").write_text('{"speed": 9}')
+    with pytest.raises(UserError, match=r"sampling\.json: speed: not a setting"):
+        stored_settings(tmp_path)
+
+
+def test_the_generating_code_is_named_by_one_hash(model):
+    loaded = load_text_to_image(model, device=torch.device("cpu"))
+    metadata = loaded.metadata(["an apple"], SamplingSettings(), seed=0)
+    assert metadata.code == generating_code() and len(metadata.code) == 64

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import math
 import os
 import shutil
 import tempfile
@@ -18,9 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentloom import sharding
-from latentloom.encoding.row_store import RowStore
-from latentloom.encoding.rows import load_rows, row_key, write_shards
-from latentloom.encoding.tensor_shards import DamagedShardError, load_shard
+from latentloom.encoding.cache import Plan, RowStore, plan_rows, row_key
+from latentloom.encoding.shard_files import DamagedShardError, load_shard
 
 ENOUGH = 2**30
 
@@ -28,13 +28,15 @@ ENOUGH = 2**30
 class Counting:
     """Computes a row from its key, in batches of 3, and remembers for which keys it was asked."""
 
-    def __init__(self, keys):
-        self.keys, self.asked = keys, []
+    def __init__(self):
+        self.asked = []
 
-    def __call__(self, positions):
-        for start in range(0, len(positions), 3):
-            batch = [self.keys[position] for position in positions[start : start + 3]]
+    def __call__(self, keys, crash_after=math.inf):
+        for start in range(0, len(keys), 3):
+            batch = keys[start : start + 3]
             self.asked += batch
+            if len(self.asked) > crash_after:
+                raise KeyboardInterrupt
             yield {"value": torch.stack([expected(key) for key in batch])}
 
 
@@ -46,10 +48,15 @@ def expected(key: str) -> torch.Tensor:
     return torch.tensor(list(digest(key)[:4]), dtype=torch.float16)
 
 
-def run(folder: Path, state: Path, keys, limit=ENOUGH):
-    compute, store = Counting(keys), RowStore(state, limit)
-    ids = [digest(f"id of {key}").hex() for key in keys]
-    shards = list(write_shards(folder, store, ids, keys, compute))
+def plan_for(folder: Path, store: RowStore, keys) -> Plan:
+    return plan_rows(store, folder, [digest(f"id of {key}").hex() for key in keys], keys)
+
+
+def run(folder: Path, state: Path, keys, limit=ENOUGH, crash_after=math.inf):
+    """The shards, and the keys whose rows were computed."""
+    compute, store = Counting(), RowStore(state, limit)
+    plan = plan_for(folder, store, keys)
+    shards = list(plan.write(compute([keys[position] for position in plan.missing], crash_after)))
     store.trim()
     return shards, compute.asked
 
@@ -114,7 +121,7 @@ def test_a_run_from_a_partial_store_equals_one_from_nothing(tmp_path):
     assert [shard.path.read_bytes() for shard in mixed] == [shard.path.read_bytes() for shard in whole]
 
 
-def test_a_damaged_stored_shard_is_left_aside_and_computed_again(tmp_path):
+def test_a_damaged_stored_shard_is_skipped_and_computed_again(tmp_path):
     keys = ["a", "b", "c"]
     (first,), _ = run(tmp_path / "a", tmp_path / "state", keys)
     good = first.path.read_bytes()
@@ -142,59 +149,51 @@ def test_a_stored_shard_with_one_changed_bit_is_noticed(tmp_path):
 
 def test_work_done_before_a_crash_is_not_done_again(tmp_path):
     keys = [f"k{i}" for i in range(12)]
-    compute = Counting(keys)
-
-    def crashing(positions):
-        for batch in compute(positions):
-            if len(compute.asked) > 9:
-                raise KeyboardInterrupt
-            yield batch
-
     with pytest.raises(KeyboardInterrupt):
-        ids = [digest(f"id of {key}").hex() for key in keys]
-        list(write_shards(tmp_path / "out", RowStore(tmp_path / "state", ENOUGH), ids, keys, crashing))
+        run(tmp_path / "out", tmp_path / "state", keys, crash_after=9)
     _, asked = run(tmp_path / "out", tmp_path / "state", keys)
     assert asked == keys[8:]
 
 
-def test_new_rows_of_many_shards_are_computed_in_full_batches(tmp_path):
+def test_the_missing_rows_of_all_shards_are_known_before_any_is_computed(tmp_path):
     run(tmp_path / "a", tmp_path / "state", [f"k{i}" for i in range(40)])
     keys = [f"k{i}" if i % 7 else f"new{i}" for i in range(40)]
-    sizes = []
-
-    def compute(positions):
-        sizes.append(len(positions))
-        yield from Counting(keys)(positions)
-
-    ids = [digest(f"id of {key}").hex() for key in keys]
-    shards = list(write_shards(tmp_path / "b", RowStore(tmp_path / "state", ENOUGH), ids, keys, compute))
-    assert sizes == [6]
+    plan = plan_for(tmp_path / "b", RowStore(tmp_path / "state", ENOUGH), keys)
+    assert plan.missing == list(range(0, 40, 7))
+    shards = list(plan.write(Counting()([keys[position] for position in plan.missing])))
     assert torch.equal(values(shards), torch.stack([expected(key) for key in keys]))
 
 
 def test_the_store_may_be_deleted_while_a_stage_runs(tmp_path):
-    keys = [f"k{i}" for i in range(20)]
-    whole, _ = run(tmp_path / "whole", tmp_path / "state", keys)
-    ids = [digest(f"id of {key}").hex() for key in keys]
-    shards = []
-    for shard in write_shards(tmp_path / "out", RowStore(tmp_path / "state", ENOUGH), ids, keys, Counting(keys)):
-        shards.append(shard)
-        shutil.rmtree(tmp_path / "state", ignore_errors=True)
+    before = [f"k{i}" for i in range(20)]
+    run(tmp_path / "before", tmp_path / "state", before)
+    keys = ["new", *before]  # no shard is the same, so that all rows come from parts of shards
+    whole, _ = run(tmp_path / "whole", tmp_path / "fresh", keys)
+    plan = plan_for(tmp_path / "out", RowStore(tmp_path / "state", ENOUGH), keys)
+    shutil.rmtree(tmp_path / "state")
+    shards = list(plan.write(Counting()(["new"])))
     assert [shard.path.read_bytes() for shard in shards] == [shard.path.read_bytes() for shard in whole]
-    assert sum(shard.computed for shard in shards) == 16
 
 
 def test_the_rows_of_a_shard_that_the_store_lost_are_found_in_others_or_computed(tmp_path):
     run(tmp_path / "a", tmp_path / "state", ["k2", "k3", "x", "y"])
     keys = [f"k{i}" for i in range(4)]
     run(tmp_path / "b", tmp_path / "state", keys)
-    store = RowStore(tmp_path / "state", ENOUGH)
-    assert "k1" in store
     next((tmp_path / "state").glob(f"{hashlib.sha256(''.join(keys).encode()).hexdigest()}*")).unlink()
-    compute = Counting(keys)
-    (shard,) = write_shards(tmp_path / "c", store, [digest(key).hex() for key in keys], keys, compute)
-    assert {"k0", "k1"} <= set(compute.asked)
+    (shard,), asked = run(tmp_path / "c", tmp_path / "state", keys)
+    assert asked == ["k0", "k1"]
     assert torch.equal(shard.tensors["value"], torch.stack([expected(key) for key in keys]))
+
+
+def test_shards_of_another_machine_are_adopted_and_other_files_are_skipped(tmp_path):
+    keys = [f"k{i}" for i in range(9)]
+    shards, _ = run(tmp_path / "theirs", tmp_path / "their state", keys)
+    stray = tmp_path / "stray.safetensors"
+    safetensors.torch.save_file({"value": torch.zeros(3)}, stray)
+    store = RowStore(tmp_path / "state", ENOUGH)
+    store.adopt([*(shard.path for shard in shards), stray, tmp_path / "missing.safetensors"])
+    assert plan_for(tmp_path / "out", store, keys).missing == []
+    assert run(tmp_path / "out", tmp_path / "state", [*keys, "new"])[1] == ["new"]
 
 
 def test_the_store_keeps_the_last_used_within_its_limit(tmp_path):
@@ -204,8 +203,8 @@ def test_the_store_keeps_the_last_used_within_its_limit(tmp_path):
     run(tmp_path / "again", tmp_path / "state", ["a0", "a1"])  # the oldest is used once more
     _, asked = run(tmp_path / "e", tmp_path / "state", ["e0", "e1"], limit=2 * size)
     assert asked == ["e0", "e1"]
-    store = RowStore(tmp_path / "state", ENOUGH)
-    assert [name for name in "abcde" if f"{name}0" in store] == ["a", "d", "e"]
+    found = RowStore(tmp_path / "state", ENOUGH).find({f"{name}0" for name in "abcde"})
+    assert sorted(found) == ["a0", "d0", "e0"]
 
 
 def test_what_a_run_used_is_not_trimmed_by_it(tmp_path):
@@ -269,17 +268,8 @@ def test_after_any_history_of_changes_and_crashes_the_outs_equal_a_rebuild(histo
         folder = Path(name)
         for chosen, computed_before_crash, store_is_lost in history:
             keys = [f"k{number}" for number in chosen]
-            ids = [digest(f"id of {key}").hex() for key in keys]
-            compute = Counting(keys)
-
-            def crashing(positions, compute=compute, computed_before_crash=computed_before_crash):
-                for batch in compute(positions):
-                    if len(compute.asked) > computed_before_crash:
-                        raise KeyboardInterrupt
-                    yield batch
-
             with contextlib.suppress(KeyboardInterrupt):
-                list(write_shards(folder / "out", RowStore(folder / "state", ENOUGH), ids, keys, crashing))
+                run(folder / "out", folder / "state", keys, crash_after=computed_before_crash)
             if store_is_lost:
                 shutil.rmtree(folder / "state", ignore_errors=True)
         run(folder / "out", folder / "state", keys)
@@ -295,16 +285,6 @@ def test_keys_differ_with_every_part():
     parts = ["image", "weights", "preprocessing", "dtype"]
     keys = {row_key(*parts)} | {row_key(*[*parts[:i], "other", *parts[i + 1 :]]) for i in range(4)}
     assert len(keys) == 5
-
-
-def test_rows_are_loaded_in_the_order_of_an_index(tmp_path):
-    keys = [f"k{i}" for i in range(10)]
-    run(tmp_path / "out", tmp_path / "state", keys)
-    wanted = [9, 0, 5, 4]
-    loaded = load_rows(
-        tmp_path / "out", [f"{i // 4:05d}.safetensors" for i in wanted], np.array([i % 4 for i in wanted])
-    )
-    assert torch.equal(loaded["value"], torch.stack([expected(f"k{i}") for i in wanted]))
 
 
 def test_a_missing_shard_is_named(tmp_path):
