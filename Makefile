@@ -2,46 +2,59 @@
 PYTHON ?= python3
 VENV ?= .venv
 INSTALLED := $(VENV)/.installed
+INSTALLED_TESTS := $(VENV)/.installed-tests
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 # Usage statistics of the tools are off unless you turn them on.
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export DO_NOT_TRACK ?= 1
 
-# Files of tests side by side, each process with one thread, and one process more than cores: tests of servers and kills
-# wait a third of their time.
+# Tests side by side, each process with one thread, and one process more than cores: tests of kills and of servers wait a
+# third of their time. What shares a project stays in one process (tests/conftest.py says what).
 CORES := $(shell getconf _NPROCESSORS_ONLN)
-PYTEST := OMP_NUM_THREADS=1 python -m pytest -n $(shell echo $$(( $(CORES) < 4 ? $(CORES) + 1 : 4 ))) --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 python -m pytest -n $(shell echo $$(( $(CORES) < 4 ? $(CORES) + 1 : 4 ))) --dist loadgroup --no-loadscope-reorder
 
-.PHONY: repro test test-fast ui bench lint install clean
+.PHONY: repro test test-fast test-services ui bench lint install install-tests clean
 
 repro: install ## run every stage that is not up to date
 	@latentloom check
 	@dvc repro
 	@latentloom summary
 
-test: install ## every test: fast, pipeline and fault tests
-	$(PYTEST)
+test: install-tests ## every test: fast, pipeline and fault tests, then those of outside services
+	$(PYTEST) -m "not service"
+	$(PYTEST) -m service
 
-test-fast: install ## unit tests alone, without the slow ones
-	$(PYTEST) -m "not pipeline and not fault and not slow"
+test-fast: install-tests ## unit tests alone, without the slow ones
+	$(PYTEST) -m "not pipeline and not fault and not slow and not service"
+
+test-services: install-tests ## tests with Postgres, S3, a browser, DVC's queue, a served model
+	$(PYTEST) -m service
 
 ui: install ## MLflow's pages on http://127.0.0.1:5000
 	@latentloom ui --port $${PORT:-5000}
 
-bench: install ## how fast the caches are, beside others; half an hour on an idle machine
+bench: install-tests ## how fast the caches are, beside others; half an hour on an idle machine
 	@for script in benchmarks/*.py; do echo "== $$script"; PYTHONPATH=src TQDM_DISABLE=1 python $$script || exit 1; done
 
-lint: install
+lint: install-tests
 	ruff check .
 	ruff format --check .
 
-install: $(INSTALLED)
+install: $(INSTALLED) ## what the pipeline runs
+install-tests: $(INSTALLED_TESTS) ## tests, notebooks, S3 on top
+
+# Modules are compiled when they are first imported: most never are.
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Latent Loom needs Python 3.11 or newer; run: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(PIP) -r requirements.lock
+	$(PIP) --no-deps -e .
+	@touch $@
+
+$(INSTALLED_TESTS): $(INSTALLED) requirements-test.lock
+	$(PIP) -r requirements.lock -r requirements-test.lock
 	@touch $@
 
 clean: ## remove the environment and saved work; data, models, experiments and what MLflow has yet to get stay

@@ -9,20 +9,27 @@ import numpy as np
 import pytest
 from projects import finished, first_run, made_once, make_project  # noqa: F401 (fixtures)
 
+TESTS = Path(__file__).parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("LATENTLOOM_TESTS_PID", str(os.getpid()))  # of pytest itself: its processes inherit it
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files of whole pipelines and of faults come first, in turns, so that the short ones fill the gaps at the end.
+    """What takes longest comes first, so that short tests fill the gaps at the end, and what belongs together stays so.
 
-    In turns, since the first of each kind makes a project that the others of its kind wait for.
+    A file's tests run in one process, since they share what the file's fixtures make. A file of whole pipelines or
+    faults that shares nothing (``SHARED_NOTHING``) is spread over the processes, test by test.
     """
-    kinds: dict[str, list[Path]] = {"pipeline": [], "fault": []}
+    kinds: dict[str, list[Path]] = {"service": [], "pipeline": [], "fault": []}
     for item in items:
         for kind, files in kinds.items():
             if item.get_closest_marker(kind) and item.path not in files:
                 files.append(item.path)
+        if not getattr(item.module, "SHARED_NOTHING", False):
+            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(TESTS).as_posix()))
+    # In turns, since the first of each kind makes a project that the others of its kind wait for.
     turns = {path: turn for files in kinds.values() for turn, path in enumerate(files)}
     items.sort(key=lambda item: turns.get(item.path, math.inf))  # stable: a file's tests stay in their order
 

@@ -1,13 +1,16 @@
 """A whole project on tiny data: the checkout's files in a temporary folder with a git and a DVC of its own."""
 
+import functools
 import os
+import shlex
 import shutil
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +20,22 @@ from filelock import FileLock
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("ingest", "encode_images", "encode_text", "validate", "train", "evaluate")
+OTHERS = ("DVC_", "MLFLOW_", "LATENTLOOM_")  # variables of the one who runs the tests
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
 PARTS = ("dvc.yaml", "params.yaml", "pipelines", "src", "notebooks", "pyproject.toml", ".gitignore", ".dvcignore")
 
 
 @dataclass(frozen=True)
 class Project:
-    """A project's folder, and what a user does there."""
+    """A project's folder, and what a user does there.
+
+    Attributes:
+        folder: its root.
+        cold: whether stages are started from a new interpreter, as a user's are, rather than by the server of stages.
+    """
 
     folder: Path
+    cold: bool = False
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a command as a user would, in the project's environment; fail with its output."""
@@ -63,20 +74,59 @@ class Project:
             for table, column in (("runs", "artifact_uri"), ("experiments", "artifact_location")):
                 moved = (str(self.folder), str(folder))
                 store.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", moved)
-        return Project(folder)
+        return replace(self, folder=folder)
 
     @property
     def environment(self) -> dict[str, str]:
         """The environment of a user who has made the virtual environment active."""
-        environment = {
-            key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_", "LATENTLOOM_"))
-        }
-        scripts = str(Path(sys.executable).parent)
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(OTHERS)}
+        programs = [str(Path(sys.executable).parent), environment["PATH"]]
+        if not self.cold:
+            programs.insert(0, str(stage_socket().parent))
         return environment | {
-            "PATH": os.pathsep.join([scripts, environment["PATH"]]),
-            "HF_HUB_OFFLINE": "1",
-            "TQDM_DISABLE": "1",
+            "PATH": os.pathsep.join(programs),
+            **OFFLINE,
         }
+
+
+PYTHON = """#!/bin/sh
+# The tests' python: a stage of a project is handed to the server of stages, anything else to the real interpreter.
+case "$PYTHONPATH $1" in
+"src pipelines/"*.py) exec {python} -SI {client} {socket} "$@" ;;
+*) exec {python} "$@" ;;
+esac
+"""
+
+
+@functools.cache
+def stage_socket() -> Path:
+    """The socket of the server of stages, which the first who asks starts; beside it lies the tests' ``python``.
+
+    All processes of one run of pytest share the server: it ends with the first of them.
+    """
+    owner = os.environ.setdefault("LATENTLOOM_TESTS_PID", str(os.getpid()))
+    folder = Path(tempfile.gettempdir()) / f"latentloom-tests-{owner}"
+    tests = Path(__file__).parent
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "python").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            names = {"python": sys.executable, "client": tests / "stage_client.py", "socket": folder / "socket"}
+            script = PYTHON.format(**{name: shlex.quote(str(value)) for name, value in names.items()})
+            own = (*OTHERS, "PYTHONPATH")
+            environment = {key: value for key, value in os.environ.items() if not key.startswith(own)}
+            with open(folder / "server.log", "w") as log:
+                subprocess.Popen(
+                    [sys.executable, tests / "stage_server.py", folder, owner],
+                    env=environment | OFFLINE | {"OMP_NUM_THREADS": "1"},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            (folder / "python").write_text(script)
+            (folder / "python").chmod(0o755)
+    return folder / "socket"
 
 
 def stages_run(printed: str) -> list[str]:

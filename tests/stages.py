@@ -1,80 +1,87 @@
-"""Stage scripts started in a moment: a server that has made the slow imports forks a process for each of them.
+"""Stages of a test's project, started in a moment by the server of stages (`stage_server.py`).
 
-A fault test kills stages dozens of times, at moments spread over their own work. From a cold interpreter, nine seconds
-of imports would come first each time and take most of the kills. The forked process is the whole stage: it imports
-the project's own code, runs the script as ``python pipelines/STAGE.py`` does, and is what the tests kill.
+Two ways lead to it. Where a test runs ``dvc repro`` or ``python pipelines/STAGE.py``, the ``python`` on its path is a
+small script that hands stages over. Where a test limits, kills or breaks a stage, ``start`` asks for one directly.
 """
 
 import io
-import logging
-import multiprocessing
 import os
-import resource
-import runpy
+import select
 import shutil
 import signal
-import sys
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 import yaml
-from projects import Project
+from projects import Project, stage_socket
+from stage_client import connect, read_number, request
 
-# What the stages import, at their top or on their way. Each project has its own copy of `latentloom`: that comes later.
-PRELOADED = (
-    "pytest",
-    "torch",
-    "accelerate",
-    "pandas",
-    "pyarrow.parquet",
-    "diffusers.models.autoencoders.autoencoder_tiny",
-    "transformers.models.clip.modeling_clip",
-    "mlflow.tracking",
-    "mlflow.data.pandas_dataset",
-    "great_expectations",
-    "imagehash",
-    "matplotlib.pyplot",
-)
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(list(PRELOADED))
+ROWS_PER_SHARD = 16  # at the fewest, so that tiny data has several
 PATIENCE = 120  # seconds until a stage counts as hanging
-# Not the same in each run: MLflow's run id and the speed, and how many rows were encoded or reused.
+# Not the same in each run: how many rows were encoded or reused depends on what a machine has encoded before.
 CHANGING = ("reports/train/run.json", "reports/encode_images.json", "reports/encode_text.json")
 
 
-def start(
-    project: Project,
-    stage: str,
-    *,
-    largest_file: int | None = None,
-    deliver_every: float | None = None,
-    pause: float | None = None,
-    **more: str,
-) -> BaseProcess:
+class Stage:
+    """A stage that runs, or has run.
+
+    Attributes:
+        pid: its process, which leads a process group of its own.
+        exitcode: None while it runs; negative is the signal that ended it.
+    """
+
+    def __init__(self, server: socket.socket, pid: int) -> None:
+        self._server, self.pid, self.exitcode = server, pid, None
+
+    def join(self, seconds: float | None = None) -> None:
+        """Wait until it has ended, or for so many seconds."""
+        if self.exitcode is None and select.select([self._server], [], [], seconds)[0]:
+            self.exitcode = read_number(self._server)
+            self._server.close()
+
+    def is_alive(self) -> bool:
+        """Whether it runs."""
+        self.join(0)
+        return self.exitcode is None
+
+    def kill(self) -> None:
+        """Kill it."""
+        if self.is_alive():
+            os.kill(self.pid, signal.SIGKILL)
+
+
+def start(project: Project, stage: str, **more: str | float | None) -> Stage:
     """Start a stage.
 
     Args:
         project: where.
         stage: its name.
-        largest_file: bounds the bytes of each file that it writes, as a full disk would.
-        deliver_every: seconds between two deliveries to MLflow, and the longest pause between two tries.
-        pause: seconds of idleness after each step of a training, as if it were a large one.
-        more: of its environment.
+        more: what `stage_hooks` offers, by name; anything else is a variable of its environment.
     """
-    environment = project.environment | more
-    limits = (largest_file, deliver_every, pause)
-    process = SERVER.Process(target=_run, args=(project.folder, environment, stage, *limits))
-    process.start()
-    return process
+    import stage_hooks
+
+    hooks = {name: value for name, value in more.items() if hasattr(stage_hooks, name) and value is not None}
+    hooks = {"rows_per_shard": ROWS_PER_SHARD, "no_bytecode": True} | hooks
+    environment = {name: str(value) for name, value in more.items() if not hasattr(stage_hooks, name)}
+    return start_script(project, [f"pipelines/{stage}.py"], environment, hooks)
 
 
-def end(project: Project, process: BaseProcess) -> str:
+def start_script(project: Project, argv: list[str], environment: dict[str, str], hooks: dict[str, object]) -> Stage:
+    """Start any script in a project, with more variables and with hooks of `stage_hooks`."""
+    environment = project.environment | {"PYTHONPATH": "src"} | environment
+    server = connect(str(stage_socket()))
+    with open(_log(project.folder), "wb") as log, open(os.devnull) as nothing:
+        files = [nothing.fileno(), log.fileno(), log.fileno()]
+        command = {"argv": argv, "folder": str(project.folder)}
+        return Stage(server, request(server, files, **command, environment=environment, hooks=hooks))
+
+
+def end(project: Project, process: Stage) -> str:
     """Wait for a stage that ``start`` gave; what it printed."""
     process.join(PATIENCE)
     if process.exitcode is None:
@@ -89,15 +96,15 @@ def printed(project: Project) -> str:
     return log.read_text() if log.exists() else ""
 
 
-def finish(project: Project, stage: str) -> str:
-    """Run a stage to its good end; what it printed."""
-    process = start(project, stage)
+def finish(project: Project, stage: str, **more: str | float | None) -> str:
+    """Run a stage to its good end, with what ``start`` takes; what it printed."""
+    process = start(project, stage, **more)
     said = end(project, process)
     assert process.exitcode == 0, said
     return said
 
 
-def kill(process: BaseProcess) -> bool:
+def kill(process: Stage) -> bool:
     """Kill a stage and see all of its processes go; whether it had not ended yet."""
     process.kill()
     process.join()
@@ -159,40 +166,6 @@ def _out_paths(project: Project, stage: str) -> list[Path]:
     entries = [entry for kind in ("outs", "metrics", "plots") for entry in stages[stage].get(kind, [])]
     names = [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
     return [project.folder / name for name in names if name not in CHANGING]
-
-
-def _run(
-    folder: Path,
-    environment: dict[str, str],
-    stage: str,
-    largest_file: int | None,
-    deliver_every: float | None,
-    pause: float | None,
-) -> None:
-    assert "latentloom" not in sys.modules
-    logging.captureWarnings(False)  # Great Expectations, which only some stages import, turned it on
-    sys.dont_write_bytecode = True  # a small disk is for the stage's own files
-    torch.set_num_threads(1)  # tiny models: a second thread only waits for its turn on a busy machine
-    os.setpgrp()
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(environment)
-    sys.path.insert(0, str(folder / "src"))
-    log = os.open(_log(folder), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    if largest_file is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    if deliver_every is not None:
-        from latentloom.tracking import delivery
-
-        delivery.EVERY = delivery.LONGEST_PAUSE = deliver_every
-    if pause is not None:
-        from latentloom.training.watch import TrainingWatch
-
-        take_in = TrainingWatch.step
-        TrainingWatch.step = lambda watch, step: (take_in(watch, step), time.sleep(pause))[0]
-    runpy.run_path(f"pipelines/{stage}.py", run_name="__main__")
 
 
 def _log(folder: Path) -> Path:

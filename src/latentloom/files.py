@@ -1,7 +1,8 @@
 """Writing files atomically: a reader sees the old file or the new one, never a part of it.
 
-Every file is written under a temporary name in its own folder, flushed to the disk, and renamed onto its final name.
-A process killed at any moment leaves the old file, or the new one, and at worst a stray ``.NAME.PID.tmp``.
+Every file is written under a temporary name in its own folder, flushed to the disk, and renamed onto its final name;
+then the folder is flushed, so that the new name outlives a power cut. A process killed at any moment leaves the old
+file, or the new one, and at worst a stray ``.NAME.PID.tmp``.
 """
 
 import errno
@@ -40,6 +41,7 @@ def atomic_path(path: Path | str, room: int | Callable[[], int] | None = None) -
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+        _flush_folder(path.parent)
     except OSError as error:
         message = f"could not write {path}: {error.strerror or error}"
         if error.errno in NO_ROOM:
@@ -50,6 +52,21 @@ def atomic_path(path: Path | str, room: int | Callable[[], int] | None = None) -
         raise WriteError(error.errno, message) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Flush the names in a folder to the disk, where the system lets one."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return  # Windows opens no folders
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system of a network may flush no folders
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path | str, text: str) -> None:

@@ -1,0 +1,93 @@
+"""What a test may ask of a stage before it runs: limits and faults, set in the stage's own process, by name."""
+
+import errno
+import functools
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+DIED = 99  # the exit status of a stage that died at a write
+
+
+def largest_file(size: int) -> None:
+    """Let no file grow beyond ``size`` bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def no_bytecode(_: object = True) -> None:
+    """Write no compiled modules: a small disk is for the stage's own files."""
+    sys.dont_write_bytecode = True
+
+
+def deliver_every(seconds: float) -> None:
+    """The seconds between two deliveries to MLflow, and the longest pause between two tries."""
+    from latentloom.tracking import delivery
+
+    delivery.EVERY = delivery.LONGEST_PAUSE = seconds
+
+
+def pause(seconds: float) -> None:
+    """Idle after each step of a training, as if it were a large one."""
+    from latentloom.training.monitor import TrainingMonitor
+
+    take_in = TrainingMonitor.step
+    TrainingMonitor.step = lambda monitor, *step, **more: (take_in(monitor, *step, **more), time.sleep(seconds))[0]
+
+
+def rows_per_shard(count: int) -> None:
+    """Make shards small enough for tiny data to have several."""
+    from latentloom import sharding
+
+    sharding.FEWEST_ROWS = sharding.TYPICAL_ROWS = count
+    sharding.MOST_ROWS = 4 * count
+
+
+def die_at_write(number: int) -> None:
+    """End the process before the ``number``-th step of any write to the disk, as a power cut would: none is flushed."""
+    _at_write(number, lambda: os._exit(DIED))
+
+
+def fail_at_write(number: int) -> None:
+    """Let the ``number``-th step of any write fail, as on a full disk; those after it succeed."""
+    _at_write(number, _no_room)
+
+
+STEPS = ("fsync", "replace", "rename", "link")
+
+
+def _no_room() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def writes_done() -> int:
+    """How many steps of writing this process has made since ``die_at_write`` or ``fail_at_write`` began to count."""
+    return _done
+
+
+# Which write is which differs from run to run: a thread delivers to MLflow, and has tests of its own.
+NOT_COUNTED = (".state/tracking", "mlartifacts", "mlflow.db")
+_done = 0
+
+
+def _at_write(number: int, act: Callable[[], None]) -> None:
+    root = os.path.realpath(".")
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def wrapper(*arguments: Any, **more: Any) -> Any:
+            global _done
+            target = arguments[0] if isinstance(arguments[0], int) else arguments[-1]
+            path = os.path.realpath(f"/proc/self/fd/{target}" if isinstance(target, int) else os.fspath(target))
+            if path.startswith(root) and not any(part in path for part in NOT_COUNTED):
+                _done += 1
+                if _done == number:
+                    act()
+            return call(*arguments, **more)
+
+        return wrapper
+
+    for step in STEPS:
+        setattr(os, step, counted(getattr(os, step)))
