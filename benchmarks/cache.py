@@ -1,17 +1,16 @@
 """Opening and shuffling a cache of synthetic latents: Latent Loom, Hugging Face `datasets`, WebDataset.
 
 A row is a latent of 4x16x16 and a text embedding of 384 numbers, in fp16. Each reader runs in a process of its own and
-draws shuffled batches of 256 as fp32 tensors:
+reads shuffled batches of 256 as fp32 tensors:
 
-    ours        `read_latents` and `read_captions` (all of it in memory), then an index a batch
-    training    `load_caches`, which is what the stage `train` holds: raw rows; a batch is an index, then standardised
-    streamed    the same with no row held: a batch is read from the mapped shards
+    memory      `load_caches`, as the stage `train` does: raw rows in memory; a batch is an index, then standardised
+    streamed    the same with no row in memory: a batch is read from the mapped shards
     datasets    an Arrow file, memory-mapped, torch format, shuffled by indices
     webdataset  tar shards of 10,000 rows, shuffled by shard and through a buffer of 10,000 rows, one process
 
 `open` is the time until the first batch is there (imports left out), the rate is that of the batches after it: of a
-whole epoch for the first three, of at most --peer-batches for the peers. Peak memory is the process's VmHWM; anonymous
-and file-mapped memory are told as they are at the end, file-mapped pages being the system's to take back. Each format
+whole epoch for the first two, of at most --peer-batches for the peers. Peak memory is the process's VmHWM; anonymous
+and file-mapped memory are as they are at the end, file-mapped pages being the system's to take back. Each format
 is written into a temporary folder (of a million rows: at most 5 GB at a time), which is removed.
 
     PYTHONPATH=src python benchmarks/cache.py [--rows 1000000] [--peer-batches 400] [--folder FOLDER]
@@ -29,14 +28,11 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import torch
 from synthetic import DIM, SHAPE, memory, synthetic, write_caches
 
-from latentloom.encoding.captions import read_captions
 from latentloom.encoding.dataset import load_caches
-from latentloom.encoding.latents import read_latents
 
 BATCH = 256
 TAR_ROWS, BUFFER = 10_000, 10_000
@@ -69,23 +65,14 @@ def write_webdataset(folder: Path, rows: int) -> None:
                 tar.write({"__key__": f"{row:09d}", "latent.npy": latent, "embedding.npy": embedding})
 
 
-def read_ours(folder: Path) -> Batches:
-    index, tensors, _ = read_latents(folder / "latents")
-    captions, pairs, embeddings, _ = read_captions(folder / "text")
-    primary = pairs[pairs["position"] == 0].set_index("image_id")["caption_id"].loc[index["id"]]
-    caption = torch.from_numpy(pd.Index(captions["id"]).get_indexer(primary))
-    for rows in torch.randperm(len(index)).split(BATCH):
-        yield tensors["mean"][rows].float(), embeddings[caption[rows]].float()
-
-
-def read_training(folder: Path, memory_share: float = 1.0) -> Batches:
+def read_memory(folder: Path, memory_share: float = 1.0) -> Batches:
     data = load_caches(folder / "latents", folder / "text", memory_share=memory_share).train
     for rows in torch.randperm(len(data)).split(BATCH):
         yield data.latents_at(rows)[0], data.embeddings_at(data.captions[rows, 0])
 
 
 def read_streamed(folder: Path) -> Batches:
-    return read_training(folder, memory_share=0.0)
+    return read_memory(folder, memory_share=0.0)
 
 
 def read_datasets(folder: Path) -> Batches:
@@ -107,21 +94,20 @@ def read_webdataset(folder: Path) -> Batches:
 
 PEERS = ("datasets", "webdataset")
 READERS = {
-    "ours": read_ours,
-    "training": read_training,
+    "memory": read_memory,
     "streamed": read_streamed,
     "datasets": read_datasets,
     "webdataset": read_webdataset,
 }
 FORMATS = {  # who writes it -> who reads it
-    write_caches: ("ours", "training", "streamed"),
+    write_caches: ("memory", "streamed"),
     write_datasets: ("datasets",),
     write_webdataset: ("webdataset",),
 }
 
 
 def measure(name: str, folder: Path, most_batches: int) -> dict[str, float]:
-    """Open and draw, in this process."""
+    """Open and read, in this process."""
     if name in PEERS:
         importlib.import_module(name)
     before = memory()
@@ -131,15 +117,15 @@ def measure(name: str, folder: Path, most_batches: int) -> dict[str, float]:
     first = next(batches)
     opened = time.perf_counter()
     assert first[0].shape == (BATCH, *SHAPE) and first[1].shape == (BATCH, DIM)
-    drawn = sum(len(latents) for latents, _ in islice(batches, most_batches))
+    read = sum(len(latents) for latents, _ in islice(batches, most_batches))
     taken = time.perf_counter() - opened
-    return {"open": opened - started, "drawn": drawn, "rate": drawn / taken, "base": before["RssAnon"]} | memory()
+    return {"open": opened - started, "samples": read, "rate": read / taken, "base": before["RssAnon"]} | memory()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--peer-batches", type=int, default=400, help="batches that datasets and WebDataset draw")
+    parser.add_argument("--peer-batches", type=int, default=400, help="batches that datasets and WebDataset read")
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made")
     parser.add_argument("--measure", choices=READERS, help=argparse.SUPPRESS)  # what the processes are given
     arguments = parser.parse_args()
@@ -166,10 +152,10 @@ def report(rows: int, results: dict[str, dict[str, float]]) -> None:
     print("            open s  samples/s    of samples  peak RSS  anonymous  (before)  file-mapped")
     for name, result in results.items():
         print(
-            f"{name:>10}  {result['open']:6.2f}  {result['rate']:9,.0f}  {result['drawn']:12,.0f}  "
+            f"{name:>10}  {result['open']:6.2f}  {result['rate']:9,.0f}  {result['samples']:12,.0f}  "
             f"{result['VmHWM']:8,.0f}  {result['RssAnon']:9,.0f}  {result['base']:8,.0f}  {result['RssFile']:11,.0f}"
         )
-    for own in ("ours", "training", "streamed"):
+    for own in ("memory", "streamed"):
         for peer in ("datasets", "webdataset"):
             faster = results[own]["rate"] / results[peer]["rate"]
             larger = results[own]["VmHWM"] / results[peer]["VmHWM"]

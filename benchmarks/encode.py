@@ -26,8 +26,8 @@ import torch
 import yaml
 
 from latentloom.devices import choose_device
+from latentloom.encoding.cache import RowStore
 from latentloom.encoding.latents import BATCH_SIZE, encode_images
-from latentloom.encoding.row_store import RowStore
 from latentloom.encoding.vae import Vae, load_vae
 from latentloom.ingestion.shards import iterate_images
 
@@ -55,10 +55,9 @@ def seconds(action: Callable[[], object]) -> float:
 
 def batches_in_memory(vae: Vae, images: Path) -> list[torch.Tensor]:
     """All images as the VAE takes them: (B, 3, H, W) in [-1, 1], on its device."""
-    device = next(vae.module.parameters()).device
     pixels = torch.from_numpy(np.stack([pixels for _, pixels in iterate_images(images)]))
     return [
-        (batch.permute(0, 3, 1, 2).float() / 127.5 - 1.0).to(device, memory_format=torch.channels_last)
+        (batch.permute(0, 3, 1, 2).float() / 127.5 - 1.0).to(vae.device, memory_format=torch.channels_last)
         for batch in pixels.split(BATCH_SIZE)
     ]
 
@@ -101,7 +100,7 @@ def main() -> None:
     print(f"{count} images of {arguments.size} pixels on {device}, {torch.get_num_threads()} threads")
     for name in actions:
         taken = median(one[name] for one in rounds)
-        print(f"{name:>9}  {count / taken:8.1f} images/s  {1000 * taken / count:7.3f} ms an image")
+        print(f"{name:>9}  {count / taken:8.1f} images/s  {1000 * taken / count:7.3f} ms per image")
     print(f"whole / bare: {median(one['bare'] / one['whole'] for one in rounds):.3f} of the bare VAE's images/s")
     one_by_one = median((one["bare"] + one["decoding"]) / one["whole"] for one in rounds)
     print(f"(bare + decoding) / whole: {one_by_one:.3f}; above 1: decoding and encoding overlap")

@@ -3,7 +3,7 @@
 Each size is written once, as a synthetic cache (4x16x16 latents, 384-dim embeddings, fp16; a million rows take 2.9 GB),
 into a temporary folder that is removed. On it, each in processes of its own:
 
-    held      rows on the device; `open` is `load_caches`, until the first batch is there
+    memory    rows on the device; `open` is `load_caches`, until the first batch is there
     streamed  rows read from the mapped shards. Their pages count as memory while the system has no better use for them;
               `anonymous` is what the process cannot give back
     stage     pipelines/train.py as users run it, alone and on two processes (`torch.distributed.run`), one thread each;
@@ -17,6 +17,7 @@ The network is tiny (widths 16/32), so that the data, not the network, are what 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,16 +25,15 @@ import time
 from pathlib import Path
 
 import yaml
-from streaming import BATCH, Trainer, drawn
+from streaming import BATCH, Trainer, batches_of
 from synthetic import memory, write_caches
 
 from latentloom.devices import choose_device
 from latentloom.encoding.dataset import load_caches
-from latentloom.files import read_json
 
 ROOT = Path(__file__).parents[1]
 WIDTHS = (16, 32)
-SHARES = {"held": 1.0, "streamed": 0.0}  # of the free memory that rows may take
+SHARES = {"memory": 1.0, "streamed": 0.0}  # of the free memory that rows may take
 HELD_OUT = 100
 
 
@@ -43,10 +43,10 @@ def measure(way: str, folder: Path, steps: int) -> dict[str, float]:
     trainer = Trainer(WIDTHS, device)
     started = time.perf_counter()
     data = load_caches(folder / "latents", folder / "text", device=device, memory_share=SHARES[way]).train
-    next(drawn(data, range(1)))
+    next(batches_of(data, range(1)))
     opened = time.perf_counter() - started
-    trainer.train(drawn(data, range(3)))
-    rate = steps * BATCH / trainer.train(drawn(data, range(steps)))
+    trainer.train(batches_of(data, range(3)))
+    rate = steps * BATCH / trainer.train(batches_of(data, range(steps)))
     return {"open": opened, "rate": rate} | memory()
 
 
@@ -61,8 +61,8 @@ def train_stage(folder: Path, way: str, processes: int, steps: int) -> float:
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["model"] |= {"widths": list(WIDTHS)}
     params["machine"] |= {"data_memory_share": SHARES[way], "checkpoint_every": steps}
-    params["train"] |= {"steps": steps, "batch_size": BATCH, "warmup_steps": 1, "decay_steps": 1, "sample_count": 1}
-    params["train"] |= dict.fromkeys(("log_every", "validate_every", "sample_every"), steps)
+    params["train"] |= {"steps": steps, "batch_size": BATCH, "warmup_steps": 1, "decay_steps": 1}
+    params["monitor"] |= dict.fromkeys(("log_every", "validate_every", "sample_every"), steps) | {"sample_count": 1}
     with tempfile.TemporaryDirectory(dir=folder) as name:
         project = Path(name)
         (project / "data").mkdir()
@@ -76,7 +76,7 @@ def train_stage(folder: Path, way: str, processes: int, steps: int) -> float:
         done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-        return read_json(project / "reports" / "train" / "run.json")["images_per_second"]
+        return float(re.search(r"([\d.]+) images/s", done.stdout)[1])
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
-"""Images a second of guided sampling: our `Diffuser` beside diffusers' `StableDiffusionPipeline`.
+"""Images per second of guided sampling: our `Diffuser` beside diffusers' `StableDiffusionPipeline`.
 
 Both go from noise to latents of 4x16x16 by DDIM, with the same images, steps and guidance (both halves in one batch),
-and decode nothing. The networks have the same widths, depth and levels with attention, and 64 channels a head, with
+and decode nothing. The networks have the same widths, depth and levels with attention, and 64 channels per head, with
 random weights; text is 8 tokens of 256, which ours makes from an embedding of 384 and the peer is given. They are not
-the same network: the peer's has a layer more a level on the way up and a feed-forward part in each attention block, so
-parameters and operations are told too. Ours thresholds each guess, the peer does not.
+the same network: the peer's has one more layer per level on the way up and a feed-forward part in each attention block,
+so parameters and operations are printed too. Ours thresholds each prediction, the peer does not.
 
     fp32   as they are
     bf16   ours under autocast; the peer's cast to bf16, or under autocast; left out where the device has to emulate it

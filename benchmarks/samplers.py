@@ -9,20 +9,18 @@ Guidance and thresholding are those of params.yaml, all in fp32. Needs a finishe
 """
 
 import argparse
-from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from latentloom.devices import choose_device
-from latentloom.diffusion import SAMPLERS
+from latentloom.diffusion import SAMPLERS, SamplingSettings
 from latentloom.encoding.dataset import load_caches
-from latentloom.evaluation.sampling import Sampler, recall_at_1
-from latentloom.model_files import load_model
+from latentloom.evaluation.recall import recall_at_1
+from latentloom.evaluation.text_to_image import load_text_to_image
+from latentloom.layout import LATENTS, MODEL, TEXT
 from latentloom.params import load_params
 
 REFERENCE_STEPS = 1000
-MODEL = Path("models/unet")
 
 
 def main() -> None:
@@ -34,33 +32,23 @@ def main() -> None:
         print(f"{MODEL} does not exist yet: run `dvc repro` first")
         return
     params, device = load_params(), choose_device()
-    network, config = load_model(MODEL, device)
-    train = load_caches(Path("data/latents"), Path("data/text")).to(device).train
+    model = load_text_to_image(MODEL, device=device)
+    train = load_caches(LATENTS, TEXT).to(device).train
     known = train.take(min(arguments.captions, len(train)))
-    settings = params.evaluate
-    reference = Sampler(
-        network,
-        config,
-        guidance=settings.class_guidance,
-        steps=REFERENCE_STEPS,
-        threshold_percentile=settings.threshold_percentile,
-        dtype=None,
-        guidance_interval=tuple(settings.guidance_interval),
-        guidance_rescale=settings.guidance_rescale,
-    )
+    settings = params.evaluate.sampling.changed(precision="fp32")
 
-    def draw(sampler: Sampler) -> tuple[torch.Tensor, float]:
-        latents = sampler.latents(known.primary_embeddings(), known.ids, params.seed)
+    def sample(settings: SamplingSettings) -> tuple[torch.Tensor, float]:
+        latents = model.latents(known.primary_embeddings(), known.ids, settings, seed=params.seed)
         return latents, recall_at_1(latents, train)
 
-    exact, recall = draw(reference)
+    exact, recall = sample(settings.changed(sampler="ddim", diffusion_steps=REFERENCE_STEPS))
     print(f"{len(known)} captions, guidance {settings.class_guidance:g}; reference: recall {recall:.3f}", flush=True)
     print("| steps |" + "".join(f" {name}: distance | recall |" for name in SAMPLERS))
     print("|---|" + "---|---|" * len(SAMPLERS))
     for steps in arguments.steps:
         cells = []
         for name in SAMPLERS:
-            latents, recall = draw(replace(reference, sampler=name, steps=steps))
+            latents, recall = sample(settings.changed(sampler=name, diffusion_steps=steps))
             cells.append(f" {(latents - exact).abs().mean().item():.4f} | {recall:.3f} |")
         print(f"| {steps} |" + "".join(cells), flush=True)
 

@@ -62,7 +62,7 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def drawn(data: LatentDataset, steps: range, batch_size: int = BATCH) -> Iterator[list[Batch]]:
+def batches_of(data: LatentDataset, steps: range, batch_size: int = BATCH) -> Iterator[list[Batch]]:
     """The batches of ``steps``, each in one part."""
     settings = {"seed": 0, "distribution": "cosine", "label_dropout": 0.15}
     return batches(data, steps=steps, batch_size=batch_size, parts=[slice(0, batch_size)], **settings)
@@ -71,7 +71,7 @@ def drawn(data: LatentDataset, steps: range, batch_size: int = BATCH) -> Iterato
 def reading_rate(data: LatentDataset) -> float:
     """Rows a second of batches that nobody trains on."""
     started = time.perf_counter()
-    for _ in drawn(data, range(READER_STEPS), READER_BATCH):
+    for _ in batches_of(data, range(READER_STEPS), READER_BATCH):
         pass
     wait(data.device)
     return READER_BATCH * READER_STEPS / (time.perf_counter() - started)
@@ -101,22 +101,22 @@ def main() -> None:
         write_caches(folder, arguments.rows)
         sets = {
             way: load_caches(folder / "latents", folder / "text", device=device, memory_share=share).train
-            for way, share in (("held", 1.0), ("streamed", 0.0))
+            for way, share in (("memory", 1.0), ("streamed", 0.0))
         }
-        if sets["held"].streamed:
+        if sets["memory"].streamed:
             raise SystemExit(f"{arguments.rows:,} rows do not fit on {device}: nothing to compare; give fewer --rows")
         trainer = Trainer(WIDTHS, device)
-        trainer.train(drawn(sets["held"], range(3)))  # what is chosen and allocated once
+        trainer.train(batches_of(sets["memory"], range(3)))  # what is chosen and allocated once
         seconds: dict[str, list[float]] = {way: [] for way in sets}
         for turn in range(arguments.rounds):
             steps = range(turn * arguments.steps, (turn + 1) * arguments.steps)
             for way in sorted(sets, reverse=bool(turn % 2)):
-                seconds[way].append(trainer.train(drawn(sets[way], steps)))
+                seconds[way].append(trainer.train(batches_of(sets[way], steps)))
         print(f"{arguments.rows:,} rows, {device}, widths {WIDTHS}, batches of {BATCH}: {arguments.rounds} rounds")
         for way, taken in seconds.items():
             rate = arguments.steps * BATCH / statistics.median(taken)
             print(f"{way:>8}: {rate:9,.1f} images/s trained on")
-        ratio = statistics.median(s / h for s, h in zip(seconds["streamed"], seconds["held"], strict=True))
+        ratio = statistics.median(s / h for s, h in zip(seconds["streamed"], seconds["memory"], strict=True))
         print(f"streaming costs {100 * (ratio - 1):+.1f} % of a step (aim: at most 5 %)")
         for way, data in sets.items():
             print(

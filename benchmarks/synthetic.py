@@ -7,8 +7,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from latentloom.encoding.rows import FORMAT_VERSION
-from latentloom.encoding.tensor_shards import save_shard
+from latentloom.encoding.cache import FORMAT_VERSION, save_shard
 from latentloom.files import write_json
 from latentloom.sharding import shard_ranges
 
@@ -23,7 +22,7 @@ def synthetic(rows: range) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_caches(folder: Path, rows: int, validation: int = 0) -> None:
-    """Write ``latents`` and ``text`` in ``folder``, one caption an image; the last ``validation`` rows are held out."""
+    """Write ``latents`` and ``text`` in ``folder``, one caption per image; hold the last ``validation`` rows out."""
     ids = [hashlib.sha256(str(row).encode()).hexdigest() for row in range(rows)]
     images, captions = [], []
     for number, places in enumerate(shard_ranges(ids)):
@@ -46,7 +45,7 @@ def write_caches(folder: Path, rows: int, validation: int = 0) -> None:
     pairs.to_parquet(folder / "text" / "pairs.parquet", index=False)
     made_by = {"reference": "bundled", "class": "Synthetic", "fingerprint": "0" * 64}
     statistics = {"format_version": FORMAT_VERSION, "flip": False, "mean": [0.0] * SHAPE[0], "std": [1.0] * SHAPE[0]}
-    statistics |= {"vae": made_by, "attribution": "", "licence": ""}
+    statistics |= {"bound": 3.0, "vae": made_by, "attribution": "", "licence": ""}
     write_json(folder / "latents" / "stats.json", statistics)
     write_json(folder / "text" / "stats.json", {"format_version": FORMAT_VERSION, "encoder": made_by, "dim": DIM})
 

@@ -36,6 +36,7 @@ from pathlib import Path
 from statistics import median
 from unittest.mock import MagicMock
 
+import pandas as pd
 import torch
 import yaml
 from torch import nn
@@ -46,7 +47,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latentloom.devices import autocast, autocast_dtype, choose_device
 from latentloom.diffusion import get_network
+from latentloom.encoding.codec import LatentCodec
 from latentloom.encoding.dataset import LatentDataset
+from latentloom.encoding.row_sources import InMemoryRows
 from latentloom.params import DiffusionParams, TrainParams
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,7 +85,7 @@ def ours(settings: Settings) -> Contender:
     from latentloom.training.loop import TrainingState, train
 
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    changed = {"steps": 10**9, "batch_size": settings.batch, "gradient_accumulation": 1, "compile": settings.compile}
+    changed = {"steps": 10**9, "batch_size": settings.batch, "gradient_accumulation": 1}
     torch.manual_seed(0)
     network = get_network(SIZE, settings.depth, 256, CHANNELS, widths=settings.widths, text_dim=TEXT_DIM)
     network = network.to(settings.device, memory_format=torch.channels_last)
@@ -94,18 +97,19 @@ def ours(settings: Settings) -> Contender:
         diffusion=DiffusionParams(**params["diffusion"]),
         seed=0,
         dtype=settings.dtype,
+        compiled=settings.compile,
     )
     example = (latents(2, settings.device), torch.rand(2).to(settings.device), texts(2, settings.device))
     return Contender("ours", network, example, lambda: next(steps))
 
 
 def synthetic_data(device: torch.device) -> LatentDataset:
-    return LatentDataset.from_tensors(
+    return LatentDataset(
         ids=[str(row) for row in range(ROWS)],
-        mean=latents(ROWS, device),
-        std=None,
-        embeddings=texts(ROWS, device),
-        texts=[str(row) for row in range(ROWS)],
+        latents=InMemoryRows({"mean": latents(ROWS, device)}),
+        codec=LatentCodec([0.0] * CHANNELS, [1.0] * CHANNELS),
+        text=InMemoryRows({"embedding": texts(ROWS, device)}),
+        texts=pd.Series([str(row) for row in range(ROWS)]),
         captions=torch.arange(ROWS, device=device).unsqueeze(1),
         caption_counts=torch.ones(ROWS, dtype=torch.long, device=device),
     )

@@ -2,8 +2,8 @@
 
     PYTHONPATH=src python benchmarks/validate.py [N]
 
-The indexes are whole and valid, two captions an image; each picture is one pixel, since validation reads no more of
-them than it shows. What is made goes into a temporary folder; the validation runs in a process of its own.
+The indexes are whole and valid, two captions per image; each picture is one pixel, since validation reads only the few
+that it shows. The data goes into a temporary folder; the validation runs in a process of its own.
 """
 
 import argparse
@@ -68,22 +68,22 @@ def measure(data: Path, _: int) -> None:
 
 
 def make(data: Path, count: int) -> None:
-    """A valid ``data`` folder of ``count`` images, a hundredth as many refused samples and near duplicates."""
+    """A valid ``data`` folder of ``count`` images, a hundredth as many rejected samples and near duplicates."""
     random = np.random.default_rng(0)
     ids, captions = digests("image", count), digests("caption", count)
     split = np.where([int(own[:8], 16) < 0.1 * 2**32 for own in ids], "validation", "train")
     make_images(data / "images", ids, split, random)
-    refused = range(count // 100)
+    rejected = range(count // 100)
     write(
         data / "rejects.parquet",
         inputs.REJECTS,
         source="synthetic",
-        key=[f"{n}.jpg" for n in refused],
+        key=[f"{n}.jpg" for n in rejected],
         reason="truncated",
         detail="the file ends early",
-        preview=[None for _ in refused],
+        preview=[None for _ in rejected],
     )
-    training = [own for own, part in zip(ids, split, strict=True) if part == "train"][: len(refused) * 2]
+    training = [own for own, part in zip(ids, split, strict=True) if part == "train"][: len(rejected) * 2]
     write(
         data / "near_duplicates.parquet",
         inputs.NEAR_DUPLICATES,
@@ -100,7 +100,6 @@ def make(data: Path, count: int) -> None:
         data / "latents/index.parquet",
         inputs.LATENT_INDEX,
         id=ids,
-        key=digests("latent", count),
         split=split,
         weight=1.0,
         abs_max=4.0,
@@ -114,7 +113,6 @@ def make(data: Path, count: int) -> None:
         data / "text/index.parquet",
         inputs.TEXT_INDEX,
         id=captions,
-        key=digests("embedding", count),
         text=[f"caption number {n}" for n in range(count)],
         norm=1.0,
         dim=384,
@@ -127,13 +125,9 @@ def make(data: Path, count: int) -> None:
         caption_id=np.stack([captions, np.roll(captions, -1)], axis=1).ravel(),
         position=np.tile([0, 1], count),
     )
-    channels = {"mean": [0.0] * 4, "std": [1.0] * 4, "latent_shape": [4, 16, 16], "distribution": "mean"}
-    counts = {"rows": count, "train_rows": int((split == "train").sum()), "rejected": 0, "flip": False}
-    write_json(data / "latents/stats.json", {"format_version": 2, "vae": {"fingerprint": "vae"}, **channels, **counts})
-    write_json(
-        data / "text/stats.json",
-        {"format_version": 2, "encoder": {"fingerprint": "text"}, "dim": 384, "rows": count},
-    )
+    channels = {"mean": [0.0] * 4, "std": [1.0] * 4, "latent_shape": [4, 16, 16], "flip": False}
+    write_json(data / "latents/stats.json", {"format_version": 2, "vae": {"fingerprint": "vae"}, **channels})
+    write_json(data / "text/stats.json", {"format_version": 2, "encoder": {"fingerprint": "text"}, "dim": 384})
 
 
 def make_images(folder: Path, ids: list[str], split: np.ndarray, random: np.random.Generator) -> None:
@@ -156,8 +150,10 @@ def make_images(folder: Path, ids: list[str], split: np.ndarray, random: np.rand
         }
         table = pa.table([pa.array(columns[field.name], field.type) for field in shards.SCHEMA], schema=shards.SCHEMA)
         pq.write_table(table, folder / names[-1]["name"], row_group_size=shards.ROW_GROUP_ROWS, **shards.WRITER_OPTIONS)
-    found = len(ids) + len(ids) // 100
-    source = {"name": "synthetic", "weight": 1.0, "found": found, "attribution": None, "licence": None}
+    kept, rejected = len(ids), len(ids) // 100
+    found = kept + rejected
+    source = {"name": "synthetic", "weight": 1.0, "found": found, "kept": kept, "rejected": rejected}
+    source |= {"attribution": None, "licence": None}
     write_json(
         folder / shards.MANIFEST,
         {"format_version": shards.FORMAT_VERSION, "found": found, "sources": [source], "shards": names},

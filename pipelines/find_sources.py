@@ -1,21 +1,16 @@
 """Stage `find_sources`: what the sources hold at the moment -> data/sources.json, which `ingest` depends on."""
 
-from pathlib import Path
-
 from latentloom.files import write_json
-from latentloom.ingestion.listing import list_sources
+from latentloom.ingestion.source_fingerprint import fingerprint_sources
+from latentloom.layout import SOURCES
 from latentloom.params import Params
 from latentloom.stage import run_stage
 
-LISTING = Path("data/sources.json")
-
 
 def main(params: Params) -> str:
-    listings = list_sources(params.ingest.sources, LISTING)
-    write_json(LISTING, listings)
-    return ", ".join(
-        f"{own['source']} of {own['files']} files" if "files" in own else own["source"] for own in listings
-    )
+    sources = fingerprint_sources(params.ingest.sources, SOURCES)
+    write_json(SOURCES, sources)
+    return ", ".join(f"{own['source']} of {own['files']} files" if "files" in own else own["source"] for own in sources)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 from latentloom.files import write_json
 from latentloom.ingestion.ingest import ingest
+from latentloom.layout import IMAGES, INGEST_REPORT, NEAR_DUPLICATES, REJECTS
 from latentloom.params import Params
 from latentloom.stage import run_stage
 
 
 def main(params: Params) -> str:
-    report = ingest(params.ingest, "data/images", "data/rejects.parquet", "data/near_duplicates.parquet")
-    write_json("reports/ingest.json", report.to_dict())
+    report = ingest(params.ingest, IMAGES, REJECTS, NEAR_DUPLICATES)
+    write_json(INGEST_REPORT, report.to_dict())
     return str(report)
 
 

@@ -1,33 +1,94 @@
-"""Small data sets, in memory and as caches on the disk, and params to train on them in seconds."""
+"""Small data sets, in memory and as caches on the disk; and a cache read by other tools than the package's own."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from latentloom.encoding.cache import FORMAT_VERSION, save_shard
+from latentloom.encoding.codec import LatentCodec
 from latentloom.encoding.dataset import LatentDataset
-from latentloom.encoding.rows import FORMAT_VERSION
-from latentloom.encoding.tensor_shards import save_shard
-from latentloom.files import write_json
+from latentloom.encoding.row_sources import InMemoryRows
+from latentloom.files import read_json, write_json
 
 SHARD_ROWS = 7
 
 
+class TensorDataset(LatentDataset):
+    """A data set of tensors that are standardised already, all on one device; and all of them at once."""
+
+    @classmethod
+    def from_tensors(
+        cls,
+        ids: list[str],
+        mean: torch.Tensor,
+        std: torch.Tensor | None,
+        embeddings: torch.Tensor,
+        texts: Sequence[str],
+        captions: torch.Tensor,
+        caption_counts: torch.Tensor,
+        weights: torch.Tensor | None = None,
+        flipped_mean: torch.Tensor | None = None,
+        flipped_std: torch.Tensor | None = None,
+    ) -> "TensorDataset":
+        views = {"mean": (mean, flipped_mean), "std": (std, flipped_std)}
+        latents = {
+            name: own if mirrored is None else torch.cat([own, mirrored])
+            for name, (own, mirrored) in views.items()
+            if own is not None
+        }
+        return cls(
+            ids=ids,
+            latents=InMemoryRows(latents),
+            codec=LatentCodec([0.0] * mean.shape[1], [1.0] * mean.shape[1]),
+            text=InMemoryRows({"embedding": embeddings}),
+            texts=pd.Series(texts, dtype="str"),
+            captions=captions,
+            caption_counts=caption_counts,
+            weights=weights,
+            first_mirrored=None if flipped_mean is None else len(ids),
+        )
+
+    @property
+    def mean(self) -> torch.Tensor:
+        return self.latents_at(slice(0, len(self)))[0]
+
+    @property
+    def flipped_mean(self) -> torch.Tensor:
+        return self.latents_at(slice(self.first_mirrored, self.first_mirrored + len(self)))[0]
+
+    @property
+    def embeddings(self) -> torch.Tensor:
+        return self.embeddings_at(slice(0, len(self.texts)))
+
+
+def read_cache(folder: Path) -> tuple[pd.DataFrame, dict[str, torch.Tensor], dict]:
+    """A cache as (index, tensors in the index's order, statistics); mirrored latents are ``flipped_mean`` and so on."""
+    index, tensors = pd.read_parquet(folder / "index.parquet"), {}
+    for prefix, place in (("", folder), ("flipped_", folder / "flipped")):
+        shards = {name: load_file(place / name) for name in index["shard"].unique() if place.is_dir()}
+        rows = [(shards[shard], row) for shard, row in zip(index["shard"], index["row"], strict=True) if shards]
+        for name in rows[0][0] if rows else ():
+            tensors[prefix + name] = torch.stack([shard[name][row] for shard, row in rows])
+    return index, tensors, read_json(folder / "stats.json")
+
+
 @pytest.fixture
-def make_data() -> Callable[..., LatentDataset]:
+def make_data() -> Callable[..., TensorDataset]:
     """``make_data(rows)``: latents (rows, 4, 8, 8) with two captions each, the second shared by all.
 
     With ``flipped``, a mirrored latent is the latent mirrored, plus 100, and has no spread.
     """
 
-    def make(rows: int, *, std: bool = False, flipped: bool = False, prefix: str = "image") -> LatentDataset:
+    def make(rows: int, *, std: bool = False, flipped: bool = False, prefix: str = "image") -> TensorDataset:
         generator = torch.Generator().manual_seed(rows)
         mean = torch.randn(rows, 4, 8, 8, generator=generator)
-        return LatentDataset.from_tensors(
+        return TensorDataset.from_tensors(
             ids=[f"{prefix}{row}" for row in range(rows)],
             mean=mean,
             std=torch.full((rows, 4, 8, 8), 0.1) if std else None,
@@ -85,7 +146,7 @@ def write_caches(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
             for position in range(1 + row % 3)
         ]
         pd.DataFrame(pairs, columns=["image_id", "caption_id", "position"]).to_parquet(text / "pairs.parquet")
-        statistics = {"mean": [0.5, -0.25, 0.0, 1.0], "std": [1.5, 0.75, 1.0, 3.0], "flip": flip}
+        statistics = {"mean": [0.5, -0.25, 0.0, 1.0], "std": [1.5, 0.75, 1.0, 3.0], "bound": 3.5, "flip": flip}
         write_json(latents / "stats.json", {"format_version": FORMAT_VERSION} | statistics)
         write_json(text / "stats.json", {"format_version": FORMAT_VERSION, "dim": 12})
         return latents, text

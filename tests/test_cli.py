@@ -1,9 +1,10 @@
-"""The command line: checks params, and tells what a run left."""
+"""The command line: checks params, shows what a run left, and says what the user can fix."""
 
 import json
 from pathlib import Path
 
 import pytest
+from tiny_models import save_tiny_unet
 from typer.testing import CliRunner
 
 from latentloom.cli import app
@@ -23,7 +24,7 @@ def test_a_good_params_file_passes_silently(invoke):
     assert (result.exit_code, result.output) == (0, "")
 
 
-def test_a_bad_params_file_is_told(invoke, tmp_path):
+def test_a_bad_params_file_is_rejected(invoke, tmp_path):
     (tmp_path / "params.yaml").write_text("seed: 0\n")
     result = invoke("check")
     assert result.exit_code == 1
@@ -63,3 +64,37 @@ def test_syncing_delivers_what_waits_and_then_has_nothing_to_do(invoke, tmp_path
     result = invoke("sync")
     assert (result.exit_code, result.output) == (0, f"{run.key}: delivered 3 entries\n")
     assert invoke("sync").output == ""
+
+
+@pytest.mark.parametrize("command", ["history", "ui", "lineage", "promote x --to champion", "demote --from champion"])
+def test_outside_a_project_no_store_is_created(invoke, tmp_path, monkeypatch, command):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    result = invoke(*command.split())
+    assert result.exit_code == 1
+    assert "run this in the project's root" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["history", "sample apple --model champion", "promote x --to champion"])
+@pytest.mark.parametrize("damage", [b"no database", b"SQLite format 3\0" + bytes(200)])
+def test_a_damaged_store_is_one_sentence_that_names_it(invoke, tmp_path, monkeypatch, command, damage):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    (tmp_path / "mlflow.db").write_bytes(damage)
+    result = invoke(*command.split())
+    assert result.exit_code == 1
+    assert result.output.startswith("mlflow.db cannot be used: ")
+    assert len(result.output.splitlines()) == 1
+
+
+def test_a_bug_shows_its_traceback_and_a_wrong_setting_does_not(invoke, monkeypatch, tmp_path):
+    model = save_tiny_unet(tmp_path / "models/unet")
+    result = invoke("sample", "an apple", "--steps", "1")
+    assert (result.exit_code, "diffusion_steps = 1" in result.output) == (1, True)
+
+    def bug(*arguments, **more):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("latentloom.evaluation.text_to_image.load_text_to_image", bug)
+    assert isinstance(invoke("sample", "an apple", "--model", str(model)).exception, ValueError)

@@ -1,15 +1,16 @@
 """A project's root with a store, and runs of tiny models in it, as trainings and evaluations leave them."""
 
-import hashlib
 import json
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from tiny_models import save_tiny_unet
 
+from latentloom.diffusion.sampling_settings import SamplingSettings
 from latentloom.model_files import model_hash
 from latentloom.tracking.runs import new_run
 from latentloom.tracking.store import open_client
@@ -54,35 +55,22 @@ def train(project_root) -> Callable[..., str]:
         val_mae: float | None = 0.4,
         latents: str = "l" * 64,
         noise_levels: str = "cosine",
-        failed_checks: tuple[str, ...] = (),
-        validation: str = "artifact",
+        failed_checks: tuple[str, ...] | None = (),
+        provenance: dict | None = None,
         tags: dict[str, str] | None = None,
+        code_diff: str = "",
     ) -> str:
-        checks = {"enough images": {"success": True}} | {check: {"success": False} for check in failed_checks}
-        report = json.dumps({"success": not failed_checks, "checks": checks})
-        given = {
-            "model.sha256": model_hash(folder),
-            "input.latents": latents,
-            "input.validation": hashlib.sha256(report.encode()).hexdigest(),
-        }
-        settings = {
-            "class_guidance": "2.5",
-            "diffusion_steps": "4",
-            "sampler": "ddim",
-            "guidance_interval": "[0.0, 1.0]",
-        }
+        known = {"failed_checks": None if failed_checks is None else list(failed_checks)} | (provenance or {})
+        settings = SamplingSettings(diffusion_steps=4, class_guidance=2.5, precision="fp32")
         with new_run(project_root, name=name) as run:
-            run.set_tags(given | (tags or {}))
-            run.log_params({"diffusion": {"schedule": "vp", "noise_levels": noise_levels}, "train.precision": "fp32"})
+            run.set_tags({"model.sha256": model_hash(folder), "input.latents": latents} | (tags or {}))
+            run.log_text(json.dumps(known), "provenance.json")
+            if code_diff:
+                run.log_text(code_diff, "code.diff")
+            run.log_params({"diffusion": {"schedule": "vp", "noise_levels": noise_levels}})
             figures = {"caption_recall_at_1": recall, "val_mae": val_mae}
             run.log_metrics({f"evaluate/{key}": value for key, value in figures.items() if value is not None}, 10)
-            run.set_tags({f"evaluate.{key}": value for key, value in settings.items()})
-            if validation == "artifact":
-                (project_root / "validation.json").write_text(report)
-                run.log_file(project_root / "validation.json")
-        if validation == "reports":
-            (project_root / "reports").mkdir(exist_ok=True)
-            (project_root / "reports" / "validation.json").write_text(report)
+            run.log_text(json.dumps(asdict(settings)), "sampling.json")
         return run.id
 
     return log

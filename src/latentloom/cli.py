@@ -11,7 +11,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from latentloom.params import ParamsError, load_params
+from latentloom.errors import UserError
+from latentloom.layout import EVALUATE_METRICS, MODEL, PARAMS, SAMPLE_SHEET, TRAIN_METRICS, project_root
+from latentloom.params import load_params
 
 MODEL_HELP = "A model folder, champion, candidate, a version of the registry, or an MLflow run (id or name)."
 
@@ -19,49 +21,41 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train your o
 
 
 @app.command()
-def check(params: Annotated[Path, typer.Argument(help="A params file.")] = Path("params.yaml")) -> None:
+def check(params: Annotated[Path, typer.Argument(help="A params file.")] = PARAMS) -> None:
     """Check a params file: every key and value, before any work."""
-    try:
+    with _user_errors_shown():
         load_params(params)
-    except ParamsError as error:
-        sys.exit(str(error))
 
 
 @app.command()
 def summary() -> None:
-    """Say what the last `dvc repro` left: the sample sheet, the figures, and where to look further."""
+    """Show what the last `dvc repro` left: the sample sheet, the figures, and where to look further."""
     figures = {}
-    for path in (Path("reports/train/metrics.json"), Path("reports/evaluate/metrics.json")):
+    for path in (TRAIN_METRICS, EVALUATE_METRICS):
         if not path.exists():
             sys.exit(f"{path} does not exist yet: run `make repro`")
         figures |= json.loads(path.read_text(encoding="utf-8"))
-    print("\nSamples   reports/evaluate/samples.png")
-    print(
-        "Figures   "
-        + ", ".join(
-            f"{name} {figures[name]:.4g}" for name in ("caption_recall_at_1", "val_mae", "train_mae") if name in figures
-        )
-    )
-    print("Model     models/unet")
+    shown = ("caption_recall_at_1", "val_mae", "train_mae")
+    print(f"\nSamples   {SAMPLE_SHEET}")
+    print("Figures   " + ", ".join(f"{name} {figures[name]:.4g}" for name in shown if name in figures))
+    print(f"Model     {MODEL}")
     print("Data      reports/data_docs/index.html")
     print("MLflow    make ui")
 
 
 @app.command()
 def ui(port: Annotated[int, typer.Option(min=1, max=65535, help="Of the address on this machine.")] = 5000) -> None:
-    """Serve MLflow's pages on this machine until Ctrl-C, and say where: pictures, curves and figures of all runs."""
-    with _mendable_errors_told():
-        from latentloom.layout import project_root
-        from latentloom.tracking.charts import address
-        from latentloom.tracking.store import experiment_id, open_client, tracking_uri, without_credentials
+    """Serve MLflow's pages of all runs (images, curves, figures) on this machine until Ctrl-C, and print where."""
+    with _user_errors_shown():
+        from latentloom.tracking.store import experiment_id, open_client, tracking_uri, ui_address, without_credentials
 
-        root = project_root()
+        root = _own_project()
         store, experiment = tracking_uri(root), experiment_id(open_client(root), root)
     if store.startswith(("http://", "https://")):
-        print(f"MLflow: {address(without_credentials(store), experiment)}")
+        print(f"MLflow: {ui_address(without_credentials(store), experiment)}")
         return
-    print(f"MLflow: {address(f'http://127.0.0.1:{port}', experiment)}", flush=True)
-    # The store is told by the environment, where no list of processes shows its password. Without the jobs, which only
+    print(f"MLflow: {ui_address(f'http://127.0.0.1:{port}', experiment)}", flush=True)
+    # The store is named by the environment, where no list of processes shows its password. Without the jobs, which only
     # judge language models, the server takes two processes instead of ten.
     environment = {"MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
@@ -70,70 +64,77 @@ def ui(port: Annotated[int, typer.Option(min=1, max=65535, help="Of the address 
 
 @app.command()
 def sync() -> None:
-    """Deliver to MLflow what waits on the disk: of runs whose store was away, or that had no MLflow."""
-    from latentloom.layout import project_root
+    """Deliver to MLflow the runs that wait on the disk, because the store was away or MLflow was not installed."""
     from latentloom.tracking.runs import sync
 
     waits = False
-    for key, said in sync(project_root()):
-        print(f"{key}: {said}")
-        waits = waits or "wait" in said
+    for synced in sync(project_root()):
+        print(f"{synced.key}: {synced.message}")
+        waits = waits or synced.waits
     if waits:
         sys.exit(1)
 
 
 @app.command()
 def sample(
-    prompts: Annotated[list[str], typer.Argument(help="What to draw; each prompt is drawn.")],
-    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "models/unet",
-    output: Annotated[str, typer.Option("--output", "-o", help="FILE.png, or FOLDER/ for one PNG a sample.")] = (
+    prompts: Annotated[list[str], typer.Argument(help="What to generate; one or more samples per prompt.")],
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = str(MODEL),
+    output: Annotated[str, typer.Option("--output", "-o", help="FILE.png, or FOLDER/ for one PNG per sample.")] = (
         "sample.png"
     ),
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise that samples start from.")] = 0,
-    count: Annotated[int, typer.Option(min=1, help="Samples of each prompt.")] = 1,
+    count: Annotated[int, typer.Option(min=1, help="Samples per prompt.")] = 1,
     first: Annotated[int, typer.Option(min=0, help="The number of the first sample.")] = 0,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps; params.yaml says how many unless you do.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps; by default as in params.yaml.")] = None,
     guidance: Annotated[float | None, typer.Option(help="1: as trained; more: closer to the prompt.")] = None,
     sampler: Annotated[str | None, typer.Option(help="ddim or dpmpp_2m.")] = None,
     guidance_interval: Annotated[
         tuple[float, float] | None, typer.Option(help="Noise levels at which guidance acts.")
     ] = None,
-    guidance_rescale: Annotated[float | None, typer.Option(help="0 to 1: contrast taken back.")] = None,
+    guidance_rescale: Annotated[float | None, typer.Option(help="0 to 1: how much contrast is taken back.")] = None,
     threshold: Annotated[float | None, typer.Option(help="The percentile of dynamic thresholding.")] = None,
     precision: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")] = None,
 ) -> None:
-    """Draw prompts with a model. The same command gives the same bytes on one machine's CPU."""
+    """Generate images of prompts. The same command gives the same bytes on one machine's CPU."""
     folder = output.endswith("/") or Path(output).is_dir()
     if not folder and Path(output).suffix.lower() != ".png":
-        sys.exit(f"-o {output}: give FILE.png, or FOLDER/ for one PNG a sample")
-    with _mendable_errors_told():
-        from latentloom.evaluation.drawing import default_settings, load_text_to_image
-        from latentloom.evaluation.pictures import save_picture, together
-        from latentloom.layout import project_root
-        from latentloom.registry.models import find_model
+        sys.exit(f"-o {output}: give FILE.png, or FOLDER/ for one PNG per sample")
+    with _user_errors_shown():
+        from latentloom.evaluation.metadata import save_image
+        from latentloom.evaluation.text_to_image import default_settings, load_text_to_image, prompt_grid
+        from latentloom.lineage.provenance import read_run_record
+        from latentloom.registry.models import find_model, image_provenance
 
-        found = find_model(model, project_root())
-        settings = default_settings(found.folder).changed(
-            steps=steps,
-            guidance=guidance,
-            sampler=sampler,
-            guidance_interval=guidance_interval,
-            guidance_rescale=guidance_rescale,
-            threshold=threshold,
-            precision=precision,
-        )
-        loaded = load_text_to_image(found.folder, mlflow_run_id=found.run_id)
-        drawn = loaded.draw(prompts, settings, seed=seed, count=count, first=first)
+        root = project_root()
+        found = find_model(model, root)
+        provenance = found.provenance
+        if provenance is None and (record := read_run_record(root, found.sha256)):
+            provenance = record.to_dict()
+        given = {
+            "diffusion_steps": steps,
+            "class_guidance": guidance,
+            "sampler": sampler,
+            "guidance_interval": guidance_interval,
+            "guidance_rescale": guidance_rescale,
+            "threshold_percentile": threshold,
+            "precision": precision,
+        }
+        try:
+            settings = default_settings(found.folder).changed(**given)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        loaded = load_text_to_image(found.folder, provenance=provenance and image_provenance(provenance))
+        images = loaded.generate(prompts, settings, seed=seed, count=count, first=first)
         if not folder:
-            facts = loaded.facts(prompts, settings, seed=seed, count=count, first=first)
-            save_picture(Path(output), together(drawn), facts)
+            metadata = loaded.metadata(prompts, settings, seed=seed, count=count, first=first)
+            save_image(Path(output), prompt_grid(images), metadata)
             print(output)
             return
-        for row, (prompt, images) in enumerate(zip(prompts, drawn, strict=True), start=1):
+        for row, (prompt, samples) in enumerate(zip(prompts, images, strict=True), start=1):
             words = re.sub(r"[^\w]+", "-", prompt).strip("-")[:60]
-            for number, image in enumerate(images, start=first):
+            for number, image in enumerate(samples, start=first):
                 path = Path(output) / f"{row:02d}-{words}-{number}.png"
-                save_picture(path, image, loaded.facts([prompt], settings, seed=seed, first=number))
+                save_image(path, image, loaded.metadata([prompt], settings, seed=seed, first=number))
                 print(path)
 
 
@@ -144,15 +145,14 @@ def promote(
     force: Annotated[bool, typer.Option("--force", help="Though validation failed or it is worse; say --why.")] = False,
     why: Annotated[str | None, typer.Option(help="Kept with the version and in the history.")] = None,
 ) -> None:
-    """Register a model and call it the champion or the candidate; refused where it is worse than the champion."""
+    """Register a model and call it the champion or the candidate; rejected where it is worse than the champion."""
     if force and not why:
         sys.exit('--force needs a reason that others will read: --why "..."')
-    with _mendable_errors_told():
-        from latentloom.layout import project_root
+    with _user_errors_shown():
         from latentloom.registry import registry
         from latentloom.registry.models import find_model
 
-        root = project_root()
+        root = _own_project()
         version, moved = registry.promote(find_model(model, root), to, root, force=force, why=why)
     print(f"version {version} of latentloom is the {to}" + ("" if moved else " already"))
 
@@ -163,37 +163,30 @@ def demote(
     why: Annotated[str | None, typer.Option(help="Kept in the history.")] = None,
 ) -> None:
     """Take a promotion back: the one before is the champion (or the candidate) again."""
-    with _mendable_errors_told():
-        from latentloom.layout import project_root
+    with _user_errors_shown():
         from latentloom.registry import registry
 
-        was, now = registry.demote(alias, project_root(), why=why)
+        was, now = registry.demote(alias, _own_project(), why=why)
     print(f"version {was} of latentloom is no longer the {alias}; " + (f"version {now} is" if now else "none is"))
 
 
 @app.command()
 def history() -> None:
-    """Which model was the champion or the candidate, since when, why, and how good it was."""
-    with _mendable_errors_told():
-        from latentloom.layout import project_root
+    """Show which model was the champion or the candidate, since when, why, and how good it was."""
+    with _user_errors_shown():
         from latentloom.registry import registry
 
-        root = project_root()
+        root = _own_project()
         moves, current = registry.history(root), registry.current(root)
     row = "{:<20}  {:<9}  {:<7}  {:<10}  {:<10}  {:<7}  {:<10}  {}".format
     print(row("when", "alias", "version", "instead of", "by", "recall", "val_mae", "why"))
     for move in moves:
-        figures = move.figures
+        why = move.why or ("taken back" if move.taken_back else "")
+        figures = (_figure(move.figures.recall), _figure(move.figures.val_mae))
+        when = f"{move.when[:19]}Z"
         print(
             row(
-                move.when.replace("+00:00", "Z"),
-                move.alias,
-                move.version or "none",
-                move.before or "none",
-                move.by or "",
-                _figure(figures.recall if figures else None),
-                _figure(figures.val_mae if figures else None),
-                move.why or ("taken back" if move.what == "demote" else ""),
+                when, move.alias, move.version or "none", move.previous or "none", move.by or "", *figures, why
             ).rstrip()
         )
     print("now: " + (", ".join(f"{alias} is version {version}" for alias, version in current.items()) or "nothing"))
@@ -202,37 +195,62 @@ def history() -> None:
 @app.command()
 def lineage(
     of: Annotated[str, typer.Argument(metavar="X", help=f"A PNG of `latentloom sample`, or: {MODEL_HELP}")] = (
-        "models/unet"
+        str(MODEL)
     ),
-    as_json: Annotated[bool, typer.Option("--json", help="For machines: docs/lineage.md has the form.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts: docs/lineage.md has the form.")] = False,
 ) -> None:
-    """Say what a picture or a model came from, where the bytes of each part are, and how to bring it back.
+    """Show what an image or a model came from, where the bytes of each part are, and how to bring it back.
 
     Exit status 1 where something that is needed for it is lost, or not known.
     """
-    with _mendable_errors_told():
-        from latentloom.layout import project_root
+    with _user_errors_shown():
         from latentloom.lineage.lineage import render, to_json, trace
 
-        found = trace(of, project_root())
+        found = trace(of, _own_project())
     print(to_json(found) if as_json else render(found))
     if found.missing:
         raise typer.Exit(1)
+
+
+def _own_project() -> Path:
+    """The project's root; a store of MLflow is created in no other folder.
+
+    Raises:
+        UserError: where there is no project, and no server is named.
+    """
+    root = project_root()
+    if not (root / PARAMS).exists() and not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise UserError(f"there is no {PARAMS} in {root}: run this in the project's root, or set MLFLOW_TRACKING_URI")
+    return root
 
 
 def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
+def _store_message(error: Exception) -> str:
+    """What to do about a database that is damaged, away or on a full disk."""
+    cause = str(getattr(error, "orig", None) or error).splitlines()[0]
+    if os.environ.get("MLFLOW_TRACKING_URI"):
+        return f"the database that MLFLOW_TRACKING_URI names cannot be used: {cause}"
+    return (
+        f"mlflow.db cannot be used: {cause}. Make room if the disk is full. If the file is damaged, put a copy back or "
+        "move it away; the next run creates a new one"
+    )
+
+
 @contextmanager
-def _mendable_errors_told() -> Iterator[None]:
-    """End with the message alone where a person can mend the cause; anything else is a fault of ours."""
+def _user_errors_shown() -> Iterator[None]:
+    """End with the message alone where the user can fix the cause; anything else is a bug and shows its traceback."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except UserError as error:
         sys.exit(str(error))
     except Exception as error:
-        if not type(error).__module__.startswith("mlflow."):
+        library = type(error).__module__.partition(".")[0]
+        if library in ("sqlalchemy", "sqlite3"):
+            sys.exit(_store_message(error))
+        if library != "mlflow":
             raise
         sys.exit(f"MLflow: {error}")
 

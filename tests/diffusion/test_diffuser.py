@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from latentloom.diffusion import (
     Diffuser,
+    SamplingSettings,
     UNet,
     add_noise,
     dynamic_thresholding,
@@ -20,6 +21,9 @@ from latentloom.diffusion import (
 )
 
 GAMMA = {"vp": lambda a: np.sqrt(1 - a**2), "linear": lambda a: 1 - a}
+
+
+UNTHRESHOLDED = SamplingSettings(threshold_percentile=None)
 
 
 def wavy(x_t, noise_levels, text):
@@ -33,11 +37,11 @@ def seeds_and_labels(batch=3, dtype=np.float64, seed=0):
     return rng.normal(size=(batch, 8, 8, 4)).astype(dtype), rng.normal(size=(batch, 6)).astype(dtype)
 
 
-@pytest.mark.parametrize("steps", [1, 7, 70])
+@pytest.mark.parametrize("steps", [2, 7, 70])
 def test_the_vp_trajectory_is_that_of_diffusers_ddim(steps):
     seeds, labels = seeds_and_labels()
-    diffuser = Diffuser(wavy, 1.0, steps, perc=None)
-    levels = diffuser.noise_levels()
+    diffuser = Diffuser(wavy, 1.0, steps, settings=UNTHRESHOLDED)
+    levels = diffuser.noise_levels
 
     scheduler = DDIMScheduler(
         num_train_timesteps=steps, prediction_type="sample", clip_sample=False, set_alpha_to_one=True
@@ -56,15 +60,15 @@ def test_the_trajectory_follows_the_schedules_own_process(schedule):
     """In float64 NumPy, by way of the noise estimate rather than the coefficients."""
     seeds, labels = seeds_and_labels()
     diffuser = Diffuser(wavy, 3.0, 9, schedule=schedule, bound=0.7)
-    x, gamma, levels = seeds.transpose(0, 3, 1, 2), GAMMA[schedule], diffuser.noise_levels()
-    for now, then in pairwise(levels):
+    x, gamma, levels = seeds.transpose(0, 3, 1, 2), GAMMA[schedule], diffuser.noise_levels
+    for level, next_level in pairwise(levels):
         with_text, without = (
-            wavy(torch.from_numpy(x), torch.full((3,), now, dtype=torch.float64), torch.from_numpy(text)).numpy()
+            wavy(torch.from_numpy(x), torch.full((3,), level, dtype=torch.float64), torch.from_numpy(text)).numpy()
             for text in (labels, np.zeros_like(labels))
         )
         x0_hat = dynamic_thresholding(3 * with_text - 2 * without, bound=0.7)
-        eps_hat = (x - gamma(now) * x0_hat) / now
-        x = gamma(then) * x0_hat + then * eps_hat
+        eps_hat = (x - gamma(level) * x0_hat) / level
+        x = gamma(next_level) * x0_hat + next_level * eps_hat
     np.testing.assert_allclose(diffuser.reverse_diffusion(seeds, labels), x.transpose(0, 2, 3, 1), atol=1e-9)
 
 
@@ -77,14 +81,14 @@ def test_errors_that_shrink_with_the_noise_level_leave_no_trace_in_x0(schedule, 
         return truth + 1e-3 * noise_levels[:, None, None, None] * x_t
 
     seeds = torch.randn(5, 8, 8, 4, generator=torch.Generator().manual_seed(1))
-    diffuser = Diffuser(nearly_perfect, 1.0, 70, schedule=schedule, perc=None, spacing=spacing)
+    diffuser = Diffuser(nearly_perfect, 1.0, 70, settings=UNTHRESHOLDED, schedule=schedule, spacing=spacing)
     latents = diffuser.reverse_diffusion(seeds, torch.zeros(5, 6))
     assert (latents - truth.permute(0, 2, 3, 1)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("schedule", GAMMA)
-def test_a_perfect_denoiser_walks_back_along_the_forward_process(schedule):
-    """Stopped before its end, the walk is at the forward process of the same noise; at its end, at x0."""
+def test_with_a_perfect_denoiser_the_trajectory_goes_back_along_the_forward_process(schedule):
+    """Before its end, the trajectory is at the forward process of the same noise; at its end, at x0."""
     truth, noise = torch.randn(2, 5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     forward, visited = get_schedule(schedule), []
 
@@ -92,20 +96,20 @@ def test_a_perfect_denoiser_walks_back_along_the_forward_process(schedule):
         visited.append((x_t - forward.add_noise(truth, noise, noise_levels)).abs().max().item())
         return truth
 
-    diffuser = Diffuser(perfect, 1.0, 70, schedule=schedule, perc=None)
+    diffuser = Diffuser(perfect, 1.0, 70, settings=UNTHRESHOLDED, schedule=schedule)
     latents = diffuser.reverse_diffusion(noise, torch.zeros(5, 6))
     assert len(visited) == 70 and max(visited) < 1e-4
     assert (latents - truth).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("w", [0.0, 1.0, 3.0, -0.5])
-def test_guidance_mixes_the_guesses_with_and_without_text(w):
+@pytest.mark.parametrize("w", [0.0, 1.0, 3.0])
+def test_guidance_mixes_the_predictions_with_and_without_text(w):
     seeds, labels = seeds_and_labels()
     x, text = torch.from_numpy(seeds).permute(0, 3, 1, 2), torch.from_numpy(labels)
     level = torch.full((3,), 0.6, dtype=torch.float64)
     expected = w * wavy(x, level, text) + (1 - w) * wavy(x, level, torch.zeros_like(text))
-    guess = Diffuser(wavy, w, 5).predict_x_zero(x, text, 0.6)
-    torch.testing.assert_close(guess, expected)
+    predicted = Diffuser(wavy, w, 5).predict_x_zero(x, text, 0.6)
+    torch.testing.assert_close(predicted, expected)
     as_array = Diffuser(wavy, w, 5).predict_x_zero(seeds, labels, 0.6)
     np.testing.assert_allclose(as_array, expected.permute(0, 2, 3, 1).numpy())
 
@@ -126,13 +130,14 @@ def test_each_step_is_one_call_and_plain_guidance_costs_no_second_half(w, sample
 def test_outside_its_interval_guidance_is_off_and_costs_nothing(sampler):
     levels, texts = [], []
 
-    def watched(x_t, noise_levels, text):
+    def recording(x_t, noise_levels, text):
         levels.append(noise_levels[0].item())
         texts.append(text)
         return wavy(x_t, noise_levels, text)
 
     seeds, labels = seeds_and_labels()
-    Diffuser(watched, 4.0, 20, sampler=sampler, guidance_interval=(0.2, 0.8)).reverse_diffusion(seeds, labels)
+    settings = SamplingSettings(sampler=sampler, guidance_interval=(0.2, 0.8))
+    Diffuser(recording, 4.0, 20, settings=settings).reverse_diffusion(seeds, labels)
     inside = [0.2 <= level <= 0.8 for level in levels]
     assert 5 < sum(inside) < 15 and not inside[0] and not inside[-1]
     for guided, text in zip(inside, texts, strict=True):
@@ -143,47 +148,49 @@ def test_outside_its_interval_guidance_is_off_and_costs_nothing(sampler):
 @pytest.mark.parametrize("level", [0.1, 0.2, 0.6, 0.61])
 def test_both_ends_of_the_interval_belong_to_it(level):
     seeds, labels = seeds_and_labels()
-    guess = Diffuser(wavy, 4.0, 5, guidance_interval=(0.2, 0.6)).predict_x_zero(seeds, labels, level)
+    settings = SamplingSettings(guidance_interval=(0.2, 0.6))
+    predicted = Diffuser(wavy, 4.0, 5, settings=settings).predict_x_zero(seeds, labels, level)
     w = 4.0 if level in (0.2, 0.6) else 1.0
-    np.testing.assert_array_equal(guess, Diffuser(wavy, w, 5).predict_x_zero(seeds, labels, level))
+    np.testing.assert_array_equal(predicted, Diffuser(wavy, w, 5).predict_x_zero(seeds, labels, level))
 
 
 @pytest.mark.parametrize("phi", [0.3, 1.0])
-def test_guidance_rescale_goes_back_towards_the_contrast_of_the_conditional_guess(phi):
+def test_guidance_rescale_goes_back_towards_the_contrast_of_the_conditional_prediction(phi):
     """Lin et al. 2024, eq. 15 and 16, in NumPy; each sample by itself."""
     seeds, labels = seeds_and_labels()
-    guess, plain, guided = (
-        Diffuser(wavy, w, 5, guidance_rescale=rescale).predict_x_zero(seeds, labels, 0.6)
+    predicted, plain, guided = (
+        Diffuser(wavy, w, 5, settings=SamplingSettings(guidance_rescale=rescale)).predict_x_zero(seeds, labels, 0.6)
         for w, rescale in ((5.0, phi), (1.0, 0.0), (5.0, 0.0))
     )
-    for ours, x_pos, x_cfg in zip(guess, plain, guided, strict=True):
+    for ours, x_pos, x_cfg in zip(predicted, plain, guided, strict=True):
         rescaled = x_cfg * (x_pos.std() / x_cfg.std())
         np.testing.assert_allclose(ours, phi * rescaled + (1 - phi) * x_cfg)
         assert ours.std() != pytest.approx(x_cfg.std(), rel=1e-3)
 
 
-def test_guidance_rescale_leaves_a_guess_without_contrast_alone():
+def test_guidance_rescale_leaves_a_prediction_without_contrast_alone():
     def flat(x_t, noise_levels, text):
         return text.sum(1).view(-1, 1, 1, 1).expand_as(x_t)
 
     seeds, labels = seeds_and_labels()
     expected = np.broadcast_to(3 * labels.sum(1)[:, None, None, None], seeds.shape)
     np.testing.assert_allclose(
-        Diffuser(flat, 3.0, 5, guidance_rescale=0.7).predict_x_zero(seeds, labels, 0.5), expected
+        Diffuser(flat, 3.0, 5, settings=SamplingSettings(guidance_rescale=0.7)).predict_x_zero(seeds, labels, 0.5),
+        expected,
     )
 
 
 @pytest.mark.parametrize("w", [0.0, 1.0, 3.0])
-def test_defaults_are_bit_for_bit_the_plain_walk(w):
+def test_defaults_are_bit_for_bit_the_plain_trajectory(w):
     seeds, labels = (torch.from_numpy(array) for array in seeds_and_labels(dtype=np.float32))
     x, schedule = seeds.permute(0, 3, 1, 2), get_schedule("vp")
     diffuser = Diffuser(wavy, w, 9, bound=0.7)
-    for now, then in pairwise(diffuser.noise_levels().tolist()):
-        level = torch.full((3,), now)
-        guesses = [(factor, wavy(x, level, text)) for factor, text in ((w, labels), (1 - w, 0 * labels)) if factor]
-        x0_hat = sum(guess if factor == 1 else factor * guess for factor, guess in guesses)
+    for level, next_level in pairwise(diffuser.noise_levels.tolist()):
+        levels = torch.full((3,), level)
+        predictions = [(factor, wavy(x, levels, text)) for factor, text in ((w, labels), (1 - w, 0 * labels)) if factor]
+        x0_hat = sum(x0 if factor == 1 else factor * x0 for factor, x0 in predictions)
         x0_hat = dynamic_thresholding(x0_hat, bound=0.7)
-        x = schedule.step(x, x0_hat, now, then) if then else x0_hat
+        x = schedule.step(x, x0_hat, level, next_level) if next_level else x0_hat
     assert torch.equal(diffuser.reverse_diffusion(seeds, labels), x.permute(0, 2, 3, 1))
 
 
@@ -201,9 +208,8 @@ def test_no_step_waits_for_the_device_or_moves_anything_to_or_from_it(sampler, m
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # does not know this device
     network = UNet(4, (16, 32), 1, 16, 24).to("meta")
     seeds, labels = torch.empty(3, 4, 8, 8, device="meta"), torch.empty(3, 24, device="meta")
-    diffuser = Diffuser(network, 3.0, 4, sampler=sampler, guidance_interval=(0.2, 0.8), guidance_rescale=0.5)
-    levels = diffuser.noise_levels()  # the host's own
-    monkeypatch.setattr(diffuser, "noise_levels", lambda: levels)
+    settings = SamplingSettings(sampler=sampler, guidance_interval=(0.2, 0.8), guidance_rescale=0.5)
+    diffuser = Diffuser(network, 3.0, 4, settings=settings)
     with StaysOnDevice():
         assert diffuser.reverse_diffusion(seeds, labels, layout="nchw").shape == seeds.shape
 
@@ -221,7 +227,7 @@ def test_latents_come_back_in_the_layout_and_kind_of_the_seeds(layout, kind):
     np.testing.assert_array_equal(result, expected)
 
 
-def test_latents_of_four_by_four_are_channels_last_unless_told_otherwise():
+def test_latents_of_four_by_four_are_channels_last_by_default():
     seeds, labels = np.random.default_rng(0).normal(size=(2, 4, 4, 4)), np.ones((2, 6))
     diffuser = Diffuser(wavy, 1.0, 4)
     last = diffuser.reverse_diffusion(seeds, labels)
@@ -245,18 +251,30 @@ def test_progress_is_reported_after_each_step(capsys):
     [
         ({"schedule": "cosine"}, "unknown schedule 'cosine'"),
         ({"spacing": "log"}, "unknown noise level distribution 'log'"),
-        ({"diffusion_steps": 0}, "at least 1 step"),
-        ({"class_guidance": float("nan")}, "class_guidance must be a finite number"),
-        ({"perc": 120}, "percentile"),
-        ({"bound": 0}, "bound must be above 0"),
-        ({"sampler": "euler"}, "unknown sampler 'euler': allowed are ddim, dpmpp_2m"),
-        ({"guidance_interval": (0.6, 0.3)}, r"guidance_interval .* not \(0.6, 0.3\)"),
-        ({"guidance_rescale": 1.5}, "from 0 to 1, not 1.5"),
+        ({"diffusion_steps": 0}, "diffusion_steps = 0: must be a whole number from 2"),
+        ({"class_guidance": float("nan")}, "class_guidance = nan: must be a number"),
     ],
 )
-def test_impossible_settings_are_refused_at_once(options, message):
+def test_impossible_arguments_are_rejected_at_once(options, message):
     with pytest.raises(ValueError, match=message):
         Diffuser(**{"denoiser": wavy, "class_guidance": 1.0, "diffusion_steps": 4} | options)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"threshold_percentile": 120}, "from 50 to 100"),
+        ({"sampler": "euler"}, "sampler = 'euler': must be one of ddim, dpmpp_2m"),
+        ({"guidance_interval": (0.6, 0.3)}, r"guidance_interval = \(0.6, 0.3\): .*lowest < highest"),
+        ({"guidance_rescale": 1.5}, "guidance_rescale = 1.5: must be a number, from 0 to 1"),
+        ({"precision": "fp8"}, "precision = 'fp8': must be one of auto, fp32, bf16"),
+    ],
+)
+def test_impossible_settings_are_rejected_by_name(setting, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingSettings(**setting)
+    with pytest.raises(ValueError, match=message):
+        SamplingSettings().changed(**setting)
 
 
 def test_seeds_and_labels_that_do_not_match_are_named():
@@ -293,11 +311,11 @@ def two_words():
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
 @pytest.mark.parametrize("w", [1.0, 3.0])
-def test_a_trained_network_draws_what_the_text_says(two_words, w, sampler):
+def test_a_trained_network_generates_what_the_text_says(two_words, w, sampler):
     network, words, meanings = two_words
     seeds = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     word = torch.tensor([0, 1] * 4)
-    diffuser = Diffuser(network, w, 12, bound=1.0, sampler=sampler)
+    diffuser = Diffuser(network, w, 12, settings=SamplingSettings(sampler=sampler))
     latents = diffuser.reverse_diffusion(seeds, words[word])
     right = (latents - meanings[word]).abs().mean((1, 2, 3))
     wrong = (latents - meanings[1 - word]).abs().mean((1, 2, 3))

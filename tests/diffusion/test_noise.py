@@ -1,4 +1,4 @@
-"""Noise: both schedules, the noise-level distributions, the walk of levels, thresholding."""
+"""Noise: both schedules, the noise-level distributions, the levels of sampling, thresholding."""
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from latentloom.diffusion import (
     noise_levels_from_uniform,
     sampling_levels,
 )
+from latentloom.diffusion.noise import quantile
 
 GAMMA = {"vp": lambda a: np.sqrt(1 - a**2), "linear": lambda a: 1 - a}
 
@@ -62,14 +63,14 @@ def test_a_vp_step_is_the_formula_of_the_design_and_another_schedule_steps_other
 
 
 @pytest.mark.parametrize("schedule", GAMMA)
-def test_a_step_to_zero_noise_returns_the_guess_and_one_from_zero_is_refused(schedule):
+def test_a_step_to_zero_noise_returns_the_prediction_and_one_from_zero_is_rejected(schedule):
     x, x0 = torch.randn(2, 4, 2, 2), torch.randn(2, 4, 2, 2)
     torch.testing.assert_close(get_schedule(schedule).step(x, x0, 1.0, 0.0), x0)
     with pytest.raises(ValueError, match="above 0"):
         get_schedule(schedule).step(x, x0, 0.0, 0.0)
 
 
-def test_unknown_names_are_refused_and_the_known_ones_listed():
+def test_unknown_names_are_rejected_and_the_known_ones_listed():
     with pytest.raises(ValueError, match=r"'cosine'.*vp, linear"):
         get_schedule("cosine")
     with pytest.raises(ValueError, match=r"'normal'.*cosine, uniform, half_normal"):
@@ -198,6 +199,14 @@ def test_dynamic_thresholding_treats_each_sample_apart():
 
 
 @pytest.mark.parametrize(("arguments", "message"), [((101,), "percentile"), ((99, 0), "bound"), ((99, -1), "bound")])
-def test_dynamic_thresholding_refuses_impossible_arguments(arguments, message):
+def test_dynamic_thresholding_rejects_impossible_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         dynamic_thresholding(np.zeros((1, 4, 4, 4)), *arguments)
+
+
+@pytest.mark.parametrize("numbers", [1, 2, 64, 256, 1000])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.995, 1.0])
+def test_quantiles_of_rows_are_numpys(numbers, share):
+    values = torch.randn(7, numbers, generator=torch.Generator().manual_seed(0))
+    expected = np.quantile(values.double().numpy(), share, axis=1)
+    np.testing.assert_allclose(quantile(values, share), expected, rtol=1e-5, atol=1e-6)

@@ -8,7 +8,14 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
-from latentloom.diffusion import SAMPLERS, Diffuser, dynamic_thresholding, get_schedule, sampling_levels
+from latentloom.diffusion import (
+    SAMPLERS,
+    Diffuser,
+    SamplingSettings,
+    dynamic_thresholding,
+    get_schedule,
+    sampling_levels,
+)
 
 GAMMA = {"vp": lambda a: math.sqrt(1 - a**2), "linear": lambda a: 1 - a}
 MEAN, STD = torch.tensor([0.5, -1.0, 0.0, 2.0]).double(), torch.tensor([0.2, 0.5, 0.8, 1.5]).double()
@@ -26,15 +33,15 @@ def gaussian_denoiser(schedule):
     """E[x0 | x_t] for data that are N(MEAN, STD^2), channel by channel."""
     mean, variance = MEAN.view(1, -1, 1, 1), (STD**2).view(1, -1, 1, 1)
 
-    def guess(x_t, noise_level):
+    def denoise(x_t, noise_level):
         gamma = GAMMA[schedule](noise_level)
         return mean + gamma * variance / (gamma**2 * variance + noise_level**2) * (x_t - gamma * mean)
 
-    return guess
+    return denoise
 
 
-def last(walk):
-    *_, x = walk
+def last(trajectory):
+    *_, x = trajectory
     return x
 
 
@@ -48,8 +55,8 @@ def test_dpmpp_2m_goes_step_by_step_where_diffusers_does(steps):
     levels = (sigmas / (1 + sigmas**2).sqrt()).tolist()
     assert len(levels) == steps + 1 and levels[-1] == 0
     theirs = noise()
-    walk = SAMPLERS["dpmpp_2m"](wavy, theirs, levels, get_schedule("vp"))
-    for timestep, level, ours in zip(scheduler.timesteps, levels, walk, strict=False):
+    trajectory = SAMPLERS["dpmpp_2m"](wavy, theirs, levels, get_schedule("vp"))
+    for timestep, level, ours in zip(scheduler.timesteps, levels, trajectory, strict=False):
         theirs = scheduler.step(wavy(theirs, level), timestep, theirs).prev_sample.double()
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)  # theirs computes in float32
 
@@ -62,8 +69,8 @@ def exact_solution(schedule, noise_level, z):
 
 def error(sampler, schedule, levels):
     forward, z = get_schedule(schedule), noise()
-    walk = SAMPLERS[sampler](gaussian_denoiser(schedule), exact_solution(schedule, levels[0], z), levels, forward)
-    return (last(walk) - exact_solution(schedule, levels[-1], z)).abs().mean().item()
+    trajectory = SAMPLERS[sampler](gaussian_denoiser(schedule), exact_solution(schedule, levels[0], z), levels, forward)
+    return (last(trajectory) - exact_solution(schedule, levels[-1], z)).abs().mean().item()
 
 
 @pytest.mark.parametrize("schedule", GAMMA)
@@ -76,7 +83,7 @@ def test_the_error_against_the_exact_solution_falls_with_the_samplers_order(sche
 
 
 @pytest.mark.parametrize("schedule", GAMMA)
-def test_on_the_whole_walk_second_order_gets_with_twenty_steps_nearer_than_first_with_seventy(schedule):
+def test_on_the_whole_trajectory_second_order_gets_with_twenty_steps_nearer_than_first_with_seventy(schedule):
     """From 1 to 0, where lambda is infinite at both ends, the error still falls much faster than that of ddim."""
     first, second = (
         {
@@ -97,11 +104,11 @@ def test_both_samplers_ask_once_at_each_level_and_yield_each_after_the_first(sch
     for sampler in SAMPLERS.values():
         asked = []
 
-        def guess(x_t, noise_level, asked=asked):
+        def denoise(x_t, noise_level, asked=asked):
             asked.append(noise_level)
             return wavy(x_t, noise_level)
 
-        latents = list(sampler(guess, noise(), levels, forward))
+        latents = list(sampler(denoise, noise(), levels, forward))
         assert asked == levels[:-1] and len(latents) == steps
         assert all(x.isfinite().all() and x.shape == noise().shape for x in latents)
 
@@ -115,7 +122,7 @@ def test_dpmpp_2m_is_first_order_from_pure_noise_and_to_no_noise(schedule):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-def test_a_diffuser_walks_with_the_sampler_of_its_name_on_thresholded_guesses():
+def test_a_diffuser_takes_the_sampler_of_its_settings_with_thresholded_predictions():
     labels = torch.zeros(3, 6, dtype=torch.float64)
     levels = sampling_levels(9).tolist()
     expected = last(
@@ -127,11 +134,14 @@ def test_a_diffuser_walks_with_the_sampler_of_its_name_on_thresholded_guesses():
     def denoiser(x_t, noise_levels, text):
         return wavy(x_t, noise_levels.view(-1, 1, 1, 1))
 
-    walk = Diffuser(denoiser, 1.0, 9, sampler="dpmpp_2m", perc=90, bound=0.7)
-    torch.testing.assert_close(walk.reverse_diffusion(noise(), labels), expected)
-    np.testing.assert_allclose(  # the same walk in the other layout and kind
-        walk.reverse_diffusion(noise().permute(0, 2, 3, 1).numpy(), labels.numpy()),
+    settings = SamplingSettings(sampler="dpmpp_2m", threshold_percentile=90)
+    diffuser = Diffuser(denoiser, 1.0, 9, settings=settings, bound=0.7)
+    torch.testing.assert_close(diffuser.reverse_diffusion(noise(), labels), expected)
+    np.testing.assert_allclose(  # the same trajectory in the other layout and kind
+        diffuser.reverse_diffusion(noise().permute(0, 2, 3, 1).numpy(), labels.numpy()),
         expected.permute(0, 2, 3, 1).numpy(),
     )
-    plain = Diffuser(denoiser, 1.0, 9, perc=90, bound=0.7).reverse_diffusion(noise(), labels)
+    plain = Diffuser(denoiser, 1.0, 9, settings=settings.changed(sampler="ddim"), bound=0.7).reverse_diffusion(
+        noise(), labels
+    )
     assert not torch.allclose(plain, expected, atol=1e-3)

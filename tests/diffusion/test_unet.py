@@ -1,12 +1,11 @@
-"""The UNet: the shapes and sizes of the design, gradients everywhere, precision, and clear refusals."""
+"""The UNet: the shapes and sizes of the design, gradients everywhere, precision, and clear errors."""
 
 import json
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from latentloom.diffusion import TiledMerge, UNet, get_network
+from latentloom.diffusion import UNet, get_network
 
 
 def tiny(**options) -> UNet:
@@ -74,19 +73,11 @@ def test_one_optimizer_step_from_scratch_opens_the_way_to_every_parameter():
     assert silent == []
 
 
-def test_tiled_merge_is_a_1x1_convolution_of_the_tiled_concatenation():
-    merge = TiledMerge(6, 10, 8).double()
-    x, condition = torch.randn(3, 6, 5, 5).double(), torch.randn(3, 10).double()
-    tiled = torch.cat([x, condition[:, :, None, None].expand(-1, -1, 5, 5)], dim=1)
-    weight = torch.cat([merge.features.weight, merge.condition.weight[:, :, None, None]], dim=1)
-    torch.testing.assert_close(merge(x, condition), F.conv2d(tiled, weight, merge.features.bias))
-
-
 def test_the_config_rebuilds_the_network_and_is_json():
     network = tiny(attention=(True, False), text_tokens=3)
-    twin = UNet(**json.loads(json.dumps(network.config)))
-    twin.load_state_dict(network.state_dict())
-    torch.testing.assert_close(twin(*inputs()), network(*inputs()), rtol=0, atol=0)
+    rebuilt = UNet(**json.loads(json.dumps(network.config)))
+    rebuilt.load_state_dict(network.state_dict())
+    torch.testing.assert_close(rebuilt(*inputs()), network(*inputs()), rtol=0, atol=0)
 
 
 def test_the_same_seed_and_inputs_give_the_same_bytes():
@@ -121,7 +112,7 @@ def test_a_texts_norm_does_not_matter_and_no_text_is_finite():
     assert no_text.isfinite().all() and not torch.equal(no_text, network(x_t, levels, text))
 
 
-def test_autocast_answers_in_float32_close_to_full_precision():
+def test_autocast_predicts_in_float32_close_to_full_precision():
     network, (x_t, levels, text) = tiny(), inputs()
     with torch.autocast("cpu", torch.bfloat16):
         half = network(x_t, levels, text)
@@ -154,7 +145,7 @@ def gradients(network, dtype=None):
         torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None),
     ):
         loss = (network(x_t, levels, text) - x_t).abs().mean()
-    kept = sum(kept.values())  # before the way back, which computes and keeps some of it once more
+    kept = sum(kept.values())  # before the backward pass, which computes and keeps some of it once more
     loss.backward()
     return {name: parameter.grad.clone() for name, parameter in network.named_parameters()}, kept
 
@@ -185,11 +176,11 @@ def test_gradient_checkpointing_is_for_training_alone():
         runs.clear()
         network.train(training)
         with torch.set_grad_enabled(with_grad):
-            guess = network(*arguments)
+            predicted = network(*arguments)
         if with_grad:
-            guess.mean().backward()
+            predicted.mean().backward()
         assert len(runs) == times
-        assert torch.equal(guess, expected)
+        assert torch.equal(predicted, expected)
     hook.remove()
 
 
@@ -212,7 +203,7 @@ def test_one_level_and_latents_that_are_not_square_work():
         (lambda: UNet(widths=(16,), noise_emb_dim=7), "even, not 7"),
     ],
 )
-def test_an_impossible_network_is_refused(build, message):
+def test_an_impossible_network_is_rejected(build, message):
     with pytest.raises(ValueError, match=message):
         build()
 

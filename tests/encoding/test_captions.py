@@ -1,20 +1,25 @@
 """The text cache: CLIP's projected embeddings, sentence embeddings, and which caption belongs to which image."""
 
 import contextlib
+import json
+import shutil
 import tempfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import tiny_models
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from latent_data import read_cache
+from safetensors.torch import load_file, save_file
 
 from latentloom import sharding
 from latentloom.encoding import captions
-from latentloom.encoding.captions import caption_id, encode_captions, read_captions
-from latentloom.encoding.row_store import RowStore
+from latentloom.encoding.cache import RowStore
+from latentloom.encoding.captions import caption_id, encode_captions
 from latentloom.encoding.text_encoder import TextEncoder, load_text_encoder, text_folder
 from latentloom.ingestion.shards import read_metadata
 
@@ -52,7 +57,7 @@ def test_captions_with_like_meaning_lie_closer(bundled):
     assert cat @ kitten > cat @ lorry + 0.2
 
 
-def test_a_caption_longer_than_the_model_reads_is_cut_not_refused(clip, bundled):
+def test_a_caption_longer_than_the_model_reads_is_cut_not_rejected(clip, bundled):
     for encoder in (clip, bundled):
         assert np.isfinite(encoder.encode(["word " * 5000])).all()
 
@@ -64,10 +69,11 @@ def test_an_embedding_does_not_depend_on_its_neighbours(bundled):
     assert np.array_equal(together[17:18], bundled.encode(captions[17:18]))
 
 
-def test_each_distinct_caption_is_one_row_and_pairs_tell_whose_it_is(clip, prepare_images, tmp_path):
+def test_each_distinct_caption_is_one_row_and_pairs_say_whose_it_is(clip, prepare_images, tmp_path):
     images = prepare_images(range(6))
     counts = encode_captions(clip, images, tmp_path / "text", RowStore(tmp_path / "state", 2**30))
-    index, pairs, embeddings, statistics = read_captions(tmp_path / "text")
+    index, tensors, statistics = read_cache(tmp_path / "text")
+    pairs, embeddings = pd.read_parquet(tmp_path / "text" / "pairs.parquet"), tensors["embedding"]
     texts = {f"picture {i}" for i in range(6)} | {f"noise of kind {i}" for i in range(3)}
     assert set(index["text"]) == texts
     assert counts.rows == len(embeddings) == statistics["rows"] == len(texts)
@@ -81,7 +87,8 @@ def test_each_distinct_caption_is_one_row_and_pairs_tell_whose_it_is(clip, prepa
 
 def test_the_stored_rows_are_the_encoders_and_the_index_describes_them(clip, prepare_images, tmp_path):
     encode_captions(clip, prepare_images(range(6)), tmp_path / "text", RowStore(tmp_path / "state", 2**30))
-    index, _, embeddings, _ = read_captions(tmp_path / "text")
+    index, tensors, _ = read_cache(tmp_path / "text")
+    embeddings = tensors["embedding"]
     np.testing.assert_allclose(embeddings.float(), clip.encode(index["text"].tolist()), atol=1e-3)
     np.testing.assert_allclose(index["norm"], np.linalg.norm(embeddings.float().numpy(), axis=1), rtol=1e-5)
 
@@ -110,7 +117,7 @@ def test_two_runs_from_nothing_write_the_same_bytes(clip, prepare_images, tmp_pa
 
 
 def test_an_encoder_that_leads_nowhere_is_explained(tmp_path):
-    with pytest.raises(ValueError, match=r"encode_text\.model: '\./nowhere' is no folder here"):
+    with pytest.raises(ValueError, match=r"encode_text\.model: '\./nowhere' is neither a folder here"):
         load_text_encoder("./nowhere")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"encode_text\.model: .* cannot be loaded"):
@@ -168,8 +175,32 @@ def crashing_after(encoder: TextEncoder, batches: int) -> TextEncoder:
                 raise KeyboardInterrupt
             return super().encode(texts)
 
-    return Interrupted(**vars(encoder))
+    return Interrupted(encoder.reference)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_what_decides_an_embedding_is_known_without_loading_the_model(clip, bundled, tmp_path):
+    for loaded in (clip, bundled):
+        encoder = TextEncoder(loaded.reference)
+        known = (encoder.class_name, encoder.dim, encoder.max_tokens, encoder.pooling)
+        assert "_loaded" not in vars(encoder)
+        config, length = loaded.model.config, loaded.tokenizer.model_max_length
+        dim = config.projection_dim if loaded is clip else config.hidden_size
+        assert known[:3] == (type(loaded.model).__name__, dim, min(length, config.max_position_embeddings))
+
+
+def test_what_a_config_leaves_to_the_defaults_of_transformers_is_taken_from_the_model(clip, tmp_path):
+    folder = Path(shutil.copytree(clip.reference, tmp_path / "clip"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"projection_dim": 512}))
+    weights = load_file(folder / "model.safetensors")
+    weights["text_projection.weight"] = torch.zeros(512, 16)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    del config["projection_dim"], config["max_position_embeddings"]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    encoder = TextEncoder(str(folder))
+    assert (encoder.dim, encoder.max_tokens) == (512, 77)

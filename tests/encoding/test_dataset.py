@@ -5,13 +5,15 @@ import pandas as pd
 import pytest
 import tiny_models
 import torch
+from latent_data import read_cache
 
-from latentloom.encoding.captions import encode_captions, read_captions
+from latentloom.encoding.cache import RowStore
+from latentloom.encoding.captions import encode_captions
 from latentloom.encoding.dataset import load_caches
-from latentloom.encoding.latents import encode_images, read_latents
-from latentloom.encoding.row_store import RowStore
+from latentloom.encoding.latents import encode_images
 from latentloom.encoding.text_encoder import load_text_encoder
 from latentloom.encoding.vae import load_vae
+from latentloom.errors import UserError
 from latentloom.ingestion.shards import read_metadata
 
 
@@ -33,7 +35,8 @@ def caches(models, prepare_images, tmp_path):
 
 
 def test_training_latents_have_zero_mean_and_unit_std_a_channel(caches):
-    samples = caches.train.mean + caches.train.std * torch.randn(200, *caches.train.mean.shape)
+    mean, std = caches.train.latents_at(slice(0, 30))
+    samples = mean + std * torch.randn(200, *mean.shape)
     np.testing.assert_allclose(samples.mean((0, 1, 3, 4)), 0, atol=0.02)
     np.testing.assert_allclose(samples.transpose(2, 4).flatten(0, 3).std(0), 1, atol=0.02)
 
@@ -46,19 +49,19 @@ def test_splits_share_no_image_and_are_in_the_order_of_ids(caches):
 
 def test_each_image_has_its_own_captions_and_latent(caches, tmp_path):
     metadata = read_metadata(tmp_path / "images").set_index("id")
-    index, tensors, statistics = read_latents(tmp_path / "latents")
-    text_index, _, embeddings, _ = read_captions(tmp_path / "text")
+    index, tensors, statistics = read_cache(tmp_path / "latents")
+    text_index, text_tensors, _ = read_cache(tmp_path / "text")
     row_of_text = {text: row for row, text in enumerate(text_index["text"])}
     row_of_id = {own: row for row, own in enumerate(index["id"])}
     scale, center = (np.array(statistics[name])[:, None, None] for name in ("std", "mean"))
+    latents, _ = caches.train.latents_at(slice(0, 30))
     for position, own in enumerate(caches.train.ids):
-        own_texts = [
-            caches.train.texts[row] for row in caches.train.captions[position][: caches.train.caption_counts[position]]
-        ]
+        own_rows = caches.train.captions[position][: caches.train.caption_counts[position]]
+        own_texts = caches.train.texts.iloc[own_rows.tolist()].tolist()
         assert own_texts == list(metadata.loc[own, "captions"])
         raw = tensors["mean"][row_of_id[own]].double().numpy()
-        np.testing.assert_allclose(caches.train.mean[position], (raw - center) / scale, atol=1e-4)
-        primary = embeddings[row_of_text[own_texts[0]]].float()
+        np.testing.assert_allclose(latents[position], (raw - center) / scale, atol=1e-4)
+        primary = text_tensors["embedding"][row_of_text[own_texts[0]]].float()
         assert torch.equal(caches.train.primary_embeddings()[position], primary)
 
 
@@ -77,26 +80,53 @@ def test_mirrored_latents_and_weights_come_from_the_caches(models, prepare_image
     weight_of = dict(zip(index["id"], index["weight"], strict=True))
     assert train.weights.tolist() == [weight_of[own] for own in train.ids]
     assert train.take(3).weights.tolist() == train.weights.tolist()[:3]
-    both = torch.cat([train.mean, train.flipped_mean])
-    np.testing.assert_allclose(both.double().mean((0, 2, 3)), 0, atol=1e-3)
-    _, tensors, statistics = read_latents(tmp_path / "latents")
+    mean, std = train.latents_at(slice(0, 2 * len(train)))
+    np.testing.assert_allclose(mean.double().mean((0, 2, 3)), 0, atol=1e-3)
+    _, tensors, statistics = read_cache(tmp_path / "latents")
     row = index["id"].tolist().index(train.ids[0])
     scale = np.array(statistics["std"])[:, None, None]
-    np.testing.assert_allclose(train.flipped_std[0], tensors["flipped_std"][row].double() / scale, rtol=1e-3)
+    np.testing.assert_allclose(std[train.first_mirrored], tensors["flipped_std"][row].double() / scale, rtol=1e-3)
 
 
-def test_the_digest_follows_images_and_captions(caches):
-    assert caches.train.digest() == caches.train.digest() != caches.validation.digest()
-    assert caches.train.take(29).digest() != caches.train.digest()
+def test_a_splits_digest_follows_images_and_captions(write_caches):
+    latents, text = write_caches(20)
+    digests = [load_caches(latents, text).digests, load_caches(latents, text).digests]
+    assert digests[0] == digests[1]
+    assert digests[0]["train"] != digests[0]["validation"]
+    for path in (latents / "index.parquet", text / "pairs.parquet"):
+        table = pd.read_parquet(path)
+        table[::-1].to_parquet(path)  # another content of the same length
+        digests.append(load_caches(latents, text).digests)
+    assert len({own["train"] for own in digests}) == 3
+
+
+def test_an_empty_validation_split_is_said_and_can_be_asked_for_nothing(write_caches):
+    latents, text = write_caches(20)
+    assert load_caches(latents, text).has_validation
+    index = pd.read_parquet(latents / "index.parquet")
+    index.assign(split="train").to_parquet(latents / "index.parquet")
+    for memory_share in (1.0, 0.0):
+        caches = load_caches(latents, text, memory_share=memory_share)
+        assert not caches.has_validation
+        assert caches.validation.primary_texts() == []
+        assert caches.validation.primary_embeddings().shape == (0, 12)
+        assert list(caches.validation.parts(8)) == []
+
+
+def test_an_empty_training_split_is_an_error_of_the_users(write_caches):
+    latents, text = write_caches(20)
+    pd.read_parquet(latents / "index.parquet").assign(split="validation").to_parquet(latents / "index.parquet")
+    with pytest.raises(UserError, match="has no training image"):
+        load_caches(latents, text)
 
 
 def test_a_missing_cache_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"latents/stats\.json does not exist: run `dvc repro`"):
+    with pytest.raises(UserError, match=r"latents/stats\.json does not exist: run `dvc repro`"):
         load_caches(tmp_path / "latents", tmp_path / "text")
 
 
 @pytest.mark.parametrize(("column", "says"), [("caption_id", "has no embedding"), ("image_id", "no caption in the")])
-def test_caches_that_do_not_belong_together_are_refused(caches, tmp_path, column, says):
+def test_caches_that_do_not_belong_together_are_rejected(caches, tmp_path, column, says):
     path = tmp_path / "text" / "pairs.parquet"
     pairs = pd.read_parquet(path)
     path.unlink()
@@ -106,7 +136,9 @@ def test_caches_that_do_not_belong_together_are_refused(caches, tmp_path, column
         load_caches(tmp_path / "latents", tmp_path / "text")
 
 
-def test_captions_are_joined_in_their_order_whatever_the_order_of_pairs_and_whichever_images_were_refused(write_caches):
+def test_captions_keep_their_order_whatever_the_order_of_pairs_and_whichever_images_were_rejected(
+    write_caches,
+):
     latents, text = write_caches(40)
     index, pairs = pd.read_parquet(latents / "index.parquet"), pd.read_parquet(text / "pairs.parquet")
     index.drop(index=[0, 7, 33]).to_parquet(latents / "index.parquet", index=False)

@@ -12,13 +12,15 @@ import tiny_models
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from latent_data import read_cache
 from safetensors.torch import load_file, save_file
 
 from latentloom import sharding
-from latentloom.encoding import latents, rows
-from latentloom.encoding.latents import ChannelStatistics, encode_images, read_latents
-from latentloom.encoding.row_store import RowStore
+from latentloom.encoding import cache, latents
+from latentloom.encoding.cache import RowStore
+from latentloom.encoding.latents import encode_images
 from latentloom.encoding.vae import Vae, load_vae, vae_fingerprint
+from latentloom.errors import UserError
 from latentloom.ingestion.shards import iterate_images, read_metadata
 
 
@@ -35,7 +37,7 @@ def kl(tmp_path_factory):
 def test_latents_of_a_deterministic_vae_are_diffusers_own(tiny, prepare_images, tmp_path):
     images = prepare_images(range(6))
     counts = encode_images(tiny, images, tmp_path / "latents", RowStore(tmp_path / "state", 2**30))
-    index, tensors, statistics = read_latents(tmp_path / "latents")
+    index, tensors, statistics = read_cache(tmp_path / "latents")
     assert (counts.rows, counts.encoded, counts.reused) == (6, 6, 0)
     assert set(tensors) == {"mean"}
     assert statistics["latent_shape"] == [4, 4, 4]
@@ -50,7 +52,7 @@ def test_latents_of_a_deterministic_vae_are_diffusers_own(tiny, prepare_images, 
 def test_latents_of_a_vae_with_a_distribution_are_moments(kl, prepare_images, tmp_path):
     images = prepare_images(range(3))
     encode_images(kl, images, tmp_path / "latents", RowStore(tmp_path / "state", 2**30))
-    _, tensors, statistics = read_latents(tmp_path / "latents")
+    _, tensors, statistics = read_cache(tmp_path / "latents")
     assert statistics["distribution"] == "moments"
     pixels = np.stack([array for _, array in iterate_images(images)])
     with torch.no_grad():
@@ -61,36 +63,16 @@ def test_latents_of_a_vae_with_a_distribution_are_moments(kl, prepare_images, tm
 
 def test_statistics_are_those_of_the_training_split(tiny, prepare_images, tmp_path):
     encode_images(tiny, prepare_images(range(40)), tmp_path / "latents", RowStore(tmp_path / "state", 2**30))
-    index, tensors, statistics = read_latents(tmp_path / "latents")
+    index, tensors, statistics = read_cache(tmp_path / "latents")
     chosen = tensors["mean"].numpy().astype(np.float64)[(index["split"] == "train").to_numpy()]
     np.testing.assert_allclose(statistics["mean"], chosen.mean((0, 2, 3)), rtol=1e-9)
     np.testing.assert_allclose(statistics["std"], chosen.std((0, 2, 3)), rtol=1e-9)
     assert statistics["train_rows"] == len(chosen) == 30
 
 
-def test_one_pass_statistics_do_not_lose_digits_far_from_zero():
-    values = torch.randn(300, 2, 3, 3, dtype=torch.float64) + 1e6
-    statistics = ChannelStatistics()
-    for part in values.split(7):
-        statistics.add({"mean": part})
-    mean, std = statistics.result()
-    np.testing.assert_allclose(mean, values.numpy().mean((0, 2, 3)), rtol=1e-12)
-    np.testing.assert_allclose(std, values.numpy().std((0, 2, 3)), rtol=1e-6)
-
-
-def test_statistics_of_moments_are_those_of_samples():
-    generator = torch.Generator().manual_seed(0)
-    mean = torch.randn(2000, 1, 2, 2, generator=generator)
-    std = torch.rand(2000, 1, 2, 2, generator=generator)
-    statistics = ChannelStatistics()
-    statistics.add({"mean": mean, "std": std})
-    samples = mean + std * torch.randn(50, *mean.shape, generator=generator)
-    assert statistics.result()[1][0] == pytest.approx(float(samples.std()), rel=0.01)
-
-
 def test_the_index_describes_each_row(tiny, prepare_images, tmp_path):
     encode_images(tiny, prepare_images(range(5)), tmp_path / "latents", RowStore(tmp_path / "state", 2**30))
-    index, tensors, _ = read_latents(tmp_path / "latents")
+    index, tensors, _ = read_cache(tmp_path / "latents")
     rows = tensors["mean"].float().flatten(1).numpy()
     np.testing.assert_allclose(index["mean"], rows.mean(1), atol=1e-5)
     np.testing.assert_allclose(index["std"], rows.std(1), atol=1e-5)
@@ -102,8 +84,8 @@ def test_the_index_describes_each_row(tiny, prepare_images, tmp_path):
 def test_a_row_does_not_depend_on_its_neighbours_order_or_name(tiny, prepare_images, tmp_path):
     encode_images(tiny, prepare_images(range(40), name="a"), tmp_path / "la", RowStore(tmp_path / "sa", 2**30))
     encode_images(tiny, prepare_images([33, 7, 20], name="b"), tmp_path / "lb", RowStore(tmp_path / "sb", 2**30))
-    all_index, all_tensors, _ = read_latents(tmp_path / "la")
-    few_index, few_tensors, _ = read_latents(tmp_path / "lb")
+    all_index, all_tensors, _ = read_cache(tmp_path / "la")
+    few_index, few_tensors, _ = read_cache(tmp_path / "lb")
     by_id = dict(zip(all_index["id"], all_tensors["mean"], strict=True))
     for own, row in zip(few_index["id"], few_tensors["mean"], strict=True):
         assert torch.equal(row, by_id[own])
@@ -124,7 +106,7 @@ def test_other_weights_of_the_same_class_are_never_served_from_the_store(tiny, p
     encode_images(tiny, images, tmp_path / "a", RowStore(tmp_path / "state", 2**30))
     counts = encode_images(other, images, tmp_path / "b", RowStore(tmp_path / "state", 2**30))
     assert counts.reused == 0
-    assert not torch.equal(read_latents(tmp_path / "a")[1]["mean"], read_latents(tmp_path / "b")[1]["mean"])
+    assert not torch.equal(read_cache(tmp_path / "a")[1]["mean"], read_cache(tmp_path / "b")[1]["mean"])
 
 
 def test_two_runs_from_nothing_write_the_same_bytes(tiny, prepare_images, tmp_path):
@@ -153,7 +135,7 @@ def test_the_fingerprint_follows_the_weights_not_the_folder(tmp_path):
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        ("./nowhere", "no folder here and no hub id"),
+        ("./nowhere", "neither a folder here nor a hub id"),
         ("just-a-word", "allowed: bundled, a hub id"),
         ("somebody/unheard-of-vae", "could not fetch 'somebody/unheard-of-vae'"),
     ],
@@ -164,17 +146,10 @@ def test_a_reference_that_leads_nowhere_is_explained(reference, message):
     assert str(caught.value).startswith("encode_images.vae")
 
 
-def test_another_class_is_refused(tmp_path):
+def test_another_class_is_rejected(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
     with pytest.raises(ValueError, match="is a UNet2DModel; supported: AutoencoderKL, AutoencoderTiny"):
         load_vae(str(tmp_path))
-
-
-def test_a_damaged_index_is_named(tiny, prepare_images, tmp_path):
-    encode_images(tiny, prepare_images(range(2)), tmp_path / "latents", RowStore(tmp_path / "state", 2**30))
-    (tmp_path / "latents" / "index.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match=r"index\.parquet is missing or damaged"):
-        read_latents(tmp_path / "latents")
 
 
 def test_pandas_opens_the_index(tiny, prepare_images, tmp_path):
@@ -205,11 +180,11 @@ def test_latents_that_overflow_in_fp16_are_computed_once_more_in_fp32(prepare_im
     counts = encode_images(half, images, tmp_path / "half", RowStore(tmp_path / "s1", 2**30))
     assert (counts.encoded, counts.rejected) == (6, 0)
     encode_images(load_vae(str(folder)), images, tmp_path / "whole", RowStore(tmp_path / "s2", 2**30))
-    assert torch.equal(read_latents(tmp_path / "half")[1]["mean"], read_latents(tmp_path / "whole")[1]["mean"])
+    assert torch.equal(read_cache(tmp_path / "half")[1]["mean"], read_cache(tmp_path / "whole")[1]["mean"])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_an_image_whose_latent_is_not_finite_is_refused_with_its_id(tiny, prepare_images, tmp_path, precision):
+def test_an_image_whose_latent_is_not_finite_is_rejected_with_its_id(tiny, prepare_images, tmp_path, precision):
     images = prepare_images(range(8))
     pixels = np.stack([array for _, array in iterate_images(images)])
     largest = tiny.encode(pixels)["mean"].abs().flatten(1).amax(1)
@@ -220,7 +195,7 @@ def test_an_image_whose_latent_is_not_finite_is_refused_with_its_id(tiny, prepar
     counts = encode_images(vae, images, tmp_path / "latents", RowStore(tmp_path / "state", 2**30))
     own_id, key = read_metadata(images).loc[worst, ["id", "key"]]
     assert counts.rejected == 1
-    index, tensors, statistics = read_latents(tmp_path / "latents")
+    index, tensors, statistics = read_cache(tmp_path / "latents")
     rejects = pd.read_parquet(tmp_path / "latents" / "rejects.parquet")
     assert rejects[["id", "source", "key", "reason"]].values.tolist() == [[own_id, "folder", key, "latent_not_finite"]]
     assert precision in rejects["detail"].item()
@@ -242,14 +217,14 @@ def test_each_precision_has_keys_of_its_own(tmp_path, prepare_images):
         vae = load_vae(folder, precision=precision)
         counts = encode_images(vae, images, tmp_path / precision, RowStore(tmp_path / "state", 2**30))
         assert counts.reused == 0
-        index, tensors, statistics = read_latents(tmp_path / precision)
+        index, tensors, statistics = read_cache(tmp_path / precision)
         keys[precision] = set(index["key"])
         assert statistics["precision"] == precision
-        torch.testing.assert_close(tensors["mean"], read_latents(tmp_path / "fp32")[1]["mean"], atol=0.02, rtol=0.02)
+        torch.testing.assert_close(tensors["mean"], read_cache(tmp_path / "fp32")[1]["mean"], atol=0.02, rtol=0.02)
     assert len(set.union(*keys.values())) == 12
 
 
-@pytest.mark.parametrize(("module", "name"), [(latents, "PREPROCESSING"), (rows, "FORMAT_VERSION")])
+@pytest.mark.parametrize(("module", "name"), [(latents, "PREPROCESSING"), (cache, "FORMAT_VERSION")])
 def test_another_preprocessing_or_format_is_never_served_from_the_store(
     tiny, prepare_images, tmp_path, monkeypatch, module, name
 ):
@@ -269,7 +244,7 @@ def test_flip_stores_the_latents_of_the_mirrored_images_too(tiny, kl, prepare_im
         both = encode_images(vae, images, out, RowStore(state, 2**30), flip=True)
         assert (plain.rows, both.rows, both.encoded, both.reused) == (6, 12, 6, 6)
         assert {path.name: path.read_bytes() for path in out.glob("*.safetensors")} == before
-        _, tensors, statistics = read_latents(out)
+        _, tensors, statistics = read_cache(out)
         direct = vae.encode(np.ascontiguousarray(pixels[:, :, ::-1]))
         for name, tensor in direct.items():
             torch.testing.assert_close(tensors[f"flipped_{name}"].float(), tensor, atol=2e-3, rtol=2e-3)
@@ -280,7 +255,7 @@ def test_flip_stores_the_latents_of_the_mirrored_images_too(tiny, kl, prepare_im
 
 def test_statistics_with_flip_are_those_of_both_views(tiny, prepare_images, tmp_path):
     encode_images(tiny, prepare_images(range(8)), tmp_path / "out", RowStore(tmp_path / "state", 2**30), flip=True)
-    index, tensors, statistics = read_latents(tmp_path / "out")
+    index, tensors, statistics = read_cache(tmp_path / "out")
     is_train = (index["split"] == "train").to_numpy(copy=True)
     both = torch.cat([tensors["mean"][is_train], tensors["flipped_mean"][is_train]]).double().numpy()
     np.testing.assert_allclose(statistics["mean"], both.mean((0, 2, 3)), rtol=1e-9)
@@ -334,14 +309,31 @@ def crashing_after(vae: Vae, batches: int) -> Vae:
     """``vae``, interrupted in the batch after so many."""
     remaining = iter(range(batches))
 
-    class Interrupted(type(vae)):
-        def encode(self, images):
+    class Interrupted(Vae):
+        def encode(self, pixels, **settings):
             if next(remaining, None) is None:
                 raise KeyboardInterrupt
-            return super().encode(images)
+            return super().encode(pixels, **settings)
 
-    return Interrupted(vae.module, vae.reference, vae.class_name, vae.fingerprint)
+    return Interrupted(vae.reference)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_damaged_weights_are_an_error_of_the_users_that_names_the_vae(tmp_path):
+    folder = tiny_models.save_tiny_vae(tmp_path / "vae")
+    path = folder / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"encode_images\.vae: .*vae cannot be loaded"):
+        load_vae(str(folder))
+
+
+def test_the_bound_is_that_of_the_standardised_training_latents(kl, prepare_images, tmp_path):
+    encode_images(kl, prepare_images(range(40)), tmp_path / "out", RowStore(tmp_path / "state", 2**30), flip=True)
+    index, tensors, statistics = read_cache(tmp_path / "out")
+    chosen = tensors["mean"][(index["split"] == "train").to_numpy(copy=True)].double().numpy()
+    scale, center = (np.array(statistics[name])[:, None, None] for name in ("std", "mean"))
+    percentiles = np.quantile(np.abs((chosen - center) / scale).reshape(len(chosen), -1), 0.995, axis=1)
+    assert statistics["bound"] == pytest.approx(np.quantile(percentiles, 0.99), abs=1e-4)

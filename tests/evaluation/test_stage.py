@@ -1,5 +1,8 @@
 """The stage `evaluate` by hand: with a sweep it leaves chart and table, here and in MLflow; without, neither."""
 
+import json
+from pathlib import Path
+
 import pytest
 import yaml
 from mlflow.tracking import MlflowClient
@@ -35,7 +38,8 @@ def test_a_sweep_is_left_in_the_reports_and_in_mlflow_and_goes_when_it_is_no_lon
     assert {"samples.png", "sweep.png", "sweep.csv"} <= artifacts
     images = [artifact.path for artifact in client.list_artifacts(run.info.run_id, "images")]
     assert any(path.startswith("images/sweep") for path in images)
-    assert run.data.tags["evaluate.sampler"] == "dpmpp_2m"
+    settings = json.loads(Path(client.download_artifacts(run.info.run_id, "sampling.json")).read_text())
+    assert settings["sampler"] == "dpmpp_2m"
 
     evaluate(project)
     assert (plots / "sweep.png").read_bytes() == first

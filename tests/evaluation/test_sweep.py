@@ -9,26 +9,27 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from latent_data import TensorDataset
 from PIL import Image
 
+from latentloom.diffusion import SamplingSettings
 from latentloom.encoding.dataset import LatentDataset
-from latentloom.evaluation.sampling import Sampler
-from latentloom.evaluation.sweep import SweepPoint, draw_sweep, save_sweep, sweep
+from latentloom.evaluation.sweep import CHART, TABLE, SweepPoint, render_chart, save_sweep, sweep
 from latentloom.params import SweepParams, load_params
 
 GUIDANCE, STEPS = [1.0, 3.0, 5.0], [20, 70]
 POINTS = [SweepPoint(w, steps, 1 - 0.1 * w, 0.2 + w / steps) for steps, w in product(STEPS, GUIDANCE)]
 
 
-class Drifting(Sampler):
+class Drifting:
     """Gives each caption's own latent, shifted by guidance / steps; from guidance 4 on, the next caption's."""
 
-    def latents(self, embeddings, names, seed):
-        assert seed == 7
+    def latents(self, embeddings, names, settings, *, seed):
+        assert seed == 7 and settings.sampler == "dpmpp_2m"
         rows = [int(name) for name in names]
-        if self.guidance >= 4:
+        if settings.class_guidance >= 4:
             rows = [row + 1 for row in rows]
-        return LATENTS[rows] + self.guidance / self.steps
+        return LATENTS[rows] + settings.class_guidance / settings.diffusion_steps
 
 
 LATENTS = torch.randn(12, 4, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -36,7 +37,7 @@ LATENTS = torch.randn(12, 4, 4, 4, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture
 def train() -> LatentDataset:
-    return LatentDataset.from_tensors(
+    return TensorDataset.from_tensors(
         ids=[str(row) for row in range(12)],
         mean=LATENTS,
         std=None,
@@ -51,16 +52,18 @@ def train() -> LatentDataset:
 def settings():
     settings = load_params(Path(__file__).parents[2] / "params.yaml").evaluate
     given = SweepParams(class_guidance=[5, 1, 3, 1], diffusion_steps=[70, 20])
-    return settings.model_copy(update={"recall_captions": 8, "sweep": given})
+    return settings.model_copy(
+        update={"recall_captions": 8, "sweep": given, "sampling": SamplingSettings(sampler="dpmpp_2m")}
+    )
 
 
-@pytest.fixture
-def sampler() -> Drifting:
-    return Drifting(None, None, guidance=3.0, steps=70, threshold_percentile=99.5, dtype=None)
+@pytest.fixture(autouse=True)
+def project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
 
-def test_each_combination_is_measured_once_on_the_recall_captions(sampler, train, settings):
-    points = sweep(sampler, train, settings, seed=7)
+def test_each_combination_is_measured_once_on_the_recall_captions(train, settings):
+    points = sweep(Drifting(), train, settings, seed=7)
     assert [(point.diffusion_steps, point.class_guidance) for point in points] == list(product(STEPS, GUIDANCE))
     mixed_up = (LATENTS[1:9] - LATENTS[:8]).numpy()
     for point in points:
@@ -75,38 +78,38 @@ def test_without_a_sweep_nothing_is_sampled(train, settings):
     assert sweep(None, train, settings.model_copy(update={"sweep": None}), seed=7) == []
 
 
-def test_the_table_has_a_row_a_combination_and_the_chart_a_line_a_step_count(tmp_path):
-    chart = save_sweep(POINTS, tmp_path)
-    table = pd.read_csv(tmp_path / "sweep.csv")
+def test_the_table_has_a_row_per_combination_and_the_chart_a_line_per_step_count():
+    chart = save_sweep(POINTS)
+    table = pd.read_csv(TABLE)
     assert list(table) == ["class_guidance", "diffusion_steps", "caption_recall_at_1", "latent_mae"]
-    np.testing.assert_allclose(table["latent_mae"], [point.latent_mae for point in POINTS], atol=1e-6)
+    np.testing.assert_allclose(table["latent_mae"], [point.latent_mae for point in POINTS], rtol=1e-12)
     assert table["diffusion_steps"].tolist() == [20] * 3 + [70] * 3
-    with Image.open(tmp_path / "sweep.png") as saved:
-        np.testing.assert_array_equal(np.asarray(saved), np.asarray(chart))
-    colours = {tuple(pixel) for pixel in np.asarray(chart).reshape(-1, 3)}
+    with Image.open(CHART) as saved:
+        np.testing.assert_array_equal(np.asarray(saved), chart)
+    colours = {tuple(pixel) for pixel in chart.reshape(-1, 3)}
     blue, orange, green = (31, 119, 180), (255, 127, 14), (44, 160, 44)  # matplotlib's first three
     assert {blue, orange} <= colours and green not in colours
 
 
-def test_the_same_figures_give_the_same_bytes_whatever_the_users_matplotlib_settings(tmp_path):
+def test_the_same_figures_give_the_same_bytes_whatever_the_users_matplotlib_settings():
     import matplotlib
 
-    save_sweep(POINTS, tmp_path / "one")
+    save_sweep(POINTS)
+    first = CHART.read_bytes(), TABLE.read_bytes()
     with matplotlib.rc_context({"lines.linewidth": 9, "font.size": 20}):
-        save_sweep(POINTS, tmp_path / "two")
-    for name in ("sweep.png", "sweep.csv"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+        save_sweep(POINTS)
+    assert (CHART.read_bytes(), TABLE.read_bytes()) == first
 
 
-def test_files_of_an_earlier_sweep_do_not_outlive_it(tmp_path):
-    save_sweep(POINTS, tmp_path)
-    (tmp_path / "mae_by_noise.csv").write_text("kept")
-    assert save_sweep([], tmp_path) is None
-    assert [path.name for path in tmp_path.iterdir()] == ["mae_by_noise.csv"]
+def test_files_of_an_earlier_sweep_do_not_outlive_it():
+    save_sweep(POINTS)
+    (CHART.parent / "mae_by_noise.csv").write_text("kept")
+    assert save_sweep([]) is None
+    assert [path.name for path in CHART.parent.iterdir()] == ["mae_by_noise.csv"]
 
 
-def test_a_single_combination_can_be_drawn():
-    assert draw_sweep(POINTS[:1]).width == draw_sweep(POINTS).width
+def test_a_single_combination_has_a_chart():
+    assert render_chart(POINTS[:1]).width == render_chart(POINTS).width
 
 
 def test_the_params_that_the_page_about_sampling_shows_are_allowed(tmp_path):

@@ -17,7 +17,7 @@ from latentloom.ingestion.shards import iterate_images, read_metadata
 from latentloom.params import IngestParams
 
 SIZE = 32
-UNBOUNDED = {  # params of `ingest` that refuse nothing
+UNBOUNDED = {  # params of `ingest` that reject nothing
     "limit": None,
     "max_pixels": 178_956_970,
     "max_aspect_ratio": 1e9,

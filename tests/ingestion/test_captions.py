@@ -1,4 +1,4 @@
-"""Captions come out as one line of valid Unicode each, in order, none twice; what is no text is refused."""
+"""Captions come out as one line of valid Unicode each, in order, none twice; what is no text is rejected."""
 
 import unicodedata
 
@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentloom.ingestion.captions import caption_lines, clean_caption, clean_captions, flat_captions
-from latentloom.ingestion.rejects import Reason, Unusable
+from latentloom.ingestion.rejects import Reason, RejectedSample
 
 
 def reason(raw: list[object]) -> Reason:
-    with pytest.raises(Unusable) as caught:
+    with pytest.raises(RejectedSample) as caught:
         clean_captions(raw)
     caught.value.detail.encode("utf-8")
     return caught.value.reason
@@ -52,7 +52,7 @@ def test_numbers_are_text():
         ([b"bytes"], Reason.CAPTION_NOT_TEXT),
     ],
 )
-def test_what_cannot_be_a_caption_is_refused_with_its_reason(raw, expected):
+def test_what_cannot_be_a_caption_is_rejected_with_its_reason(raw, expected):
     assert reason(raw) is expected
 
 
@@ -78,8 +78,8 @@ def test_lists_are_laid_flat_and_nulls_left_out():
 def test_cleaning_is_idempotent_and_leaves_valid_composed_text(text):
     try:
         once = clean_caption(text)
-    except Unusable as unusable:
-        assert unusable.reason is Reason.CAPTION_NOT_UTF8
+    except RejectedSample as rejected:
+        assert rejected.reason is Reason.CAPTION_NOT_UTF8
         return
     assert clean_caption(once) == once
     assert once == once.strip()

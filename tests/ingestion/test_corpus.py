@@ -1,4 +1,4 @@
-"""A corpus of broken and odd files, given through each source: every kind is kept, or refused with its reason."""
+"""A corpus of broken and odd files, given through each source: every kind is kept, or rejected with its reason."""
 
 import hashlib
 import io
@@ -250,8 +250,8 @@ def webdataset(path: Path) -> dict[str, str]:
         add(tar, "hard link.png", kind=tarfile.LNKTYPE)
         add(tar, "device.png", kind=tarfile.CHRTYPE)
         add(tar, "folder.png", kind=tarfile.DIRTYPE)
-        add(tar, "notes.md", b"passed over")
-        add(tar, "._hidden.png", b"passed over")
+        add(tar, "notes.md", b"skipped")
+        add(tar, "._hidden.png", b"skipped")
         add(tar, "lonely.txt", b"a caption without an image")
         add(tar, "dotted.v2.png", SOUND(505))
         add(tar, "twins.png", SOUND(506))
@@ -355,7 +355,7 @@ def ingested(request, tmp_path_factory) -> Ingested:
     )
     before = hashes(root)
     out = root / "out"
-    report = ingest(params, out / "images", out / "rejects.parquet", out / "twins.parquet", progress=False)
+    report = ingest(params, out / "images", out / "rejects.parquet", out / "near_duplicates.parquet", progress=False)
     after = {name: digest for name, digest in hashes(root).items() if not name.startswith("out/")}
     kept, rejects = read_metadata(root / "out" / "images"), read_rejects(root / "out" / "rejects.parquet")
     met = [(own, "kept") for own in kept["key"]] + list(zip(rejects["key"], rejects["reason"], strict=True))
@@ -366,7 +366,7 @@ def ingested(request, tmp_path_factory) -> Ingested:
     return Ingested(request.param, expected, report, outcomes, captions, before, after)
 
 
-def test_every_kind_is_kept_or_refused_with_its_reason(ingested):
+def test_every_kind_is_kept_or_rejected_with_its_reason(ingested):
     assert ingested.outcomes == ingested.expected
 
 

@@ -1,4 +1,4 @@
-"""A user's own folder: captions find their images however people write them down, and what does not fit is told."""
+"""A user's own folder: captions find their images however people write them down, and what does not fit is reported."""
 
 import csv
 import io
@@ -109,7 +109,7 @@ def test_an_image_that_metadata_names_needs_no_known_extension(corpus):
     assert corpus.captions() == {"a": ["no extension"]}
 
 
-def test_each_kind_of_unusable_image_or_caption_is_refused_with_its_reason(corpus):
+def test_each_kind_of_unusable_image_or_caption_is_rejected_with_its_reason(corpus):
     buffer = io.BytesIO()
     Image.effect_noise((64, 64), 90).convert("RGB").save(buffer, "JPEG")
     corpus.add("good.png", "a good picture")
@@ -141,7 +141,7 @@ def test_each_kind_of_unusable_image_or_caption_is_refused_with_its_reason(corpu
     assert sum(report.reasons.values()) == 9
 
 
-def test_metadata_rows_that_name_no_file_of_the_folder_are_refused(corpus):
+def test_metadata_rows_that_name_no_file_of_the_folder_are_rejected(corpus):
     corpus.add("sub/a.png")
     (corpus.path.parent / "secret.png").write_bytes((corpus.path / "sub/a.png").read_bytes())
     names = [
@@ -169,7 +169,7 @@ def test_metadata_rows_that_name_no_file_of_the_folder_are_refused(corpus):
     }
 
 
-def test_rows_that_cannot_be_read_are_refused_by_line(corpus):
+def test_rows_that_cannot_be_read_are_rejected_by_line(corpus):
     corpus.add("a.png")
     corpus.add("csv/b.png")
     corpus.write(
@@ -179,12 +179,12 @@ def test_rows_that_cannot_be_read_are_refused_by_line(corpus):
     corpus.write("csv/metadata.csv", "file_name,text\nb.png,fine\nb.png,a dog, running\n,whose?\nb.png\n")
     corpus.ingest()
     assert set(corpus.captions()) == {"a.png", "csv/b.png"}
-    refused = [f"metadata.jsonl:{line}" for line in (2, 3, 4, 5)] + [f"csv/metadata.csv:{line}" for line in (3, 4)]
-    assert corpus.reasons() == dict.fromkeys(refused, "bad_row")
+    rejected = [f"metadata.jsonl:{line}" for line in (2, 3, 4, 5)] + [f"csv/metadata.csv:{line}" for line in (3, 4)]
+    assert corpus.reasons() == dict.fromkeys(rejected, "bad_row")
     assert "quotes" in corpus.details()["csv/metadata.csv:3"]
 
 
-def test_captions_that_are_no_valid_text_are_refused(corpus):
+def test_captions_that_are_no_valid_text_are_rejected(corpus):
     for name in ("latin", "surrogate", "nested", "null", "number"):
         corpus.add(f"{name}.png")
     corpus.write("metadata.csv", b"file_name,text\nlatin.png,caf\xe9\n")

@@ -1,4 +1,4 @@
-"""Any image file becomes upright RGB pixels on white, of its centred square; the rest is refused with its reason."""
+"""Any image file becomes upright RGB pixels on white, of its centred square; the rest is rejected with its reason."""
 
 import io
 import re
@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from latentloom.ingestion import images
 from latentloom.ingestion.images import image_id, prepare_image
-from latentloom.ingestion.rejects import Reason, Unusable
+from latentloom.ingestion.rejects import Reason, RejectedSample
 
 SIZE = 32
 BOUNDS = {"max_pixels": 178_956_970, "max_aspect_ratio": 100.0}
@@ -30,7 +30,7 @@ def prepared(data: bytes, size: int = SIZE) -> np.ndarray:
 
 
 def reason(data: bytes, **bounds: float) -> Reason:
-    with pytest.raises(Unusable) as caught:
+    with pytest.raises(RejectedSample) as caught:
         prepare_image(data, SIZE, **(BOUNDS | bounds))
     assert caught.value.detail
     return caught.value.reason
@@ -107,7 +107,7 @@ def test_damaged_exif_leaves_the_picture_as_it_is_stored(picture):
 @pytest.mark.parametrize(
     "mode", ["1", "L", "P", "LA", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I;16", "I", "F"]
 )
-def test_every_mode_of_pillow_is_prepared_or_refused_with_a_reason(mode):
+def test_every_mode_of_pillow_is_prepared_or_rejected_with_a_reason(mode):
     if mode == "LAB":
         image = Image.new("LAB", (SIZE, SIZE), (50, 128, 128))
     elif mode in ("I;16", "I", "F"):
@@ -121,9 +121,9 @@ def test_every_mode_of_pillow_is_prepared_or_refused_with_a_reason(mode):
     else:
         try:
             pixels = prepared(saved(image, file_format))
-        except Unusable as unusable:
+        except RejectedSample as rejected:
             assert mode == "LAB"
-            assert unusable.reason is Reason.UNSUPPORTED_PIXELS
+            assert rejected.reason is Reason.UNSUPPORTED_PIXELS
             return
     assert pixels.shape == (SIZE, SIZE, 3)
     assert pixels.dtype == np.uint8
@@ -161,7 +161,7 @@ def test_sixteen_bit_grey_with_a_transparent_value_shows_white():
     assert (pixels[:, : SIZE // 2] == round(40000 / 257)).all()
 
 
-def test_floats_from_0_to_1_are_scaled_and_others_refused():
+def test_floats_from_0_to_1_are_scaled_and_others_rejected():
     values = np.linspace(0, 1, SIZE * SIZE, dtype=np.float32).reshape(SIZE, SIZE)
     assert np.array_equal(prepared(saved(values, "TIFF"))[..., 0], np.rint(values.astype(np.float64) * 255))
     assert reason(saved(values * 1000, "TIFF")) is Reason.UNSUPPORTED_PIXELS
@@ -250,16 +250,16 @@ def test_half_a_file_is_truncated(picture, file_format):
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "AVIF", "JPEG2000"])
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.9])
-def test_a_file_cut_anywhere_is_refused_or_read_but_never_crashes(picture, file_format, share):
+def test_a_file_cut_anywhere_is_rejected_or_read_but_never_crashes(picture, file_format, share):
     data = saved(picture(8, 64, 64), file_format)
     try:
         assert prepared(data[: int(len(data) * share)]).shape == (SIZE, SIZE, 3)
-    except Unusable as unusable:
-        assert unusable.reason in (Reason.TRUNCATED, Reason.UNREADABLE, Reason.NOT_AN_IMAGE)
+    except RejectedSample as rejected:
+        assert rejected.reason in (Reason.TRUNCATED, Reason.UNREADABLE, Reason.NOT_AN_IMAGE)
 
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "GIF", "WEBP", "TIFF"])
-def test_flipped_bytes_are_refused_or_read_but_never_crash(picture, file_format):
+def test_flipped_bytes_are_rejected_or_read_but_never_crash(picture, file_format):
     data = saved(picture(9, 48, 48), file_format)
     random = np.random.default_rng(0)
     for _ in range(40):
@@ -268,8 +268,8 @@ def test_flipped_bytes_are_refused_or_read_but_never_crash(picture, file_format)
         damaged[places] = random.integers(0, 256, 4)
         try:
             prepared(damaged.tobytes())
-        except Unusable as unusable:
-            assert not re.search(r"\b0x", unusable.detail)
+        except RejectedSample as rejected:
+            assert not re.search(r"\b0x", rejected.detail)
 
 
 def test_a_damaged_png_chunk_is_unreadable(picture):
@@ -279,7 +279,7 @@ def test_a_damaged_png_chunk_is_unreadable(picture):
     assert reason(bytes(data)) in (Reason.UNREADABLE, Reason.TRUNCATED)
 
 
-def test_a_header_cut_short_is_told_from_a_file_that_is_no_image(picture):
+def test_a_header_cut_short_is_distinguished_from_a_file_that_is_no_image(picture):
     assert reason(saved(picture(11))[:20]) is Reason.UNREADABLE
 
 
@@ -289,7 +289,7 @@ def test_a_side_below_a_quarter_of_the_size_is_too_small():
 
 
 @pytest.mark.parametrize("side", [14_000, 60_000])
-def test_a_small_file_that_claims_huge_dimensions_is_refused_before_decoding(side):
+def test_a_small_file_that_claims_huge_dimensions_is_rejected_before_decoding(side):
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
     data = b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -314,16 +314,16 @@ def test_a_wide_picture_is_as_extreme_as_a_tall_one():
 
 
 def test_more_pixels_than_pillow_allows_are_allowed_by_the_param_alone(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # beyond twice of which Pillow refuses
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # beyond twice of which Pillow rejects an image
     data = saved(gradient(60, 60), "TIFF")
     assert prepare_image(data, SIZE, max_pixels=3600, max_aspect_ratio=1.0).width == 60
     assert reason(data, max_pixels=3599) is Reason.TOO_MANY_PIXELS
     assert Image.MAX_IMAGE_PIXELS == 1000
 
 
-def test_pillows_bound_is_put_back_once_no_thread_needs_another(monkeypatch):
+def test_the_pixel_limit_of_pillow_is_restored_once_no_thread_needs_another(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    inner, outer = images.PILLOWS_BOUND.raised_to(9000), images.PILLOWS_BOUND.raised_to(5000)
+    inner, outer = images.PIXEL_LIMIT.at_least(9000), images.PIXEL_LIMIT.at_least(5000)
     with ThreadPoolExecutor(1) as other_thread:
         outer.__enter__()
         other_thread.submit(inner.__enter__).result()
@@ -333,7 +333,7 @@ def test_pillows_bound_is_put_back_once_no_thread_needs_another(monkeypatch):
     assert Image.MAX_IMAGE_PIXELS == 1000
 
 
-def test_a_file_of_too_many_bytes_is_refused_unopened(monkeypatch, picture):
+def test_a_file_of_too_many_bytes_is_rejected_unopened(monkeypatch, picture):
     monkeypatch.setattr(images, "MAX_BYTES", 100)
     assert reason(saved(picture(12))) is Reason.TOO_MANY_BYTES
 

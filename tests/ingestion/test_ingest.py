@@ -11,12 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from latentloom.errors import UserError
 from latentloom.ingestion import ingest as stage
-from latentloom.ingestion import prepared
-from latentloom.ingestion.prepared import split_of
+from latentloom.ingestion import preprocess
 from latentloom.ingestion.rejects import read_rejects
 from latentloom.ingestion.shards import read_manifest, read_metadata
 from latentloom.ingestion.sources import IngestError
+from latentloom.ingestion.splits import split_of
 
 
 def test_what_is_found_is_kept_or_rejected(corpus):
@@ -42,6 +43,16 @@ def test_what_is_found_is_kept_or_rejected(corpus):
         "near_duplicates",
         "moved_to_train",
     }
+
+
+def test_an_empty_validation_split_is_said_plainly(corpus):
+    corpus.add("a.png", "a picture")
+    corpus.add("b.png", "another picture")
+    notice = "no held-out image: training can neither validate nor keep the best"
+    assert notice in str(corpus.ingest(val_fraction=0.0))
+    held_out = corpus.ingest(val_fraction=0.999)
+    assert held_out.validation == 2
+    assert notice not in str(held_out)
 
 
 def test_the_table_of_rejects_has_the_same_columns_when_it_is_empty(corpus):
@@ -146,16 +157,16 @@ def test_the_source_is_never_written_to(corpus, contents):
         corpus.ingest(path=str(corpus.images))
 
 
-def test_when_nothing_is_left_the_reasons_are_told_and_the_images_are_not_taken_for_finished(corpus):
+def test_when_nothing_is_left_the_reasons_are_listed_and_the_images_are_not_taken_for_finished(corpus):
     good = corpus.add("a.png", "a picture")
     corpus.ingest()
     good.write_bytes(b"")
     corpus.add("bare.png")
-    with pytest.raises(IngestError, match=r"2 of 2 samples \(100\.0%\) were refused, and no image is left") as caught:
+    with pytest.raises(IngestError, match=r"2 of 2 samples \(100\.0%\) were rejected, and no image is left") as caught:
         corpus.ingest()
     assert "1 empty_file, such as folder: a.png" in str(caught.value)
     assert corpus.reasons() == {"a.png": "empty_file", "bare.png": "no_caption"}
-    with pytest.raises(FileNotFoundError, match="dvc repro"):
+    with pytest.raises(UserError, match="dvc repro"):
         read_manifest(corpus.images)
 
 
@@ -170,7 +181,7 @@ def test_too_many_rejects_stop_the_stage_with_the_reasons_counted_most_frequent_
     with pytest.raises(IngestError) as caught:
         corpus.ingest(max_reject_fraction=0.5)
     first, most, second, last = str(caught.value).splitlines()
-    assert first == "5 of 9 samples (55.6%) were refused, and ingest.max_reject_fraction allows 50.0%:"
+    assert first == "5 of 9 samples (55.6%) were rejected, and ingest.max_reject_fraction allows 50.0%:"
     assert most == "  3 no_caption, such as folder: bare0.png"
     assert second == "  2 empty_file, such as folder: empty.png"
     assert str(corpus.rejects) in last
@@ -179,7 +190,7 @@ def test_too_many_rejects_stop_the_stage_with_the_reasons_counted_most_frequent_
     assert not (corpus.images / "manifest.json").exists()
 
 
-def test_where_the_limit_ends_the_run_only_what_was_looked_at_counts_as_refused(corpus):
+def test_where_the_limit_ends_the_run_only_what_was_looked_at_counts_as_rejected(corpus):
     corpus.add("a.png", "a picture")
     for number in range(9):
         corpus.add(f"bare{number}.png")
@@ -210,19 +221,19 @@ def test_a_failure_in_the_middle_leaves_no_partial_file_and_no_manifest(
         corpus.add(f"{number}.png", "a picture")
     corpus.ingest(limit=1)
     with monkeypatch.context() as patch:
-        patch.setattr(prepared, "encode", failing_after(prepared.encode, 4, error))
+        patch.setattr(preprocess, "encode", failing_after(preprocess.encode, 4, error))
         with pytest.raises(type(error)):
             corpus.ingest()
     assert "00000.parquet" in {path.name for path in corpus.images.iterdir()}
     assert not [path.name for path in corpus.out.rglob(".*")]
     assert read_rejects(corpus.rejects).empty
-    with pytest.raises(FileNotFoundError, match="dvc repro"):
+    with pytest.raises(UserError, match="dvc repro"):
         read_manifest(corpus.images)
     corpus.ingest()
     assert len(read_metadata(corpus.images)) == 5
 
 
-def test_a_file_that_the_disk_will_not_give_is_refused_and_the_rest_goes_on(corpus, monkeypatch, failing_after):
+def test_a_file_that_the_disk_cannot_read_is_rejected_and_the_rest_continues(corpus, monkeypatch, failing_after):
     corpus.add("a.png", "a picture")
     corpus.add("b.png", "a picture")
     path_type = type(corpus.path)
@@ -328,7 +339,7 @@ def opened(preview: bytes) -> Image.Image:
     return Image.open(io.BytesIO(preview))
 
 
-def test_refused_pictures_are_previewed_where_they_can_be_decoded(corpus, picture):
+def test_rejected_pictures_are_previewed_where_they_can_be_decoded(corpus, picture):
     white = np.full((300, 200, 3), 255, np.uint8)
     corpus.add("kept.png", "a picture", picture(1))
     corpus.add("copy.png", "a copy", picture(1))

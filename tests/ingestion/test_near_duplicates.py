@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from latentloom.ingestion.near_duplicates import find_near_duplicates, joined_by_twins, perceptual_hash
-from latentloom.ingestion.prepared import split_of
+from latentloom.ingestion.near_duplicates import find_near_duplicates, perceptual_hash
 from latentloom.ingestion.shards import read_manifest, read_metadata
+from latentloom.ingestion.splits import linked_to_train, split_of
 
 HASH = st.binary(min_size=32, max_size=32)
 
@@ -85,14 +85,14 @@ def test_the_hash_is_that_of_the_library(picture):
 
 @given(families(), st.lists(st.booleans(), min_size=31, max_size=31))
 @settings(max_examples=50, deadline=None)
-def test_chains_of_twins_that_touch_the_training_split_are_drawn_in_whole(hashes, in_train):
+def test_chains_of_near_duplicates_that_touch_the_training_split_follow_in_whole(hashes, in_train):
     in_train = in_train[: len(hashes)]
     pairs = find_near_duplicates(np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32), 5)
     reached = {position for position, is_train in enumerate(in_train) if is_train}
     links = list(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True))
     for _ in hashes:  # plain spreading, link by link
         reached |= {b for a, b in links if a in reached} | {a for a, b in links if b in reached}
-    moved = joined_by_twins(pairs, np.array(in_train))
+    moved = linked_to_train(pairs, np.array(in_train))
     assert set(moved.tolist()) == {position for position in reached if not in_train[position]}
 
 
@@ -101,67 +101,65 @@ def blotches(picture, seed: int) -> np.ndarray:
 
 
 @pytest.fixture
-def with_twins(corpus, picture):
+def alike(corpus, picture):
     """Forty pictures, of which the first twenty come again a little darker."""
     for number in range(40):
         corpus.add(f"a{number:02}.png", "a picture", blotches(picture, number))
     for number in range(20):
-        corpus.add(f"b{number:02}.png", "a twin", (blotches(picture, number) * 0.97).astype(np.uint8))
+        corpus.add(f"b{number:02}.png", "a near duplicate", (blotches(picture, number) * 0.97).astype(np.uint8))
     return corpus
 
 
-def test_twins_are_reported_and_share_a_split(with_twins):
-    report = with_twins.ingest(near_duplicate_distance=8)
-    ids, frame = with_twins.ids(), read_metadata(with_twins.images)
-    pairs = pd.read_parquet(with_twins.near_duplicates)
+def test_near_duplicates_are_reported_and_share_a_split(alike):
+    report = alike.ingest(near_duplicate_distance=8)
+    ids, frame = alike.ids(), read_metadata(alike.images)
+    pairs = pd.read_parquet(alike.near_duplicates)
     assert list(pairs) == ["image_id", "twin_id", "distance"]
     assert pairs["distance"].dtype == np.int32
-    twins = {tuple(sorted((ids[f"a{number:02}.png"], ids[f"b{number:02}.png"]))) for number in range(20)}
-    told = list(zip(pairs["image_id"], pairs["twin_id"], strict=True))
-    assert set(told) == twins
-    assert told == sorted(told)
+    expected = {tuple(sorted((ids[f"a{number:02}.png"], ids[f"b{number:02}.png"]))) for number in range(20)}
+    found = list(zip(pairs["image_id"], pairs["twin_id"], strict=True))
+    assert set(found) == expected
+    assert found == sorted(found)
     assert pairs["distance"].between(0, 8).all()
     split = dict(zip(frame["id"], frame["split"], strict=True))
-    assert all(split[one] == split[other] for one, other in told)
+    assert all(split[one] == split[other] for one, other in found)
     moved = {own_id for own_id in split if split[own_id] != split_of(own_id, 0.5)}
     assert moved
     assert all(split[own_id] == "train" for own_id in moved)
     assert (report.near_duplicates, report.moved_to_train) == (20, len(moved))
-    assert (
-        report.validation == list(split.values()).count("validation") == read_manifest(with_twins.images)["validation"]
-    )
+    assert report.validation == list(split.values()).count("validation") == read_manifest(alike.images)["validation"]
 
 
-def test_null_looks_for_none(with_twins):
-    report = with_twins.ingest(near_duplicate_distance=None)
+def test_null_looks_for_none(alike):
+    report = alike.ingest(near_duplicate_distance=None)
     assert (report.near_duplicates, report.moved_to_train) == (0, 0)
-    empty = pd.read_parquet(with_twins.near_duplicates)
+    empty = pd.read_parquet(alike.near_duplicates)
     assert (list(empty), len(empty)) == (["image_id", "twin_id", "distance"], 0)
-    frame = read_metadata(with_twins.images)
+    frame = read_metadata(alike.images)
     assert frame["split"].tolist() == [split_of(own_id, 0.5) for own_id in frame["id"]]
 
 
-def test_shards_with_moved_images_are_as_if_written_so_at_first(with_twins, contents, shards_of, monkeypatch, tmp_path):
+def test_shards_with_moved_images_are_as_if_written_so_at_first(alike, contents, shards_of, monkeypatch, tmp_path):
     shards_of(4, typical=4, group=3)
-    assert with_twins.ingest(near_duplicate_distance=8).moved_to_train > 3
-    frame = read_metadata(with_twins.images)
+    assert alike.ingest(near_duplicate_distance=8).moved_to_train > 3
+    frame = read_metadata(alike.images)
     split = dict(zip(frame["id"], frame["split"], strict=True))
-    first = contents(with_twins.images)
-    with_twins.out = tmp_path / "known from the start"
-    monkeypatch.setattr("latentloom.ingestion.prepared.split_of", lambda own_id, _: split[own_id])
-    report = with_twins.ingest(near_duplicate_distance=8)
+    first = contents(alike.images)
+    alike.out = tmp_path / "known from the start"
+    monkeypatch.setattr("latentloom.ingestion.preprocess.split_of", lambda own_id, _: split[own_id])
+    report = alike.ingest(near_duplicate_distance=8)
     assert report.moved_to_train == 0
-    assert contents(with_twins.images) == first
+    assert contents(alike.images) == first
 
 
-def test_the_splits_and_the_pairs_do_not_depend_on_the_order_of_the_images(with_twins, tmp_path):
-    assert with_twins.ingest(near_duplicate_distance=8).moved_to_train
-    split = read_metadata(with_twins.images).set_index("id")["split"].sort_index()
-    pairs = with_twins.near_duplicates.read_bytes()
-    for number, path in enumerate(sorted(with_twins.path.glob("*.png"))):
+def test_the_splits_and_the_pairs_do_not_depend_on_the_order_of_the_images(alike, tmp_path):
+    assert alike.ingest(near_duplicate_distance=8).moved_to_train
+    split = read_metadata(alike.images).set_index("id")["split"].sort_index()
+    pairs = alike.near_duplicates.read_bytes()
+    for number, path in enumerate(sorted(alike.path.glob("*.png"))):
         for file in (path, path.with_suffix(".txt")):
             file.rename(file.with_name(f"{number * 7919 % 997:03}{file.suffix}"))
-    with_twins.out = tmp_path / "in another order"
-    with_twins.ingest(near_duplicate_distance=8)
-    assert read_metadata(with_twins.images).set_index("id")["split"].sort_index().equals(split)
-    assert with_twins.near_duplicates.read_bytes() == pairs
+    alike.out = tmp_path / "in another order"
+    alike.ingest(near_duplicate_distance=8)
+    assert read_metadata(alike.images).set_index("id")["split"].sort_index().equals(split)
+    assert alike.near_duplicates.read_bytes() == pairs

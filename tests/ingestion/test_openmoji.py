@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from latentloom.ingestion.ingest import ingest
-from latentloom.ingestion.openmoji import SKIN_TONES, OpenMojiSource, _told_apart, render
+from latentloom.ingestion.openmoji import SKIN_TONES, OpenMojiSource, _disambiguated, render
 from latentloom.ingestion.shards import iterate_images, read_manifest, read_metadata
 from latentloom.params import IngestParams
 
@@ -31,7 +31,7 @@ def run(folder, limit):
         near_duplicate_distance=None,
         max_reject_fraction=1.0,
     )
-    return ingest(params, folder / "images", folder / "rejects.parquet", folder / "twins.parquet", progress=False)
+    return ingest(params, folder / "images", folder / "rejects.parquet", folder / "pairs.parquet", progress=False)
 
 
 def test_there_are_1918_named_emoji_without_skin_tones(captions):
@@ -67,9 +67,9 @@ def test_no_two_emoji_share_a_caption_in_any_case(captions):
     assert captions["1F983"] == ["turkey"]
 
 
-def test_equal_names_are_told_apart_by_an_alias_or_the_code_points():
-    told = _told_apart({"A": ["disc", "round"], "B": ["Disc", "plate"], "C": ["disc"], "D": ["bowl", "round"]})
-    assert told == {"A": ["disc"], "B": ["plate"], "C": ["disc (C)"], "D": ["bowl"]}
+def test_equal_names_are_disambiguated_by_an_alias_or_the_code_points():
+    captions = _disambiguated({"A": ["disc", "round"], "B": ["Disc", "plate"], "C": ["disc"], "D": ["bowl", "round"]})
+    assert captions == {"A": ["disc"], "B": ["plate"], "C": ["disc (C)"], "D": ["bowl"]}
 
 
 def test_renders_are_drawings_on_white(tmp_path):

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from latentloom.errors import UserError
 from latentloom.ingestion.parallel import WINDOW, ordered_map, worker_count
 
 
@@ -58,7 +59,7 @@ def test_the_environment_decides_the_number_of_workers(monkeypatch):
     assert worker_count() == 3
     for wrong in ("0", "-1", "two", "1.5"):
         monkeypatch.setenv("LATENTLOOM_WORKERS", wrong)
-        with pytest.raises(ValueError, match=f"LATENTLOOM_WORKERS={wrong}: must be a whole number from 1"):
+        with pytest.raises(UserError, match=f"LATENTLOOM_WORKERS={wrong}: must be a whole number from 1"):
             worker_count()
     monkeypatch.delenv("LATENTLOOM_WORKERS")
     assert 1 <= worker_count() <= os.cpu_count()

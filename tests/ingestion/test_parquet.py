@@ -133,7 +133,7 @@ def test_files_of_a_folder_come_sorted_and_their_rows_are_counted(tmp_path):
     assert ParquetSource(tmp_path / "b*").total == 3
 
 
-def test_images_that_are_not_in_the_table_are_refused_with_what_to_do(tmp_path):
+def test_images_that_are_not_in_the_table_are_rejected_with_what_to_do(tmp_path):
     images = pa.array([{"bytes": None, "path": "/data/cat.jpg"}, None, {"bytes": None, "path": None}])
     items = list(ParquetSource(write(tmp_path / "a.parquet", {"image": images, "text": ["x"] * 3})).samples())
     images = pa.array([None], pa.binary())
@@ -179,11 +179,11 @@ def test_a_damaged_row_group_costs_no_other(tmp_path):
     data[data.index(table["image"][14])] ^= 255
     path.write_bytes(data)
     items = list(ParquetSource(path).samples())
-    refused = [item for item in items if isinstance(item, Reject)]
+    rejected = [item for item in items if isinstance(item, Reject)]
     kept = [item.key for item in items if isinstance(item, Sample)]
     assert kept == [f"a.parquet:{row}" for row in (*range(10), *range(20, 30))]
-    assert [item.key for item in refused] == ["a.parquet:10"]
-    assert "rows 10 to 19" in refused[0].detail
+    assert [item.key for item in rejected] == ["a.parquet:10"]
+    assert "rows 10 to 19" in rejected[0].detail
 
 
 def test_flipped_bytes_never_crash_the_reader(tmp_path):

@@ -1,4 +1,4 @@
-"""The shards of data/images: what others open, byte for byte the same, damaged files told by name."""
+"""The shards of data/images: what others open, byte for byte the same, damaged files reported by name."""
 
 import io
 import json
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from latentloom.errors import UserError
 from latentloom.ingestion import shards
 from latentloom.ingestion.shards import SCHEMA, decode, encode, iterate_images, read_manifest, read_metadata
 
@@ -118,12 +119,12 @@ def test_pandas_opens_a_shard(filled):
 
 @pytest.fixture
 def every_file(corpus, picture):
-    """An ingestion with kept and refused images and near duplicates."""
+    """An ingestion with kept and rejected images and near duplicates."""
     for number in range(7):
         corpus.add(f"{number}.png", f"picture {number}\nnumber {number}", picture(number))
-    twin = picture(0)
-    twin[0, 0] ^= 1
-    corpus.add("twin.png", "nearly picture 0", twin)
+    nearly = picture(0)
+    nearly[0, 0] ^= 1
+    corpus.add("twin.png", "nearly picture 0", nearly)
     corpus.add("bare.png")
     corpus.add("empty.png", "nothing", b"")
     corpus.ingest(near_duplicate_distance=8)
@@ -224,19 +225,19 @@ def test_batches_of_any_size_give_the_same_images(filled, small_shards, batch_ro
     assert [own_id for own_id, _ in iterate_images(filled.images, batch_rows=batch_rows)] == ids
 
 
-def test_a_missing_manifest_or_shard_is_told_by_name(filled):
-    with pytest.raises(FileNotFoundError, match=r"manifest\.json.*dvc repro"):
+def test_a_missing_manifest_or_shard_is_reported_by_name(filled):
+    with pytest.raises(UserError, match=r"manifest\.json.*dvc repro"):
         read_metadata(filled.images)
     filled.ingest()
     (filled.images / "00000.parquet").unlink()
     for read in (read_metadata, lambda folder: list(iterate_images(folder))):
-        with pytest.raises(FileNotFoundError, match=r"00000\.parquet.*dvc repro"):
+        with pytest.raises(UserError, match=r"00000\.parquet.*dvc repro"):
             read(filled.images)
 
 
 @pytest.mark.fault
 @pytest.mark.parametrize("damage", ["cut", "flipped", "not parquet", "empty", "other rows"])
-def test_a_damaged_shard_is_told_by_name(filled, damage):
+def test_a_damaged_shard_is_reported_by_name(filled, damage):
     filled.ingest()
     path = filled.images / "00000.parquet"
     data = bytearray(path.read_bytes())
@@ -253,18 +254,18 @@ def test_a_damaged_shard_is_told_by_name(filled, damage):
         data = bytearray(path.read_bytes())
         filled.ingest()
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"00000\.parquet.*dvc repro"):
+    with pytest.raises(UserError, match=r"00000\.parquet.*dvc repro"):
         list(iterate_images(filled.images))
 
 
-def test_a_manifest_of_another_format_is_refused(filled):
+def test_a_manifest_of_another_format_is_rejected(filled):
     filled.ingest()
     manifest = read_manifest(filled.images)
     (filled.images / "manifest.json").write_text(json.dumps(manifest | {"format_version": 99}))
-    with pytest.raises(ValueError, match="format version 99"):
+    with pytest.raises(UserError, match="format version 99"):
         read_metadata(filled.images)
     (filled.images / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match=r"manifest\.json is not valid JSON"):
+    with pytest.raises(UserError, match=r"manifest\.json is not valid JSON"):
         read_metadata(filled.images)
 
 
@@ -285,7 +286,7 @@ except OSError as error:
 
 
 @pytest.mark.fault
-def test_a_full_disk_is_told_with_the_file_and_the_room_and_a_rerun_with_room_ends_well(corpus, contents, tmp_path):
+def test_a_full_disk_is_reported_with_the_file_and_the_room_and_a_rerun_with_room_ends_well(corpus, contents, tmp_path):
     for number in range(200):
         corpus.add(f"{number:03}.png", "a picture")
     out = tmp_path / "full"

@@ -137,7 +137,7 @@ def test_members_are_grouped_as_webdataset_groups_them(tmp_path, members):
         if "jpg" in group:  # the reader knows no keys that come twice: the first is the one to be kept
             expected.setdefault(group["__key__"], (group["jpg"], group.get("txt"), group.get("json")))
     found = {}
-    refused = set()
+    rejected = set()
     for item in WebDatasetSource(tar).samples():
         key = item.key.removeprefix("a.tar/")
         if isinstance(item, Sample):
@@ -146,8 +146,8 @@ def test_members_are_grouped_as_webdataset_groups_them(tmp_path, members):
             text = json.loads(texts[0])["text"] if texts else None
             found[key] = (json.loads(item.read())["text"], text, of_json[0] if of_json else None)
         elif item.reason is Reason.DUPLICATE_KEY:
-            refused.add(key)
-    assert found == {key: value for key, value in expected.items() if key in found or key not in refused}
+            rejected.add(key)
+    assert found == {key: value for key, value in expected.items() if key in found or key not in rejected}
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
@@ -181,7 +181,7 @@ def test_a_damaged_header_is_not_taken_for_the_end_of_the_tar(tmp_path):
     assert "after the member 0001.txt" in items[-1].detail
 
 
-def test_a_tar_without_its_end_mark_is_told_of_and_its_last_sample_kept(tmp_path):
+def test_a_tar_without_its_end_mark_is_reported_and_its_last_sample_kept(tmp_path):
     tar = pack(tmp_path / "a.tar", [("a.jpg", bytes(512)), ("a.txt", b"x" * 512)])
     tar.write_bytes(tar.read_bytes()[: 4 * 512])
     assert captions(tar) == {"a.tar/a": ["x" * 512]}
@@ -214,7 +214,7 @@ def test_a_negative_size_ends_the_tar_rather_than_leading_in_a_circle(tmp_path):
     assert rejects(tar) == {"a.tar": Reason.UNREADABLE}
 
 
-def test_a_member_of_too_many_bytes_is_refused_unread(tmp_path, monkeypatch):
+def test_a_member_of_too_many_bytes_is_rejected_unread(tmp_path, monkeypatch):
     monkeypatch.setattr("latentloom.ingestion.webdataset.MAX_BYTES", 1000)
     tar = pack(tmp_path / "a.tar", [("a.jpg", bytes(1001)), ("b.jpg", JPEG), ("b.txt", "small")])
     assert rejects(tar) == {"a.tar/a.jpg": Reason.TOO_MANY_BYTES}

@@ -7,29 +7,27 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
-from projects import ROOT, tiny_params
+from latentloom.ingestion.listing import list_sources
+from projects import tiny_params
 from tiny_models import save_tiny_unet, save_tiny_vae
 from typer.testing import CliRunner
 
 from latentloom.cli import app
-from latentloom.evaluation.drawing_code import drawing_code, drawing_code_of
-from latentloom.evaluation.pictures import PictureFacts, save_picture
+from latentloom.dvc_outs import Place, out_hash
+from latentloom.errors import UserError
 from latentloom.files import write_json
-from latentloom.ingestion.listing import list_sources
-from latentloom.lineage.dvc_objects import Place, oid_of
 from latentloom.lineage.lineage import Lineage, trace
-from latentloom.lineage.links import Link, differing_packages
-from latentloom.model_files import model_hash
-from latentloom.params import SourceParams
+from latentloom.lineage.links import Link
+from latentloom.lineage.provenance import Provenance, code_diff, collect, save_run_record
+from latentloom.model_files import model_hash, read_config
+from latentloom.params import SourceParams, load_params
 from latentloom.registry import registry
 from latentloom.registry.models import find_model
-from latentloom.tracking.provenance import code_diff, git_tags, out_tags
 from latentloom.tracking.store import open_client
 
 DATA = ("data/images", "data/latents", "data/text", "reports/validation.json")
@@ -57,7 +55,7 @@ def commands(found: Lineage) -> str:
 
 
 @pytest.fixture
-def lab(project_root) -> Path:
+def lab(project_root, tiny_unets) -> Path:
     """A project in git and DVC, with a folder as its remote, a source of two files, and small stand-ins of data."""
     git("init", "-q", "-b", "main")
     Path(".dvc").mkdir()
@@ -81,6 +79,10 @@ def lab(project_root) -> Path:
         target = Path(path) / "index.parquet" if path.startswith("data") else Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(path)
+    write_json("reports/validation.json", {"checks": {}})
+    config = read_config(tiny_unets[0])
+    for path, key, encoder in (("latents", "vae", config.vae), ("text", "encoder", config.text_encoder)):
+        write_json(f"data/{path}/stats.json", {key: {"reference": "bundled", "fingerprint": encoder.fingerprint}})
     write_json("data/sources.json", list_sources([SourceParams(source="folder", path=str(pictures))], Path("no")))
     counts = {"name": "folder", "source": "folder", "weight": 1.0, "found": 3, "kept": 2, "rejected": 1}
     write_json("reports/ingest.json", {"kept": 2, "train": 1, "validation": 1, "sources": [counts]})
@@ -93,35 +95,36 @@ def trained(lab, train, tiny_unets):
     """``trained()`` gives the id of a run in which `tiny_unets[0]` was trained on the lab's data, tracked by DVC."""
 
     def run(model: Path = tiny_unets[0], name: str = "a run") -> str:
+        lock({path: out_hash(Path(path)) for path in DATA})
+        started, diff = collect(lab, load_params(), "c" * 64), code_diff(lab)
         shutil.copytree(model, "models/unet", dirs_exist_ok=True)
-        outs = {path: oid_of(Path(path)) for path in (*DATA, "models/unet")}
-        for path in outs:
+        for path in (*DATA, "models/unet"):
             put_into_cache(Path(path))
-        stage = {"outs": [{"path": path, "md5": oid} for path, oid in outs.items()]}
-        tags = git_tags(lab)
-        diff = code_diff(lab)
-        Path("dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": {"train": stage}}))
-        tags |= out_tags(Path("dvc.lock")) | {"dvc.models/unet": outs["models/unet"]}
-        run_id = train(model, name=name, tags=tags)
-        client = open_client(lab)
-        for path in ("params.yaml", "dvc.lock", "data/sources.json", "reports/ingest.json"):
-            client.log_artifact(run_id, path)
-        client.log_artifact(run_id, "models/unet/config.json", "model")
-        if diff:
-            client.log_text(run_id, diff, "code.diff")
-        write_json("reports/train/run.json", {"mlflow_run_id": run_id, "model_sha256": model_hash(model)})
+        lock({path: out_hash(Path(path)) for path in (*DATA, "models/unet")})
+        finished = started.with_model(model_sha256=model_hash(model))
+        run_id = train(model, name=name, provenance=finished.to_dict(), tags=tags_of(started), code_diff=diff)
+        save_run_record(lab, replace(finished, mlflow_run_id=run_id))
         return run_id
 
     return run
 
 
+def lock(outs: dict[str, str]) -> None:
+    stage = {"cmd": "true", "outs": [{"path": path, "hash": "md5", "md5": out} for path, out in outs.items()]}
+    Path("dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": {"train": stage}}))
+
+
+def tags_of(known: Provenance) -> dict[str, str]:
+    return {"mlflow.source.git.commit": known.commit, "git.dirty": str(known.dirty).lower()}
+
+
 def put_into_cache(path: Path) -> None:
     """What `dvc commit` does, without the seconds that it takes to start."""
     files = [path] if path.is_file() else sorted(own for own in path.rglob("*") if own.is_file())
-    listing = [{"md5": oid_of(own), "relpath": own.relative_to(path).as_posix()} for own in files]
-    objects = {oid_of(own): own.read_bytes() for own in files}
+    listing = [{"md5": out_hash(own), "relpath": own.relative_to(path).as_posix()} for own in files]
+    objects = {out_hash(own): own.read_bytes() for own in files}
     if path.is_dir():
-        objects[oid_of(path)] = json.dumps(listing, sort_keys=True).encode()
+        objects[out_hash(path)] = json.dumps(listing, sort_keys=True).encode()
     for oid, data in objects.items():
         kept = Path(".dvc/cache/files/md5") / oid[:2] / oid[2:]
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -156,32 +159,32 @@ def test_the_chain_goes_from_the_model_to_the_sources_with_hashes_and_counts(lab
     assert link(found, "model").hash == model_hash(tiny_unets[0])
     assert link(found, "run").hash == run_id
     assert link(found, "code").hash == head
-    assert link(found, "latents").hash == oid_of(Path("data/latents"))
+    assert link(found, "latents").hash == out_hash(Path("data/latents"))
     assert "2 images (1 train, 1 validation)" in link(found, "images").name
     assert link(found, "source").name == f"folder {lab / 'pictures'}: 3 found, 2 kept, 1 rejected"
     assert link(found, "VAE").name.startswith("bundled ")
 
 
-def test_a_run_a_version_an_alias_a_folder_and_a_picture_have_one_lineage(lab, trained, tiny_unets):
+def test_a_run_a_version_an_alias_a_folder_and_an_image_have_one_lineage(lab, trained, tiny_unets):
     run_id = trained(name="gentle")
     registry.promote(find_model("gentle", lab), "champion", lab)
-    drawn = CliRunner().invoke(app, ["sample", "a red apple", "--steps", "2", "-o", "drawn.png"])
-    assert drawn.exit_code == 0, drawn.output
+    sampled = CliRunner().invoke(app, ["sample", "a red apple", "--steps", "2", "-o", "drawn.png"])
+    assert sampled.exit_code == 0, sampled.output
     chains = [trace(reference, lab).links for reference in ("gentle", run_id[:8], "1", "champion", "models/unet")]
     assert all(chain == chains[0] for chain in chains)
     shutil.copytree("models/unet", Path(".state/models") / chains[0][0].hash)
     assert trace("1", lab).links[0].where == f"models/unet, .state/models/{chains[0][0].hash}, DVC's cache"
     shutil.rmtree(".state/models")
-    picture = trace("drawn.png", lab)
-    assert picture.links[2:] == chains[0]
-    assert link(picture, "picture").name.startswith('"a red apple", sample 0 of seed 0, 2 steps of ddim')
-    assert link(picture, "drawing code").hash == drawing_code()
+    image = trace("drawn.png", lab)
+    assert image.links[1:] == chains[0]
+    assert link(image, "picture").name.startswith('"a red apple", sample 0 of seed 0, 2 steps of ddim')
 
 
 def test_what_was_pushed_is_in_the_remote_and_what_was_not_is_lost(lab, trained):
     run_id = trained()
     push(lab)
-    oid = oid_of(Path("data/latents"))
+    commit("Results")
+    oid = out_hash(Path("data/latents"))
     forget("models/unet", "data", ".dvc/cache")
     found = trace(run_id, lab)
     assert {link(found, name).place for name in ("model", "latents", "text", "images")} == {Place.REMOTE}
@@ -198,7 +201,7 @@ def test_what_was_pushed_is_in_the_remote_and_what_was_not_is_lost(lab, trained)
 def test_a_folder_of_which_one_file_is_gone_is_not_here(lab, trained):
     run_id = trained()
     push(lab)
-    forget("data", objects=oid_of(Path("data/text/index.parquet")), lab=lab)
+    forget("data", objects=out_hash(Path("data/text/index.parquet")), lab=lab)
     assert link(trace(run_id, lab), "text").place is Place.REMOTE
 
 
@@ -230,7 +233,7 @@ def test_data_that_only_the_folder_still_has_are_here_and_are_copied(lab, traine
 def test_a_model_that_only_the_registry_has_comes_from_there(lab, trained, tiny_unets):
     run_id = trained()
     registry.promote(find_model(run_id, lab), "champion", lab)
-    forget("models/unet", objects=oid_of(Path("models/unet")), lab=lab)
+    forget("models/unet", objects=out_hash(Path("models/unet")), lab=lab)
     remote(lab).mkdir()
     found = trace("champion", lab)
     assert (link(found, "model").place, link(found, "model").where) == (Place.REMOTE, "version 1 of the registry")
@@ -242,25 +245,30 @@ def test_a_model_that_only_the_registry_has_comes_from_there(lab, trained, tiny_
     assert model_hash(clone / "models/unet") == model_hash(tiny_unets[0])
 
 
-def test_without_the_store_the_commit_that_holds_the_results_tells_the_same(lab, trained):
-    run_id = trained()
+@pytest.mark.parametrize("known_by", ["run record", "PNG", "commit"])
+def test_without_the_store_what_was_written_down_elsewhere_is_the_same(lab, trained, known_by):
+    run_id, reference = trained(), "models/unet"
+    if known_by == "PNG":
+        reference = "apple.png"
+        assert CliRunner().invoke(app, ["sample", "a red apple", "--steps", "2", "-o", reference]).exit_code == 0
     results = commit("Results")
-    before = trace("models/unet", lab)
+    before = trace(reference, lab)
     for path in lab.glob("mlflow.db*"):
         path.unlink()
     shutil.rmtree("mlartifacts")
-    after = trace("models/unet", lab)
+    if known_by != "run record":
+        shutil.rmtree(".state")
+    after = trace(reference, lab)
     assert link(after, "run").place is Place.UNKNOWN
     assert not after.missing
-    for name in ("model", "latents", "text", "images", "params", "source"):
+    for name in ("model", "latents", "text", "images", "code"):
         assert (link(after, name).hash, link(after, name).place) == (link(before, name).hash, link(before, name).place)
     assert f"git checkout -q {results}" in commands(after)
-    assert commands(after) == commands(before)
-    with pytest.raises(ValueError, match="MLFLOW_TRACKING_URI"):
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_URI"):
         trace(run_id, lab)
 
 
-def test_a_server_that_is_away_does_not_keep_a_model_from_telling_what_git_knows(lab, trained, monkeypatch):
+def test_a_server_that_is_away_does_not_keep_a_model_from_telling_what_is_known_here(lab, trained, monkeypatch):
     trained()
     commit("Results")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", NO_SERVER)
@@ -276,15 +284,15 @@ def test_where_the_files_of_a_run_do_not_answer_what_they_say_is_not_known(lab, 
     with closing(sqlite3.connect("mlflow.db")) as store, store:
         store.execute("UPDATE runs SET artifact_uri = ?", (f"{NO_SERVER}/artifacts",))
     found = trace(run_id, lab)
-    for name in ("params", "local changes"):
-        assert (link(found, name).place, "cannot be read" in link(found, name).where) == (Place.UNKNOWN, True)
-    assert link(found, "latents").place is Place.HERE
+    changes = link(found, "local changes")
+    assert (changes.place, "cannot be read" in changes.where) == (Place.UNKNOWN, True)
+    assert link(found, "latents").place is Place.HERE  # as this machine's own record says
 
 
 def test_in_a_clone_that_has_not_pulled_the_models_folder_is_known_by_its_hash(lab, trained, tmp_path_factory):
     trained()
     push(lab)
-    oid = oid_of(Path("models/unet"))
+    oid = out_hash(Path("models/unet"))
     commit("Results")
     clone = tmp_path_factory.mktemp("clones") / "clone"
     git("clone", "-q", str(lab), str(clone))
@@ -292,7 +300,7 @@ def test_in_a_clone_that_has_not_pulled_the_models_folder_is_known_by_its_hash(l
     assert (link(found, "model").place, link(found, "model").details["dvc"]) == (Place.REMOTE, oid)
 
 
-def test_changes_that_were_not_committed_are_told_and_applied(lab, trained):
+def test_changes_that_were_not_committed_are_shown_and_applied(lab, trained):
     Path("src/latentloom/devices.py").write_text("# other code\r\n")
     Path("src/latentloom/new.py").write_text("# new\n")
     run_id = trained()
@@ -307,7 +315,7 @@ def test_changes_that_were_not_committed_are_told_and_applied(lab, trained):
     assert "/code.diff .state\ngit apply" in commands(found)
     shutil.rmtree("mlartifacts")
     found = trace(run_id, lab)
-    assert {own.link for own in found.missing} >= {"local changes", "params"}
+    assert "local changes" in {own.link for own in found.missing}
 
 
 def test_where_the_changes_were_committed_later_that_commit_is_the_way_back(lab, trained):
@@ -333,56 +341,6 @@ def test_results_of_an_experiment_are_found_in_its_own_commit_which_a_new_clone_
     subprocess.run(["bash", "-ec", "\n".join(clone)], check=True)
     (folder,) = lab.parent.glob(f"{lab.name}-????????")
     assert (folder / "src/latentloom/devices.py").read_text() == "# tried out\n"
-
-
-def test_the_drawing_code_is_that_of_the_training_of_a_later_commit_or_of_none(lab, trained, tiny_unets):
-    def draw(code: str | None) -> Lineage:
-        facts = PictureFacts(
-            prompts=("a red apple",),
-            seed=1,
-            first=0,
-            count=1,
-            steps=2,
-            guidance=3.0,
-            sampler="ddim",
-            precision="fp32",
-            guidance_interval=(0.0, 1.0),
-            guidance_rescale=0.0,
-            threshold=99.5,
-            model_sha256=model_hash(tiny_unets[0]),
-            mlflow_run_id=None,
-            vae="v",
-            text_encoder="t",
-            code=code,
-        )
-        save_picture(Path("drawn.png"), np.zeros((8, 8, 3), np.uint8), facts)
-        return trace("drawn.png", lab)
-
-    def own_code() -> str:
-        return drawing_code_of({"devices.py": git("hash-object", "src/latentloom/devices.py")})
-
-    trained()
-    of_the_training = own_code()
-    Path("src/latentloom/devices.py").write_text("# better\n")
-    later, named_later = commit("Better pictures"), own_code()
-    assert link(draw(of_the_training), "drawing code").where == "the same as the training's"
-    assert f"git checkout -q -f {later}" in commands(draw(named_later))
-    assert link(draw(drawing_code()), "drawing code").where.endswith(", in no commit")
-    found = draw("0" * 64)
-    assert [own.link for own in found.missing] == ["drawing code"]
-    assert "model_sha256" in commands(found)  # so that the picture names no run, as it did
-    found = draw(None)
-    assert (link(found, "drawing code").place, found.missing) == (Place.UNKNOWN, ())
-
-
-def test_git_and_the_disk_name_the_drawing_code_alike_and_nothing_else_matters():
-    package = ROOT / "src" / "latentloom"
-    files = sorted(package.rglob("*.py"))
-    hashes = git("-C", str(package), "hash-object", *map(str, files)).splitlines()
-    blobs = {path.relative_to(package).as_posix(): own for path, own in zip(files, hashes, strict=True)}
-    assert drawing_code_of(blobs) == drawing_code()
-    assert drawing_code_of(blobs | {"cli.py": "0" * 40, "training/loop.py": "0" * 40}) == drawing_code()
-    assert drawing_code_of(blobs | {"diffusion/noise.py": "0" * 40}) != drawing_code()
 
 
 def test_a_commit_that_is_in_no_clone_is_lost_and_one_that_can_be_fetched_is_not_known(lab, trained):
@@ -439,26 +397,6 @@ def test_an_encoder_of_the_hub_is_not_downloaded_to_compare_it(lab, trained, tin
     assert (link(found, "VAE").place, "some-owner/some-vae" in link(found, "VAE").where) == (Place.REMOTE, True)
 
 
-def test_where_other_packages_are_installed_the_clone_gets_those_of_then(lab, trained):
-    Path("requirements.lock").write_text("ruff==0.0.1\n")
-    commit("Packages")
-    found = trace(trained(), lab)
-    assert link(found, "packages").place is Place.REMOTE
-    assert "ruff 0.0.1" in link(found, "packages").where
-    assert "make install\n" in commands(found)
-
-
-def test_of_packages_those_that_differ_from_the_lock_are_named():
-    lines = (
-        "# a comment",
-        f"pytest=={version('pytest')}",
-        "ruff==0.0.1",
-        "unknown==2",
-        "old==1; python_version<'3'",
-    )
-    assert differing_packages("\n".join(lines)) == {"ruff": ("0.0.1", version("ruff")), "unknown": ("2", None)}
-
-
 def test_a_run_that_left_no_model_says_how_it_ended(lab, train, tiny_unets):
     client = open_client(lab)
     experiment = client.get_run(train(tiny_unets[0])).info.experiment_id
@@ -478,7 +416,7 @@ def test_what_names_nothing_is_one_clear_line(lab, train, tiny_unets, reference)
     assert reference.removeprefix("latentloom:") in result.output
 
 
-def test_the_json_form_is_the_documented_one_and_the_status_tells_whether_all_is_there(lab, trained):
+def test_the_json_form_is_the_documented_one_and_the_exit_status_says_whether_all_is_there(lab, trained):
     run_id = trained()
     result = CliRunner().invoke(app, ["lineage", run_id, "--json"])
     given = json.loads(result.stdout)
@@ -486,7 +424,7 @@ def test_the_json_form_is_the_documented_one_and_the_status_tells_whether_all_is
     assert (given["format_version"], given["of"], given["complete"]) == (1, run_id, True)
     assert set(given["links"][0]) == {"link", "name", "hash", "place", "where", "needed", "details"}
     assert set(given["steps"][0]) == {"why", "command"}
-    forget("models/unet", objects=oid_of(Path("models/unet")), lab=lab)
+    forget("models/unet", objects=out_hash(Path("models/unet")), lab=lab)
     remote(lab).mkdir()
     result = CliRunner().invoke(app, ["lineage", run_id, "--json"])
     assert (result.exit_code, json.loads(result.stdout)["complete"]) == (1, False)
@@ -500,3 +438,36 @@ def test_addresses_are_shown_and_written_without_user_and_password(lab, trained,
     result = CliRunner().invoke(app, ["lineage", "models/unet", "--json"])
     assert "127.0.0.1:9" in result.output
     assert "secret" not in result.output
+
+
+def test_of_what_is_in_no_commit_the_bytes_come_back_by_their_hash(lab, trained, tiny_unets):
+    """The commit at training cannot name the model that the training makes."""
+    run_id = trained()
+    Path("dvc.lock").unlink()
+    forget("data", "models")
+    found = trace(run_id, lab)
+    assert not found.missing
+    script = "\n".join(step.command for step in found.steps)
+    assert "-m latentloom.dvc_outs" in script
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    subprocess.run(["bash", "-ec", script], env=os.environ | {"PATH": path}, check=True)
+    (clone,) = lab.parent.glob(f"{lab.name}-????????")
+    assert model_hash(clone / "models/unet") == model_hash(tiny_unets[0])
+    for path in DATA:
+        assert out_hash(clone / path) == link_of(found, path).hash
+
+
+def link_of(found: Lineage, path: str) -> Link:
+    (own,) = [own for own in found.links if own.details.get("path") == path]
+    return own
+
+
+def test_other_packages_than_those_of_the_training_are_installed_in_the_clone(lab, trained):
+    Path("requirements.lock").write_text("ruff==0.0.1\n")
+    commit("Packages")
+    run_id = trained()
+    assert link(trace(run_id, lab), "packages").place is Place.HERE
+    Path("requirements.lock").write_text("ruff==0.0.2\n")
+    found = trace(run_id, lab)
+    assert (link(found, "packages").place, found.missing) == (Place.REMOTE, ())
+    assert "make install\n" in commands(found)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from dvc.repo import Repo
 
-from latentloom.lineage.dvc_objects import directory_oid
+from latentloom.dvc_outs import out_hash
+from latentloom.errors import UserError
 from latentloom.model_files import model_hash
 from latentloom.registry import registry
 from latentloom.registry.models import find_model
@@ -32,25 +33,25 @@ def test_a_run_is_found_by_id_by_its_beginning_and_by_name(project_root, train, 
         assert found.folder == project_root / "models/unet"
 
 
-def test_of_two_runs_of_a_name_the_one_with_a_model_is_meant(project_root, train, tiny_unets):
+def test_of_two_runs_of_a_name_the_one_with_a_model_is_taken(project_root, train, tiny_unets):
     shutil.copytree(tiny_unets[0], "models/unet")
     client = open_client(project_root)
     run_id = train(tiny_unets[0], name="twice")
     killed = client.create_run(client.get_run(run_id).info.experiment_id, run_name="twice").info.run_id
     assert find_model("twice", project_root).run_id == run_id
-    with pytest.raises(ValueError, match=r"has no model.*train again"):
+    with pytest.raises(UserError, match=r"has no model.*train again"):
         find_model(killed, project_root)
 
 
-def test_a_name_that_several_models_bear_is_refused_with_their_ids(project_root, train, tiny_unets):
+def test_a_name_of_several_models_is_rejected_with_their_ids(project_root, train, tiny_unets):
     ids = [train(folder, name="twice") for folder in tiny_unets[:2]]
-    with pytest.raises(ValueError, match="names 2 runs") as refused:
+    with pytest.raises(UserError, match="names 2 runs") as rejected:
         find_model("twice", project_root)
-    assert all(run_id in str(refused.value) for run_id in ids)
+    assert all(run_id in str(rejected.value) for run_id in ids)
 
 
 @pytest.mark.parametrize(
-    ("reference", "told"),
+    ("reference", "advice"),
     [
         ("models/unet", "`dvc pull` or `dvc repro`"),
         ("champion", "`latentloom promote RUN --to champion`"),
@@ -60,9 +61,9 @@ def test_a_name_that_several_models_bear_is_refused_with_their_ids(project_root,
         ("a%", "make ui"),
     ],
 )
-def test_what_names_nothing_is_told_with_what_to_do(project_root, train, tiny_unets, reference, told):
+def test_a_name_of_nothing_is_rejected_with_what_to_do(project_root, train, tiny_unets, reference, advice):
     train(tiny_unets[0], name="a run")
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(UserError, match=advice):
         find_model(reference, project_root)
 
 
@@ -79,7 +80,7 @@ def test_a_registered_model_is_found_by_alias_number_and_uri_where_nothing_else_
         assert [path.name for path in found.folder.parent.iterdir()] == [found.sha256]
 
 
-def test_a_damaged_copy_of_a_registered_model_is_not_used_but_brought_again(project_root, train, tiny_unets):
+def test_a_damaged_copy_of_a_registered_model_is_not_used_but_fetched_again(project_root, train, tiny_unets):
     train(tiny_unets[0])
     registry.promote(find_model(str(tiny_unets[0]), project_root), "champion", project_root)
     weights = find_model("champion", project_root).folder / "model.safetensors"
@@ -97,10 +98,10 @@ def dvc_project(project_root) -> Path:
 
 def test_an_earlier_runs_model_comes_out_of_dvcs_cache(dvc_project, train, tiny_unets):
     shutil.copytree(tiny_unets[0], "models/unet")
-    oid = directory_oid(Path("models/unet"))
+    out = out_hash(Path("models/unet"))
     with Repo(str(dvc_project)) as repo:
         repo.add("models/unet")
-    run_id = train(tiny_unets[0], tags={"dvc.models/unet": oid})
+    run_id = train(tiny_unets[0], provenance={"outs": {"models/unet": out}})
     shutil.rmtree("models/unet")
     shutil.copytree(tiny_unets[1], "models/unet")
     found = find_model(run_id, dvc_project)
@@ -108,8 +109,7 @@ def test_an_earlier_runs_model_comes_out_of_dvcs_cache(dvc_project, train, tiny_
     assert model_hash(found.folder) == model_hash(tiny_unets[0])
 
 
-def test_a_model_whose_bytes_are_nowhere_is_told_with_the_commit_to_train_from(dvc_project, train, tiny_unets):
-    tags = {"dvc.models/unet": "0" * 32 + ".dir", "mlflow.source.git.commit": "c" * 40}
-    run_id = train(tiny_unets[0], tags=tags)
-    with pytest.raises(ValueError, match="git checkout cccccccccccc && dvc repro"):
+def test_a_model_whose_bytes_are_nowhere_names_the_commit_to_train_from(dvc_project, train, tiny_unets):
+    run_id = train(tiny_unets[0], provenance={"outs": {"models/unet": "0" * 32 + ".dir"}, "commit": "c" * 40})
+    with pytest.raises(UserError, match="git checkout cccccccccccc && dvc repro"):
         find_model(run_id, dvc_project)

@@ -1,5 +1,6 @@
-"""Promotions: what is refused, what moves when, and what is left when something breaks off."""
+"""Promotions: what is rejected, what moves when, and what is left when something breaks off."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -13,11 +14,14 @@ from tiny_models import save_clip, save_tiny_unet, save_tiny_vae
 from typer.testing import CliRunner
 
 from latentloom.cli import app
-from latentloom.evaluation.drawing import load_text_to_image, stored_settings
+from latentloom.diffusion.sampling_settings import SamplingSettings
+from latentloom.errors import UserError
+from latentloom.evaluation.text_to_image import load_text_to_image, stored_settings
 from latentloom.model_files import model_hash, read_config
 from latentloom.registry import packing, registry
-from latentloom.registry.models import find_model
-from latentloom.registry.registry import Figures, PromotionRefused, worse
+from latentloom.registry.models import find_model, image_provenance
+from latentloom.registry.registry import Figures, PromotionRejected, worse
+from latentloom.tracking.runs import new_run
 from latentloom.tracking.store import open_client
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +45,7 @@ def versions(root) -> list[str]:
     return sorted(str(found.version) for found in open_client(root).search_model_versions("name = 'latentloom'"))
 
 
-def test_a_promoted_model_is_a_version_with_all_that_drawing_needs(project_root, train, promote, tiny_unets, tmp_path):
+def test_a_promoted_model_is_a_version_with_all_that_sampling_needs(project_root, train, promote, tiny_unets, tmp_path):
     import mlflow.artifacts
 
     run_id = train(tiny_unets[0])
@@ -57,9 +61,9 @@ def test_a_promoted_model_is_a_version_with_all_that_drawing_needs(project_root,
     store = f"sqlite:///{project_root / 'mlflow.db'}"
     logged = Path(mlflow.artifacts.download_artifacts(made.source, dst_path=str(tmp_path / "x"), tracking_uri=store))
     assert model_hash(logged / "artifacts/model") == model_hash(tiny_unets[0])
-    assert stored_settings(logged / "artifacts/model").guidance == 2.5  # what its figures were measured with
-    assert (logged / "code/latentloom/evaluation/drawing.py").read_bytes() == (
-        ROOT / "src/latentloom/evaluation/drawing.py"
+    assert stored_settings(logged / "artifacts/model").class_guidance == 2.5  # what its figures were measured with
+    assert (logged / "code/latentloom/evaluation/text_to_image.py").read_bytes() == (
+        ROOT / "src/latentloom/evaluation/text_to_image.py"
     ).read_bytes()
     assert not [path for path in logged.rglob("*") if path.suffix in (".pkl", ".pickle", ".pyc")]
     assert f"torch=={version('torch').partition('+')[0]}\n" in (logged / "requirements.txt").read_text()
@@ -85,14 +89,14 @@ def test_the_signature_takes_prompts_and_gives_png_bytes_with_the_stored_setting
 
 
 @pytest.mark.slow
-def test_the_required_packages_are_enough_to_draw(tiny_unets):
+def test_the_required_packages_are_enough_to_sample(tiny_unets):
     required = closure({line.partition("==")[0] for line in packing.requirements(tiny_unets[0])})
     hidden = [
         name
         for name, owners in packages_distributions().items()
         if not {canonical(owner) for owner in owners} & required and name != "latentloom"
     ]
-    assert {"dvc", "great_expectations", "accelerate"} <= set(hidden)
+    assert {"dvc", "great_expectations"} <= set(hidden)
     code = f"""
 import sys
 from importlib.machinery import PathFinder
@@ -105,9 +109,10 @@ class Hiding(PathFinder):
 sys.meta_path[sys.meta_path.index(PathFinder)] = Hiding
 import latentloom.registry.served_model
 from pathlib import Path
-from latentloom.evaluation.drawing import load_text_to_image, SamplingSettings
-from latentloom.evaluation.pictures import encode_picture
-load_text_to_image(Path({str(tiny_unets[0])!r})).draw(["a"], SamplingSettings(steps=2), seed=0)
+from latentloom.evaluation.text_to_image import load_text_to_image
+from latentloom.diffusion.sampling_settings import SamplingSettings
+from latentloom.evaluation.metadata import encode_png
+load_text_to_image(Path({str(tiny_unets[0])!r})).generate(["a"], SamplingSettings(diffusion_steps=2), seed=0)
 """
     ran = subprocess.run(
         [sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True
@@ -143,7 +148,7 @@ def test_encoders_that_are_only_a_folder_here_go_with_the_model(project_root, tr
     for folder in (vae, clip, mine):
         shutil.rmtree(folder)
     loaded = load_text_to_image(find_model("champion", project_root).folder)
-    assert loaded.vae.fingerprint == read_config(find_model("champion", project_root).folder).vae.fingerprint
+    assert loaded.codec.vae.fingerprint == read_config(find_model("champion", project_root).folder).vae.fingerprint
 
 
 def test_the_same_model_promoted_twice_is_one_version_and_one_move(project_root, train, promote, tiny_unets):
@@ -183,39 +188,52 @@ def test_a_first_champion_needs_only_figures_and_a_champion_without_them_gives_w
     assert worse(GOOD, Figures(None, None, None, None)) is None
 
 
-def test_a_worse_model_is_refused_unless_someone_says_why(project_root, train, promote, tiny_unets):
+def test_a_worse_model_is_rejected_unless_someone_says_why(project_root, train, promote, tiny_unets):
     train(tiny_unets[0], recall=0.9)
     train(tiny_unets[1], recall=0.8)
     promote(tiny_unets[0])
     for alias in ("champion", "candidate"):
-        with pytest.raises(PromotionRefused, match=r"0\.8, worse than the champion's 0\.9(.|\n)*--force --why"):
+        with pytest.raises(PromotionRejected, match=r"0\.8, worse than the champion's 0\.9(.|\n)*--force --why"):
             promote(tiny_unets[1], alias)
     assert (aliases(project_root), versions(project_root)) == ({"champion": "1"}, ["1"])
     assert promote(tiny_unets[1], force=True, why="the hands are right") == "2"
     assert aliases(project_root) == {"champion": "2"}
-    assert open_client(project_root).get_model_version("latentloom", "2").tags["why"] == "the hands are right"
+    assert open_client(project_root).get_model_version("latentloom", "2").tags["champion.why"] == "the hands are right"
 
 
-def test_a_model_of_data_that_failed_its_validation_is_refused(project_root, train, promote, tiny_unets):
+def test_a_model_of_data_that_failed_its_validation_is_rejected(project_root, train, promote, tiny_unets):
     train(tiny_unets[0], failed_checks=("latents are finite",))
-    with pytest.raises(PromotionRefused, match="validation of its data failed: latents are finite"):
+    with pytest.raises(PromotionRejected, match="validation of its data failed: latents are finite"):
         promote(tiny_unets[0])
     assert aliases(project_root) == {}
 
 
-def test_the_projects_validation_report_counts_where_it_is_the_one_that_the_run_read(
-    project_root, train, promote, tiny_unets
-):
-    train(tiny_unets[0], validation="reports")
-    train(tiny_unets[1], validation="reports", failed_checks=("a check",))  # writes over the report of the first
-    with pytest.raises(PromotionRefused, match="is not known"):
+def test_a_model_whose_validation_is_not_known_is_rejected(project_root, train, promote, tiny_unets):
+    train(tiny_unets[0], failed_checks=None)
+    with pytest.raises(PromotionRejected, match="is not known"):
         promote(tiny_unets[0])
-    with pytest.raises(PromotionRefused, match="failed: a check"):
-        promote(tiny_unets[1])
+
+
+def test_the_run_of_an_earlier_version_of_this_package_can_be_promoted(project_root, promote, tiny_unets):
+    tags = {"model.sha256": model_hash(tiny_unets[0]), "dvc.data/latents": "l.dir", "dvc.models/unet": "m.dir"}
+    tags |= {"mlflow.source.git.commit": "c" * 40, "git.dirty": "false", "dvc.experiment": "gentle"}
+    with new_run(project_root) as run:
+        run.set_tags(tags)
+        run.log_metrics({"evaluate/caption_recall_at_1": 0.9}, 1)
+        run.log_text(json.dumps({"success": True, "checks": {"a check": {"success": True}}}), "validation.json")
+    assert promote(tiny_unets[0]) == "1"
+    assert stored_settings(find_model("champion", project_root).folder) == SamplingSettings()
+    known = image_provenance(find_model("champion", project_root).provenance)
+    assert known == {
+        "mlflow_run_id": run.id,
+        "commit": "c" * 40,
+        "dirty": False,
+        "outs": {"data/latents": "l.dir", "models/unet": "m.dir"},
+    }
 
 
 def test_a_model_that_this_store_never_saw_trained_is_not_promoted(project_root, promote, tiny_unets):
-    with pytest.raises(ValueError, match="latentloom sync"):
+    with pytest.raises(UserError, match="latentloom sync"):
         promote(tiny_unets[0])
 
 
@@ -229,20 +247,28 @@ def test_taken_back_the_champion_before_is_champion_again_until_there_is_none(pr
     assert registry.demote("champion", project_root) == ("3", "1")
     assert registry.demote("champion", project_root) == ("1", None)
     assert aliases(project_root) == {}
-    with pytest.raises(ValueError, match="there is no champion"):
+    with pytest.raises(UserError, match="there is no champion"):
         registry.demote("champion", project_root)
-    told = [(move.what, move.before, move.version) for move in registry.history(project_root)]
-    assert told == [
-        ("promote", None, "1"),
-        ("promote", "1", "2"),
-        ("promote", "2", "3"),
-        ("demote", "3", "2"),
-        ("demote", "2", "1"),
-        ("promote", "1", "3"),
-        ("demote", "3", "1"),
-        ("demote", "1", None),
+    moves = registry.history(project_root)
+    # The last promotion of each version, and its demotion.
+    assert [(move.taken_back, move.previous, move.version) for move in moves] == [
+        (False, None, "1"),
+        (False, "1", "2"),
+        (True, "2", "1"),
+        (False, "1", "3"),
+        (True, "3", "1"),
+        (True, "1", None),
     ]
-    assert registry.history(project_root)[3].why == "too yellow"
+
+
+def test_demotions_that_follow_each_other_come_to_an_end(project_root, train, promote, tiny_unets):
+    for folder in tiny_unets[:2]:
+        train(folder)
+    for folder in (tiny_unets[0], tiny_unets[1], tiny_unets[0]):
+        promote(folder)
+    assert registry.demote("champion", project_root, why="too yellow") == ("1", "2")
+    assert registry.history(project_root)[-1].why == "too yellow"
+    assert registry.demote("champion", project_root) == ("2", None)
 
 
 def test_a_champion_that_was_moved_in_mlflows_own_pages_is_taken_back_to_the_one_before(
@@ -256,7 +282,7 @@ def test_a_champion_that_was_moved_in_mlflows_own_pages_is_taken_back_to_the_one
     assert registry.demote("champion", project_root) == ("2", "1")
 
 
-def test_a_version_that_was_deleted_is_passed_over(project_root, train, promote, tiny_unets):
+def test_a_version_that_was_deleted_is_skipped(project_root, train, promote, tiny_unets):
     for number, folder in enumerate(tiny_unets):
         train(folder, recall=0.5 + 0.1 * number)
         promote(folder)
@@ -289,6 +315,8 @@ def test_a_promotion_that_breaks_off_moves_nothing_and_can_be_repeated(
 
 @pytest.fixture
 def invoke(project_root):
+    shutil.copyfile(ROOT / "params.yaml", "params.yaml")
+
     def run(*arguments: str) -> tuple[int, str]:
         result = CliRunner().invoke(app, list(arguments))
         if result.exception and not isinstance(result.exception, SystemExit):
@@ -307,13 +335,13 @@ def test_at_the_keyboard(invoke, train, tiny_unets):
     assert "now: nothing" in invoke("history")[1]
     assert invoke("promote", "gentle", "--to", "champion") == (0, "version 1 of latentloom is the champion\n")
     assert invoke("promote", "gentle", "--to", "champion") == (0, "version 1 of latentloom is the champion already\n")
-    status, told = invoke("promote", bold, "--to", "champion")
+    status, output = invoke("promote", bold, "--to", "champion")
     assert status == 1
-    assert "worse than the champion's 0.75" in told
+    assert "worse than the champion's 0.75" in output
     assert invoke("promote", bold, "--to", "champion", "--force")[0] == 1
     assert invoke("promote", bold, "--to", "champion", "--force", "--why", "sharper")[0] == 0
-    status, told = invoke("history")
-    lines = told.splitlines()
+    status, output = invoke("history")
+    lines = output.splitlines()
     assert re.search(r"Z +champion +2 +1 .* 0\.5 .* sharper", lines[2])
     assert lines[-1] == "now: champion is version 2"
     assert invoke("demote", "--from", "champion") == (
@@ -323,8 +351,8 @@ def test_at_the_keyboard(invoke, train, tiny_unets):
     assert invoke("sample", "a red apple", "--model", "champion", "--steps", "2", "-o", "out.png") == (0, "out.png\n")
 
 
-def test_a_server_that_is_away_is_told_without_a_traceback(invoke, monkeypatch):
+def test_a_server_that_is_away_is_one_message_without_a_traceback(invoke, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    status, told = invoke("history")
+    status, output = invoke("history")
     assert status == 1
-    assert "127.0.0.1" in told
+    assert "127.0.0.1" in output

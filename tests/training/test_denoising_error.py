@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from latent_data import TensorDataset
 from torch import nn
 
-from latentloom.encoding.dataset import LatentDataset
 from latentloom.training.denoising_error import denoising_error
 
 
@@ -74,7 +74,7 @@ def test_each_row_is_denoised_with_its_primary_caption_for_every_batch_size(make
 def test_a_rows_noise_does_not_depend_on_the_other_rows(make_data):
     data = make_data(10)
     alone = [denoising_error(Returns(), data.take(count), **SETTINGS)["mae"] * count for count in (3, 4)]
-    fourth = LatentDataset.from_tensors(
+    fourth = TensorDataset.from_tensors(
         ids=data.ids[3:4],
         mean=data.mean[3:4],
         std=None,

@@ -18,13 +18,16 @@ from latentloom.encoding.dataset import LatentDataset
 from latentloom.params import load_params
 from latentloom.training.loop import TrainingState, train
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from latent_data import TensorDataset
+
 ROWS, STEPS, BATCH, PARTS = 21, 20, 8, 2
 
 
 def make_data() -> LatentDataset:
     generator = torch.Generator().manual_seed(0)
     mean = torch.randn(ROWS, 4, 8, 8, generator=generator)
-    return LatentDataset.from_tensors(
+    return TensorDataset.from_tensors(
         ids=[f"image{row}" for row in range(ROWS)],
         mean=mean,
         std=torch.full_like(mean, 0.1),

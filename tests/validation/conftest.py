@@ -56,7 +56,7 @@ def digest(text: str) -> str:
 class Caches:
     root: Path
     limits = LIMITS
-    preview = (20, 200, 140)  # the colour of the refused pictures
+    preview = (20, 200, 140)  # the colour of the rejected pictures
 
     @staticmethod
     def colour(number: int) -> tuple[int, int, int]:
@@ -104,10 +104,10 @@ class Caches:
 
 
 def write_caches(root: Path, images: int) -> Caches:
-    """What the earlier stages leave of ``images`` images of two sources, and of eight samples that were refused.
+    """What the earlier stages leave of ``images`` images of two sources, and of eight samples that were rejected.
 
     Every tenth image is for validation. Each has two captions, the second shared with the next image. The latent of
-    one image more was refused. Images 0 and 1 are near duplicates.
+    one image more was rejected. Images 0 and 1 are near duplicates.
     """
     caches = Caches(root)
     ids = [digest(f"image {n}") for n in range(images)]
@@ -118,7 +118,7 @@ def write_caches(root: Path, images: int) -> Caches:
         (root / folder).mkdir(parents=True)
     for shard in ("latents/00000", "latents/flipped/00000", "text/00000"):
         (root / f"{shard}.safetensors").touch()
-    kept = [*ids, digest("refused latent")]
+    kept = [*ids, digest("rejected latent")]
     sources = np.where(np.arange(images + 1) % 4 == 3, "drawings", "photos")
     write_images(root / "images", kept, [*splits, "train"], list(sources))
     pq.write_table(
@@ -163,7 +163,7 @@ def write_caches(root: Path, images: int) -> Caches:
     caches.write(
         "latent_rejects",
         pd.DataFrame({
-            "id": [digest("refused latent")],
+            "id": [digest("rejected latent")],
             "source": ["photos"],
             "key": ["too bright.png"],
             "reason": ["latent_not_finite"],
@@ -190,8 +190,8 @@ def write_caches(root: Path, images: int) -> Caches:
         "caption_id": np.stack([caption_ids, np.roll(caption_ids, -1)], axis=1).ravel(),
         "position": np.tile(np.array([0, 1], dtype="int32"), images),
     })  # fmt: skip
-    of_refused = pairs.iloc[[0]].assign(image_id=digest("refused latent"))
-    caches.write("pairs", pd.concat([pairs, of_refused]))
+    of_rejected = pairs.iloc[[0]].assign(image_id=digest("rejected latent"))
+    caches.write("pairs", pd.concat([pairs, of_rejected]))
     write_json(
         root / "latents/stats.json",
         {

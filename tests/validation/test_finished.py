@@ -38,7 +38,7 @@ def test_the_first_page_says_what_the_stages_reported(finished):
     counts = {name: ingested[name] for name in ("found", "kept", "train", "validation")}
     for name, count in counts.items():
         assert f"{name} {count} " in words
-    assert f"refused {ingested['rejected']} train" in words
-    assert f"latents {ingested['kept']} latents refused 0" in words
+    assert f"rejected {ingested['rejected']} train" in words
+    assert f"latents {ingested['kept']} latents rejected 0" in words
     assert f"{ingested['near_duplicates']} pair" in words
     assert re.search(rf"; {ingested['moved_to_train']} images? (was|were) moved from validation to train", words)

@@ -55,7 +55,7 @@ def page(caches) -> Page:
 
 def test_the_counts_are_those_of_the_files(caches, page):
     assert (
-        "found 49 kept 41 refused 8 train 37 validation 4 latents 40 latents refused 1 captions 40 pairs 81"
+        "found 49 kept 41 rejected 8 train 37 validation 4 latents 40 latents rejected 1 captions 40 pairs 81"
         in page.words
     )
     assert ["photos", "39", "31", "8", "29", "2", "1", "the photos of a test", "CC0"] in page.rows
@@ -74,7 +74,7 @@ def test_every_reason_is_counted_with_an_example(page):
 def test_the_contact_sheet_shows_each_image_above_its_own_caption(caches, page):
     """In the order of their ids read backwards; the file behind each has the colour that its image was made of."""
     by_id = {digest(f"image {n}"): (caches.colour(n), f"caption number {n}") for n in range(40)}
-    by_id[digest("refused latent")] = (caches.colour(40), "caption number 0")
+    by_id[digest("rejected latent")] = (caches.colour(40), "caption number 0")
     shown = []
     for source, caption in page.pictures[:41]:
         with Image.open(caches.root / "docs" / source) as picture:
@@ -82,19 +82,19 @@ def test_the_contact_sheet_shows_each_image_above_its_own_caption(caches, page):
     assert shown == [by_id[image_id] for image_id in sorted(by_id, key=lambda own: own[::-1])]
 
 
-def test_no_more_images_are_shown_than_a_person_looks_at(make_caches):
+def test_no_more_images_are_shown_than_one_looks_at(make_caches):
     caches = make_caches("larger", images=80)
     caches.validate(docs=True)
     page = Page((caches.root / "docs/index.html").read_text())
     assert "48 of 81" in page.words
     captions = [caption for _, caption in page.pictures[:48]]
     ids = {digest(f"image {n}"): f"caption number {n}" for n in range(80)}
-    ids[digest("refused latent")] = "caption number 0"
+    ids[digest("rejected latent")] = "caption number 0"
     assert captions == [ids[image_id] for image_id in sorted(ids, key=lambda own: own[::-1])[:48]]
 
 
 def test_the_contact_sheet_is_no_sample_of_one_split(make_caches):
-    """The split is drawn by how an id begins: chosen by that too, all of validation would come first."""
+    """The split is chosen by how an id begins: sampled by that too, all of validation would come first."""
     caches = make_caches("larger", images=80)
     frame = caches.read("latents").sort_values("id", ignore_index=True)
     held_out = frame["id"].iloc[:8].tolist()
@@ -107,12 +107,12 @@ def test_the_contact_sheet_is_no_sample_of_one_split(make_caches):
     assert 0 < framed < 8
 
 
-def test_refused_images_are_shown_where_there_is_a_picture_and_named_where_there_is_none(caches, page):
-    of_refused = {}
+def test_rejected_images_are_shown_where_there_is_a_picture_and_named_where_there_is_none(caches, page):
+    of_rejected = {}
     for source, caption in page.pictures[41:]:
         with Image.open(caches.root / "docs" / source) as picture:
-            of_refused[caption] = picture.getpixel((0, 0))
-    assert of_refused == {
+            of_rejected[caption] = picture.getpixel((0, 0))
+    assert of_rejected == {
         **{f"broken/{n}.jpg": caches.preview for n in (5, 6, 7)},
         "too bright.png": caches.colour(40),
         "caption number 0": caches.colour(0),
@@ -123,15 +123,15 @@ def test_refused_images_are_shown_where_there_is_a_picture_and_named_where_there
 
 
 def test_near_duplicates_are_counted_and_shown(caches):
-    """Image 0 and its twin drew the split by their ids: one of these two is moved at a fraction of a half."""
+    """The ids of images 0 and 1 choose their split: one of the two is moved at a fraction of a half."""
     pair = caches.read("near_duplicates")
-    drew_validation = sum(int(digest(f"image {n}"), 16) < 0.5 * 2**256 for n in (0, 1))
-    caches.write("near_duplicates", pd.concat([pair, pair.assign(twin_id=digest("refused latent"), distance=1)]))
-    drew_validation += int(digest("refused latent"), 16) < 0.5 * 2**256
-    assert 0 < drew_validation < 3
+    chose_validation = sum(int(digest(f"image {n}"), 16) < 0.5 * 2**256 for n in (0, 1))
+    caches.write("near_duplicates", pd.concat([pair, pair.assign(twin_id=digest("rejected latent"), distance=1)]))
+    chose_validation += int(digest("rejected latent"), 16) < 0.5 * 2**256
+    assert 0 < chose_validation < 3
     caches.validate(docs=True, val_fraction=0.5)
     words = Page((caches.root / "docs/index.html").read_text()).words
-    moved = f"{drew_validation} image{' was' if drew_validation == 1 else 's were'} moved"
+    moved = f"{chose_validation} image{' was' if chose_validation == 1 else 's were'} moved"
     assert f"2 pairs of kept images look alike; {moved} from validation to train" in words
     assert words.index("1 bit apart") < words.index("3 bits apart")
 

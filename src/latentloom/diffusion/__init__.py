@@ -1,8 +1,9 @@
 """The science of latent diffusion, on torch and NumPy alone: noise, a denoiser, and the way back from noise.
 
-`noise` says how latents become noise and what one step back is, `blocks` and `unet` build the denoiser, `samplers`
-string steps into a trajectory, `diffuser` follows one from noise to latents with `sampling_settings`, `plotting` shows
-those. `layouts` takes arrays and tensors in either layout.
+`noise` says how latents become noise and what one step back is; `embeddings`, `blocks` and `unet` build the denoiser,
+with `fast` for quicker forms of some layers; `samplers` string steps into a trajectory; `diffuser` follows one from
+noise to latents with `sampling_settings`; `decoding` makes pixels of those, and `plotting` shows them. `layouts` takes
+arrays and tensors in either layout.
 
 `from latentloom.diffusion import Diffuser` works for each name below; a module is imported when a name of it is first
 asked for, so that reading settings does not load torch. The names `seeds_nhwc`, `labels_np`, `array_nhwc`, `perc`,
@@ -14,16 +15,10 @@ from importlib import import_module
 from typing import Any
 
 _NAMES = {
-    "blocks": [
-        "ConditionedLayer",
-        "CrossAttention",
-        "DownBlock",
-        "ResidualBlock",
-        "SpatialAttention",
-        "UpBlock",
-        "sinusoidal_embedding",
-    ],
+    "blocks": ["ConditionedLayer", "CrossAttention", "DownBlock", "ResidualBlock", "SpatialAttention", "UpBlock"],
+    "decoding": ["decode_latents"],
     "diffuser": ["Diffuser"],
+    "embeddings": ["sinusoidal_embedding"],
     "layouts": ["detect_layout", "to_nchw", "to_tensor"],
     "noise": [
         "NOISE_LEVELS",
@@ -36,8 +31,8 @@ _NAMES = {
         "noise_levels_from_uniform",
         "sampling_levels",
     ],
-    "plotting": ["decode_latents", "imshow", "plot_images"],
-    "samplers": ["SAMPLERS", "ddim", "dpmpp_2m", "get_sampler"],
+    "plotting": ["imshow", "plot_images"],
+    "samplers": ["SAMPLERS", "ddim", "dpmpp_2m"],
     "sampling_settings": ["SamplingSettings"],
     "unet": ["TiledMerge", "UNet", "get_network"],
 }

@@ -7,7 +7,7 @@ left at each level, and so fixes both directions:
     reverse:  x_next = gamma(alpha_next) x0_hat + alpha_next eps_hat,   eps_hat = (x_t - gamma x0_hat) / alpha
 
 Which levels training meets is a distribution, given as its inverse CDF: a function of uniform numbers.
-Whoever draws those numbers decides how (stratified, on which device, from which seed). Sampling walks down
+Whoever draws those numbers decides how (stratified, on which device, from which seed). Sampling goes down
 the same quantiles, from 1 to 0.
 """
 
@@ -25,13 +25,13 @@ from latentloom.diffusion.layouts import Array, to_tensor
 
 
 def per_sample(level: float | Array, like: torch.Tensor) -> float | torch.Tensor:
-    """Shape one level a sample, `(B,)`, `(B, 1)` or `(B, 1, 1, 1)`, so that it broadcasts over `like`."""
+    """Shape one level per sample, `(B,)`, `(B, 1)` or `(B, 1, 1, 1)`, so that it broadcasts over `like`."""
     if isinstance(level, np.ndarray):
         level = torch.from_numpy(level).to(like)
     if not isinstance(level, torch.Tensor) or level.ndim == 0:
         return level
     if level.numel() not in (1, like.shape[0]):
-        raise ValueError(f"{level.numel()} noise levels for a batch of {like.shape[0]}: need one, or one a sample")
+        raise ValueError(f"{level.numel()} noise levels for a batch of {like.shape[0]}: need one, or one per sample")
     return level.reshape(-1, *[1] * (like.ndim - 1))
 
 
@@ -39,7 +39,7 @@ def per_sample(level: float | Array, like: torch.Tensor) -> float | torch.Tensor
 class Schedule:
     """How signal gives way to noise. Subclasses say `signal_level`; both directions follow from it.
 
-    `spacing` names the walk of noise levels (see `sampling_levels`) that suits this schedule.
+    `spacing` names the sequence of noise levels (see `sampling_levels`) that suits this schedule.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Schedule:
         raise NotImplementedError
 
     def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, alpha: float | Array) -> torch.Tensor:
-        """The forward process: `x_t = gamma x0 + alpha noise`. `alpha`: a number, or one level a sample."""
+        """The forward process: `x_t = gamma x0 + alpha noise`. `alpha`: a number, or one level per sample."""
         alpha = per_sample(alpha, x0)
         return self.signal_level(alpha) * x0 + alpha * noise
 
@@ -116,7 +116,7 @@ def _half_normal(u: torch.Tensor) -> torch.Tensor:
 
 
 def _logit_normal(u: torch.Tensor) -> torch.Tensor:
-    """Mostly the middle levels, where a guess is neither given nor out of reach: their logit is N(0, 1)."""
+    """Mostly the middle levels, where a prediction is neither trivial nor out of reach: their logit is N(0, 1)."""
     return torch.sigmoid(math.sqrt(2) * torch.erfinv(2 * u - 1))
 
 
@@ -150,11 +150,11 @@ def noise_levels_from_uniform(u: Array, distribution: str = "cosine") -> Array:
 
 
 def sampling_levels(steps: int, spacing: str = "cosine") -> np.ndarray:
-    """The noise levels of a walk of `steps` reverse steps: `(steps + 1,)` float64, from 1 down to exactly 0.
+    """The noise levels of `steps` reverse steps: `(steps + 1,)` float64, from 1 down to exactly 0.
 
     The network is asked at all but the last; step i goes from level i to level i + 1, and the last one
     returns its `x0_hat`. The levels are equal quantiles of the named noise-level distribution, so a network
-    trained on it has seen every part of the walk equally often. `cosine` is also even in angle: under `vp`
+    trained on it has seen every part of the trajectory equally often. `cosine` is also even in angle: under `vp`
     each step turns x_t by the same angle from noise towards signal, so no step is longer than another. Under
     `linear` the same signal-to-noise ratios come from nearly even levels: `uniform`. Starting at 1 is safe:
     reverse steps divide by the level they leave, never by the signal level, which is 0 there.
@@ -185,7 +185,7 @@ def add_noise(
     """Noise a batch of clean latents, each sample to a level of its own.
 
     `array_nhwc`: `(B, H, W, C)` or `(B, C, H, W)`, array or tensor; the results are of the same kind and
-    layout. `noise_levels`: the distribution to draw from, or the levels themselves, a number or one a sample.
+    layout. `noise_levels`: the distribution to draw from, or the levels themselves, a number or one per sample.
     `noise`: standard normal, drawn from `generator` (on the latents' device) unless given.
     """
     schedule = get_schedule(schedule)
@@ -222,14 +222,20 @@ def dynamic_thresholding(img: Array, perc: float = 99.5, bound: float = 1.0) -> 
     x, restore = to_tensor(img)
     if x.ndim < 2:
         raise ValueError(f"dynamic thresholding needs a batch (B, ...), but the shape is {tuple(x.shape)}")
-    magnitude = x.abs().flatten(1)
-    # The percentile by linear interpolation between order statistics. `topk` sorts just the largest values
-    # and, unlike `torch.quantile`, has no limit on size.
-    position = perc / 100 * (magnitude.shape[1] - 1)
-    below = math.floor(position)
-    top = magnitude.topk(magnitude.shape[1] - below, dim=1).values
-    s = top[:, -1]
-    if position > below:
-        s = torch.lerp(s, top[:, -2], position - below)
+    s = quantile(x.abs().flatten(1), perc / 100)
     s = s.clamp(min=bound).reshape(-1, *[1] * (x.ndim - 1))
     return restore(x.clamp(-s, s) * (bound / s))
+
+
+def quantile(values: torch.Tensor, share: float) -> torch.Tensor:
+    """The quantile `(N,)` of each row of `values` `(N, M)`, by linear interpolation between order statistics.
+
+    `share` is from 0 to 1. The result is that of `torch.quantile`, which limits the number of values; and only the
+    values from the quantile up are sorted.
+    """
+    position = share * (values.shape[1] - 1)
+    below = math.floor(position)
+    largest = values.topk(values.shape[1] - below, dim=1).values
+    if position == below:
+        return largest[:, -1]
+    return torch.lerp(largest[:, -1], largest[:, -2], position - below)

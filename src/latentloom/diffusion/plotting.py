@@ -1,66 +1,22 @@
-"""From latents to something to look at: decode to pixels, lay the pixels out on a page.
+"""Images in a notebook: one, or a grid of them with labels.
 
-Images are `(B, H, W, 3)` uint8. Matplotlib is imported only when something is drawn.
+Matplotlib is imported only when something is shown.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from latentloom.diffusion.layouts import Array, Layout, to_nchw
+from latentloom.diffusion.layouts import Array
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-
-def decode_latents(
-    latents: Array,
-    std_latent: float | Array,
-    *,
-    mean_latent: float | Array = 0.0,
-    vae: Any,
-    latent_channels: int = 4,
-    layout: Layout | None = None,
-    batch_size: int = 32,
-) -> np.ndarray:
-    """Decode standardised latents into images: `(B, H, W, 3)` uint8.
-
-    `latents`: `(B, h, w, C)` or `(B, C, h, w)`, array or tensor, standardised per channel; they are brought
-    back by `latents * std_latent + mean_latent`, each a number or one a channel `(C,)`. `vae.decode(z)` takes
-    `(b, C, h, w)` and gives images in [-1, 1], as a tensor `(b, 3, H, W)` or with that as its `.sample`; it
-    is called with at most `batch_size` latents at once. Raises `ValueError` if a decoded image is not finite.
-    """
-    home = next(iter(vae.parameters()), None) if hasattr(vae, "parameters") else None
-    device, dtype = (None, torch.float32) if home is None else (home.device, home.dtype)
-    z, _ = to_nchw(latents, latent_channels=latent_channels, layout=layout, device=device, dtype=torch.float32)
-    std, mean = _per_channel(std_latent, "std_latent", z), _per_channel(mean_latent, "mean_latent", z)
-    z = (z * std + mean).to(dtype)
-    pages = []
-    with torch.no_grad():
-        for part in z.split(batch_size):
-            decoded = vae.decode(part.contiguous())
-            pixels = decoded if isinstance(decoded, torch.Tensor) else decoded.sample
-            pages.append(pixels.float().permute(0, 2, 3, 1).cpu())
-    images = torch.cat(pages).numpy()
-    if not np.isfinite(images).all():
-        raise ValueError("the decoded images hold values that are not finite: look for them in the latents")
-    return np.clip(np.rint((images + 1) * 127.5), 0, 255).astype(np.uint8)
-
-
-def _per_channel(value: float | Array, name: str, latents: torch.Tensor) -> torch.Tensor:
-    statistic = torch.as_tensor(value, dtype=latents.dtype, device=latents.device).reshape(-1)
-    if statistic.numel() not in (1, latents.shape[1]):
-        raise ValueError(
-            f"{name} must be a number, or one for each of the {latents.shape[1]} channels; "
-            f"{statistic.numel()} were given"
-        )
-    return statistic.reshape(1, -1, 1, 1)
 
 
 def _displayable(image: Array) -> np.ndarray:
@@ -79,7 +35,7 @@ def _displayable(image: Array) -> np.ndarray:
 
 
 def imshow(image: Array, label: str | None = None, *, ax: Axes | None = None) -> Axes:
-    """Draw one image, `(H, W, 3)` or `(3, H, W)`, uint8 or floats in [0, 1]. Returns the `Axes`."""
+    """Show one image, `(H, W, 3)` or `(3, H, W)`, uint8 or floats in [0, 1]. Returns the `Axes`."""
     if ax is None:
         import matplotlib.pyplot as plt
 
@@ -99,9 +55,9 @@ def plot_images(
     image_size: float = 1.6,
     title: str | None = None,
 ) -> Figure:
-    """Draw a grid of images, row by row, each under its label if there are labels. Returns the `Figure`.
+    """Show a grid of images, row by row, each under its label if there are labels. Returns the `Figure`.
 
-    `columns`: by default what makes the grid about square. `image_size`: inches a picture.
+    `columns`: by default what makes the grid about square. `image_size`: inches per image.
     """
     import matplotlib.pyplot as plt
 

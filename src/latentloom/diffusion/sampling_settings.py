@@ -1,12 +1,13 @@
 """How a sample is generated: the one declaration of its settings.
 
-The same object is read from ``params.yaml``, is taken by the `Diffuser`, and is written into a picture's metadata, the
+The same object is read from ``params.yaml``, is taken by the `Diffuser`, and is written into an image's metadata, the
 MLflow run and the registered model.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -56,8 +57,21 @@ class SamplingSettings:
         """
         return replace(self, **{name: value for name, value in given.items() if value is not None})
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SamplingSettings:
+        """Settings from JSON, as `dataclasses.asdict` gives them; what is missing has its default.
+
+        Names of the first version (steps, guidance, threshold) are read as well. Raises `ValueError` as the constructor
+        does, and for a name that is no setting.
+        """
+        given = {EARLIER_NAMES.get(name, name): value for name, value in values.items()}
+        if unknown := given.keys() - set(SETTING_NAMES):
+            raise ValueError(f"{', '.join(sorted(unknown))}: not a setting; settings are {', '.join(SETTING_NAMES)}")
+        return cls(**given)
+
 
 SETTING_NAMES = tuple(field.name for field in fields(SamplingSettings))
+EARLIER_NAMES = {"steps": "diffusion_steps", "guidance": "class_guidance", "threshold": "threshold_percentile"}
 
 
 def _check_choice(name: str, value: object, allowed: Any) -> None:

@@ -1,4 +1,4 @@
-"""The denoiser: a U-Net that sees a noised latent, a noise level and a text, and guesses the clean latent.
+"""The denoiser: a U-Net that sees a noised latent, a noise level and a text, and predicts the clean latent.
 
     x_t ------------------------ 3x3 conv --- merge --- DownBlocks --- middle --- UpBlocks --- head --> x0_hat
     noise level -- 32 sinusoids --.             |           |            |           |
@@ -20,20 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from latentloom.diffusion.blocks import (
-    ConditionedLayer,
-    DownBlock,
-    NoiseEmbedding,
-    UpBlock,
-    group_norm,
-)
+from latentloom.diffusion import fast
+from latentloom.diffusion.blocks import ConditionedLayer, DownBlock, UpBlock, group_norm
+from latentloom.diffusion.embeddings import NoiseEmbedding
 
 
 class TiledMerge(nn.Module):
     """Tile a vector `(B, cond_ch)` over a feature map, concatenate, merge by a 1x1 convolution.
 
-    Computed without the tiling: a 1x1 convolution of a concatenation is the sum of one of each part, and of a
-    constant map it is one vector. Same function, same initialisation, a fraction of the memory traffic.
+    The weight is kept in two parts, as the fast form uses it; they start as the parts of one convolution.
     """
 
     def __init__(self, in_ch: int, cond_ch: int, out_ch: int):
@@ -47,7 +42,11 @@ class TiledMerge(nn.Module):
             self.condition.weight.copy_(whole.weight[:, in_ch:, 0, 0])
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        return self.features(x) + self.condition(condition)[:, :, None, None]
+        if fast.ENABLED:
+            return fast.merge_tiled(x, condition, self.features, self.condition)
+        tiled = condition[:, :, None, None].expand(-1, -1, *x.shape[2:])
+        weight = torch.cat([self.features.weight, self.condition.weight[:, :, None, None]], dim=1)
+        return F.conv2d(torch.cat([x, tiled], dim=1), weight, self.features.bias)
 
 
 class UNet(nn.Module):
@@ -55,7 +54,7 @@ class UNet(nn.Module):
 
     latent_channels:  channels C of the latent.
     widths:           channels at each level; every level but the last halves the resolution.
-    block_depth:      layers a level, down and up.
+    block_depth:      layers per level, down and up.
     emb_size:         size of the projected text, of the conditioning vector and of a text token.
     text_dim:         size of the text embedding that the encoder gives.
     noise_emb_dim:    size of the noise-level embedding.
@@ -89,7 +88,7 @@ class UNet(nn.Module):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
         if not widths or min(widths) < 1:
-            raise ValueError(f"widths needs one positive number of channels a level, not {widths}")
+            raise ValueError(f"widths needs one positive number of channels per level, not {widths}")
         if attention is None:
             attention = [level > 0 for level in range(len(widths))]
         if len(attention) != len(widths):
@@ -137,7 +136,7 @@ class UNet(nn.Module):
         )
         self.head_norm = group_norm(widths[0])
         self.head = nn.Conv2d(widths[0], latent_channels, 3, padding=1)
-        # The first guess is near the mean latent, yet not 0, so that gradients pass from the first step on.
+        # The first prediction is near the mean latent, yet not 0, so that gradients pass from the first step on.
         with torch.no_grad():
             self.head.weight.mul_(0.1)
             self.head.bias.zero_()
@@ -155,7 +154,7 @@ class UNet(nn.Module):
         return (module for module in self.modules() if isinstance(module, ConditionedLayer))
 
     def forward(self, x_t: torch.Tensor, noise_levels: torch.Tensor, text_embeddings: torch.Tensor) -> torch.Tensor:
-        """Guess the clean latents from noised ones.
+        """Predict the clean latents from noised ones.
 
         `x_t` `(B, C, H, W)`; `noise_levels` in [0, 1], `(B,)`, `(B, 1)` or `(B, 1, 1, 1)`, or one for all;
         `text_embeddings` `(B, text_dim)`.
@@ -181,7 +180,7 @@ class UNet(nn.Module):
         for up in self.ups:
             h = up(h, skips.pop(), condition, tokens)
         h = F.silu(self.head_norm(h))
-        with torch.autocast(x_t.device.type, enabled=False):  # the answer itself keeps all its digits
+        with torch.autocast(x_t.device.type, enabled=False):  # the prediction itself keeps all its digits
             return self.head(h.to(dtype))
 
     def _check_shapes(self, x_t: torch.Tensor, noise_levels: torch.Tensor, text_embeddings: torch.Tensor) -> None:
@@ -197,7 +196,7 @@ class UNet(nn.Module):
             raise ValueError(f"{noise_levels.numel()} noise levels for {x_t.shape[0]} samples: need one, or one each")
         if text_embeddings.shape != (x_t.shape[0], self.text_dim):
             raise ValueError(
-                f"text_embeddings must be ({x_t.shape[0]}, {self.text_dim}), one a sample, "
+                f"text_embeddings must be ({x_t.shape[0]}, {self.text_dim}), one per sample, "
                 f"not {tuple(text_embeddings.shape)}"
             )
 

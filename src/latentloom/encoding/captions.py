@@ -1,8 +1,8 @@
 """The text cache: distinct captions -> embeddings.
 
-data/images/*.parquet -> data/text/NNNNN.safetensors   `embedding` (M, dim), fp16, one row a distinct caption
-                         data/text/index.parquet       one row a caption: its text, its place, statistics
-                         data/text/pairs.parquet       whose caption it is; position 0 is the primary one
+data/images/*.parquet -> data/text/NNNNN.safetensors   `embedding` (M, dim), fp16, one row per distinct caption
+                         data/text/index.parquet       one row per caption: its text, its row, statistics
+                         data/text/pairs.parquet       which image has which caption; position 0 is the primary one
                          data/text/stats.json          what made it
 """
 
@@ -15,17 +15,15 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from latentloom.encoding.latents import EncodeCounts
-from latentloom.encoding.row_store import RowStore
-from latentloom.encoding.rows import FORMAT_VERSION, load_rows, row_key, write_shards
-from latentloom.encoding.tensor_shards import Tensors
+from latentloom.encoding.cache import FORMAT_VERSION, EncodeCounts, RowStore, plan_rows, row_key
+from latentloom.encoding.shard_files import INDEX, PAIRS, STATS, Tensors
 from latentloom.encoding.text_encoder import TextEncoder
-from latentloom.files import atomic_path, read_json, write_json
+from latentloom.errors import UserError
+from latentloom.files import atomic_path, write_json
 from latentloom.ingestion.shards import read_metadata
 
 DTYPES = "float32->float16"
 CAPTIONS_AT_ONCE = 256
-STATS = "stats.json"
 
 
 def caption_id(text: str) -> str:
@@ -36,9 +34,11 @@ def caption_id(text: str) -> str:
 def encode_captions(encoder: TextEncoder, images: Path, out: Path, store: RowStore) -> EncodeCounts:
     """Embed every distinct caption of ``images`` into ``out``; rows that ``store`` knows are not computed again.
 
+    The encoder is loaded when there is a row to compute.
+
     Raises:
-        ValueError: when there is no caption, or a file of ``images`` is damaged.
-        OSError: when the disk is full, naming the file.
+        UserError: when there is no caption, or a file of ``images`` is damaged.
+        WriteError: when the disk is full, naming the file.
     """
     (out / STATS).unlink(missing_ok=True)  # a folder without it is not finished
     metadata = read_metadata(images)
@@ -54,27 +54,18 @@ def encode_captions(encoder: TextEncoder, images: Path, out: Path, store: RowSto
     texts = pairs.drop_duplicates("caption_id")["text"].tolist()
     ids = [caption_id(text) for text in texts]
     keys = [row_key(own_id, encoder.fingerprint, encoder.pooling, str(encoder.max_tokens), DTYPES) for own_id in ids]
-    progress = tqdm(total=len(ids), desc="encode_text", unit="caption")
-
-    def compute(positions: Sequence[int]) -> Iterator[Tensors]:
-        for start in range(0, len(positions), CAPTIONS_AT_ONCE):
-            batch = [texts[position] for position in positions[start : start + CAPTIONS_AT_ONCE]]
-            yield {"embedding": torch.from_numpy(encoder.encode(batch)).half()}
-            progress.update(len(batch))
-
-    frames, encoded = [], 0
-    for shard in write_shards(out, store, ids, keys, compute):
-        part = slice(shard.positions.start, shard.positions.stop)
-        frames.append(_index(ids[part], texts[part], keys[part], shard.path.name, shard.tensors["embedding"]))
-        encoded += shard.computed
-        progress.update(len(shard.positions) - shard.computed)
-    progress.close()
+    if not ids:
+        raise UserError(f"{images} holds no captions: run `dvc repro ingest`")
+    plan, frames = plan_rows(store, out, ids, keys), []
+    encoded = len(plan.missing)
+    with tqdm(total=len(ids), initial=len(ids) - encoded, desc="encode_text", unit="caption") as progress:
+        for shard in plan.write(_encode(encoder, [texts[position] for position in plan.missing], progress)):
+            part = slice(shard.positions.start, shard.positions.stop)
+            frames.append(_index(ids[part], texts[part], keys[part], shard.path.name, shard.tensors["embedding"]))
     store.trim()
-    if not frames:
-        raise ValueError(f"{images} holds no captions: run `dvc repro ingest`")
-    with atomic_path(out / "index.parquet") as temporary:
+    with atomic_path(out / INDEX) as temporary:
         pd.concat(frames, ignore_index=True).to_parquet(temporary, index=False)
-    with atomic_path(out / "pairs.parquet") as temporary:
+    with atomic_path(out / PAIRS) as temporary:
         pairs.drop(columns="text").to_parquet(temporary, index=False)
     write_json(
         out / STATS,
@@ -92,24 +83,12 @@ def encode_captions(encoder: TextEncoder, images: Path, out: Path, store: RowSto
     return EncodeCounts(len(ids), encoded)
 
 
-def read_captions(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, torch.Tensor, dict]:
-    """The cache as (index, pairs, embeddings (M, dim) fp16 in the index's order, statistics).
-
-    Raises:
-        ValueError: when a file is missing or damaged, naming it.
-    """
-    statistics = read_json(folder / STATS)
-    frames = []
-    for name in ("index.parquet", "pairs.parquet"):
-        try:
-            frames.append(pd.read_parquet(folder / name))
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{folder / name} is missing or damaged ({error}); delete it and run `dvc repro`"
-            ) from error
-    index, pairs = frames
-    embeddings = load_rows(folder, index["shard"].tolist(), index["row"].to_numpy())["embedding"]
-    return index, pairs, embeddings, statistics
+def _encode(encoder: TextEncoder, texts: Sequence[str], progress: tqdm) -> Iterator[Tensors]:
+    for start in range(0, len(texts), CAPTIONS_AT_ONCE):
+        batch = texts[start : start + CAPTIONS_AT_ONCE]
+        embeddings = torch.from_numpy(encoder.encode(batch)).half()
+        progress.update(len(batch))
+        yield {"embedding": embeddings}
 
 
 def _index(ids: list[str], texts: list[str], keys: list[str], shard: str, embeddings: torch.Tensor) -> pd.DataFrame:

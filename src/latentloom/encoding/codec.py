@@ -1,19 +1,26 @@
 """The one codec between the representations of an image, in both directions.
 
 pixels            uint8 (B, 8h, 8w, 3)          what people see
-raw latents       fp32 (B, C, h, w)             what the VAE gives and takes; what the cache stores
+raw latents       fp32 (B, C, h, w)             what the VAE gives and takes; what the cache stores, in fp16
 latents           fp32 (B, C, h, w)             standardised per channel: what the UNet sees and predicts
 
 pixels --encode--> raw latents --standardise--> latents --destandardise--> raw latents --decode--> pixels
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from latentloom.encoding.vae import Vae
+
+class PixelCodec(Protocol):
+    """What is between pixels and raw latents: a `latentloom.encoding.vae.Vae`."""
+
+    def encode(self, pixels: np.ndarray) -> Mapping[str, torch.Tensor]: ...
+
+    def decode(self, raw: torch.Tensor, *, batch_size: int = ...) -> np.ndarray: ...
 
 
 class LatentCodec:
@@ -25,22 +32,36 @@ class LatentCodec:
         load_vae: gives the VAE; called once, at the first `encode` or `decode`. Standardising needs none.
     """
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float], load_vae: Callable[[], Vae]) -> None:
-        self._mean, self._std = (torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1) for values in (mean, std))
+    def __init__(
+        self, mean: Sequence[float], std: Sequence[float], load_vae: Callable[[], PixelCodec] | None = None
+    ) -> None:
+        self._statistics = tuple(torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1) for values in (mean, std))
         self._load_vae = load_vae
 
     @cached_property
-    def vae(self) -> Vae:
-        """The VAE, loaded when it is first needed."""
+    def vae(self) -> PixelCodec:
+        """The VAE, loaded when it is first needed.
+
+        Raises:
+            ValueError: when the codec was made without one.
+        """
+        if self._load_vae is None:
+            raise ValueError("this codec was made without a VAE: it can standardise alone")
         return self._load_vae()
 
     def standardise(self, raw: torch.Tensor) -> torch.Tensor:
         """Raw latents (B, C, h, w) as the UNet sees them: zero mean and unit variance per channel."""
-        return (raw.float() - self._mean.to(raw.device)) / self._std.to(raw.device)
+        mean, std = self._on(raw.device)
+        return (raw.float() - mean) / std
+
+    def standardise_std(self, raw_std: torch.Tensor) -> torch.Tensor:
+        """Standard deviations (B, C, h, w) of raw latents in the units of standardised ones."""
+        return raw_std.float() / self._on(raw_std.device)[1]
 
     def destandardise(self, latents: torch.Tensor) -> torch.Tensor:
         """Standardised latents (B, C, h, w) in the VAE's own units: the inverse of `standardise`."""
-        return latents * self._std.to(latents.device) + self._mean.to(latents.device)
+        mean, std = self._on(latents.device)
+        return latents * std + mean
 
     def encode(self, pixels: np.ndarray) -> torch.Tensor:
         """Pixels, uint8 (B, H, W, 3), as standardised latents; of a distribution, its mean."""
@@ -49,3 +70,10 @@ class LatentCodec:
     def decode(self, latents: torch.Tensor, *, batch_size: int = 32) -> np.ndarray:
         """Standardised latents (B, C, h, w) as pixels, uint8 (B, H, W, 3); ``batch_size`` are decoded at a time."""
         return self.vae.decode(self.destandardise(latents), batch_size=batch_size)
+
+    def _on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and std on a device; they stay on the last one, since copying them would wait for it at each batch."""
+        mean, std = self._statistics
+        if mean.device != device:
+            self._statistics = mean, std = mean.to(device), std.to(device)
+        return mean, std

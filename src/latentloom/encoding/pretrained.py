@@ -4,6 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from latentloom.errors import UserError
 from latentloom.files import read_json, sha256_file
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
@@ -18,20 +19,21 @@ def resolve_folder(reference: str, *, bundled: Path, what: str) -> Path:
         what: the params key, for error messages (``encode_images.vae``).
 
     Raises:
-        ValueError: when the reference is neither a folder with a ``config.json`` nor a hub id that can be fetched.
+        UserError: when the reference is neither a folder with a ``config.json`` nor a hub id that can be fetched.
     """
     if reference == "bundled":
         return bundled
     folder = Path(reference).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ValueError(
+            raise UserError(
                 f"{what}: the folder {reference} has no config.json; give a folder written by save_pretrained"
             )
         return folder
     if reference.startswith((".", "/", "~")) or reference.count("/") != 1:
-        raise ValueError(
-            f"{what}: {reference!r} is no folder here and no hub id; allowed: bundled, a hub id (owner/name), a folder"
+        raise UserError(
+            f"{what}: {reference!r} is neither a folder here nor a hub id; "
+            "allowed: bundled, a hub id (owner/name), a folder"
         )
     return _download(reference, what)
 
@@ -46,7 +48,7 @@ def _download(reference: str, what: str) -> Path:
         if not _weight_files(folder):
             folder = Path(snapshot_download(reference, allow_patterns=[*texts, "pytorch_model.bin"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
+        raise UserError(
             f"{what}: could not fetch {reference!r} from the Hugging Face hub ({type(error).__name__}: "
             f"{str(error).splitlines()[0]}); check the name and the network, or use `bundled`, which needs neither"
         ) from error
@@ -64,11 +66,11 @@ def fingerprint(folder: Path) -> str:
     Keys of ``config.json`` that begin with an underscore (library versions, original paths) do not count.
 
     Raises:
-        ValueError: when the folder holds no weights.
+        UserError: when the folder holds no weights.
     """
     weights = _weight_files(folder)
     if not weights:
-        raise ValueError(f"{folder} holds no weights ({' or '.join(WEIGHT_PATTERNS)})")
+        raise UserError(f"{folder} holds no weights ({' or '.join(WEIGHT_PATTERNS)})")
     config = {
         key: value for key, value in read_config(folder).items() if not key.startswith("_") or key == "_class_name"
     }

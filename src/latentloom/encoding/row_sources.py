@@ -1,10 +1,10 @@
-"""Where the rows of a cache lie while a training draws from them: on its device, or still on the disk.
+"""Where the rows of a cache are while a training reads them: on its device, or still on the disk.
 
-    NNNNN.safetensors shards, fp16  ->  RowPlaces: which row lies in which shard
-                                        HeldRows: all of them on the device; a batch is an index there
-                                        StreamedRows: mapped from the disk; a batch is copied to the device
+    NNNNN.safetensors shards, fp16  ->  RowIndex: which row is in which shard
+                                        InMemoryRows: all of them on the device; a batch is an index there
+                                        MemmapRows: mapped from the disk; a batch is copied to the device
 
-Both give the same bytes for the same rows, raw as they are stored, so where the rows lie never changes a result.
+Both give the same bytes for the same rows, raw as they are stored, so where the rows are never changes a result.
 """
 
 import math
@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from latentloom.encoding.tensor_shards import DamagedShardError, Tensors, load_shard
+from latentloom.encoding.shard_files import DamagedShardError, Tensors, load_shard
 
 Rows = torch.Tensor | slice  # numbers of rows (B,), int64, on any device; or a range of them
 
@@ -44,8 +44,8 @@ class RowSource(Protocol):
         ...
 
 
-class HeldRows:
-    """Rows held by tensors (N, ...) on one device; `gather` is an index there and never waits for the device."""
+class InMemoryRows:
+    """Rows of tensors (N, ...) on one device; `gather` is an index there and never waits for the device."""
 
     streamed = False
 
@@ -57,33 +57,33 @@ class HeldRows:
     def gather(self, rows: Rows) -> Tensors:
         return {name: tensor[rows] for name, tensor in self._tensors.items()}
 
-    def to(self, device: torch.device) -> "HeldRows":
-        return HeldRows({name: tensor.to(device) for name, tensor in self._tensors.items()})
+    def to(self, device: torch.device) -> "InMemoryRows":
+        return InMemoryRows({name: tensor.to(device) for name, tensor in self._tensors.items()})
 
 
 @dataclass(frozen=True)
-class RowPlaces:
-    """Which row lies where: row i is row ``rows[i]`` of the shard ``paths[shards[i]]``."""
+class RowIndex:
+    """Where each row is: row i is row ``rows[i]`` of the shard ``paths[shards[i]]``."""
 
     paths: list[Path]
     shards: np.ndarray
     rows: np.ndarray
 
     @classmethod
-    def of(cls, folder: Path, shards: pd.Series, rows: pd.Series) -> "RowPlaces":
-        """The places that an index names: a shard's file name in ``folder`` and a row of it, for each row."""
+    def of(cls, folder: Path, shards: pd.Series, rows: pd.Series) -> "RowIndex":
+        """The rows of an index table, which has for each a shard's file name in ``folder`` and a row of that shard."""
         codes, names = pd.factorize(shards)
         return cls([folder / name for name in names], codes.astype(np.int32), rows.to_numpy(np.int32))
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, rows: np.ndarray | slice) -> "RowPlaces":
-        return RowPlaces(self.paths, self.shards[rows], self.rows[rows])
+    def __getitem__(self, rows: np.ndarray | slice) -> "RowIndex":
+        return RowIndex(self.paths, self.shards[rows], self.rows[rows])
 
-    def __add__(self, others: "RowPlaces") -> "RowPlaces":
+    def __add__(self, others: "RowIndex") -> "RowIndex":
         """These rows, then the others."""
-        return RowPlaces(
+        return RowIndex(
             self.paths + others.paths,
             np.concatenate([self.shards, others.shards + np.int32(len(self.paths))]),
             np.concatenate([self.rows, others.rows]),
@@ -97,14 +97,14 @@ class RowPlaces:
         """
         return len(self) * sum(tensor[:1].nbytes for tensor in load_shard(self.paths[0]).values())
 
-    def hold(self, device: torch.device) -> HeldRows:
+    def load(self, device: torch.device) -> InMemoryRows:
         """Read all rows onto ``device``, shard by shard.
 
         Raises:
             DamagedShardError: when a shard is missing or damaged, naming it.
         """
         opener = _ShardOpener(self)
-        held = {
+        loaded = {
             name: torch.empty((len(self), *tensor.shape[1:]), dtype=tensor.dtype, device=device)
             for name, tensor in opener.first.items()
         }
@@ -114,11 +114,11 @@ class RowPlaces:
             if len(places):
                 wanted, target = torch.from_numpy(self.rows[places]), torch.from_numpy(places).to(device)
                 for name, tensor in opener.open(number).items():
-                    held[name].index_copy_(0, target, tensor[wanted].to(device))
-        return HeldRows(held)
+                    loaded[name].index_copy_(0, target, tensor[wanted].to(device))
+        return InMemoryRows(loaded)
 
 
-class StreamedRows:
+class MemmapRows:
     """Rows that stay in their shards, which are mapped into memory; `gather` copies a batch to the device.
 
     A map needs no open file descriptor, and its pages are the system's to take back. A shard that is deleted later can
@@ -130,25 +130,25 @@ class StreamedRows:
 
     streamed = True
 
-    def __init__(self, places: RowPlaces, device: torch.device) -> None:
-        opener = _ShardOpener(places)
+    def __init__(self, index: RowIndex, device: torch.device) -> None:
+        opener = _ShardOpener(index)
         self._dtypes = {name: tensor.dtype for name, tensor in opener.first.items()}
-        shards = [opener.open(number) for number in range(len(places.paths))]
+        shards = [opener.open(number) for number in range(len(index.paths))]
         self._flat = {name: [_flat(shard[name]) for shard in shards] for name in opener.first}
-        self._places = places
+        self._index = index
         self.device = device
         self.shapes = {name: tuple(tensor.shape[1:]) for name, tensor in opener.first.items()}
 
     def gather(self, rows: Rows) -> Tensors:
-        chosen = self._places[rows if isinstance(rows, slice) else rows.cpu().numpy()]
-        shards, places = chosen.shards.tolist(), chosen.rows.tolist()
+        chosen = self._index[rows if isinstance(rows, slice) else rows.cpu().numpy()]
+        shards, numbers = chosen.shards.tolist(), chosen.rows.tolist()
         return {
-            name: self._copied(name, [flat[shard][row] for shard, row in zip(shards, places, strict=True)])
+            name: self._copied(name, [flat[shard][row] for shard, row in zip(shards, numbers, strict=True)])
             for name, flat in self._flat.items()
         }
 
-    def to(self, device: torch.device) -> "StreamedRows":
-        moved = object.__new__(StreamedRows)
+    def to(self, device: torch.device) -> "MemmapRows":
+        moved = object.__new__(MemmapRows)
         moved.__dict__ = self.__dict__ | {"device": torch.device(device)}
         return moved
 
@@ -163,13 +163,13 @@ class StreamedRows:
 
 
 class _ShardOpener:
-    """Opens the shards that places name, and holds each against what the places and the first shard say of it."""
+    """Opens the shards of an index, and compares each with what the index and the first shard say of it."""
 
-    def __init__(self, places: RowPlaces) -> None:
-        self.paths = places.paths
-        self.first = load_shard(places.paths[0])
-        self.fewest = np.zeros(len(places.paths), dtype=np.int64)
-        np.maximum.at(self.fewest, places.shards, places.rows + 1)
+    def __init__(self, index: RowIndex) -> None:
+        self.paths = index.paths
+        self.first = load_shard(index.paths[0])
+        self.fewest = np.zeros(len(index.paths), dtype=np.int64)
+        np.maximum.at(self.fewest, index.shards, index.rows + 1)
 
     def open(self, number: int) -> Tensors:
         path, tensors = self.paths[number], load_shard(self.paths[number])

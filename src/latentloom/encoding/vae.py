@@ -1,32 +1,66 @@
-"""The VAE between images and latents: pixels (B, 3, 8h, 8w) in [-1, 1] <-> latents (B, C, h, w).
+"""The VAE between pixels and raw latents: uint8 (B, 8h, 8w, 3) <-> (B, C, h, w).
 
 A public VAE that is never trained here: the small one that the package carries (`bundled`), or any `AutoencoderKL` or
-`AutoencoderTiny` in diffusers' format. Latents are the VAE's raw output; scaling belongs to whoever trains on them.
+`AutoencoderTiny` in diffusers' format. Latents are the VAE's raw output; `latentloom.encoding.codec` scales them.
 """
 
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from latentloom.devices import autocast
+from latentloom.diffusion.decoding import decode_latents
 from latentloom.encoding import pretrained
+from latentloom.errors import UserError
 
 BUNDLED = Path(__file__).parent / "bundled_vae"
 CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass(frozen=True)
 class Vae:
-    """A loaded VAE, frozen, in evaluation mode; it encodes in ``precision`` (fp32, bf16 or fp16, by autocast)."""
+    """A VAE, frozen, in evaluation mode. Its weights are loaded when they are first needed, and held in fp32.
 
-    module: torch.nn.Module
-    reference: str
-    class_name: str
-    fingerprint: str
-    precision: str = "fp32"
+    Args:
+        reference: ``bundled``, a folder, or a hub id.
+        device: where it computes.
+        precision: what it encodes in, by autocast: fp32, bf16 or fp16.
+
+    Attributes:
+        class_name: the class of diffusers.
+        fingerprint: a hash of config and weights.
+
+    Raises:
+        UserError: when the reference cannot be resolved, or names another class than the two that are supported.
+    """
+
+    def __init__(self, reference: str, device: torch.device | str = "cpu", precision: str = "fp32") -> None:
+        self.reference, self.device, self.precision = reference, torch.device(device), precision
+        self._folder = vae_folder(reference)
+        self.class_name = pretrained.read_config(self._folder).get("_class_name")
+        if self.class_name not in CLASSES:
+            raise UserError(f"encode_images.vae: {reference} is a {self.class_name}; supported: {', '.join(CLASSES)}")
+        self.fingerprint = pretrained.fingerprint(self._folder)
+
+    @cached_property
+    def module(self) -> torch.nn.Module:
+        """The model itself.
+
+        Raises:
+            UserError: when diffusers cannot load it.
+        """
+        import diffusers  # 3 to 5 s, for its loaders of all kinds of models
+
+        diffusers.logging.set_verbosity_error()  # it warns of a config key that its own AutoencoderTiny wrote
+        loader = getattr(diffusers, self.class_name)
+        try:
+            module = loader.from_pretrained(self._folder, torch_dtype=torch.float32, local_files_only=True)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"encode_images.vae: {self.reference} cannot be loaded ({error})") from error
+        return module.eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)
 
     @property
     def distribution(self) -> str:
@@ -34,37 +68,25 @@ class Vae:
         return "moments" if self.class_name == "AutoencoderKL" else "mean"
 
     @torch.inference_mode()
-    def encode(self, images: np.ndarray) -> dict[str, torch.Tensor]:
-        """Encode uint8 images (B, H, W, 3): raw ``mean`` and, for moments, ``std``, each (B, C, H/8, W/8) in fp32."""
-        device = next(self.module.parameters()).device
-        pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
-        with autocast(PRECISIONS[self.precision], device):
-            encoded = self.module.encode(pixels)
+    def encode(self, pixels: np.ndarray, *, precision: str | None = None) -> dict[str, torch.Tensor]:
+        """Encode pixels, uint8 (B, H, W, 3): raw ``mean`` and, for moments, ``std``, each (B, C, H/8, W/8) in fp32.
+
+        ``precision``: another one than the VAE's own.
+        """
+        images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
+        images = images.contiguous(memory_format=torch.channels_last)
+        with autocast(PRECISIONS[precision or self.precision], self.device):
+            encoded = self.module.encode(images)
         if self.distribution == "mean":
             return {"mean": encoded.latents.float().cpu()}
         posterior = encoded.latent_dist
         return {"mean": posterior.mean.float().cpu(), "std": posterior.std.float().cpu()}
 
-    @torch.inference_mode()
-    def decode(self, latents: torch.Tensor, *, batch_size: int = 32) -> np.ndarray:
-        """Decode raw latents (B, C, h, w) into uint8 images (B, 8h, 8w, 3)."""
-        parameter = next(self.module.parameters())
-        images = []
-        for batch in latents.to(parameter.device, parameter.dtype).split(batch_size):
-            pixels = self.module.decode(batch.contiguous(memory_format=torch.channels_last)).sample
-            images.append(
-                pixels.float()
-                .add(1.0)
-                .mul(127.5)
-                .round()
-                .clamp(0, 255)
-                .to(torch.uint8)
-                .permute(0, 2, 3, 1)
-                .cpu()
-                .numpy()
-            )
-        return np.concatenate(images)
+    def decode(self, raw: torch.Tensor, *, batch_size: int = 32) -> np.ndarray:
+        """Decode raw latents (B, C, h, w) into pixels, uint8 (B, 8h, 8w, 3); ``batch_size`` of them at a time."""
+        return decode_latents(
+            raw, 1.0, vae=self.module, latent_channels=raw.shape[1], layout="nchw", batch_size=batch_size
+        )
 
 
 def vae_folder(reference: str) -> Path:
@@ -78,18 +100,7 @@ def vae_fingerprint(reference: str) -> str:
 
 
 def load_vae(reference: str, device: torch.device | str = "cpu", precision: str = "fp32") -> Vae:
-    """Load a VAE; its weights are held in fp32, whatever the precision that it computes in.
-
-    Raises:
-        ValueError: when the reference cannot be resolved, or names another class than the two that are supported.
-    """
-    import diffusers
-
-    diffusers.logging.set_verbosity_error()  # it warns of a config key that its own AutoencoderTiny wrote
-    folder = vae_folder(reference)
-    class_name = pretrained.read_config(folder).get("_class_name")
-    if class_name not in CLASSES:
-        raise ValueError(f"encode_images.vae: {reference} is a {class_name}; supported: {', '.join(CLASSES)}")
-    module = getattr(diffusers, class_name).from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
-    module = module.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-    return Vae(module, reference, class_name, pretrained.fingerprint(folder), precision)
+    """A `Vae` whose weights are loaded at once, so that what is wrong with them is said now."""
+    vae = Vae(reference, device, precision)
+    _ = vae.module
+    return vae

@@ -1,4 +1,4 @@
-"""The sample sheet: labelled pictures in titled sections, as one PNG that is fit to be shown."""
+"""The sample sheet: labelled images in titled sections, as one PNG that is fit to be shown."""
 
 import textwrap
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ INK, SOFT, PAPER = (25, 25, 30), (110, 110, 120), (255, 255, 255)
 
 @dataclass(frozen=True)
 class Row:
-    """One strip of a section: a name at its start, and a picture, uint8 (H, W, 3), for each label of the section."""
+    """One strip of a section: a name at its start, and an image, uint8 (H, W, 3), for each label of the section."""
 
     name: str
     images: np.ndarray
@@ -28,15 +28,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Section:
-    """Pictures under a title, one column a label; with several rows, pictures in a column belong together."""
+    """Images under a title, one column per label; with several rows, images in a column belong together."""
 
     title: str
     labels: Sequence[str]
     rows: Sequence[Row]
 
 
-def draw_sheet(sections: Sequence[Section], footer: str) -> Image.Image:
-    """Lay out the sections one below the other, ``COLUMNS`` pictures wide; labels are wrapped under their pictures."""
+def render_sheet(sections: Sequence[Section], footer: str) -> Image.Image:
+    """Lay out the sections one below the other, ``COLUMNS`` images wide; labels are wrapped under their images."""
     title_font, font, small = _font(18, bold=True), _font(12), _font(11)
     label_height = LABEL_LINES * 14 + 6
     name_width = max((int(small.getlength(row.name)) + 8 for section in sections for row in section.rows), default=0)
@@ -58,8 +58,8 @@ def draw_sheet(sections: Sequence[Section], footer: str) -> Image.Image:
             for row in section.rows:
                 pen.text((MARGIN, y + CELL // 2 - 7), row.name, fill=SOFT, font=small)
                 for column in range(len(labels)):
-                    picture = Image.fromarray(row.images[start + column]).resize((CELL, CELL), Image.Resampling.LANCZOS)
-                    sheet.paste(picture, (left + column * (CELL + GAP), y))
+                    image = Image.fromarray(row.images[start + column]).resize((CELL, CELL), Image.Resampling.LANCZOS)
+                    sheet.paste(image, (left + column * (CELL + GAP), y))
                 y += CELL + 4
             for column, label in enumerate(labels):
                 lines = textwrap.wrap(label, width=20, max_lines=LABEL_LINES, placeholder="…") or [""]

@@ -5,18 +5,20 @@ What it leaves is one chart, `sweep.png`, and its figures, `sweep.csv`; without 
 
 import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import astuple, dataclass, fields
 
+import numpy as np
 from PIL import Image
 
 from latentloom.encoding.dataset import LatentDataset
-from latentloom.evaluation.sampling import Sampler, recall_at_1
+from latentloom.evaluation.recall import recall_at_1
+from latentloom.evaluation.report import write_table
 from latentloom.evaluation.sheet import save_sheet
+from latentloom.evaluation.text_to_image import TextToImage
+from latentloom.layout import EVALUATE_PLOTS
 from latentloom.params import EvaluateParams
-from latentloom.training.curves import Curves
 
-CHART, TABLE = "sweep.png", "sweep.csv"
+CHART, TABLE = EVALUATE_PLOTS / "sweep.png", EVALUATE_PLOTS / "sweep.csv"
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class SweepPoint:
 
     Attributes:
         class_guidance: how strongly they followed the caption.
-        diffusion_steps: steps a sample.
+        diffusion_steps: steps per sample.
         caption_recall_at_1: as `evaluate` measures it.
         latent_mae: the mean absolute difference to the caption's own training latent, in standard deviations.
     """
@@ -36,43 +38,44 @@ class SweepPoint:
     latent_mae: float
 
 
-def sweep(sampler: Sampler, train: LatentDataset, settings: EvaluateParams, seed: int) -> list[SweepPoint]:
+def sweep(model: TextToImage, train: LatentDataset, settings: EvaluateParams, seed: int) -> list[SweepPoint]:
     """Sample ``recall_captions`` captions of ``train`` with each combination of ``settings.sweep``, if there is one.
 
-    All else is the ``sampler``'s own. The points come by rising steps, then by rising guidance, each combination once.
+    All else is as in ``settings.sampling``. The points come by rising steps, then by rising guidance, each combination
+    once.
     """
     if settings.sweep is None:
         return []
     known = train.take(min(settings.recall_captions, len(train)))
-    embeddings, points = known.primary_embeddings(), []
+    embeddings, (own, _) = known.primary_embeddings(), known.latents_at(slice(0, len(known)))
+    points = []
     for steps in sorted(set(settings.sweep.diffusion_steps)):
         for guidance in sorted(set(settings.sweep.class_guidance)):
-            latents = replace(sampler, guidance=guidance, steps=steps).latents(embeddings, known.ids, seed)
-            error = (latents - known.mean).abs().mean()
+            sampling = settings.sampling.changed(class_guidance=guidance, diffusion_steps=steps)
+            latents = model.latents(embeddings, known.ids, sampling, seed=seed)
+            error = (latents - own).abs().mean()
             points.append(SweepPoint(guidance, steps, recall_at_1(latents, train), float(error)))
     return points
 
 
-def save_sweep(points: Sequence[SweepPoint], folder: Path) -> Image.Image | None:
-    """Write ``sweep.png`` and ``sweep.csv`` into ``folder``; without points, remove those of an earlier run.
+def save_sweep(points: Sequence[SweepPoint]) -> np.ndarray | None:
+    """Write the chart and the table; without points, remove those of an earlier run.
 
     Returns:
-        The chart, if there are points. The same points give the same bytes.
+        The chart, uint8 (H, W, 3), if there are points. The same points give the same bytes.
     """
-    for path in (folder / CHART, folder / TABLE):
+    for path in (CHART, TABLE):
         path.unlink(missing_ok=True)
     if not points:
         return None
-    rows = Curves(folder)
-    for point in points:
-        rows.add(Path(TABLE).stem, asdict(point))
-    chart = draw_sweep(points)
-    save_sheet(chart, folder / CHART)
-    return chart
+    write_table(TABLE, [field.name for field in fields(SweepPoint)], [astuple(point) for point in points])
+    chart = render_chart(points)
+    save_sheet(chart, CHART)
+    return np.asarray(chart)
 
 
-def draw_sweep(points: Sequence[SweepPoint]) -> Image.Image:
-    """Recall and latent distance over guidance, one line a step count."""
+def render_chart(points: Sequence[SweepPoint]) -> Image.Image:
+    """Recall and latent distance over guidance, one line per step count."""
     import matplotlib.style
     from matplotlib.figure import Figure
 
@@ -92,6 +95,6 @@ def draw_sweep(points: Sequence[SweepPoint]) -> Image.Image:
             ax.grid(alpha=0.3)
             ax.set_ylim(bottom=0, top=1.05 if name == "caption_recall_at_1" else None)
         ax.legend()
-        drawn = io.BytesIO()
-        figure.savefig(drawn, format="png")
-    return Image.open(drawn).convert("RGB")
+        png = io.BytesIO()
+        figure.savefig(png, format="png")
+    return Image.open(png).convert("RGB")

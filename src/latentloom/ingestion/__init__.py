@@ -1,7 +1,8 @@
-"""Any source of captioned images -> prepared image shards, a manifest, and a table of what was refused.
+"""Any source of captioned images -> prepared image shards, a manifest, and a table of what was rejected.
 
 A *source* (``openmoji``, ``folder``, ``webdataset``, ``parquet``) yields samples: a key, a way to read the image's
-bytes, raw captions. ``images`` turns the bytes into prepared pixels ``(S, S, 3)``, ``captions`` cleans the texts,
-``shards`` writes and reads the result, and ``ingest`` leads them through one another. What cannot be used is a row of
+bytes, raw captions. ``preprocess`` makes each a row of the result: ``images`` turns the bytes into prepared pixels
+``(S, S, 3)``, ``captions`` cleans the texts, ``splits`` chooses the split. ``deduplicator`` keeps each picture once,
+``shards`` writes and reads the result, and ``ingest`` runs them one after another. What cannot be used is a row of
 ``rejects``, never a crash.
 """

@@ -1,13 +1,13 @@
 """Raw captions -> clean ones: one line of valid Unicode each, none twice, order kept.
 
-Text is never guessed: a caption that is not UTF-8 refuses its sample, since a wrong guess would be learnt as truth.
+Encodings are never guessed: a caption that is not UTF-8 rejects its sample, since a wrong one would be learnt as truth.
 Readers of files decode with ``errors="surrogateescape"``, so that broken bytes arrive here to be found.
 """
 
 import unicodedata
 from collections.abc import Iterable
 
-from latentloom.ingestion.rejects import Reason, Unusable, printable
+from latentloom.ingestion.rejects import Reason, RejectedSample, printable
 
 BYTE_ORDER_MARK = "\ufeff"
 
@@ -16,13 +16,13 @@ def clean_caption(text: str) -> str:
     """One caption in Unicode's composed form (NFC), control characters and runs of white space as one space.
 
     Raises:
-        Unusable: ``caption_not_utf8``, where the text holds bytes that could not be decoded.
+        RejectedSample: ``caption_not_utf8``, where the text holds bytes that could not be decoded.
     """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
         detail = f"not UTF-8: {printable(text)[:80]!r}; save the captions as UTF-8"
-        raise Unusable(Reason.CAPTION_NOT_UTF8, detail) from None
+        raise RejectedSample(Reason.CAPTION_NOT_UTF8, detail) from None
     text = unicodedata.normalize("NFC", text.replace(BYTE_ORDER_MARK, ""))
     return " ".join("".join(" " if unicodedata.category(char) == "Cc" else char for char in text).split())
 
@@ -31,18 +31,18 @@ def clean_captions(raw: Iterable[object]) -> list[str]:
     """The clean, distinct captions of one image, at least one; numbers become text.
 
     Raises:
-        Unusable: ``no_caption`` where nothing was given, ``empty_caption`` where only white space was,
+        RejectedSample: ``no_caption`` where nothing was given, ``empty_caption`` where only white space was,
             ``caption_not_text`` where something is neither text nor a number, ``caption_not_utf8``.
     """
     raw = list(raw)
     if not raw:
-        raise Unusable(
+        raise RejectedSample(
             Reason.NO_CAPTION, "nothing gives it a caption: no metadata row or column, no text or JSON file of its name"
         )
     cleaned = [clean_caption(_text(caption)) for caption in raw]
     captions = list(dict.fromkeys(caption for caption in cleaned if caption))
     if not captions:
-        raise Unusable(Reason.EMPTY_CAPTION, "its caption holds nothing but white space")
+        raise RejectedSample(Reason.EMPTY_CAPTION, "its caption holds nothing but white space")
     return captions
 
 
@@ -67,4 +67,4 @@ def _text(caption: object) -> str:
         return caption
     if isinstance(caption, int | float) and not isinstance(caption, bool):
         return str(caption)
-    raise Unusable(Reason.CAPTION_NOT_TEXT, f"a caption must be text, not {str(caption)[:80]!r}")
+    raise RejectedSample(Reason.CAPTION_NOT_TEXT, f"a caption must be text, not {str(caption)[:80]!r}")

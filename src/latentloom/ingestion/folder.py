@@ -4,7 +4,7 @@ Captions come from metadata files (``metadata.csv``, ``.jsonl``, ``.parquet``) i
 ``file_name`` is relative to the folder they lie in; several rows of one image are several captions. An image that no
 metadata row names takes them from ``NAME.txt``, one caption on each line that is not empty.
 
-Hidden files and folders are passed over (``._photo.jpg`` is not a photo), linked folders are not entered, and nothing
+Hidden files and folders are skipped (``._photo.jpg`` is not a photo), linked folders are not entered, and nothing
 is ever written here. Names and captions are held in memory; images are read one at a time.
 """
 
@@ -16,8 +16,8 @@ from pathlib import Path
 from latentloom.ingestion.captions import caption_lines
 from latentloom.ingestion.images import EXTENSIONS
 from latentloom.ingestion.metadata import COLUMNS_WANTED, READERS, MetadataRow, read_metadata_rows
-from latentloom.ingestion.rejects import Reason, Reject, Unusable, printable
-from latentloom.ingestion.source_files import located, walk
+from latentloom.ingestion.rejects import Reason, Reject, RejectedSample, printable
+from latentloom.ingestion.source_files import resolve_source_path, visible_files
 from latentloom.ingestion.sources import IngestError, Sample
 
 
@@ -32,11 +32,11 @@ class FolderSource:
     licence = None
 
     def __init__(self, path: Path | str) -> None:
-        self.root = located(path)
+        self.root = resolve_source_path(path)
         if not self.root.is_dir():
             what = "is not a folder" if self.root.exists() else "does not exist"
             raise IngestError(f"ingest: the path {self.root} {what}; give the folder that holds your images")
-        names = sorted(walk(self.root))
+        names = sorted(visible_files(self.root))
         metadata = [name for name in names if posixpath.basename(name) in READERS]
         images = [name for name in names if posixpath.splitext(name)[1].lower() in EXTENSIONS]
         self._images = set(images)
@@ -63,8 +63,8 @@ class FolderSource:
         for key in self._keys:
             try:
                 yield self._sample(key)
-            except Unusable as unusable:
-                yield Reject(key, unusable.reason, unusable.detail)
+            except RejectedSample as rejected:
+                yield Reject(key, rejected.reason, rejected.detail)
 
     def _take(self, metadata_key: str, row: MetadataRow) -> None:
         if row.problem:
@@ -96,7 +96,7 @@ class FolderSource:
             detail = (
                 "metadata names it, but there is no such file" if key in self._captions else "there is no such file"
             )
-            raise Unusable(Reason.MISSING_FILE, detail)
+            raise RejectedSample(Reason.MISSING_FILE, detail)
         return Sample(printable(key), self._captions_of(key), path.read_bytes)
 
     def _captions_of(self, key: str) -> Sequence[object]:
@@ -108,7 +108,7 @@ class FolderSource:
         try:
             return caption_lines(sidecar.read_bytes())
         except OSError as error:
-            raise Unusable(Reason.UNREADABLE, f"{sidecar.name}: {error.strerror}") from error
+            raise RejectedSample(Reason.UNREADABLE, f"{sidecar.name}: {error.strerror}") from error
 
 
 def _is_file(path: Path) -> bool:

@@ -16,7 +16,7 @@ from threading import Lock
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from latentloom.ingestion.rejects import Reason, Unusable
+from latentloom.ingestion.rejects import Reason, RejectedSample
 
 # Pillow's formats without those that start programs (EPS) or that any bytes may pass for (TGA).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")
@@ -41,7 +41,7 @@ UPRIGHT = {  # EXIF orientation -> what turns the stored pixels upright
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """Prepared ``pixels``, uint8 ``(S, S, 3)``, and the ``width`` and ``height`` of the upright original."""
+    """PreprocessedImage ``pixels``, uint8 ``(S, S, 3)``, and the ``width`` and ``height`` of the upright original."""
 
     pixels: np.ndarray
     width: int
@@ -52,13 +52,13 @@ def prepare_image(data: bytes, size: int, *, max_pixels: int, max_aspect_ratio: 
     """Decode an image file and prepare its pixels at ``size`` by ``size``.
 
     Args:
-        max_pixels: of the file's picture, looked at before it is decoded, and so is
-        max_aspect_ratio: its longer side over its shorter one.
+        max_pixels: the most that the image may have; checked before it is decoded.
+        max_aspect_ratio: the most that its longer side may be of its shorter one; checked before it is decoded.
 
     Raises:
-        Unusable: with the reason, where the bytes are no image that can be used.
+        RejectedSample: with the reason, where the bytes are no image that can be used.
     """
-    with PILLOWS_BOUND.raised_to(max_pixels):
+    with PIXEL_LIMIT.at_least(max_pixels):
         return _prepare(_decode(data, max_pixels, max_aspect_ratio), size)
 
 
@@ -66,7 +66,7 @@ def _prepare(image: Image.Image, size: int) -> PreparedImage:
     width, height = image.size
     smallest = -(-size // LARGEST_ENLARGEMENT)
     if min(width, height) < smallest:
-        raise Unusable(
+        raise RejectedSample(
             Reason.TOO_SMALL,
             f"{width}x{height} pixels; the shorter side must have at least {smallest}, "
             f"1/{LARGEST_ENLARGEMENT} of ingest.image_size",
@@ -83,10 +83,10 @@ def image_id(pixels: np.ndarray) -> str:
     return hashlib.sha256(f"{shape}:".encode() + np.ascontiguousarray(pixels, np.uint8).tobytes()).hexdigest()
 
 
-class PillowsBound:
-    """Pillow's own bound against decompression bombs, which is one for the whole process.
+class PillowPixelLimit:
+    """Pillow's own limit against decompression bombs, which is global to the process.
 
-    It is raised as long as any thread needs it higher than it is, and then put back.
+    It is raised for as long as any thread needs a higher one, and then restored.
     """
 
     def __init__(self) -> None:
@@ -94,12 +94,12 @@ class PillowsBound:
         self._threads = 0
 
     @contextmanager
-    def raised_to(self, pixels: int) -> Iterator[None]:
+    def at_least(self, pixels: int) -> Iterator[None]:
         with self._lock:
             if not self._threads:
                 self._own = Image.MAX_IMAGE_PIXELS
             self._threads += 1
-            if Image.MAX_IMAGE_PIXELS is not None:  # Pillow refuses what has more than twice as many
+            if Image.MAX_IMAGE_PIXELS is not None:  # Pillow rejects an image of more than twice as many
                 Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, -(-pixels // 2))
         try:
             yield
@@ -110,43 +110,45 @@ class PillowsBound:
                     Image.MAX_IMAGE_PIXELS = self._own
 
 
-PILLOWS_BOUND = PillowsBound()
+PIXEL_LIMIT = PillowPixelLimit()
 
 
 def _decode(data: bytes, max_pixels: int, max_aspect_ratio: float) -> Image.Image:
     """The first frame, upright, in whatever mode the file has."""
     if not data:
-        raise Unusable(Reason.EMPTY_FILE, "the file holds no bytes")
+        raise RejectedSample(Reason.EMPTY_FILE, "the file holds no bytes")
     if len(data) > MAX_BYTES:
-        raise Unusable(Reason.TOO_MANY_BYTES, f"{len(data):,} bytes; at most {MAX_BYTES:,}")
+        raise RejectedSample(Reason.TOO_MANY_BYTES, f"{len(data):,} bytes; at most {MAX_BYTES:,}")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        _refuse_out_of_bounds(*image.size, max_pixels, max_aspect_ratio)
+        _check_bounds(*image.size, max_pixels, max_aspect_ratio)
         image.load()
-    except (Unusable, MemoryError):
+    except (RejectedSample, MemoryError):
         raise
     except Image.DecompressionBombError:
-        raise Unusable(Reason.TOO_MANY_PIXELS, f"more than {max_pixels:,} pixels (ingest.max_pixels)") from None
+        raise RejectedSample(Reason.TOO_MANY_PIXELS, f"more than {max_pixels:,} pixels (ingest.max_pixels)") from None
     except UnidentifiedImageError:
         if data.startswith(SIGNATURES):
-            raise Unusable(Reason.UNREADABLE, "begins as an image, but its header is damaged or cut off") from None
+            raise RejectedSample(
+                Reason.UNREADABLE, "begins as an image, but its header is damaged or cut off"
+            ) from None
         detail = f"begins with the bytes {data[:12]!r}, as none of these does: {', '.join(FORMATS)}"
-        raise Unusable(Reason.NOT_AN_IMAGE, detail) from None
-    except Exception as error:  # a decoder meets damaged bytes with nearly any exception: each refuses this file alone
+        raise RejectedSample(Reason.NOT_AN_IMAGE, detail) from None
+    except Exception as error:  # a decoder meets damaged bytes with nearly any exception: each rejects this file alone
         message = re.sub(r"0x[0-9a-f]+", "", str(error))
         reason = Reason.TRUNCATED if isinstance(error, EOFError) or "truncated" in message else Reason.UNREADABLE
-        raise Unusable(reason, f"{type(error).__name__}: {message}") from error
+        raise RejectedSample(reason, f"{type(error).__name__}: {message}") from error
     turn = UPRIGHT.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
 
 
-def _refuse_out_of_bounds(width: int, height: int, max_pixels: int, max_aspect_ratio: float) -> None:
+def _check_bounds(width: int, height: int, max_pixels: int, max_aspect_ratio: float) -> None:
     if width * height > max_pixels:
         detail = f"{width}x{height} pixels; at most {max_pixels:,} in all (ingest.max_pixels)"
-        raise Unusable(Reason.TOO_MANY_PIXELS, detail)
+        raise RejectedSample(Reason.TOO_MANY_PIXELS, detail)
     if max(width, height) > max_aspect_ratio * min(width, height):
         detail = f"{width}x{height} pixels; at most {max_aspect_ratio:g} to 1 (ingest.max_aspect_ratio)"
-        raise Unusable(Reason.TOO_EXTREME_ASPECT, detail)
+        raise RejectedSample(Reason.TOO_EXTREME_ASPECT, detail)
 
 
 def _orientation(image: Image.Image) -> int | None:
@@ -175,7 +177,7 @@ def _on_white(image: Image.Image) -> Image.Image:
     try:
         return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
     except ValueError as error:
-        raise Unusable(Reason.UNSUPPORTED_PIXELS, f"{error}; save it as RGB") from error
+        raise RejectedSample(Reason.UNSUPPORTED_PIXELS, f"{error}; save it as RGB") from error
 
 
 def _grey_to_8_bits(image: Image.Image) -> Image.Image:
@@ -183,7 +185,7 @@ def _grey_to_8_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.float64)
     highest = 1.0 if image.mode == "F" else 65535.0
     if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= highest):
-        raise Unusable(
+        raise RejectedSample(
             Reason.UNSUPPORTED_PIXELS,
             f"grey values from {values.min():g} to {values.max():g}; they must lie between 0 and {highest:g}. "
             "Save it with 8 or 16 bits a channel",

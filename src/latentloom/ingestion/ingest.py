@@ -1,10 +1,12 @@
 """The stage `ingest`: samples of all sources -> kept images in shards, the rest in the table of rejects.
 
-Samples stream through, the sources one after another: workers decode and prepare them, and here, in the sources'
-order, each is kept or refused. The first of several images with equal pixels is kept; the others are refused as
-duplicates, captions and all, so that no image's captions depend on how many copies of it the sources hold. ``limit``
-counts the images kept. An image's id puts it into a split; at the end, near duplicates of training images follow
-those into the training split.
+Samples stream through, one source after another:
+
+    source -> ``preprocess`` (in workers) -> ``Deduplicator`` -> ``write_shards``
+
+The first of several images with equal pixels is kept; the others are rejected as duplicates, captions and all, so that
+no image's captions depend on how many copies of it the sources hold. ``limit`` counts the images kept. An image's id
+puts it into a split; at the end, near duplicates of training images follow those into the training split.
 """
 
 import sys
@@ -20,27 +22,28 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from latentloom.ingestion.deduplicator import ID_BYTES, Deduplicator
 from latentloom.ingestion.folder import FolderSource
-from latentloom.ingestion.near_duplicates import find_near_duplicates, joined_by_twins, write_near_duplicates
+from latentloom.ingestion.near_duplicates import find_near_duplicates, write_near_duplicates
 from latentloom.ingestion.openmoji import OpenMojiSource
 from latentloom.ingestion.parallel import ordered_map, worker_count
 from latentloom.ingestion.parquet import ParquetSource
-from latentloom.ingestion.prepared import Prepared, prepare_sample
+from latentloom.ingestion.preprocess import PreprocessedImage, preprocess_sample
 from latentloom.ingestion.rejects import Reject
 from latentloom.ingestion.shards import Manifest, SourceCount, move_to_train, write_manifest, write_shards
-from latentloom.ingestion.sieve import ID_BYTES, Sieve
-from latentloom.ingestion.source_files import located
+from latentloom.ingestion.source_files import resolve_source_path
 from latentloom.ingestion.sources import IngestError, Sample, Source
+from latentloom.ingestion.splits import linked_to_train
 from latentloom.ingestion.webdataset import WebDatasetSource
 from latentloom.params import IngestParams, SourceParams
 
 
 @dataclass(frozen=True)
 class IngestReport:
-    """What an ingestion came to.
+    """The result of an ingestion, in counts.
 
     ``captions`` counts those of all kept images, an image's second one too; ``near_duplicates`` the pairs;
-    ``moved_to_train`` the images that left the validation split since a twin is in train.
+    ``moved_to_train`` the images that left the validation split because a near duplicate is in train.
     """
 
     found: int
@@ -58,12 +61,14 @@ class IngestReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        twins = f", {self.near_duplicates} pairs of near duplicates" if self.near_duplicates else ""
+        pairs = f", {self.near_duplicates} pairs of near duplicates" if self.near_duplicates else ""
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.reasons.items())
-        refused = f" ({reasons})" if reasons else ""
+        line = (
+            f"{self.kept} images ({self.train} train, {self.validation} validation){pairs}, "
+            f"{self.rejected} rejected{f' ({reasons})' if reasons else ''}"
+        )
         return (
-            f"{self.kept} images ({self.train} train, {self.validation} validation){twins}, "
-            f"{self.rejected} rejected{refused}"
+            line if self.validation else f"{line}; no held-out image: training can neither validate nor keep the best"
         )
 
 
@@ -74,49 +79,49 @@ def ingest(
     near_duplicates_path: Path | str,
     progress: bool = True,
 ) -> IngestReport:
-    """Bring the sources of ``params`` into ``images_folder``; write what was refused, and which images look alike.
+    """Bring the sources of ``params`` into ``images_folder``; write what was rejected, and which images look alike.
 
     Raises:
-        IngestError: when a source cannot be used, and all is as before then; or when nothing can be used, or more is
-            refused than ``max_reject_fraction`` allows: the rejects are written then, and the images have no manifest.
-        OSError: when a file cannot be written, naming it.
+        IngestError: when a source cannot be used, and everything stays as it was; or when nothing can be used, or more
+            is rejected than ``max_reject_fraction`` allows: then the rejects are written, but no manifest of images.
+        WriteError: when a file cannot be written, naming it.
     """
     outputs = Path(images_folder), Path(rejects_path), Path(near_duplicates_path)
     images_folder, rejects_path, near_duplicates_path = outputs
     for entry in params.sources:
-        _refuse_outputs_in_source(entry, outputs)
+        _check_outputs_outside_source(entry, outputs)
     sources = {entry.label: open_source(entry, params.image_size) for entry in params.sources}
     counts = [
         SourceCount(name, entry.source, entry.weight, source.attribution, source.licence)
         for entry, (name, source) in zip(params.sources, sources.items(), strict=True)
     ]
-    sieve = Sieve(counts)
+    deduplicator = Deduplicator(counts)
     samples = ((name, sample) for name, source in sources.items() for sample in source.samples())
-    prepare = partial(_prepare, params, sieve)
-    # Pillow's remarks on odd but readable files are not for here; filters are the process's, not a thread's.
-    with warnings.catch_warnings(), closing(ordered_map(prepare, samples, worker_count())) as results:
+    work = partial(_work, params, deduplicator)
+    # Pillow warns of odd but readable files. Filters are global to the process, so they are set here, not in workers.
+    with warnings.catch_warnings(), closing(ordered_map(work, samples, worker_count())) as results:
         warnings.filterwarnings("ignore", module="PIL")
-        watched = _watched(results, _total(sources), params.limit, sieve, progress)
-        shards = write_shards(islice(sieve.kept(watched), params.limit), images_folder)
-    sieve.rejects.write(rejects_path)
-    _check_none_was_lost(sieve, shards)
-    _refuse_too_many_rejects(sieve, params.max_reject_fraction, rejects_path)
-    pairs, moved = _keep_twins_together(sieve, params.near_duplicate_distance, near_duplicates_path)
+        monitored = _with_progress(results, _total(sources), params.limit, deduplicator, progress)
+        shards = write_shards(islice(deduplicator.kept(monitored), params.limit), images_folder)
+    deduplicator.rejects.write(rejects_path)
+    _check_none_lost(deduplicator, shards)
+    _check_rejects(deduplicator, params.max_reject_fraction, rejects_path)
+    pairs, moved = _keep_near_duplicates_together(deduplicator, params.near_duplicate_distance, near_duplicates_path)
     move_to_train(images_folder, shards, moved)
     manifest = Manifest(
         image_size=params.image_size,
-        found=sieve.found,
-        rejected=sieve.rejected,
-        images=sieve.found - sieve.rejected,
-        train=int(sieve.in_train().sum()) + len(moved),
-        validation=int((~sieve.in_train()).sum()) - len(moved),
+        found=deduplicator.found,
+        rejected=deduplicator.rejected,
+        images=deduplicator.found - deduplicator.rejected,
+        train=int(deduplicator.in_train().sum()) + len(moved),
+        validation=int((~deduplicator.in_train()).sum()) - len(moved),
         sources=counts,
         attribution=_joined(count.attribution for count in counts if count.kept),
         licence=_joined(count.licence for count in counts if count.kept),
         shards=shards,
     )
     write_manifest(images_folder, manifest)
-    return _report(manifest, sieve, pairs, len(moved))
+    return _report(manifest, deduplicator, pairs, len(moved))
 
 
 def open_source(entry: SourceParams, image_size: int) -> Source:
@@ -136,17 +141,23 @@ def open_source(entry: SourceParams, image_size: int) -> Source:
             return ParquetSource(entry.path, entry.image_column, entry.caption_column)
 
 
-def _prepare(params: IngestParams, sieve: Sieve, item: tuple[str, Sample | Reject]) -> tuple[str, Prepared | Reject]:
-    """What a worker does with a sample of the source it is named with."""
+def _work(
+    params: IngestParams, deduplicator: Deduplicator, item: tuple[str, Sample | Reject]
+) -> tuple[str, PreprocessedImage | Reject]:
+    """What a worker does with a sample, which comes with its source's name."""
     name, sample = item
     if isinstance(sample, Reject):
         return name, sample
-    return name, prepare_sample(name, sample, params, sieve.rejects.wants_preview)
+    return name, preprocess_sample(name, sample, params, deduplicator.rejects.wants_preview)
 
 
-def _watched(
-    results: Iterable[tuple[str, Prepared | Reject]], total: int | None, limit: int | None, sieve: Sieve, progress: bool
-) -> Iterator[tuple[str, Prepared | Reject]]:
+def _with_progress(
+    results: Iterable[tuple[str, PreprocessedImage | Reject]],
+    total: int | None,
+    limit: int | None,
+    deduplicator: Deduplicator,
+    progress: bool,
+) -> Iterator[tuple[str, PreprocessedImage | Reject]]:
     """The results as they are, with a progress bar of how many of all, or as many as ``limit`` takes."""
     most = total or sys.maxsize
     interval = 0.2 if sys.stderr.isatty() else 10.0
@@ -156,7 +167,7 @@ def _watched(
             bar.update()
             yield result
             if limit is not None:
-                bar.total = min(most, limit + sieve.rejected)
+                bar.total = min(most, limit + deduplicator.rejected)
 
 
 def _total(sources: Mapping[str, Source]) -> int | None:
@@ -164,44 +175,46 @@ def _total(sources: Mapping[str, Source]) -> int | None:
     return None if None in totals else sum(totals)
 
 
-def _check_none_was_lost(sieve: Sieve, shards: list[dict[str, Any]]) -> None:
+def _check_none_lost(deduplicator: Deduplicator, shards: list[dict[str, Any]]) -> None:
     written = sum(shard["rows"] for shard in shards)
-    if sieve.found != written + sieve.rejected:
+    if deduplicator.found != written + deduplicator.rejected:
         raise RuntimeError(
-            f"{sieve.found} samples found, but {written} kept and {sieve.rejected} rejected: one was lost"
+            f"{deduplicator.found} samples found, but {written} kept and {deduplicator.rejected} rejected: one was lost"
         )
 
 
-def _refuse_too_many_rejects(sieve: Sieve, most: float, rejects_path: Path) -> None:
-    found, refused, rejects = sieve.found, sieve.rejected, sieve.rejects
-    if refused < found and refused <= most * found:
+def _check_rejects(deduplicator: Deduplicator, most: float, rejects_path: Path) -> None:
+    found, rejected, rejects = deduplicator.found, deduplicator.rejected, deduplicator.rejects
+    if rejected < found and rejected <= most * found:
         return
     reasons = "".join(
         f"\n  {count} {reason.value}, such as {rejects.examples[reason]}"
         for reason, count in sorted(rejects.reasons.items(), key=lambda item: (-item[1], item[0]))
     )
-    bound = "no image is left" if refused == found else f"ingest.max_reject_fraction allows {most:.1%}"
+    bound = "no image is left" if rejected == found else f"ingest.max_reject_fraction allows {most:.1%}"
     raise IngestError(
-        f"{refused} of {found} samples ({refused / max(found, 1):.1%}) were refused, and {bound}:{reasons}\n"
-        f"{rejects_path} says why, one by one. Mend the data, or raise ingest.max_reject_fraction if so many may go."
+        f"{rejected} of {found} samples ({rejected / max(found, 1):.1%}) were rejected, and {bound}:{reasons}\n"
+        f"{rejects_path} gives the reason for each. Fix the data, or raise ingest.max_reject_fraction to accept it."
     )
 
 
-def _keep_twins_together(sieve: Sieve, distance: int | None, path: Path) -> tuple[int, np.ndarray]:
-    """Write the near duplicates; give the number of pairs, and the rows that follow a twin into the training split."""
-    order = np.argsort(sieve.ids().view(f"S{ID_BYTES}").ravel())  # by id, so that no order of the sources matters
-    hashes = sieve.hashes() if distance is None else sieve.hashes()[order]
-    pairs = find_near_duplicates(hashes, distance or 0)
-    write_near_duplicates(path, sieve.ids()[order], pairs)
-    return len(pairs), order[joined_by_twins(pairs, sieve.in_train()[order])]
+def _keep_near_duplicates_together(
+    deduplicator: Deduplicator, distance: int | None, path: Path
+) -> tuple[int, np.ndarray]:
+    """Write the near duplicates; give the number of pairs, and the rows that move to the training split."""
+    ids, in_train, hashes = deduplicator.ids(), deduplicator.in_train(), deduplicator.hashes()
+    order = np.argsort(ids.view(f"S{ID_BYTES}").ravel())  # by id, so that the sources' order does not matter
+    pairs = find_near_duplicates(hashes if distance is None else hashes[order], distance or 0)
+    write_near_duplicates(path, ids[order], pairs)
+    return len(pairs), order[linked_to_train(pairs, in_train[order])]
 
 
 def _joined(texts: Iterable[str | None]) -> str | None:
     return "; ".join(dict.fromkeys(text for text in texts if text)) or None
 
 
-def _report(manifest: Manifest, sieve: Sieve, near_duplicates: int, moved_to_train: int) -> IngestReport:
-    reasons = sieve.rejects.reasons
+def _report(manifest: Manifest, deduplicator: Deduplicator, near_duplicates: int, moved_to_train: int) -> IngestReport:
+    reasons = deduplicator.rejects.reasons
     return IngestReport(
         found=manifest.found,
         kept=manifest.images,
@@ -209,7 +222,7 @@ def _report(manifest: Manifest, sieve: Sieve, near_duplicates: int, moved_to_tra
         reasons={reason.value: reasons[reason] for reason in sorted(reasons)},
         train=manifest.train,
         validation=manifest.validation,
-        captions=sieve.captions,
+        captions=deduplicator.captions,
         sources=[
             {name: value for name, value in asdict(count).items() if name not in ("attribution", "licence")}
             for count in manifest.sources
@@ -219,10 +232,10 @@ def _report(manifest: Manifest, sieve: Sieve, near_duplicates: int, moved_to_tra
     )
 
 
-def _refuse_outputs_in_source(entry: SourceParams, outputs: Iterable[Path]) -> None:
+def _check_outputs_outside_source(entry: SourceParams, outputs: Iterable[Path]) -> None:
     if entry.path is None:
         return
-    source = located(entry.path).resolve()
+    source = resolve_source_path(entry.path).resolve()
     for output in outputs:
         written = output.resolve()
         inside = written.is_relative_to(source) or source.is_relative_to(written)

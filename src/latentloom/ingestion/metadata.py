@@ -43,7 +43,7 @@ def read_metadata_rows(path: Path) -> Iterator[MetadataRow]:
 
 
 def _csv_rows(path: Path) -> Iterator[MetadataRow]:
-    _refuse_utf_16(path)
+    _reject_utf_16(path)
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.DictReader(file, skipinitialspace=True)
         try:
@@ -59,12 +59,12 @@ def _csv_rows(path: Path) -> Iterator[MetadataRow]:
                     yield _row(reader.line_num, row)
         except csv.Error as error:
             raise IngestError(
-                f"{path}, after line {reader.line_num}: not valid CSV ({error}); mend or remove it"
+                f"{path}, after line {reader.line_num}: not valid CSV ({error}); fix or remove it"
             ) from error
 
 
 def _jsonl_rows(path: Path) -> Iterator[MetadataRow]:
-    _refuse_utf_16(path)
+    _reject_utf_16(path)
     columns: dict[str, None] = {}
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
         for number, line in enumerate(file, start=1):
@@ -93,7 +93,7 @@ def _parquet_rows(path: Path) -> Iterator[MetadataRow]:
             for number, row in enumerate(rows, start=1):
                 yield _row(number, row)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise IngestError(f"{path} cannot be read as Parquet ({error}); mend or remove it") from error
+        raise IngestError(f"{path} cannot be read as Parquet ({error}); fix or remove it") from error
 
 
 READERS = {"metadata.csv": _csv_rows, "metadata.jsonl": _jsonl_rows, "metadata.parquet": _parquet_rows}
@@ -113,7 +113,7 @@ def _require_columns(path: Path, columns: Iterable[str]) -> None:
         raise IngestError(f"{path} has the columns {found}; {COLUMNS_WANTED} (CSV columns are separated by commas)")
 
 
-def _refuse_utf_16(path: Path) -> None:
+def _reject_utf_16(path: Path) -> None:
     with open(path, "rb") as file:
         if file.read(2) in UTF_16:
             raise IngestError(f"{path} is UTF-16; save it as UTF-8")

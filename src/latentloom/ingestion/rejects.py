@@ -1,6 +1,6 @@
-"""What was refused, and why: one row each of ``data/rejects.parquet``.
+"""What was rejected, and why: one row each of ``data/rejects.parquet``.
 
-The reasons are a fixed vocabulary that reports count by; the detail is a sentence for the person who mends the data;
+The reasons are a fixed vocabulary that reports count by; the detail is a sentence for the person who fixes the data;
 the first few of each reason show the picture. Nothing holds a time, an address or an absolute path, so the same data
 gives the same file.
 """
@@ -25,7 +25,7 @@ PREVIEWS = 24  # of each reason: enough for a contact sheet
 
 
 class Reason(StrEnum):
-    """Why an image, a caption or a metadata row was refused."""
+    """Why an image, a caption or a metadata row was rejected."""
 
     MISSING_FILE = "missing_file"  # metadata names a file that is not there
     OUTSIDE_FOLDER = "outside_folder"  # metadata names a file out of the source folder
@@ -50,7 +50,7 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True)
 class Reject:
-    """One refused sample; ``preview`` is a PNG of at most 64 pixels a side, where the picture can be decoded."""
+    """One rejected sample; ``preview`` is a PNG of at most 64 pixels per side, where the picture can be decoded."""
 
     key: str
     reason: Reason
@@ -58,8 +58,8 @@ class Reject:
     preview: bytes | None = None
 
 
-class Unusable(Exception):
-    """Raised where one image or caption turns out to be of no use; becomes a ``Reject`` of its sample."""
+class RejectedSample(Exception):
+    """Raised where one image or caption turns out to be unusable; becomes a ``Reject`` of its sample."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(detail)

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from latentloom import sharding
+from latentloom.errors import UserError
 from latentloom.files import atomic_path, read_json, write_json
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ WRITER_OPTIONS = {
 METADATA_COLUMNS = ["id", "captions", "split", "key", "source", "width", "height"]
 
 
-class ShardError(ValueError):
+class ShardError(UserError):
     """A file of ``data/images`` is missing or damaged; the message names it."""
 
 
@@ -214,8 +215,8 @@ def read_manifest(folder: Path | str) -> dict[str, Any]:
     """The manifest, as ``Manifest`` has it.
 
     Raises:
-        FileNotFoundError: when there is none, since no ingestion has ended there.
-        ValueError: when it is damaged, or of a format version that this code does not know.
+        UserError: when there is none, since no ingestion has ended there; when it is damaged, or of a format version
+            that this code does not know.
     """
     path = Path(folder) / MANIFEST
     manifest = read_json(path)
@@ -228,12 +229,12 @@ def read_manifest(folder: Path | str) -> dict[str, Any]:
 
 
 def read_metadata(folder: Path | str) -> "pd.DataFrame":
-    """One row an image, in the shards' order: id, captions (lists of str), split, key, source, width, height.
+    """One row per image, in the shards' order: id, captions (lists of str), split, key, source, width, height.
 
     The pictures are never read.
 
     Raises:
-        FileNotFoundError, ValueError: when the manifest or a shard is missing or damaged, naming the file.
+        UserError: when the manifest or a shard is missing or damaged, naming the file.
     """
     columns = pa.schema([SCHEMA.field(name) for name in METADATA_COLUMNS])
     tables = [columns.empty_table()]
@@ -252,33 +253,36 @@ def iterate_images(
     """Every image's id and pixels, uint8 ``(S, S, 3)``, in the shards' order, read ``batch_rows`` at a time.
 
     Args:
-        wanted: the ids to decode; all where None. Row groups without any of them are not read.
+        wanted: the ids to decode; all where None. Of row groups without any of them, pixels are not read.
 
     Raises:
-        FileNotFoundError, ValueError: when the manifest or a shard is missing or damaged, naming the file.
+        UserError: when the manifest or a shard is missing or damaged, naming the file.
     """
     wanted = None if wanted is None else frozenset(wanted)
     for path, file in _open_shards(Path(folder)):
         with _naming(path):
-            for group in range(file.num_row_groups):
-                if wanted is not None:
-                    ids = file.read_row_group(group, columns=["id"])["id"].to_pylist()
-                    if wanted.isdisjoint(ids):
-                        continue
+            for group in _row_groups(file, wanted):
                 for batch in file.iter_batches(batch_rows, row_groups=[group], columns=["id", "image.bytes"]):
                     for record in batch.to_pylist():
                         if wanted is None or record["id"] in wanted:
-                            pixels = decode(record["image"]["bytes"])
-                            yield record["id"], pixels
+                            yield record["id"], decode(record["image"]["bytes"])
+
+
+def _row_groups(file: pq.ParquetFile, wanted: Collection[str] | None) -> list[int]:
+    """The numbers of the row groups that hold any of the ids ``wanted``; of all where None."""
+    groups = range(file.num_row_groups)
+    if wanted is None:
+        return list(groups)
+    ids = iter(file.read(columns=["id"])["id"].to_pylist())
+    sizes = (file.metadata.row_group(group).num_rows for group in groups)
+    return [group for group, size in enumerate(sizes) if not wanted.isdisjoint(list(itertools.islice(ids, size)))]
 
 
 def _open_shards(folder: Path) -> Iterator[tuple[Path, pq.ParquetFile]]:
     for shard in read_manifest(folder)["shards"]:
         path = folder / shard["name"]
         if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} is missing, yet {MANIFEST} names it: run `dvc repro`, which writes it anew"
-            )
+            raise ShardError(f"{path} is missing, yet {MANIFEST} names it: run `dvc repro`, which writes it anew")
         with _naming(path):
             file = pq.ParquetFile(path, page_checksum_verification=True)
         with file:
@@ -292,7 +296,7 @@ def _open_shards(folder: Path) -> Iterator[tuple[Path, pq.ParquetFile]]:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Errors of reading a shard, told with its name and what to do."""
+    """Reports errors of reading a shard with its name and what to do."""
     try:
         yield
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:

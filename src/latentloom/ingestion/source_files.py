@@ -1,7 +1,7 @@
 """The files that a source's ``path`` names: one file, all in a folder at any depth, or those that a pattern matches.
 
 Files are known by their names relative to that folder, or to the part of the pattern before its first wildcard, and
-come sorted by them. Hidden files and folders are passed over, and linked folders are not entered.
+come sorted by them. Hidden files and folders are skipped, and linked folders are not entered.
 """
 
 import itertools
@@ -23,13 +23,13 @@ def source_files(path: Path | str, suffixes: tuple[str, ...]) -> dict[str, Path]
     Raises:
         IngestError: when nothing is there, or no such file.
     """
-    path = located(path)
+    path = resolve_source_path(path)
     if path.is_file():
         return {path.name: path}
     if path.is_dir():
-        root, names = path, walk(path)
+        root, names = path, visible_files(path)
     elif WILDCARD.search(str(path)):
-        root = anchor(path)
+        root = glob_root(path)
         matches = root.glob(str(path.relative_to(root)))
         names = (match.relative_to(root).as_posix() for match in matches if match.is_file())
     else:
@@ -44,27 +44,27 @@ def source_files(path: Path | str, suffixes: tuple[str, ...]) -> dict[str, Path]
     return files
 
 
-def located(path: Path | str) -> Path:
+def resolve_source_path(path: Path | str) -> Path:
     """A source's path; a relative one lies in the current folder, or else in the project's root.
 
     An experiment that DVC runs in a temporary copy of the project has only what git tracks, and seldom the images.
     """
     path = Path(path).expanduser()
-    return path if path.is_absolute() or anchor(path).exists() else project_root() / path
+    return path if path.is_absolute() or glob_root(path).exists() else project_root() / path
 
 
-def anchor(path: Path) -> Path:
+def glob_root(path: Path) -> Path:
     """The part of a pattern before its first wildcard; any other path as it is."""
     return Path(*itertools.takewhile(lambda part: not WILDCARD.search(part), path.parts))
 
 
-def walk(root: Path) -> Iterator[str]:
+def visible_files(root: Path) -> Iterator[str]:
     """The relative names of all files under ``root`` but the hidden ones.
 
     Raises:
         IngestError: when a folder cannot be read, for its images would be missing without a word.
     """
-    for folder, folders, files in os.walk(root, onerror=_refuse_folder):
+    for folder, folders, files in os.walk(root, onerror=_unreadable_folder):
         folders[:] = [name for name in folders if not is_hidden(name)]
         parent = Path(folder).relative_to(root).as_posix()
         yield from (posixpath.normpath(posixpath.join(parent, name)) for name in files if not is_hidden(name))
@@ -75,12 +75,12 @@ def is_hidden(name: str) -> bool:
     return posixpath.basename(name).startswith(".")
 
 
-def told(error: Exception) -> str:
-    """What an error says, on one line and without the file's path."""
+def error_message(error: Exception) -> str:
+    """The message of an error, on one line and without the file's path."""
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).partition("\n")[0]
 
 
-def _refuse_folder(error: OSError) -> None:
+def _unreadable_folder(error: OSError) -> None:
     raise IngestError(
         f"the folder {error.filename} cannot be read ({error.strerror}); make it readable, or move it"
     ) from error

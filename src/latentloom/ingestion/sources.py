@@ -1,13 +1,14 @@
-"""What every source of captioned images is: samples that come one at a time, and whom to thank for them."""
+"""What every source of captioned images offers: its samples, one at a time, and who made them under which license."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from latentloom.errors import UserError
 from latentloom.ingestion.rejects import Reject
 
 
-class IngestError(ValueError):
+class IngestError(UserError):
     """The source as a whole cannot be used; the message names the file or column, and what to do."""
 
 

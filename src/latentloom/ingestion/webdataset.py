@@ -2,7 +2,7 @@
 
 As WebDataset has it, a key is a member's path up to the first dot of its last part, and neighbours of equal key are
 one sample. A text file holds one caption on each line; JSON, as img2dataset writes it, is an object with ``text``,
-``caption`` or ``captions``. Captions of the text file come first. Members of other kinds are passed over.
+``caption`` or ``captions``. Captions of the text file come first. Members of other kinds are skipped.
 
 Tars are read from front to back, one sample in memory at a time, and nothing is ever unpacked. A damaged tar costs what
 lies behind the damage; the samples before it, and the other tars, are used.
@@ -20,8 +20,8 @@ from pathlib import Path
 from latentloom.ingestion.captions import caption_lines, flat_captions
 from latentloom.ingestion.images import EXTENSIONS, MAX_BYTES
 from latentloom.ingestion.metadata import CAPTIONS
-from latentloom.ingestion.rejects import Reason, Reject, Unusable, printable
-from latentloom.ingestion.source_files import source_files, told
+from latentloom.ingestion.rejects import Reason, Reject, RejectedSample, printable
+from latentloom.ingestion.source_files import error_message, source_files
 from latentloom.ingestion.sources import Sample
 
 TARS = (".tar", ".tar.gz", ".tgz")
@@ -66,18 +66,18 @@ class Group:
         key = f"{self.tar}/{self.stem}"
         try:
             yield self._sample(key)
-        except Unusable as unusable:
-            yield Reject(key, unusable.reason, unusable.detail)
+        except RejectedSample as rejected:
+            yield Reject(key, rejected.reason, rejected.detail)
 
     def _sample(self, key: str) -> Sample:
         if self.is_known:
-            raise Unusable(Reason.DUPLICATE_KEY, "its key came before in this tar, with others in between")
+            raise RejectedSample(Reason.DUPLICATE_KEY, "its key came before in this tar, with others in between")
         if IMAGE in self.contents:
             return Sample(key, self._captions(), partial(bytes, self.contents[IMAGE]))
         if self.dotted:
             detail = f"{self.dotted}: all that follows its first dot is taken for its extension; rename it"
-            raise Unusable(Reason.MISSING_FILE, detail)
-        raise Unusable(Reason.MISSING_FILE, f"{' and '.join(self.contents)} without an image")
+            raise RejectedSample(Reason.MISSING_FILE, detail)
+        raise RejectedSample(Reason.MISSING_FILE, f"{' and '.join(self.contents)} without an image")
 
     def _captions(self) -> list[object]:
         captions: list[object] = caption_lines(self.contents[TXT]) if TXT in self.contents else []
@@ -85,9 +85,9 @@ class Group:
             try:
                 record = json.loads(self.contents[JSON].decode("utf-8-sig", errors="surrogateescape"))
             except (ValueError, RecursionError):
-                raise Unusable(Reason.BAD_ROW, "its .json is not valid JSON; mend it, or leave it out") from None
+                raise RejectedSample(Reason.BAD_ROW, "its .json is not valid JSON; fix it, or leave it out") from None
             if not isinstance(record, dict):
-                raise Unusable(Reason.BAD_ROW, "its .json is not a JSON object; mend it, or leave it out")
+                raise RejectedSample(Reason.BAD_ROW, "its .json is not a JSON object; fix it, or leave it out")
             captions += flat_captions(record.get(name) for name in CAPTIONS)
         return captions
 
@@ -96,7 +96,7 @@ def _samples(tar: str, path: Path) -> Iterator[Sample | Reject]:
     group, stems = Group(tar), set()
     try:
         for name, content in _members(path):
-            if isinstance(content, Unusable):
+            if isinstance(content, RejectedSample):
                 yield Reject(f"{tar}/{name}", content.reason, content.detail)
                 continue
             stem, extension = _split(name)
@@ -111,7 +111,7 @@ def _samples(tar: str, path: Path) -> Iterator[Sample | Reject]:
                 yield Reject(f"{tar}/{name}", Reason.DUPLICATE_KEY, f"this key has its {kind} already, which is used")
             else:
                 group.contents[kind] = content
-    except Unusable as damage:
+    except RejectedSample as damage:
         if IMAGE in group.contents and len(group.contents) > 1:
             yield from group.outcome()
         yield Reject(tar, damage.reason, damage.detail)
@@ -119,16 +119,16 @@ def _samples(tar: str, path: Path) -> Iterator[Sample | Reject]:
         yield from group.outcome()
 
 
-def _members(path: Path) -> Iterator[tuple[str, bytes | Unusable]]:
-    """Names and contents of the images, texts and JSON of a tar, and of any member why it is refused.
+def _members(path: Path) -> Iterator[tuple[str, bytes | RejectedSample]]:
+    """Names and contents of the images, texts and JSON of a tar, and for a member that is rejected, why.
 
     Raises:
-        Unusable: where the tar is damaged; all before the damage has been given then.
+        RejectedSample: where the tar is damaged; all before the damage has been given then.
     """
     last = None
     try:
         if not path.stat().st_size:
-            raise Unusable(Reason.EMPTY_FILE, "the file holds no bytes")
+            raise RejectedSample(Reason.EMPTY_FILE, "the file holds no bytes")
         with tarfile.open(path) as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # which would list all members in the end
@@ -140,16 +140,16 @@ def _members(path: Path) -> Iterator[tuple[str, bytes | Unusable]]:
                 elif member.isfile() and _is_wanted(last):
                     yield last, tar.extractfile(member).read()
             _require_end(tar)
-    except (Unusable, MemoryError):
+    except (RejectedSample, MemoryError):
         raise
     except Exception as error:  # tarfile meets damaged bytes with nearly any exception: each costs this tar alone
         if last is None:
-            detail = f"no tar file, or damaged at its beginning ({told(error)})"
-            raise Unusable(Reason.UNREADABLE, detail) from error
+            detail = f"no tar file, or damaged at its beginning ({error_message(error)})"
+            raise RejectedSample(Reason.UNREADABLE, detail) from error
         is_cut = isinstance(error, EOFError) or CUT_OFF in str(error)
-        what = "cut off" if is_cut else f"damaged ({told(error)})"
+        what = "cut off" if is_cut else f"damaged ({error_message(error)})"
         detail = f"{what} in or after the member {last}; what follows is lost"
-        raise Unusable(Reason.TRUNCATED if is_cut else Reason.UNREADABLE, detail) from error
+        raise RejectedSample(Reason.TRUNCATED if is_cut else Reason.UNREADABLE, detail) from error
 
 
 def _require_end(tar: tarfile.TarFile) -> None:
@@ -162,13 +162,15 @@ def _require_end(tar: tarfile.TarFile) -> None:
         raise tarfile.ReadError("no valid header")
 
 
-def _problem(member: tarfile.TarInfo) -> Unusable | None:
+def _problem(member: tarfile.TarInfo) -> RejectedSample | None:
     if not member.isdir() and UPWARDS_OR_ABSOLUTE.match(member.name):
-        return Unusable(Reason.UNSAFE_PATH, "its path is absolute or leads upwards; pack it under a relative one")
+        return RejectedSample(Reason.UNSAFE_PATH, "its path is absolute or leads upwards; pack it under a relative one")
     if member.issym() or member.islnk() or member.isdev():
-        return Unusable(Reason.UNSAFE_PATH, "a link or a device, not a file; pack the file itself (tar --dereference)")
+        return RejectedSample(
+            Reason.UNSAFE_PATH, "a link or a device, not a file; pack the file itself (tar --dereference)"
+        )
     if member.size > MAX_BYTES:
-        return Unusable(Reason.TOO_MANY_BYTES, f"{member.size:,} bytes; at most {MAX_BYTES:,}")
+        return RejectedSample(Reason.TOO_MANY_BYTES, f"{member.size:,} bytes; at most {MAX_BYTES:,}")
     return None
 
 

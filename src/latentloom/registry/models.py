@@ -1,29 +1,34 @@
-"""From what a person calls a model to its files: a folder, a name of the registry, or an MLflow run.
+"""From what a user calls a model to its files: a folder, a name of the registry, or an MLflow run.
 
-A model's bytes may lie in several places; its hash says which are the right ones. They are looked for in `models/unet`,
-in `.state/models` (what was brought before), in DVC's cache and remote, and in the registry, in this order.
+A model's bytes may be in several places; its hash says which are the right ones. They are looked for in `models/unet`,
+in `.state/models` (what was fetched before), in DVC's cache and remote, and in the registry, in this order.
 """
 
+import json
 import re
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
-from latentloom.files import read_json
+from latentloom.dvc_outs import bring
+from latentloom.errors import UserError
+from latentloom.layout import MODEL
 from latentloom.model_files import MODEL_FILES, model_hash
 from latentloom.tracking.store import experiment_id, open_client, tracking_uri
+from latentloom.tracking.training_run import PROVENANCE
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
-    from mlflow.entities.model_registry import ModelVersion, RegisteredModel
+    from mlflow.entities.model_registry import ModelVersion
     from mlflow.tracking import MlflowClient
 
 NAME = "latentloom"  # of the registered model
 ALIASES = ("champion", "candidate")
-MODEL = Path("models/unet")
-HASH_TAG, DVC_TAG = "model.sha256", "dvc.models/unet"
+HASH_TAG, COMMIT_TAG = "model.sha256", "mlflow.source.git.commit"
 PACKED_MODEL = "artifacts/model"  # where a registered version holds the model folder
 REGISTERED = re.compile(r"(?:models:/)?latentloom[@:/](?P<name>.+)")
 SHOWN_RUNS = 5
@@ -31,113 +36,142 @@ SHOWN_RUNS = 5
 
 @dataclass(frozen=True)
 class FoundModel:
-    """A model's files, their hash, and where it is known the run that trained it and its version in the registry."""
+    """A model's files and hash, and where they are known its run, its version, and what its training wrote down."""
 
     folder: Path
     sha256: str
-    run_id: str | None
-    version: str | None
+    run_id: str | None = None
+    version: str | None = None
+    provenance: Mapping[str, Any] | None = None
 
 
 def find_model(reference: str, root: Path) -> FoundModel:
     """The model that ``reference`` names.
 
     Args:
-        reference: a folder; ``champion``, ``candidate`` or another alias; a version number, ``latentloom:3``; the id of
-            an MLflow run, the beginning of one, or a run's name.
+        reference: a folder; ``champion``, ``candidate`` or another alias; a version number, ``latentloom:3``,
+            ``models:/latentloom/3``; the id of an MLflow run, the beginning of one, or a run's name.
         root: the project's root, which decides the store; MLflow is not imported for a folder.
 
     Raises:
-        ValueError: when it names nothing, or several things, or the bytes are nowhere; it says what to do.
+        UserError: when it names nothing, or several things, or the bytes are nowhere; it says what to do.
         mlflow.exceptions.MlflowException: when the store cannot be reached.
     """
     folder = Path(reference).expanduser()
     if (folder / "config.json").is_file():
-        return model_in_folder(folder, root)
-    registered = REGISTERED.fullmatch(reference)
-    if not registered and (folder.is_dir() or "/" in reference or reference.startswith(".")):
-        raise ValueError(
+        return FoundModel(folder, _hash(folder))
+    is_uri = REGISTERED.fullmatch(reference) or reference.startswith("runs:/")
+    if not is_uri and (folder.is_dir() or "/" in reference or reference.startswith(".")):
+        raise UserError(
             f"{reference} holds no model ({', '.join(MODEL_FILES)}): run `dvc pull` or `dvc repro`, or name a run, a "
             "version, champion or candidate"
         )
     client = open_client(root)
-    from mlflow.entities import Run  # once the client has seen to MLflow's settings
-
-    found = look_up(client, root, reference)
-    if not isinstance(found, Run):
-        sha256, version = found.tags[HASH_TAG], found
-        return FoundModel(_bring(client, root, sha256, {}, version), sha256, version.run_id or None, number_of(version))
-    run, sha256 = found, found.data.tags.get(HASH_TAG)
+    run, version = look_up(client, root, reference)
+    sha256 = version.tags[HASH_TAG] if version else run.data.tags.get(HASH_TAG)
     if sha256 is None:
-        raise ValueError(
+        raise UserError(
             f"the run {run.info.run_id} ({run.info.run_name}) has no model: it is {run.info.status.lower()}, or older "
             "than the tag model.sha256; train again (`dvc repro --force train`)"
         )
-    version = version_of(client, sha256)
-    folder = _bring(client, root, sha256, run.data.tags, version)
-    return FoundModel(folder, sha256, run.info.run_id, number_of(version) if version else None)
+    version = version or version_of(client, sha256)
+    provenance = run_provenance(client, run) if run else None  # the run of a version may be deleted
+    folder = _fetch(client, root, sha256, provenance or {}, version)
+    run_id = run.info.run_id if run else None
+    return FoundModel(folder, sha256, run_id, number_of(version) if version else None, provenance)
 
 
-def look_up(client: "MlflowClient", root: Path, reference: str) -> "Run | ModelVersion":
-    """What of the store ``reference`` names: a version that `latentloom promote` made, else a run.
+def look_up(client: "MlflowClient", root: Path, reference: str) -> "tuple[Run | None, ModelVersion | None]":
+    """What ``reference`` names in the store: a version that `latentloom promote` made and its run, else a run alone.
 
     Raises:
-        ValueError: when it names neither, or several runs.
+        UserError: when it names neither, or several runs.
     """
     registered = REGISTERED.fullmatch(reference)
     name = registered["name"] if registered else reference
     if version := _version(client, name):
         if HASH_TAG not in version.tags:
-            raise ValueError(f"version {version.version} of {NAME} was not made by `latentloom promote`: promote a run")
-        return version
+            raise UserError(f"version {version.version} of {NAME} was not made by `latentloom promote`: promote a run")
+        return _run(client, version.run_id), version
     if registered or reference in ALIASES:
-        raise ValueError(f"{name} is nothing in the registry yet: `latentloom promote RUN --to champion` puts it there")
-    return find_run(client, root, reference)
+        raise UserError(f"{name} is nothing in the registry yet: `latentloom promote RUN --to champion` puts it there")
+    return find_run(client, root, reference.removeprefix("runs:/")), None
 
 
 def find_run(client: "MlflowClient", root: Path, reference: str) -> "Run":
     """The run of our experiment with that id, beginning of an id, or name; of several, the one that has a model.
 
     Raises:
-        ValueError: when there is none, or more than one.
+        UserError: when there is none, or more than one.
     """
-    from mlflow.exceptions import MlflowException
-
-    if re.fullmatch(r"[0-9a-f]{32}", reference):
-        with suppress(MlflowException):
-            return client.get_run(reference)
-    quoted = reference.replace("'", "_")  # as LIKE takes it, any one character: a filter knows no other way
-    experiments = [experiment_id(client, root)]
+    if re.fullmatch(r"[0-9a-f]{32}", reference) and (run := _run(client, reference)):
+        return run
+    quoted = reference.replace("'", "_")  # in LIKE, any one character: a filter knows no other way
     found = {
         run.info.run_id: run
         for attribute, pattern in (("run_id", f"{quoted}%"), ("run_name", quoted))
-        for run in client.search_runs(experiments, f"attributes.{attribute} LIKE '{pattern}'", max_results=100)
+        for run in client.search_runs(
+            [experiment_id(client, root)], f"attributes.{attribute} LIKE '{pattern}'", max_results=100
+        )
         if run.info.run_id.startswith(reference) or run.info.run_name == reference
     }
-    runs = list(found.values())
-    if len(runs) > 1:
-        runs = [run for run in runs if HASH_TAG in run.data.tags] or runs
+    runs = [run for run in found.values() if HASH_TAG in run.data.tags] or list(found.values())
     if not runs:
-        raise ValueError(
+        raise UserError(
             f"{reference} names no folder, no version or alias of the registry, and no run of this store; `make ui` "
             "shows the runs with their names and ids, `latentloom history` the registry"
         )
     if len(runs) > 1:
         shown = ", ".join(f"{run.info.run_id} ({run.info.run_name})" for run in runs[:SHOWN_RUNS])
-        raise ValueError(f"{reference} names {len(runs)} runs: {shown}; give more of the id")
+        raise UserError(f"{reference} names {len(runs)} runs: {shown}; give more of the id")
     return runs[0]
 
 
-def registered_model(client: "MlflowClient") -> "RegisteredModel | None":
-    """Our model in the registry, with its aliases and tags, once something was promoted."""
-    from mlflow.exceptions import MlflowException
+def run_of_model(client: "MlflowClient", sha256: str, run_id: str | None = None) -> "Run | None":
+    """The run that trained the model with that hash: ``run_id`` if it did, else the newest of any experiment."""
+    run = _run(client, run_id)
+    if run and run.data.tags.get(HASH_TAG) == sha256:
+        return run
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return next(iter(client.search_runs(experiments, f"tags.`{HASH_TAG}` = '{sha256}'", max_results=1)), None)
 
+
+def run_provenance(client: "MlflowClient", run: "Run") -> dict[str, Any]:
+    """What the training wrote down of its code, data and model; of runs without the artifact, what their tags say."""
+    tags = run.data.tags
+    if (written := read_artifact(client, run, PROVENANCE)) is not None:
+        known = json.loads(written)
+    else:
+        known = {
+            "commit": tags.get(COMMIT_TAG),
+            "dirty": {"true": True, "false": False}.get(tags.get("git.dirty")),
+            "branch": tags.get("git.branch"),
+            "experiment": tags.get("dvc.experiment"),
+            "inputs": {key.removeprefix("input."): tags[key] for key in tags if key.startswith("input.")},
+            "outs": {key.removeprefix("dvc."): tags[key] for key in tags if key.startswith("dvc.") and "/" in key},
+        }
+    return known | {"model_sha256": tags.get(HASH_TAG), "mlflow_run_id": run.info.run_id}
+
+
+def image_provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a model's provenance that goes into each PNG: the run, the commit, and DVC's hashes."""
+    return {key: provenance.get(key) for key in ("mlflow_run_id", "commit", "dirty", "outs")}
+
+
+def read_artifact(client: "MlflowClient", run: "Run", name: str) -> bytes | None:
+    """A file of a run; None where the run does not have it.
+
+    Raises:
+        UserError: when the place of the run's files does not answer.
+        mlflow.exceptions.MlflowException: when the server does not.
+    """
     try:
-        return client.get_registered_model(NAME)
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+        if name not in {artifact.path for artifact in client.list_artifacts(run.info.run_id)}:
             return None
-        raise
+        with TemporaryDirectory() as folder:
+            return Path(client.download_artifacts(run.info.run_id, name, folder)).read_bytes()
+    except OSError as error:
+        raise UserError(f"the files of the run {run.info.run_id} cannot be read: {error}") from error
 
 
 def version_of(client: "MlflowClient", sha256: str) -> "ModelVersion | None":
@@ -151,81 +185,80 @@ def number_of(version: "ModelVersion") -> str:
     return str(version.version)
 
 
-def model_in_folder(folder: Path, root: Path) -> FoundModel:
-    """The model in a folder, with its run where `reports/train/run.json` is of it."""
-    sha256 = model_hash(folder)
-    report = root / "reports" / "train" / "run.json"
-    run = read_json(report) if report.exists() else {}
-    return FoundModel(folder, sha256, run.get("mlflow_run_id") if run.get("model_sha256") == sha256 else None, None)
+def is_model(folder: Path, sha256: str) -> bool:
+    """Whether ``folder`` holds the model with that hash."""
+    return all((folder / name).is_file() for name in MODEL_FILES) and model_hash(folder) == sha256
+
+
+def _hash(folder: Path) -> str:
+    try:
+        return model_hash(folder)
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename} is missing: run `dvc pull` or `dvc repro`") from error
 
 
 def _version(client: "MlflowClient", name: str) -> "ModelVersion | None":
     from mlflow.exceptions import MlflowException
 
-    model = registered_model(client)
-    if model is None:
-        return None
-    number = str(model.aliases.get(name, name))
-    if not number.isdigit():
-        return None
     try:
-        return client.get_model_version(NAME, number)
+        if name.isdigit():
+            return client.get_model_version(NAME, name)
+        return client.get_model_version_by_alias(NAME, name)
     except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no such version, or alias
             return None
         raise
 
 
-def _bring(
-    client: "MlflowClient", root: Path, sha256: str, tags: dict[str, str], version: "ModelVersion | None"
+def _run(client: "MlflowClient", run_id: str | None) -> "Run | None":
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id) if run_id else None
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+
+
+def _fetch(
+    client: "MlflowClient", root: Path, sha256: str, provenance: Mapping[str, Any], version: "ModelVersion | None"
 ) -> Path:
     """A folder that holds the model with that hash."""
-    brought = root / ".state" / "models" / sha256
-    for folder in (root / MODEL, brought):
-        if _holds(folder, sha256):
+    fetched = root / ".state" / "models" / sha256
+    for folder in (root / MODEL, fetched):
+        if is_model(folder, sha256):
             return folder
-    tried = []
-    if oid := tags.get(DVC_TAG):
+    tried = ""
+    if out := provenance.get("outs", {}).get(str(MODEL)):
         try:
-            _from_dvc(root, oid, brought)
-        except (ImportError, OSError) as error:
-            tried.append(f"DVC: {error}")
-    if version and not _holds(brought, sha256):
-        _from_registry(client, root, version, brought)
-    if not _holds(brought, sha256):
-        commit = tags.get("mlflow.source.git.commit")
+            bring(root, out, fetched)
+        except UserError as error:
+            tried = f" ({error})"
+    if version and not is_model(fetched, sha256):
+        _download(client, root, version, fetched)
+    if not is_model(fetched, sha256):
+        commit = provenance.get("commit")
         again = f"train it again: `git checkout {commit[:12]} && dvc repro`" if commit else "train it again"
-        told = f" ({'; '.join(tried)})" if tried else ""
-        raise ValueError(
-            f"the model {sha256[:12]}… is not in {MODEL}, in DVC's cache and remote, or in the registry{told}: "
+        raise UserError(
+            f"the model {sha256[:12]}… is not in {MODEL}, in DVC's cache or remote, or in the registry{tried}: "
             f"{again}, or `dvc push` it from where it was trained"
         )
-    return brought
+    return fetched
 
 
-def _holds(folder: Path, sha256: str) -> bool:
-    return all((folder / name).is_file() for name in MODEL_FILES) and model_hash(folder) == sha256
-
-
-def _from_dvc(root: Path, oid: str, folder: Path) -> None:
-    from latentloom.lineage.dvc_objects import bring
-
-    bring(root, oid, folder)
-
-
-def _from_registry(client: "MlflowClient", root: Path, version: "ModelVersion", folder: Path) -> None:
-    """The files of a registered version, encoders that it carries included."""
-    from tempfile import TemporaryDirectory
-
+def _download(client: "MlflowClient", root: Path, version: "ModelVersion", folder: Path) -> None:
+    """The files of a registered version, with the encoders that it carries."""
     import mlflow.artifacts
 
     place = client.get_model_version_download_uri(NAME, version.version)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix=".") as temporary:
-        given = mlflow.artifacts.download_artifacts(
+        downloaded = mlflow.artifacts.download_artifacts(
             artifact_uri=f"{place.rstrip('/')}/{PACKED_MODEL}",
             dst_path=temporary,
             tracking_uri=tracking_uri(root),
         )
-        shutil.rmtree(folder, ignore_errors=True)  # half of a model at most: a whole one would have been used
-        Path(given).rename(folder)
+        with suppress(FileNotFoundError):  # a damaged copy: a whole one would have been used
+            shutil.rmtree(folder)
+        Path(downloaded).rename(folder)

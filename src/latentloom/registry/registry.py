@@ -1,29 +1,35 @@
 """The model registry: which model is the champion, which the candidate, who made it so, when and why.
 
-A registered version is made once for a model's hash, whole, before any alias moves, so an interrupted promotion leaves
-the aliases as they were. An alias's moves are kept as tags of the registered model (`move.TIME`), so a demotion knows
-where to go back to, and `history` needs nothing else.
+MLflow's registry holds all of it: a version per model, the aliases, and on each version, as tags such as
+``champion.when``, how it came to an alias and whether it was taken back. A version is created whole before an alias
+moves, so an interrupted promotion leaves the aliases as they were.
 """
 
-import getpass
-import hashlib
 import json
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-import yaml
-
-from latentloom.evaluation.drawing import SamplingSettings, default_settings
-from latentloom.files import read_json
-from latentloom.model_files import read_config
-from latentloom.registry.models import HASH_TAG, NAME, FoundModel, number_of, registered_model, version_of
-from latentloom.registry.packing import save_served_model
-from latentloom.tracking.store import experiment_id, open_client
+from latentloom.diffusion.sampling_settings import SamplingSettings
+from latentloom.errors import UserError
+from latentloom.evaluation.text_to_image import default_settings
+from latentloom.registry.models import (
+    NAME,
+    FoundModel,
+    image_provenance,
+    number_of,
+    read_artifact,
+    run_of_model,
+    run_provenance,
+    version_of,
+)
+from latentloom.registry.packing import save_served_model, version_tags
+from latentloom.tracking.store import open_client
+from latentloom.user import user_name
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -31,13 +37,13 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 Alias = Literal["champion", "candidate"]
-MOVE = "move."
 RECALL, VAL_MAE = "evaluate/caption_recall_at_1", "evaluate/val_mae"
-DESCRIPTION = "Prompts in, PNG pictures out: `mlflow models serve -m models:/latentloom@champion --env-manager local`"
+SAMPLING = "sampling.json"  # the artifact of a run's evaluation
+DESCRIPTION = "Prompts in, PNG images out: `mlflow models serve -m models:/latentloom@champion --env-manager local`"
 
 
-class PromotionRefused(ValueError):
-    """The model is not good enough, or it cannot be told; the message says why, and how to promote it all the same."""
+class PromotionRejected(UserError):
+    """The model is not good enough, or it is not known whether it is; the message says why, and how to promote it."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +51,16 @@ class Figures:
     """What decides whether a model is worse than another, None where it is not known.
 
     Attributes:
-        recall: of training captions, the share whose sample is nearest to the right picture.
+        recall: of training captions, the share whose sample is nearest to the right image.
         val_mae: the error on held-out images.
         latents: the hash of the images, as latents, that both were measured on.
         noise: the schedule and the noise levels that ``val_mae`` is a mean over.
     """
 
-    recall: float | None
-    val_mae: float | None
-    latents: str | None
-    noise: str | None
+    recall: float | None = None
+    val_mae: float | None = None
+    latents: str | None = None
+    noise: str | None = None
 
     @classmethod
     def of_run(cls, run: "Run") -> "Figures":
@@ -70,21 +76,21 @@ class Figures:
     @classmethod
     def of_version(cls, version: "ModelVersion") -> "Figures":
         """Those that the version was promoted with."""
-        return cls(**json.loads(version.tags.get("figures", "null")) or dict.fromkeys(cls.__dataclass_fields__))
+        return cls(**json.loads(version.tags.get("figures", "{}")))
 
 
 @dataclass(frozen=True)
 class Move:
-    """One change of an alias: to ``version``, or away where it is None, with the figures it was promoted with."""
+    """One change of an alias, from ``previous`` to ``version``, with the figures of that; None: it named nothing."""
 
     when: str
     alias: str
-    what: Literal["promote", "demote"]
+    taken_back: bool
     version: str | None
-    before: str | None
+    previous: str | None
     why: str | None
     by: str | None
-    figures: Figures | None
+    figures: Figures
 
 
 def promote(
@@ -96,31 +102,30 @@ def promote(
         The version, and whether the alias moved: not where it named that version already.
 
     Raises:
-        PromotionRefused: when its data's validation failed, or it is worse than the champion, or either is not known,
+        PromotionRejected: when its data's validation failed, or it is worse than the champion, or either is not known,
             unless ``force``.
-        ValueError: when the store has no run of the model.
+        UserError: when the store has no run of the model.
         mlflow.exceptions.MlflowException: when the store cannot be reached; the alias has not moved then.
     """
-    from filelock import FileLock
-
-    client = open_client(root)
-    (root / ".state").mkdir(exist_ok=True)
-    with FileLock(root / ".state" / "registry.lock"):
-        run = _run_of(client, root, found)
-        figures = Figures.of_run(run)
-        version = version_of(client, found.sha256)
-        aliases = _aliases(client)
+    with _locked_client(root) as client:
+        run = run_of_model(client, found.sha256, found.run_id)
+        if run is None:
+            raise UserError(
+                f"this store has no run of the model {found.sha256[:12]}…, so its figures are not known: `latentloom "
+                "sync` delivers runs that a server missed; else train it here (`dvc repro`)"
+            )
+        figures, version, aliases = Figures.of_run(run), version_of(client, found.sha256), _aliases(client)
         if version and aliases.get(alias) == number_of(version):
             return number_of(version), False
-        if not force and (objections := _objections(client, root, run, figures, version, aliases.get("champion"))):
+        if not force and (objections := _objections(client, run, figures, version, aliases.get("champion"))):
             listed = "\n".join(f"- {objection}" for objection in objections)
-            raise PromotionRefused(f'not promoted:\n{listed}\nTo promote it all the same: --force --why "..."')
+            raise PromotionRejected(f'not promoted:\n{listed}\nTo promote it all the same: --force --why "..."')
         number = number_of(version or _register(client, root, found, run))
-        client.set_model_version_tag(NAME, number, "figures", json.dumps(asdict(figures)))
-        if why:
-            client.set_model_version_tag(NAME, number, "why", why)
+        tags = {"figures": json.dumps(asdict(figures))}
+        tags |= {f"{alias}.by": user_name(), f"{alias}.why": why, f"{alias}.previous": aliases.get(alias)}
+        _set_tags(client, number, tags)
         client.set_registered_model_alias(NAME, alias, number)
-        _record(client, alias, "promote", number, aliases.get(alias), why, figures)
+        _set_tags(client, number, {f"{alias}.when": _now(), f"{alias}.taken_back": None})
         return number, True
 
 
@@ -131,32 +136,40 @@ def demote(alias: Alias, root: Path, *, why: str | None = None) -> tuple[str, st
         The version that it named, and the one that it names now.
 
     Raises:
-        ValueError: when ``alias`` names nothing.
+        UserError: when ``alias`` names nothing.
     """
-    client = open_client(root)
-    now = _aliases(client).get(alias)
-    if now is None:
-        raise ValueError(f"there is no {alias} to take back: `latentloom history` shows what there was")
-    existing = {number_of(version): version for version in client.search_model_versions(f"name = '{NAME}'")}
-    earlier = [version for version in _line(history(root), alias, now)[:-1] if version in existing and version != now]
-    back = earlier[-1] if earlier else None
-    if back is None:
-        client.delete_registered_model_alias(NAME, alias)
-    else:
-        client.set_registered_model_alias(NAME, alias, back)
-    _record(client, alias, "demote", back, now, why, Figures.of_version(existing[back]) if back else None)
-    return now, back
+    with _locked_client(root) as client:
+        now = _aliases(client).get(alias)
+        if now is None:
+            raise UserError(f"there is no {alias} to take back: `latentloom history` shows what there was")
+        previous = _previous(client, alias, now)
+        record = {"when": _now(), "by": user_name(), "why": why, "version": previous}
+        _set_tags(client, now, {f"{alias}.taken_back": json.dumps(record)})
+        if previous is None:
+            client.delete_registered_model_alias(NAME, alias)
+        else:
+            client.set_registered_model_alias(NAME, alias, previous)
+        return now, previous
 
 
 def history(root: Path) -> list[Move]:
-    """The moves of all aliases, the oldest first."""
-    model = registered_model(open_client(root))
-    tags = model.tags if model else {}
-    moves = []
-    for key in sorted(key for key in tags if key.startswith(MOVE)):
-        record = json.loads(tags[key])
-        moves.append(Move(**record | {"figures": Figures(**record["figures"]) if record["figures"] else None}))
-    return moves
+    """The last promotion of each version to each alias, and its demotion, the oldest first."""
+    versions, moves = _versions(open_client(root)), []
+    for number, version in versions.items():
+        tags = version.tags
+        for alias in (key.removesuffix(".when") for key in tags if key.endswith(".when")):
+            promotion = {key: tags.get(f"{alias}.{key}") for key in ("when", "previous", "why", "by")}
+            moves.append(
+                Move(alias=alias, taken_back=False, version=number, figures=Figures.of_version(version), **promotion)
+            )
+            if f"{alias}.taken_back" in tags:
+                demotion = json.loads(tags[f"{alias}.taken_back"])
+                back = demotion.pop("version")
+                figures = Figures.of_version(versions[back]) if back in versions else Figures()
+                moves.append(
+                    Move(alias=alias, taken_back=True, version=back, previous=number, figures=figures, **demotion)
+                )
+    return sorted(moves, key=lambda move: move.when)
 
 
 def current(root: Path) -> dict[str, str]:
@@ -188,85 +201,37 @@ def _lower(name: str, value: float, champions: float) -> str:
 
 
 def _objections(
-    client: "MlflowClient",
-    root: Path,
-    run: "Run",
-    figures: Figures,
-    version: "ModelVersion | None",
-    champion: str | None,
+    client: "MlflowClient", run: "Run", figures: Figures, version: "ModelVersion | None", champion: str | None
 ) -> list[str]:
-    found = [_validation_objection(client, root, run)]
+    found = [_validation_objection(client, run)]
     if champion and not (version and number_of(version) == champion):
         found.append(worse(figures, Figures.of_version(client.get_model_version(NAME, champion))))
     return [objection for objection in found if objection]
 
 
-def _validation_objection(client: "MlflowClient", root: Path, run: "Run") -> str | None:
-    report = _validation(client, root, run)
-    if report is None:
-        return "what the validation of its data found is not known: the run has no validation.json"
-    if report["success"]:
-        return None
-    failed = [name for name, check in report["checks"].items() if not check["success"]]
-    return f"the validation of its data failed: {', '.join(failed)}"
-
-
-def _validation(client: "MlflowClient", root: Path, run: "Run") -> dict[str, Any] | None:
-    """The run's report, else the one in the project if it is the one that the run read."""
-    if any(artifact.path == "validation.json" for artifact in client.list_artifacts(run.info.run_id)):
-        with TemporaryDirectory() as temporary:
-            return read_json(client.download_artifacts(run.info.run_id, "validation.json", temporary))
-    path = root / "reports" / "validation.json"
-    if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == run.data.tags.get("input.validation"):
-        return read_json(path)
-    return None
-
-
-def _run_of(client: "MlflowClient", root: Path, found: FoundModel) -> "Run":
-    """The run that trained the model: its figures, and what its data were like, are there."""
-    from mlflow.exceptions import MlflowException
-
-    if found.run_id:
-        with suppress(MlflowException):
-            return client.get_run(found.run_id)
-    runs = client.search_runs([experiment_id(client, root)], f"tags.`{HASH_TAG}` = '{found.sha256}'", max_results=1)
-    if not runs:
-        raise ValueError(
-            f"this store has no run of the model {found.sha256[:12]}…, so its figures are not known: `latentloom sync` "
-            "delivers runs that a server missed; else train it here (`dvc repro`)"
-        )
-    return runs[0]
+def _validation_objection(client: "MlflowClient", run: "Run") -> str | None:
+    failed = run_provenance(client, run).get("failed_checks")
+    if failed is None and (report := read_artifact(client, run, "validation.json")):  # of an earlier version's run
+        failed = [name for name, check in json.loads(report)["checks"].items() if not check["success"]]
+    if failed is None:
+        return "the result of its data's validation is not known: the run does not hold it"
+    return f"the validation of its data failed: {', '.join(failed)}" if failed else None
 
 
 def _register(client: "MlflowClient", root: Path, found: FoundModel, run: "Run") -> "ModelVersion":
-    """Log the model's files, and make a version of them; nothing is registered when the logging breaks off."""
+    """Log the model's files, and create a version of them; nothing is registered when the logging breaks off.
+
+    By the client's calls: `mlflow.pyfunc.log_model` would reopen the training's run, in the process's one global store.
+    """
     from mlflow.entities import LoggedModelOutput
     from mlflow.exceptions import MlflowException
-    from mlflow.models import Model
 
-    run_id, config = run.info.run_id, read_config(found.folder)
-    tags = {
-        HASH_TAG: found.sha256,
-        "vae": config.vae.reference,
-        "vae.fingerprint": config.vae.fingerprint,
-        "text_encoder": config.text_encoder.reference,
-        "text_encoder.fingerprint": config.text_encoder.fingerprint,
-        "attribution": config.attribution or "",
-        "licence": config.licence or "",
-    }
+    run_id, tags = run.info.run_id, version_tags(found)
     logged = client.create_logged_model(run.info.experiment_id, NAME, source_run_id=run_id, tags=tags)
-    entry = Model(
-        artifact_path=logged.artifact_location,
-        model_uuid=logged.model_id,
-        model_id=logged.model_id,
-        run_id=run_id,
-        metadata=tags | {"config": config.model_dump(mode="json")},
-    )
-    settings = _settings(run, found, root)
     try:
         with TemporaryDirectory() as temporary:
-            path = Path(temporary) / "served"
-            save_served_model(path, found.folder, settings, entry, {"mlflow_run_id": run_id})
+            path, provenance = Path(temporary) / "served", image_provenance(run_provenance(client, run))
+            save_served_model(path, found.folder, _settings(client, run, found, root), logged, tags, provenance)
             client.log_model_artifacts(logged.model_id, str(path))
         client.finalize_logged_model(logged.model_id, "READY")
     except BaseException:
@@ -284,57 +249,57 @@ def _register(client: "MlflowClient", root: Path, found: FoundModel, run: "Run")
     )
 
 
-def _settings(run: "Run", found: FoundModel, root: Path) -> SamplingSettings:
+def _settings(client: "MlflowClient", run: "Run", found: FoundModel, root: Path) -> SamplingSettings:
     """The settings that the run's figures were measured with, else those of the project."""
-    names = {
-        "steps": "diffusion_steps",
-        "guidance": "class_guidance",
-        "sampler": "sampler",
-        "guidance_interval": "guidance_interval",
-        "guidance_rescale": "guidance_rescale",
-        "threshold": "threshold_percentile",
+    if written := read_artifact(client, run, SAMPLING):
+        return SamplingSettings(**json.loads(written))
+    return default_settings(found.folder, root / "params.yaml")
+
+
+def _previous(client: "MlflowClient", alias: str, now: str) -> str | None:
+    """What an alias named before ``now``: the version noted then, else the last one promoted and not taken back."""
+    versions = _versions(client)
+    kept = {
+        number: version.tags
+        for number, version in versions.items()
+        if number != now and f"{alias}.taken_back" not in version.tags
     }
-    tags: Mapping[str, str] = run.data.tags
-    measured = {own: yaml.safe_load(tags[f"evaluate.{key}"]) for own, key in names.items() if f"evaluate.{key}" in tags}
-    precision = run.data.params.get("train.precision")
-    return default_settings(found.folder, root / "params.yaml").changed(**measured, precision=precision)
+    noted = versions[now].tags.get(f"{alias}.previous")
+    if noted in kept:
+        return noted
+    promoted = [number for number in kept if f"{alias}.when" in kept[number]]
+    return max(promoted, key=lambda number: kept[number][f"{alias}.when"], default=None)
+
+
+@contextmanager
+def _locked_client(root: Path) -> "Iterator[MlflowClient]":
+    """A client, for one change of the registry at a time on this machine."""
+    from filelock import FileLock
+
+    client = open_client(root)
+    (root / ".state").mkdir(exist_ok=True)
+    with FileLock(root / ".state" / "registry.lock"):
+        yield client
+
+
+def _versions(client: "MlflowClient") -> "dict[str, ModelVersion]":
+    return {number_of(version): version for version in client.search_model_versions(f"name = '{NAME}'")}
 
 
 def _aliases(client: "MlflowClient") -> dict[str, str]:
-    model = registered_model(client)
-    return {alias: str(version) for alias, version in model.aliases.items()} if model else {}
+    found = client.search_registered_models(f"name = '{NAME}'")
+    return {alias: str(version) for model in found for alias, version in model.aliases.items()}
 
 
-def _line(moves: list[Move], alias: str, now: str) -> list[str]:
-    """The versions that an alias named, without those that were taken back; ``now`` is the last."""
-    line: list[str] = []
-    for move in moves:
-        if move.alias != alias:
-            continue
-        if move.what == "demote":
-            line = line[:-1]
-        for version in (move.before if move.what == "promote" else None, move.version):
-            if version and version not in line[-1:]:
-                line.append(version)
-    return line if line and line[-1] == now else [*line, now]  # someone may have moved it in MLflow's own pages
+def _set_tags(client: "MlflowClient", version: str, tags: dict[str, str | None]) -> None:
+    """Set tags of a version; one whose value is None is deleted."""
+    held = client.get_model_version(NAME, version).tags
+    for key, value in tags.items():
+        if value is not None:
+            client.set_model_version_tag(NAME, version, key, value)
+        elif key in held:
+            client.delete_model_version_tag(NAME, version, key)
 
 
-def _record(
-    client: "MlflowClient",
-    alias: str,
-    what: str,
-    version: str | None,
-    before: str | None,
-    why: str | None,
-    figures: Figures | None,
-) -> None:
-    when = datetime.now(UTC)
-    move = Move(when.isoformat(timespec="seconds"), alias, what, version, before, why, _user(), figures)
-    client.set_registered_model_tag(NAME, f"{MOVE}{when:%Y%m%dT%H%M%S.%fZ}", json.dumps(asdict(move)))
-
-
-def _user() -> str | None:
-    try:
-        return getpass.getuser()
-    except (ImportError, KeyError, OSError):  # a container's user may have no name
-        return None
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")

@@ -14,17 +14,17 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 
 
 class ServedModel(PythonModel):
-    """Draws the very pictures that `latentloom sample` draws with the same prompt, seed and settings."""
+    """Generates the same images that `latentloom sample` does with the same prompt, seed and settings."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        from latentloom.evaluation.drawing import load_text_to_image, stored_settings
+        from latentloom.evaluation.text_to_image import load_text_to_image, stored_settings
 
         folder = Path(context.artifacts["model"])
-        self.model = load_text_to_image(folder, mlflow_run_id=context.model_config["mlflow_run_id"])
+        self.model = load_text_to_image(folder, provenance=context.model_config["provenance"])
         self.settings = stored_settings(folder)
 
     def predict(self, context, model_input, params: dict[str, Any] | None = None):
-        """One row a sample: its prompt, its number, and the picture as PNG with its facts.
+        """One row per sample: its prompt, its number, and the image as PNG with its metadata.
 
         Args:
             context: not used.
@@ -34,7 +34,7 @@ class ServedModel(PythonModel):
         Raises:
             MlflowException: when a param cannot be used, naming it; the server answers with status 400.
         """
-        from latentloom.evaluation.pictures import encode_picture
+        from latentloom.evaluation.metadata import encode_png
 
         params = params or {}
         prompts = [str(prompt) for prompt in model_input["prompt"]]
@@ -42,15 +42,15 @@ class ServedModel(PythonModel):
         try:
             if count < 1:
                 raise ValueError(f"count = {count}: at least 1")
-            settings = self.settings.changed(steps=params.get("steps"), guidance=params.get("guidance"))
-            drawn = self.model.draw(prompts, settings, seed=seed, count=count)
+            settings = self.settings.changed(diffusion_steps=params.get("steps"), class_guidance=params.get("guidance"))
         except ValueError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error
+        images = self.model.generate(prompts, settings, seed=seed, count=count)
         rows = []
-        for prompt, samples in zip(prompts, drawn, strict=True):
+        for prompt, samples in zip(prompts, images, strict=True):
             for number, image in enumerate(samples):
-                facts = self.model.facts([prompt], settings, seed=seed, first=number)
-                rows.append({"prompt": prompt, "number": number, "png": encode_picture(image, facts)})
+                metadata = self.model.metadata([prompt], settings, seed=seed, first=number)
+                rows.append({"prompt": prompt, "number": number, "png": encode_png(image, metadata)})
         return pd.DataFrame(rows, columns=["prompt", "number", "png"])
 
 

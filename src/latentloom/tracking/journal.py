@@ -1,22 +1,22 @@
-"""What a run logs, on disk before anything else: MLflow may be slow, away, or not installed, and nothing is lost.
+"""What a run logs, on disk before anything else: MLflow may be slow, away or not installed, and nothing is lost.
 
-    FOLDER/KEY/about.json    the run's name, the store that it is meant for, and its id there once it has one
-    FOLDER/KEY/events.jsonl  what was logged, one JSON object a line, in order
-    FOLDER/KEY/files/        copies of the files and pictures that are still to be delivered
-    FOLDER/KEY/delivered     how many of the events the store has
+    FOLDER/KEY/about.json    the run's name and store, its id there once it has one, and how much the store has
+    FOLDER/KEY/events.jsonl  what was logged, one JSON object per line, in order
+    FOLDER/KEY/files/        copies of the files and images that are still to be delivered
 
-A killed process leaves at worst half a last line, which is cut off. One process at a time holds a journal.
+Events are read back from the disk, so a long run takes no memory. A killed process leaves at worst half a last line,
+which is cut off. One process at a time holds a journal.
 """
 
-import itertools
 import json
 import shutil
+import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from latentloom.files import read_json, write_json, write_text
+from latentloom.files import read_json, write_json
 
 Event = dict[str, Any]
 
@@ -35,6 +35,7 @@ class Journal:
     Raises:
         JournalInUseError: when another process holds it.
         OSError: when it cannot be written.
+        UserError: when its ``about.json`` cannot be read.
     """
 
     def __init__(self, folder: Path, about: Mapping[str, Any] | None = None) -> None:
@@ -49,68 +50,76 @@ class Journal:
             raise JournalInUseError(f"another process uses {folder}") from None
         if not (folder / "about.json").exists():
             write_json(folder / "about.json", dict(about or {}))
-        self.about: dict[str, Any] = read_json(folder / "about.json")
-        self.events = self._whole_events()
-        delivered = folder / "delivered"
-        self.delivered = int(delivered.read_text()) if delivered.exists() else 0
-        self._numbers, self._writing = itertools.count(len(self.events)), threading.Lock()
-        self._file = open(folder / "events.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self._writing = threading.Lock()
+        self._file = open(folder / "events.jsonl", "ab")  # noqa: SIM115
+        end = max((end for _, end in self.events()), default=0)
+        self._file.truncate(end)
+        self.about: dict[str, Any] = {"delivered": 0} | read_json(folder / "about.json")
+        self.about["delivered"] = min(self.about["delivered"], end)  # bytes of events.jsonl; a power cut may lose some
+
+    @property
+    def status(self) -> str | None:
+        """The run's last status; None before the first."""
+        status = None
+        for event, _ in self.events():
+            status = event.get("status", status)
+        return status
+
+    @property
+    def waiting(self) -> int:
+        """How many events the store does not have."""
+        return sum(1 for _ in self.events(self.about["delivered"]))
 
     def append(self, event: Event) -> None:
-        """Add an event; it is on the system's side when this returns, safe from a kill."""
+        """Add an event; the operating system has it when this returns, so a kill does not lose it."""
+        # Names from git or the disk that are not UTF-8 come as lone surrogates, which no store takes.
+        line = json.dumps(event, ensure_ascii=False).encode("utf-8", "replace")
         with self._writing:
-            self._file.write(json.dumps(event, ensure_ascii=False) + "\n")
+            self._file.write(line + b"\n")
             self._file.flush()
-            self.events.append(event)
 
-    def keep_file(self, source: Path) -> str:
-        """Copy a file, or a folder, into the journal; its path in the journal's folder."""
-        kept = self._place(source.name)
-        if source.is_dir():
-            shutil.copytree(source, kept)
+    def events(self, start: int = 0) -> Iterator[tuple[Event, int]]:
+        """The events from byte ``start`` of the file on, in order, each with the byte where it ends."""
+        with open(self.folder / "events.jsonl", "rb") as file:
+            file.seek(start)
+            while (line := file.readline()).endswith(b"\n"):  # the last may be half written
+                yield _parsed(line), file.tell()
+
+    def mark_delivered(self, events: list[Event], end: int) -> None:
+        """The store has the ``events`` up to byte ``end``: their files are not needed any more."""
+        self.update(delivered=end)
+        for event in events:
+            if "file" in event:
+                shutil.rmtree((self.folder / event["file"]).parent, ignore_errors=True)
+
+    def keep(self, name: str, content: Path | bytes) -> str:
+        """Keep bytes, or a copy of a file or a folder, under ``name``; its path within the journal's folder."""
+        kept = Path(tempfile.mkdtemp(dir=self.folder / "files")) / name
+        if isinstance(content, bytes):
+            kept.write_bytes(content)
+        elif content.is_dir():
+            shutil.copytree(content, kept)
         else:
-            shutil.copyfile(source, kept)
+            shutil.copyfile(content, kept)
         return str(kept.relative_to(self.folder))
 
-    def keep_bytes(self, name: str, data: bytes) -> str:
-        """Write ``data`` into the journal under ``name``; its path in the journal's folder."""
-        kept = self._place(name)
-        kept.write_bytes(data)
-        return str(kept.relative_to(self.folder))
-
-    def describe(self, **about: Any) -> None:
-        """Change what ``about.json`` says."""
+    def update(self, **about: Any) -> None:
+        """Change ``about.json``."""
         self.about |= about
         write_json(self.folder / "about.json", self.about)
 
-    def mark_delivered(self, count: int) -> None:
-        """The store has the first ``count`` events: their files are not needed here any more."""
-        for event in self.events[self.delivered : count]:
-            if "file" in event:
-                shutil.rmtree((self.folder / event["file"]).parent, ignore_errors=True)
-        self.delivered = count
-        write_text(self.folder / "delivered", str(count))
-
     def close(self) -> None:
-        """Let go of the journal; one that is delivered and whose run has finished is deleted."""
+        """Release the journal; it is deleted when its run has finished and the store has all of it."""
         self._file.close()
-        status = next((event["status"] for event in reversed(self.events) if event["kind"] == "status"), None)
-        finished = status == "FINISHED" and self.delivered == len(self.events)
-        if finished:
+        if self.status == "FINISHED" and not self.waiting:
             shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.release()
 
-    def _place(self, name: str) -> Path:
-        folder = self.folder / "files" / f"{next(self._numbers):06d}"
-        shutil.rmtree(folder, ignore_errors=True)  # of an event that a kill cut short
-        folder.mkdir()
-        return folder / name
 
-    def _whole_events(self) -> list[Event]:
-        path = self.folder / "events.jsonl"
-        data = path.read_bytes() if path.exists() else b""
-        whole = data[: data.rfind(b"\n") + 1]
-        if whole != data:
-            with open(path, "rb+") as file:
-                file.truncate(len(whole))
-        return [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+def _parsed(line: bytes) -> Event:
+    """The event of a line; a line that a power cut broke holds nothing."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        event = None
+    return event if isinstance(event, dict) and "kind" in event else {"kind": "unreadable"}

@@ -1,21 +1,17 @@
-"""What a run came from, and what it was: the code, the params, the inputs by hash, the model; written into the run.
+"""Bridges the stage `train` to `training_run` until `lineage.provenance` collects what a training comes from."""
 
-These are the links that `latentloom lineage` follows back.
-"""
-
-import getpass
 import os
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from latentloom.files import read_json, sha256_file
-from latentloom.lineage.dvc_objects import directory_oid
 from latentloom.model_files import model_hash
 from latentloom.params import Params
+from latentloom.tracking import training_run
 from latentloom.tracking.runs import TrackedRun
 
 if TYPE_CHECKING:
@@ -32,45 +28,48 @@ DECIDING = {  # files that name the content of every row of the caches
     "text": TEXT / "index.parquet",
     "captions": TEXT / "pairs.parquet",
 }
-# MLflow repeats a run's params above each picture, so it gets those that decide the model; params.yaml is an artifact.
-NOT_COMPARED = {
-    "evaluate": True,
-    "machine": True,
-    "monitor": True,
-    "validate_": True,
-    "ingest": {"max_pixels", "max_aspect_ratio", "near_duplicate_distance", "max_reject_fraction"},
-    "train": {
-        "gradient_accumulation",  # the same model, within rounding
-    },
-}
 CODE_DIFF, COMMIT, MODEL_HASH = "code.diff", "mlflow.source.git.commit", "model.sha256"
 
 
 def record_start(tracked: TrackedRun, params: Params, caches: "Caches", device: str) -> None:
-    """Before the first step: the code, the params, the data sets, and a description, of the current folder."""
-    tags = git_tags(Path.cwd()) | dvc_tags() | {"device": device, "mlflow.user": getpass.getuser()}
-    tracked.set_tags(tags | input_tags(DECIDING | {"validation": VALIDATION}) | out_tags(Path("dvc.lock")))
-    tracked.log_params(params.model_dump(by_alias=True, exclude=NOT_COMPARED))
-    for path in (Path("params.yaml"), Path("dvc.lock"), VALIDATION, SOURCES, INGESTED):
-        if path.exists():
-            tracked.log_file(path)
-    if diff := code_diff(Path.cwd()):
-        tracked.log_text(diff, CODE_DIFF)
-    sources = "+".join(entry.label for entry in params.ingest.sources)
-    for context, data in (("training", caches.train), ("validation", caches.validation)):
-        given = {"name": f"{sources}-{context}", "source": str(LATENTS), "digest": data.digest(), "context": context}
-        tracked.log_dataset(data.table(), **given)
-    tracked.describe(_description(params, caches, tags))
+    """`training_run.record_start` with what the current folder says."""
+    splits = {"training": caches.train, "validation": caches.validation}
+    training_run.record_start(
+        tracked,
+        params.model_dump(by_alias=True),
+        _provenance(),
+        images={split: len(data) for split, data in splits.items()},
+        digest={split: data.digest() for split, data in splits.items()},
+        device=device,
+        code_diff=code_diff(Path.cwd()),
+    )
 
 
 def record_model(tracked: TrackedRun, params: Params, caches: "Caches", folder: Path, result: "TrainingResult") -> None:
-    """After the last step: the model's names and its config, and the figures in the description."""
-    tracked.set_tags({MODEL_HASH: model_hash(folder), f"dvc.{folder}": directory_oid(folder)})
-    tracked.log_file(folder / "config.json", "model")
-    figures = {"train MAE": result.metrics["train_mae"], "validation MAE": result.val_mae}
-    told = ", ".join(f"{name} **{value:.3f}**" for name, value in figures.items() if value is not None)
-    tags = git_tags(Path.cwd()) | dvc_tags()
-    tracked.describe(_description(params, caches, tags) + f"\n\nAt the end: {told}. Model `{model_hash(folder)[:12]}`.")
+    """`training_run.record_model` with the model in ``folder``."""
+    training_run.record_model(
+        tracked,
+        metrics=result.metrics,
+        val_mae=result.val_mae,
+        model_folder=folder,
+        model_sha256=model_hash(folder),
+        provenance=_provenance(),
+    )
+
+
+def _provenance() -> dict[str, Any]:
+    code, inputs = git_tags(Path.cwd()), DECIDING | {"validation": VALIDATION}
+    checks = read_json(VALIDATION)["checks"] if VALIDATION.exists() else None
+    return {
+        "commit": code[COMMIT],
+        "dirty": None if code["git.dirty"] is None else code["git.dirty"] == "true",
+        "branch": code["git.branch"],
+        "experiment": os.environ.get("DVC_EXP_NAME"),
+        "inputs": {name: sha256_file(path) for name, path in inputs.items() if path.exists()},
+        "outs": out_tags(Path("dvc.lock")),
+        "ingested": read_json(INGESTED) if INGESTED.exists() else {},
+        "failed_checks": None if checks is None else [name for name, check in checks.items() if not check["success"]],
+    }
 
 
 def git_tags(root: Path) -> dict[str, str | None]:
@@ -112,25 +111,6 @@ def out_tags(lock: Path) -> dict[str, str]:
     stages = yaml.safe_load(lock.read_text(encoding="utf-8")).get("stages", {})
     outs = [out for stage in stages.values() for out in stage.get("outs", [])]
     return {f"dvc.{out['path']}": out["md5"] for out in outs if out["path"].startswith("data/") and "md5" in out}
-
-
-def _description(params: Params, caches: "Caches", tags: dict[str, str | None]) -> str:
-    sources = " and ".join(entry.label for entry in params.ingest.sources)
-    widths = "/".join(map(str, params.model.widths))
-    lines = [
-        f"**{len(caches.train):,} images of {sources}** ({len(caches.validation):,} held out), "
-        f"{params.train.steps:,} steps of {params.train.batch_size} images, widths {widths}, "
-        f"learning rate {params.train.learning_rate:g}, seed {params.seed}."
-    ]
-    if commit := tags[COMMIT]:
-        changed = f", with local changes (`{CODE_DIFF}`)" if tags["git.dirty"] == "true" else ""
-        lines.append(f"Code: commit `{commit[:10]}` of `{tags['git.branch']}`{changed}.")
-    if name := tags["dvc.experiment"]:
-        lines.append(f"DVC experiment `{name}`: `dvc exp apply {name}` brings it back.")
-    if VALIDATION.exists():
-        failed = [name for name, check in read_json(VALIDATION)["checks"].items() if not check["success"]]
-        lines.append(f"Validation failed: **{', '.join(failed)}**." if failed else "Validation: all checks passed.")
-    return "\n\n".join(lines)
 
 
 def _git(root: Path, *arguments: str, **environment: str) -> str | None:

@@ -1,41 +1,46 @@
 """Which MLflow store holds our runs, how it is opened, and the experiment in it.
 
 Where `MLFLOW_TRACKING_URI` is set, everything goes there; otherwise into an SQLite store at the project's root, by
-absolute path, so that experiments that DVC runs in temporary copies land in the same place.
+absolute path, so that experiments that DVC runs in temporary copies are stored in the same place.
 """
 
 import logging
 import os
+import re
 import sqlite3
-import time
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
 
 from latentloom.files import atomic_path
-from latentloom.tracking.charts import TAG, saved_view
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 EXPERIMENT = "latentloom"
-# So that the UI opens on runs, charts and image grids; without it, it guesses a project of language-model prompts.
-SHOWN_AS = {"mlflow.experimentKind": "custom_model_development"}
+# So that the UI opens on runs, charts and image grids; without it, it assumes a project of language-model prompts.
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+TIMEOUT = 10  # seconds
 
-# MLflow reads these when it is imported. Its usage statistics are off unless the user turns them on; a server that is
+# MLflow reads these when it is imported. Its usage statistics are off unless the user turns them on. A server that is
 # away costs seconds, not the minutes that MLflow would retry for. MLflow would also send a request again whose answer
-# was lost, and so make a run twice; `delivery.py` tries again by itself, and looks first at what has arrived.
+# was lost, and so create a run twice; `delivery.py` tries again itself, and first looks at what has arrived.
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": str(TIMEOUT),
 }
 
 
 def tracking_uri(root: Path) -> str:
     """`MLFLOW_TRACKING_URI` where it is set, else the project's own SQLite store."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.resolve() / 'mlflow.db'}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or _sqlite_uri(root.resolve() / "mlflow.db")
+
+
+def ui_address(server: str, experiment_id: str) -> str:
+    """Where MLflow's page of the experiment's runs opens in a browser."""
+    return f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs"
 
 
 def without_credentials(uri: str) -> str:
@@ -46,6 +51,12 @@ def without_credentials(uri: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
+def first_line(error: Exception) -> str:
+    """An error in one line, without the user and password of an address in it."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    return re.sub(r"://[^/@\s]*@", "://", f"{type(error).__name__}: {line}")
+
+
 def current_target() -> str | None:
     """The store that the environment names, without credentials; None for the project's own."""
     uri = os.environ.get("MLFLOW_TRACKING_URI")
@@ -53,11 +64,11 @@ def current_target() -> str | None:
 
 
 def open_client(root: Path) -> "MlflowClient":
-    """A client of the store, which is made where it is the project's own and not there yet.
+    """A client of the store; the project's own store is created if need be.
 
     Raises:
-        ImportError: when MLflow is not installed.
-        mlflow.exceptions.MlflowException: when the store cannot be reached.
+        ImportError: when MLflow, or a database's driver, is not installed.
+        mlflow.exceptions.MlflowException, sqlalchemy.exc.SQLAlchemyError: when the store cannot be reached.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -71,33 +82,55 @@ def open_client(root: Path) -> "MlflowClient":
         store = root.resolve() / "mlflow.db"
         if not os.environ.get("MLFLOW_TRACKING_URI"):
             if not store.exists():
-                # MLflow cannot open a store whose migration was killed half-way, so it is made under another name.
+                # MLflow cannot open a store whose migration was killed half-way, so it is created under another name.
                 with atomic_path(store) as temporary:
-                    MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
+                    MlflowClient(_sqlite_uri(temporary)).search_experiments(max_results=1)
             _write_ahead(store)
+        _check_database(tracking_uri(root))
         client = MlflowClient(tracking_uri(root))
         client.search_experiments(max_results=1)
     return client
 
 
 def experiment_id(client: "MlflowClient", root: Path) -> str:
-    """The id of the experiment that holds our runs: `MLFLOW_EXPERIMENT_NAME`, or ``latentloom``; made if need be."""
-    from filelock import FileLock
+    """The id of our runs' experiment: `MLFLOW_EXPERIMENT_NAME`, or ``latentloom``; created if need be."""
     from mlflow.exceptions import MlflowException
 
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
-    with FileLock(root / ".mlflow.lock"):
-        if found := client.get_experiment_by_name(name):
-            return found.experiment_id
-        own_store = not os.environ.get("MLFLOW_TRACKING_URI")
-        location = (root.resolve() / "mlartifacts").as_uri() if own_store else None
-        tags = SHOWN_AS | {TAG: saved_view(step=0, time=int(time.time() * 1000))}
-        try:
-            return client.create_experiment(name, artifact_location=location, tags=tags)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-            return client.get_experiment_by_name(name).experiment_id  # on a team's server another machine was first
+    if found := client.get_experiment_by_name(name):
+        return found.experiment_id
+    own_store = not os.environ.get("MLFLOW_TRACKING_URI")
+    location = (root.resolve() / "mlartifacts").as_uri() if own_store else None
+    try:
+        return client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        return client.get_experiment_by_name(name).experiment_id  # another process was first
+
+
+def _sqlite_uri(path: Path) -> str:
+    """The address of an SQLite file. SQLAlchemy decodes ``%XX`` in it and takes ``?`` as the start of a query."""
+    quoted = str(path).replace("%", "%25").replace("?", "%3F")
+    # With a driver in the address, MLflow does not create a folder by the quoted name.
+    return f"{'sqlite' if quoted == str(path) else 'sqlite+pysqlite'}:///{quoted}"
+
+
+def _check_database(uri: str) -> None:
+    """Connect once to a database: MLflow tries for minutes, with a page of warnings."""
+    scheme = uri.partition(":")[0].partition("+")[0]
+    if scheme not in ("sqlite", "postgresql", "mysql", "mssql"):
+        return
+    import sqlalchemy
+
+    options = {"connect_timeout": TIMEOUT} if scheme in ("postgresql", "mysql") else {}
+    engine = sqlalchemy.create_engine(uri, connect_args=options)
+    if scheme == "sqlite" and (path := engine.url.database):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)  # as MLflow does
+    try:
+        sqlalchemy.inspect(engine).get_table_names()
+    finally:
+        engine.dispose()
 
 
 def _write_ahead(store: Path) -> None:

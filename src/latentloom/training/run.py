@@ -17,7 +17,6 @@ from latentloom.tracking.runs import TrackedRun
 from latentloom.training.checkpoints import Checkpoint, Checkpoints
 from latentloom.training.curves import Curves
 from latentloom.training.interruption import StopRequest, TrainingStopped
-from latentloom.training.latent_bound import latent_bound
 from latentloom.training.learning_rate import learning_rate_at, open_ended_steps
 from latentloom.training.loop import Step, TrainingState, train
 from latentloom.training.preview import Decoder
@@ -216,7 +215,7 @@ def model_config(params: Params, caches: Caches) -> ModelConfig:
         schedule=params.diffusion.schedule,
         latent_mean=latents["mean"],
         latent_std=latents["std"],
-        latent_bound=latent_bound(caches.train),
+        latent_bound=caches.latent_statistics["bound"],
         vae=_encoder_reference(latents["vae"]),
         text_encoder=_encoder_reference(text["encoder"]),
         attribution=latents["attribution"],

@@ -1,11 +1,11 @@
 """Great Expectations over all that the earlier stages left: is this data worth a training?
 
-Files on disk (``inputs``) -> scalar tables (``tables``) -> expectations over their columns (``expectations``) -> one
-``ValidationReport`` (``report``) as JSON and text, and pages for a browser (``data_docs``), the first of which shows
-the data itself (``overview``, ``contact_sheets``).
+Files on disk (``inputs``) -> scalar tables (``tables``) -> checks of their columns (``checks``, run by ``runner``) ->
+one ``ValidationReport`` (``report``) as JSON and text, and pages for a browser (``data_docs``), the first of which
+shows the data itself (``overview``, ``contact_sheets``).
 """
 
-from latentloom.validation.report import Check, ValidationFailed, ValidationReport
+from latentloom.validation.report import CheckResult, ValidationFailed, ValidationReport
 from latentloom.validation.runner import validate
 
-__all__ = ["Check", "ValidationFailed", "ValidationReport", "validate"]
+__all__ = ["CheckResult", "ValidationFailed", "ValidationReport", "validate"]

@@ -1,7 +1,7 @@
-"""The pictures a person looks at to judge the data: some of the kept images, of the refused ones, and of the twins.
+"""The pictures by which to judge the data: some of the kept images, of the rejected ones, and of the near duplicates.
 
 Kept images are those whose ids, read backwards, come first: an id is a hash of the picture, so that is a fair sample,
-and the same one for the same data. (Read forwards it would not be fair: an id's beginning decides the split.) Refused
+and the same one for the same data. (Read forwards it would not be fair: an id's beginning decides the split.) Rejected
 ones are the first of each reason, those with a picture before those without.
 """
 
@@ -19,14 +19,14 @@ from latentloom.validation.inputs import Inputs
 from latentloom.validation.tables import Tables
 
 KEPT = 48
-REFUSED = 8  # of each reason
-TWINS = 12  # pairs, the most alike first
-THUMBNAIL = 160  # pixels a side, at most
+REJECTED = 8  # of each reason
+NEAR_DUPLICATES = 12  # pairs, the most alike first
+THUMBNAIL = 160  # pixels per side, at most
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One picture with its words; ``picture`` is a file name, or None where there is nothing to show."""
+    """One picture with its text; ``picture`` is a file name, or None where there is nothing to show."""
 
     picture: str | None
     text: str
@@ -34,17 +34,17 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Twins:
-    image: Tile
-    twin: Tile
-    distance: int
+class NearDuplicates:
+    first: Tile
+    second: Tile
+    distance: int  # bits of the perceptual hash
 
 
 @dataclass(frozen=True)
 class ContactSheets:
     kept: list[Tile]
-    refused: dict[str, list[Tile]]  # by reason
-    twins: list[Twins]
+    rejected: dict[str, list[Tile]]  # by reason
+    near_duplicates: list[NearDuplicates]
     pictures: dict[str, bytes]  # file name -> PNG, of all tiles
 
 
@@ -52,13 +52,13 @@ def make_contact_sheets(inputs: Inputs, tables: Tables) -> ContactSheets:
     """Choose the pictures of all three sheets and read them, in one pass over the shards of images.
 
     Raises:
-        FileNotFoundError, ValueError: when a shard of images is missing or damaged, naming it.
+        UserError: when a shard of images is missing or damaged, naming it.
     """
     chosen = heapq.nsmallest(KEPT, tables.images["id"].unique(), key=lambda image_id: image_id[::-1])
     kept = tables.images[tables.images["id"].isin(chosen)].drop_duplicates("id").set_index("id").loc[chosen]
-    alike = tables.near_duplicates.sort_values(["distance", "image_id", "twin_id"], kind="stable").head(TWINS)
-    rejects = tables.rejects.sort_values("preview", key=lambda previews: previews.isna(), kind="stable")
-    rejects = rejects.groupby("reason", sort=False).head(REFUSED)
+    alike = tables.near_duplicates.sort_values(["distance", "image_id", "twin_id"], kind="stable").head(NEAR_DUPLICATES)
+    rejects = all_rejects(inputs).sort_values("preview", key=lambda previews: previews.isna(), kind="stable")
+    rejects = rejects.groupby("reason", sort=False).head(REJECTED)
 
     wanted = {*chosen, *alike["image_id"], *alike["twin_id"], *rejects["id"].dropna()}
     shown = {image_id: _thumbnail(pixels) for image_id, pixels in iterate_images(inputs.folder / "images", wanted)}
@@ -72,22 +72,27 @@ def make_contact_sheets(inputs: Inputs, tables: Tables) -> ContactSheets:
         pictures[name] = png
         return Tile(name, text, note)
 
-    def twin(image_id: str, split: str | float) -> Tile:
+    def member(image_id: str, split: str | float) -> Tile:
         return tile(shown.get(image_id), captions.get(image_id, image_id), split if isinstance(split, str) else "")
 
-    refused: dict[str, list[Tile]] = {}
+    rejected: dict[str, list[Tile]] = {}
     for row in rejects.itertuples():
         preview = row.preview if isinstance(row.preview, bytes) else shown.get(row.id)
-        refused.setdefault(row.reason, []).append(tile(preview, row.key, row.detail))
+        rejected.setdefault(row.reason, []).append(tile(preview, row.key, row.detail))
     return ContactSheets(
         kept=[tile(shown.get(row.Index), captions.get(row.Index, ""), row.split) for row in kept.itertuples()],
-        refused=refused,
-        twins=[
-            Twins(twin(row.image_id, row.split), twin(row.twin_id, row.twin_split), row.distance)
+        rejected=rejected,
+        near_duplicates=[
+            NearDuplicates(member(row.image_id, row.split), member(row.twin_id, row.twin_split), row.distance)
             for row in alike.itertuples()
         ],
         pictures=pictures,
     )
+
+
+def all_rejects(inputs: Inputs) -> pd.DataFrame:
+    """The rejected samples, then the images whose latent was rejected: source, key, reason, detail, preview and id."""
+    return pd.concat([inputs.rejects, inputs.latent_rejects], ignore_index=True)
 
 
 def _thumbnail(pixels: np.ndarray) -> bytes:

@@ -1,6 +1,6 @@
 """The report for a browser: Great Expectations' own Data Docs pages, in a frame that needs no network.
 
-Its stock pages load Bootstrap, jQuery and a logo from the network, show nothing on the index without them, and bear
+Its stock pages load Bootstrap, jQuery and a logo from the network, show nothing on the index without them, and hold
 times and random ids. So its renderer makes the content of a page for each table, and the templates beside this file
 make the page around it and the index: plain HTML and CSS with pictures beside them, the same bytes for the same data.
 """

@@ -1,13 +1,13 @@
-"""What the earlier stages left in ``data``, read and held against the form that each file must have.
+"""What the earlier stages left in ``data``, read and checked for the form that each file must have.
 
-    images/                   one row a kept image, its picture left alone; how many samples each source held
-    rejects.parquet           one row a refused sample, some with a small picture
-    near_duplicates.parquet   one row a pair of kept images that look alike
-    latents/                  index, statistics, and one row an image whose latent was refused
-    text/                     index, statistics, and one row an (image, caption)
+    images/                   one row per kept image, without its pixels; how many samples each source held
+    rejects.parquet           one row per rejected sample, some with a small picture
+    near_duplicates.parquet   one row per pair of kept images that look alike
+    latents/                  index, statistics, and one row per image whose latent was rejected
+    text/                     index, statistics, and one row per (image, caption)
 
-Whether the values make sense is for the expectations to say. Tensors are never opened: each index carries the mean,
-std and finiteness of its tensors, taken when they were made.
+Whether the values make sense is for ``checks`` to say. Tensors are never opened: each index carries the mean, std and
+finiteness of its tensors, taken when they were made.
 """
 
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
 
+from latentloom.errors import UserError
 from latentloom.files import read_json
 from latentloom.ingestion.shards import MANIFEST, read_manifest, read_metadata
 
@@ -27,7 +28,7 @@ REJECTS = pa.schema({**dict.fromkeys(["source", "key", "reason", "detail"], TEXT
 NEAR_DUPLICATES = pa.schema({"image_id": TEXT, "twin_id": TEXT, "distance": COUNT})
 LATENT_INDEX = pa.schema(
     {
-        **dict.fromkeys(["id", "key", "split", "shard"], TEXT),
+        **dict.fromkeys(["id", "split", "shard"], TEXT),
         **dict.fromkeys(["weight", "mean", "std", "abs_max"], NUMBER),
         "finite": FLAG,
         **dict.fromkeys(["channels", "height", "width"], COUNT),
@@ -36,7 +37,7 @@ LATENT_INDEX = pa.schema(
 LATENT_REJECTS = pa.schema(dict.fromkeys(["id", "source", "key", "reason", "detail"], TEXT))
 TEXT_INDEX = pa.schema(
     {
-        **dict.fromkeys(["id", "text", "key", "shard"], TEXT),
+        **dict.fromkeys(["id", "text", "shard"], TEXT),
         **dict.fromkeys(["mean", "std", "norm"], NUMBER),
         "finite": FLAG,
         "dim": COUNT,
@@ -51,6 +52,8 @@ class Source(BaseModel):
     name: str
     weight: float
     found: int
+    kept: int
+    rejected: int
     attribution: str | None
     licence: str | None
 
@@ -67,12 +70,8 @@ class Encoder(BaseModel):
 class LatentStats(BaseModel):
     format_version: Literal[2]
     vae: Encoder
-    distribution: Literal["mean", "moments"]
     flip: bool
     latent_shape: tuple[int, int, int]
-    rows: int
-    train_rows: int
-    rejected: int
     mean: list[float | None]
     std: list[float | None]
 
@@ -81,7 +80,6 @@ class TextStats(BaseModel):
     format_version: Literal[2]
     encoder: Encoder
     dim: int
-    rows: int
 
 
 @dataclass(frozen=True)
@@ -102,11 +100,10 @@ class Inputs:
 
 
 def read_inputs(folder: Path) -> Inputs:
-    """Read everything of ``data`` but pictures and tensors.
+    """Read everything in ``data`` but pixels and tensors.
 
     Raises:
-        FileNotFoundError: naming the file that is missing.
-        ValueError: naming the file that is damaged, or lacks a column or a value it must have, and what to do.
+        UserError: naming the file that is missing, damaged, or lacks a column or a value, and what to do.
     """
     images, latents, text = folder / "images", folder / "latents", folder / "text"
     return Inputs(
@@ -126,19 +123,19 @@ def read_inputs(folder: Path) -> Inputs:
 
 def _read_table(path: Path, schema: pa.Schema, may_be_null: tuple[str, ...] = ()) -> pd.DataFrame:
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: run `dvc repro`, which makes it")
+        raise UserError(f"{path} does not exist: run `dvc repro`, which makes it")
     try:
         with pq.ParquetFile(path) as file:
             missing = [name for name in schema.names if name not in file.schema_arrow.names]
             if missing:
-                raise ValueError(f"no column {', '.join(missing)}")
+                raise pa.ArrowKeyError(f"no column {', '.join(missing)}")
             table = file.read(columns=schema.names).select(schema.names).cast(schema)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be used ({error}): delete it and run `dvc repro`") from error
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be used ({error}): delete it and run `dvc repro`") from error
     for name in schema.names:
         nulls = table[name].null_count
         if nulls and name not in may_be_null and not pa.types.is_floating(schema.field(name).type):
-            raise ValueError(f"{path} lacks {name} in {nulls} of {len(table)} rows: delete it and run `dvc repro`")
+            raise UserError(f"{path} lacks {name} in {nulls} of {len(table)} rows: delete it and run `dvc repro`")
     return table.to_pandas(ignore_metadata=True)
 
 
@@ -151,4 +148,4 @@ def _parse(path: Path, document: object, model: type[Document]) -> Document:
         return model.model_validate(document)
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg'].lower()}" for item in error.errors())
-        raise ValueError(f"{path} cannot be used ({faults}): delete it and run `dvc repro`") from error
+        raise UserError(f"{path} cannot be used ({faults}): delete it and run `dvc repro`") from error

@@ -1,4 +1,4 @@
-"""The data at a glance, for the first page: counts, distributions, and what was refused and why.
+"""The data at a glance, for the first page: counts, distributions, and what was rejected and why.
 
 Everything is a function of the files alone, without time or chance: the same data gives the same page.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from latentloom.validation.contact_sheets import ContactSheets, Tile, Twins, make_contact_sheets
+from latentloom.validation.contact_sheets import ContactSheets, NearDuplicates, Tile, all_rejects, make_contact_sheets
 from latentloom.validation.inputs import Inputs
 from latentloom.validation.tables import SPLITS, Tables
 
@@ -30,21 +30,21 @@ class Bar:
 
 @dataclass(frozen=True)
 class SourceCounts:
-    """What came of one source; ``found``, ``kept`` and ``refused`` count samples, the rest is of the manifest."""
+    """What came of one source, in samples and images; the rest is from the manifest."""
 
     name: str
     found: int
     kept: int
-    refused: int
+    rejected: int
     train: int
     validation: int
-    weight: float | None
+    weight: float
     attribution: str | None
     licence: str | None
 
 
 @dataclass(frozen=True)
-class Refusals:
+class Rejections:
     """One reason: how many, the first of them in words, and some in pictures."""
 
     bar: Bar
@@ -60,10 +60,10 @@ class Overview:
     caption_lengths: list[Bar]
     sizes: list[Bar]
     aspects: list[Bar]
-    refusals: list[Refusals]
+    rejections: list[Rejections]
     near_duplicates: int
     moved_to_train: int
-    twins: list[Twins]
+    near_duplicate_pairs: list[NearDuplicates]  # the first few
     kept: list[Tile]
     pictures: dict[str, bytes]  # file name -> PNG
 
@@ -72,7 +72,7 @@ def describe(inputs: Inputs, tables: Tables, val_fraction: float) -> Overview:
     """The overview of one ``data`` folder; reads the few pictures that it shows.
 
     Raises:
-        FileNotFoundError, ValueError: when a shard of images is missing or damaged, naming it.
+        UserError: when a shard of images is missing or damaged, naming it.
     """
     sheets = make_contact_sheets(inputs, tables)
     images, counts = tables.images, tables.images["split"].value_counts()
@@ -80,24 +80,37 @@ def describe(inputs: Inputs, tables: Tables, val_fraction: float) -> Overview:
         counts={
             "found": inputs.manifest.found,
             "kept": len(images),
-            "refused": len(inputs.rejects),
+            "rejected": len(inputs.rejects),
             **{split: int(counts.get(split, 0)) for split in SPLITS},
             "latents": len(tables.latents),
-            "latents refused": len(inputs.latent_rejects),
+            "latents rejected": len(inputs.latent_rejects),
             "captions": len(tables.captions),
             "pairs": len(tables.pairs),
         },
-        sources=_sources(inputs, tables),
+        sources=_sources(inputs),
         caption_lengths=caption_lengths(tables.captions["length"].dropna()),
         sizes=image_sizes(images[["width", "height"]].min(axis=1)),
         aspects=aspect_ratios(images["width"] / images["height"]),
-        refusals=_refusals(tables.rejects, sheets),
+        rejections=_rejections(all_rejects(inputs), sheets),
         near_duplicates=len(tables.near_duplicates),
         moved_to_train=_moved_to_train(inputs, val_fraction),
-        twins=sheets.twins,
+        near_duplicate_pairs=sheets.near_duplicates,
         kept=sheets.kept,
         pictures=sheets.pictures,
     )
+
+
+def no_held_out_image(inputs: Inputs, val_fraction: float) -> str | None:
+    """A notice that the validation split is empty, and why; None where it is not."""
+    if (inputs.latents["split"] == "validation").any():
+        return None
+    if val_fraction == 0:
+        reason = "ingest.val_fraction is 0"
+    elif moved := _moved_to_train(inputs, val_fraction):
+        reason = f"{moved} images were moved to the training split with their near duplicates"
+    else:
+        reason = f"of {len(inputs.latents)} images, ingest.val_fraction = {val_fraction} chose none"
+    return f"no held-out image: {reason}; training can neither measure val/mae nor keep the best model"
 
 
 def caption_lengths(lengths: pd.Series) -> list[Bar]:
@@ -141,38 +154,36 @@ def _bars(labels: Sequence[str], counts: Iterable[int]) -> list[Bar]:
     ]
 
 
-def _sources(inputs: Inputs, tables: Tables) -> list[SourceCounts]:
-    named = {source.name: source for source in inputs.manifest.sources}
-    images = tables.images
-    in_split = {split: images.loc[images["split"] == split, "source"].value_counts() for split in SPLITS}
+def _sources(inputs: Inputs) -> list[SourceCounts]:
+    in_split = inputs.images.groupby("split")["source"].value_counts()
     return [
         SourceCounts(
-            name=row.id,
-            found=row.found,
-            kept=row.kept,
-            refused=row.refused,
-            train=int(in_split["train"].get(row.id, 0)),
-            validation=int(in_split["validation"].get(row.id, 0)),
-            weight=named[row.id].weight if row.id in named else None,
-            attribution=named[row.id].attribution if row.id in named else None,
-            licence=named[row.id].licence if row.id in named else None,
+            name=source.name,
+            found=source.found,
+            kept=source.kept,
+            rejected=source.rejected,
+            train=int(in_split.get(("train", source.name), 0)),
+            validation=int(in_split.get(("validation", source.name), 0)),
+            weight=source.weight,
+            attribution=source.attribution,
+            licence=source.licence,
         )
-        for row in tables.sources.itertuples()
+        for source in inputs.manifest.sources
     ]
 
 
-def _refusals(rejects: pd.DataFrame, sheets: ContactSheets) -> list[Refusals]:
+def _rejections(rejects: pd.DataFrame, sheets: ContactSheets) -> list[Rejections]:
     """The reasons, the most frequent first."""
     counts = rejects["reason"].value_counts().sort_index().sort_values(ascending=False, kind="stable")
     first = rejects.drop_duplicates("reason").set_index("reason")
     return [
-        Refusals(bar, first.loc[bar.label, "key"], first.loc[bar.label, "detail"], sheets.refused[bar.label])
+        Rejections(bar, first.loc[bar.label, "key"], first.loc[bar.label, "detail"], sheets.rejected[bar.label])
         for bar in _bars(list(counts.index), counts)
     ]
 
 
 def _moved_to_train(inputs: Inputs, val_fraction: float) -> int:
-    """How many images are in train for their twin's sake: the hash that is their id had drawn validation."""
-    twins = pd.concat([inputs.near_duplicates["image_id"], inputs.near_duplicates["twin_id"]])
-    in_train = inputs.images.loc[inputs.images["id"].isin(twins) & (inputs.images["split"] == "train"), "id"]
+    """How many images are in train for the sake of a near duplicate: the hash that is their id chose validation."""
+    paired = pd.concat([inputs.near_duplicates["image_id"], inputs.near_duplicates["twin_id"]])
+    in_train = inputs.images.loc[inputs.images["id"].isin(paired) & (inputs.images["split"] == "train"), "id"]
     return sum(int(image_id[:16], 16) / 2**64 < val_fraction for image_id in in_train)

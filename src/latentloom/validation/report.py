@@ -1,4 +1,4 @@
-"""What a validation found, as JSON for machines and as text for the person at the keyboard.
+"""What a validation found, as JSON for machines and as text for the user.
 
 Nothing here depends on the time or the machine: the same caches and params give the same bytes.
 """
@@ -6,17 +6,20 @@ Nothing here depends on the time or the machine: the same caches and params give
 import json
 from dataclasses import asdict, dataclass
 
+from latentloom.errors import UserError
 
-class ValidationFailed(ValueError):
+
+class ValidationFailed(UserError):
     """The caches are not fit to train on; the message is the report's explanation."""
 
 
 @dataclass(frozen=True)
-class Check:
+class CheckResult:
     name: str
     table: str
     column: str
     requirement: str
+    protects: str
     success: bool
     offending: int  # rows of the table that break the requirement
     ids: tuple[str, ...]  # of the first few of them; empty for the table "dataset", which has one row
@@ -26,46 +29,49 @@ class Check:
     @property
     def found(self) -> tuple[float | int | str, ...]:
         """The observed values, where they say more than that the check failed and for which ids."""
-        told = self.observed == self.ids or all(isinstance(value, bool) for value in self.observed)
-        return () if told else self.observed
+        says_nothing = self.observed == self.ids or all(isinstance(value, bool) for value in self.observed)
+        return () if says_nothing else self.observed
 
 
 @dataclass(frozen=True)
 class ValidationReport:
-    checks: tuple[Check, ...]
+    checks: tuple[CheckResult, ...]
     rows: dict[str, int]  # of each table
+    notices: tuple[str, ...] = ()  # what the user should know, though no check fails for it
 
     @property
     def success(self) -> bool:
         return not self.failures
 
     @property
-    def failures(self) -> tuple[Check, ...]:
+    def failures(self) -> tuple[CheckResult, ...]:
         return tuple(check for check in self.checks if not check.success)
 
     def to_json(self) -> str:
-        """The report as indented JSON, ``{"success", "rows": {table: n}, "checks": {name: {…}}}``."""
+        """The report as indented JSON, ``{"success", "notices", "rows": {table: n}, "checks": {name: {…}}}``."""
         checks = [asdict(check) for check in self.checks]
         document = {
             "success": self.success,
+            "notices": self.notices,
             "rows": self.rows,
             "checks": {check.pop("name"): check for check in checks},
         }
         return json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     def explain(self) -> str:
-        """For each failing check: its name, what it requires, how many rows break it, the first ids, what to do."""
+        """For each failing check: its name, what it requires and why, how many rows break it, which, what to do."""
         if self.success:
             return f"{len(self.checks)} checks passed"
         return "\n".join(
             [f"{len(self.failures)} of {len(self.checks)} checks failed", *(self._explain(c) for c in self.failures)]
         )
 
-    def _explain(self, check: Check) -> str:
+    def _explain(self, check: CheckResult) -> str:
         whole = check.table == "dataset"
         lines = [
             f"\n{check.name}: " + ("" if whole else f"{check.offending} of {self.rows[check.table]} {check.table}"),
             f"  required: {check.requirement}",
+            f"  why: {check.protects}",
         ]
         if check.found:
             lines.append(f"  found: {', '.join(map(str, check.found))}")

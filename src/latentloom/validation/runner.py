@@ -1,13 +1,13 @@
-"""Runs the expectations over the tables, with Great Expectations kept quiet and out of the files.
+"""Runs the checks as Great Expectations over the tables, with that library kept quiet and out of the files.
 
-The context is ephemeral: no project folder is made. Great Expectations takes seconds to import, so that happens after
-the files have been read, and a damaged one is told of at once.
+The context is ephemeral: no project folder is made. Great Expectations takes seconds to import, all of it with its
+first name, so that happens after the files have been read: a damaged one is reported at once.
 """
 
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from latentloom.params import ValidateParams
+from latentloom.validation.checks import Between, Check, Equals, Expected, Unique, checks
 from latentloom.validation.inputs import read_inputs
-from latentloom.validation.overview import describe
-from latentloom.validation.report import Check, ValidationReport
+from latentloom.validation.overview import describe, no_held_out_image
+from latentloom.validation.report import CheckResult, ValidationReport
 from latentloom.validation.tables import Tables, derive_tables, shape_text
 
 if TYPE_CHECKING:
@@ -48,39 +49,34 @@ def validate(
             nowhere.
 
     Raises:
-        FileNotFoundError: naming the file that is missing.
-        ValueError: naming the file that is damaged and what to do. A failing check is not an error here: it is in
-            the report.
+        UserError: naming the file that is missing or damaged and what to do. A failing check is not an error here: it
+            is in the report.
     """
     inputs = read_inputs(data)
     tables = derive_tables(inputs)
-    os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
-    from latentloom.validation.data_docs import write_data_docs
-    from latentloom.validation.expectations import Expected, expectations
-
     expected = Expected(
         vae_fingerprint=expected_vae_fingerprint,
         text_fingerprint=expected_text_fingerprint,
         val_fraction=val_fraction,
-        found=sum(source.found for source in inputs.manifest.sources),
         latents=len(tables.latents),
-        train_images=int(tables.dataset["train_images"].iloc[0]),
-        refused_latents=len(inputs.latent_rejects),
-        captions=len(tables.captions),
+        rejected_latents=len(inputs.latent_rejects),
         latent_shape=shape_text(inputs.latent_stats.latent_shape),
-        channels=inputs.latent_stats.latent_shape[0],
         embedding_dim=inputs.text_stats.dim,
     )
+    rows = checks(params, expected)
+    notice = no_held_out_image(inputs, val_fraction)
+    overview = None if docs_folder is None else describe(inputs, tables, val_fraction)
+    os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
     with _quiet():
-        results = _run(expectations(params, expected), tables)
+        results = _run(rows, tables)
         report = ValidationReport(
-            checks=tuple(
-                _check(item, name, frame) for name, frame in tables.frames().items() for item in results[name].results
-            ),
+            checks=tuple(_results(rows, results, tables)),
             rows={name: len(frame) for name, frame in tables.frames().items()},
+            notices=() if notice is None else (notice,),
         )
-        if docs_folder is not None:
-            overview = describe(inputs, tables, val_fraction)
+        if overview is not None:
+            from latentloom.validation.data_docs import write_data_docs
+
             write_data_docs(docs_folder, report, results, overview)
     return report
 
@@ -96,7 +92,8 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _run(suites: dict[str, list["Expectation"]], tables: Tables) -> dict[str, "ExpectationSuiteValidationResult"]:
+def _run(rows: Iterable[Check], tables: Tables) -> dict[str, "ExpectationSuiteValidationResult"]:
+    """What Great Expectations found, by table."""
     import great_expectations as gx
 
     context = gx.get_context(mode="ephemeral")
@@ -106,9 +103,10 @@ def _run(suites: dict[str, list["Expectation"]], tables: Tables) -> dict[str, "E
     results = {}
     for name, frame in tables.frames().items():
         batch = source.add_dataframe_asset(name).add_batch_definition_whole_dataframe("whole")
-        suite = context.suites.add(gx.ExpectationSuite(name, expectations=suites[name]))
+        expectations = [_expectation(row) for row in rows if row.table == name]
+        suite = context.suites.add(gx.ExpectationSuite(name, expectations=expectations))
         definition = context.validation_definitions.add(gx.ValidationDefinition(name=name, data=batch, suite=suite))
-        # SUMMARY gives the row numbers of the first offenders, which _check turns into ids. To have the ids from
+        # SUMMARY gives the row numbers of the first offenders, which _result turns into ids. To have the ids from
         # `unexpected_index_column_names` costs 50 s for each check that all of a million rows fail.
         results[name] = definition.run(
             batch_parameters={"dataframe": frame},
@@ -117,24 +115,46 @@ def _run(suites: dict[str, list["Expectation"]], tables: Tables) -> dict[str, "E
     return results
 
 
-def _check(item: Any, table: str, frame: pd.DataFrame) -> Check:
-    config, result = item.expectation_config, item.result
-    columns = config.kwargs.get("column_list") or [config.kwargs["column"]]
-    if "unexpected_count" not in result:
-        raise RuntimeError(f"the check {config.meta['name']} could not be computed: {item.exception_info}")
-    offenders = frame.iloc[result["partial_unexpected_index_list"]]
-    whole = table == "dataset"
+def _expectation(check: Check) -> "Expectation":
+    from great_expectations import expectations as gxe
+
+    words = {"description": check.requirement, "notes": check.advice, "meta": {"name": check.name}}
+    match check.rule:
+        case Equals(value):
+            return gxe.ExpectColumnValuesToBeInSet(column=check.column, value_set=[value], **words)
+        case Between(low, high, strict):
+            return gxe.ExpectColumnValuesToBeBetween(
+                column=check.column, min_value=low, max_value=high, strict_min=strict, **words
+            )
+        case Unique():
+            return gxe.ExpectColumnValuesToBeUnique(column=check.column, **words)
+
+
+def _results(
+    rows: Iterable[Check], results: dict[str, "ExpectationSuiteValidationResult"], tables: Tables
+) -> Iterator[CheckResult]:
+    items = {item.expectation_config.meta["name"]: item for result in results.values() for item in result.results}
+    for check in rows:
+        yield _result(check, items[check.name], getattr(tables, check.table))
+
+
+def _result(check: Check, item: Any, frame: pd.DataFrame) -> CheckResult:
+    if "unexpected_count" not in item.result:
+        raise RuntimeError(f"the check {check.name} could not be computed: {item.exception_info}")
+    offenders = frame.iloc[item.result["partial_unexpected_index_list"]]
+    whole = check.table == "dataset"
     shown = frame if whole else offenders
-    return Check(
-        name=config.meta["name"],
-        table=table,
-        column=", ".join(columns),
-        requirement=config.description,
+    return CheckResult(
+        name=check.name,
+        table=check.table,
+        column=check.column,
+        requirement=check.requirement,
+        protects=check.protects,
         success=bool(item.success),
-        offending=int(result["unexpected_count"]),
-        ids=() if whole else tuple(offenders[config.meta["ids"]]),
-        observed=tuple(_scalar(value) for value in shown[columns[-1]].tolist()),
-        advice=config.notes,
+        offending=int(item.result["unexpected_count"]),
+        ids=() if whole else tuple(offenders[check.ids]),
+        observed=tuple(_scalar(value) for value in shown[check.column].tolist()),
+        advice=check.advice,
     )
 
 

@@ -1,0 +1,308 @@
+"""The content-keyed cache: rows of tensors, such as latents and embeddings, that are computed once per content.
+
+A *key* is a hash of everything that decides a row's bytes: the image or the caption, the encoder's weights, the
+preprocessing, the dtypes. Equal keys mean equal bytes, so nothing is ever invalidated: what changed has another key.
+
+A *shard* is a safetensors file of consecutive rows. Its header lists their keys and a checksum, and the same rows give
+the same bytes. The rows' own ids decide where a shard ends (`latentloom.sharding`), so one added row changes one shard.
+
+The *store* holds the finished shards of all earlier runs on this machine, each named by a hash of its keys. It lies in
+``.state/``, beside the stages' outs, and holds the very files of the outs by hard link, so that it takes room only for
+what no out has any more. It only saves work: it may be deleted at any time, also while a stage runs.
+
+A stage gets its rows in three steps:
+
+    plan = plan_rows(store, out, ids, keys)    link every shard that the store has; find the rows of the others there
+    batches = ...                              compute the rows ``plan.missing``, in full batches across shards
+    for shard in plan.write(batches): ...      assemble the other shards from rows that were found or computed
+
+A finished shard enters the store at once, so a killed stage loses at most the shard that it was working on.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+
+from latentloom.encoding.shard_files import SHARDS, DamagedShardError, Tensors, load_shard, open_shard, tensors_of
+from latentloom.files import atomic_path
+from latentloom.sharding import shard_ranges
+
+FORMAT_VERSION = 2
+HEADER = "latentloom"  # one entry, since safetensors writes several in an order that changes from run to run
+
+
+def row_key(*parts: str) -> str:
+    """The key of a row: a hash of everything that decides its content."""
+    return hashlib.sha256("|".join([*parts, f"v{FORMAT_VERSION}"]).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A finished shard: its file, the positions of its rows in the whole, and its tensors (rows, ...)."""
+
+    path: Path
+    positions: range
+    tensors: Tensors
+
+
+@dataclass(frozen=True)
+class EncodeCounts:
+    """How many rows a stage wrote, how many of them it had to compute, and how many images it rejected."""
+
+    rows: int
+    encoded: int
+    rejected: int = 0
+
+    @property
+    def reused(self) -> int:
+        """Rows that an earlier run had computed."""
+        return self.rows - self.encoded
+
+
+class RowStore:
+    """The shards that earlier runs left in ``folder``. A shard is compared with its checksum before a row is used.
+
+    Args:
+        folder: need not exist.
+        limit: bytes; `trim` keeps at most so many of shards that this run did not use.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self.limit = folder, limit
+        self._used: set[str] = set()
+
+    def adopt(self, shards: Iterable[Path]) -> None:
+        """Take in shards that another machine wrote; what is no shard of this format is skipped."""
+        for path in shards:
+            try:
+                keys = read_keys(path)
+            except DamagedShardError:
+                continue
+            if not self._path(keys).is_file():
+                self.add(path, keys)
+
+    def add(self, shard: Path, keys: Sequence[str]) -> None:
+        """Take in a shard; a store that cannot take it costs a warning, never the shard."""
+        path = self._path(keys)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _link(shard, path)
+            self._touch(path)
+        except OSError as error:
+            warnings.warn(f"{path} could not be kept ({error}); a later run will compute its rows again", stacklevel=2)
+
+    def link(self, keys: Sequence[str], target: Path) -> bool:
+        """Put the shard of exactly these rows at ``target``; False where it is not there, or damaged."""
+        path = self._path(keys)
+        if not path.is_file() or self._load(path) is None:
+            return False
+        try:
+            _link(path, target)
+            self._touch(path)
+        except FileNotFoundError:  # the store was deleted in the meantime
+            return target.is_file()
+        return True
+
+    def find(self, keys: Collection[str]) -> dict[str, tuple[Tensors, int]]:
+        """Where the known ones of ``keys`` are: the tensors of a stored shard, and the row.
+
+        The tensors are memory maps: they can be read even if the store is deleted later.
+        """
+        found: dict[str, tuple[Tensors, int]] = {}
+        for path in sorted(self.folder.glob(SHARDS)) if keys else ():
+            try:
+                rows = [(key, row) for row, key in enumerate(read_keys(path)) if key in keys and key not in found]
+            except DamagedShardError as error:
+                _drop(path, error)
+                continue
+            if rows and (tensors := self._load(path)) is not None:
+                found |= {key: (tensors, row) for key, row in rows}
+        return found
+
+    def trim(self) -> None:
+        """Delete the least recently used shards until the others fit into the limit; those of this run stay."""
+        entries = []
+        for path in self.folder.glob(SHARDS):
+            if path.name not in self._used:
+                try:
+                    entries.append((path.stat(), path))
+                except FileNotFoundError:  # another run trimmed it
+                    continue
+        room = self.limit
+        for status, path in sorted(entries, key=lambda entry: entry[0].st_atime_ns, reverse=True):
+            room -= status.st_size
+            if room < 0:
+                path.unlink(missing_ok=True)
+
+    def _path(self, keys: Sequence[str]) -> Path:
+        return self.folder / f"{hashlib.sha256(''.join(keys).encode()).hexdigest()}.safetensors"
+
+    def _load(self, path: Path) -> Tensors | None:
+        try:
+            return load_checked(path)
+        except DamagedShardError as error:
+            _drop(path, error)
+            return None
+
+    def _touch(self, path: Path) -> None:
+        """Mark a shard as used now, by its access time: another modification time would make DVC hash it again."""
+        self._used.add(path.name)
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the rows of a cache come about; see `plan_rows`.
+
+    Attributes:
+        out: the cache's folder.
+        keys: one key per row.
+        ranges: the positions of each shard's rows.
+        linked: the numbers of the shards that the store had, which are at their place already.
+        found: the other rows that are known, by key; see `RowStore.find`.
+        missing: the positions of the rows that have to be computed, ascending.
+    """
+
+    store: RowStore
+    out: Path
+    keys: Sequence[str]
+    ranges: list[range]
+    linked: frozenset[int]
+    found: dict[str, tuple[Tensors, int]]
+    missing: list[int]
+
+    def write(self, batches: Iterable[Tensors]) -> Iterator[Shard]:
+        """Write the shards that the store did not have; other shards that are in the folder are deleted at the end.
+
+        Args:
+            batches: the rows ``missing``, in order, in batches of any size, as tensors (rows, ...).
+
+        Yields:
+            Every shard in order, once its file is complete under its final name.
+
+        Raises:
+            WriteError: when the disk is full, naming the file; the shards before it are kept.
+        """
+        computed = _rows(batches)
+        for number, positions in enumerate(self.ranges):
+            path = _shard_path(self.out, number)
+            if number not in self.linked:
+                keys = self.keys[positions.start : positions.stop]
+                rows = [self.found.get(key) or next(computed) for key in keys]
+                tensors = {name: torch.stack([source[name][row] for source, row in rows]) for name in rows[0][0]}
+                save_shard(path, tensors, keys)
+                self.store.add(path, keys)
+            yield Shard(path, positions, load_shard(path))
+        written = {_shard_path(self.out, number) for number in range(len(self.ranges))}
+        for path in [*self.out.glob(SHARDS), *self.out.glob(".*.tmp")]:
+            if path not in written:
+                path.unlink()
+
+
+def plan_rows(store: RowStore, out: Path, ids: Sequence[str], keys: Sequence[str]) -> Plan:
+    """Put every shard of ``out`` that ``store`` has at its place, and find which rows of the others are known.
+
+    Args:
+        store: the shards of earlier runs.
+        out: the folder for ``00000.safetensors`` and so on.
+        ids: what each row is of, as a hash; they decide where shards end, so that this depends on no encoder.
+        keys: one key per row.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    ranges, linked, wanted = shard_ranges(ids), set(), {}
+    for number, positions in enumerate(ranges):
+        own = keys[positions.start : positions.stop]
+        if store.link(own, _shard_path(out, number)):
+            linked.add(number)
+        else:
+            wanted |= dict(zip(own, positions, strict=True))
+    found = store.find(wanted.keys())
+    missing = [position for key, position in wanted.items() if key not in found]
+    return Plan(store, out, keys, ranges, frozenset(linked), found, missing)
+
+
+def save_shard(path: Path, tensors: Tensors, keys: Sequence[str]) -> None:
+    """Write one shard atomically.
+
+    Raises:
+        WriteError: naming the file and the room it needs, when the disk is full.
+    """
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    content = save(tensors, {HEADER: json.dumps({"checksum": _checksum(tensors), "keys": list(keys)})})
+    with atomic_path(path, room=len(content)) as temporary:
+        temporary.write_bytes(content)
+
+
+def load_checked(path: Path) -> Tensors:
+    """A shard's tensors, mapped into memory, after a comparison of every byte with the checksum.
+
+    Raises:
+        DamagedShardError: when the file is missing or damaged.
+    """
+    with open_shard(path) as file:
+        tensors, expected = tensors_of(file), _header(file)["checksum"]
+    if expected != _checksum(tensors):
+        raise DamagedShardError(f"{path} is damaged (its checksum is another); delete it and run `dvc repro`")
+    return tensors
+
+
+def read_keys(path: Path) -> list[str]:
+    """The keys of a shard's rows; the tensors are not read.
+
+    Raises:
+        DamagedShardError: when the file is missing, damaged, or no shard of this format.
+    """
+    with open_shard(path) as file:
+        return _header(file)["keys"]
+
+
+def _header(file: safe_open) -> dict[str, Any]:
+    return json.loads((file.metadata() or {})[HEADER])
+
+
+def _checksum(tensors: Tensors) -> str:
+    """The SHA-256 of names, shapes, dtypes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}:{list(tensor.shape)}:{tensor.dtype};".encode())
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _shard_path(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.safetensors"
+
+
+def _rows(batches: Iterable[Tensors]) -> Iterator[tuple[Tensors, int]]:
+    for batch in batches:
+        for row in range(len(next(iter(batch.values())))):
+            yield batch, row
+
+
+def _drop(path: Path, error: DamagedShardError) -> None:
+    if path.exists():
+        warnings.warn(f"{path} will not be used: {error}. Its rows are computed again.", stacklevel=3)
+        path.unlink(missing_ok=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make ``target`` the same file as ``source``: a hard link where the disk can, else a copy."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        with atomic_path(target, room=source.stat().st_size) as temporary:
+            shutil.copyfile(source, temporary)

@@ -1,0 +1,160 @@
+"""What is written into a PNG: all that is needed to generate the same bytes again.
+
+pixels, metadata -> PNG with `prompt`, `seed`, `model_sha256`, `mlflow_run_id`, and `latentloom`: the metadata as JSON
+"""
+
+import io
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+from pydantic import TypeAdapter, ValidationError
+
+from latentloom.diffusion.sampling_settings import EARLIER_NAMES, SETTING_NAMES, SamplingSettings
+from latentloom.errors import UserError
+from latentloom.files import atomic_path
+
+CHUNK = "latentloom"
+
+
+@dataclass(frozen=True)
+class ImageMetadata:
+    """What decided the pixels of an image.
+
+    Attributes:
+        prompts: one per row of the image.
+        seed: of the noise that the samples start from.
+        first: the number of each prompt's first sample; a sample's noise is a function of the seed and its number.
+        count: samples per prompt, one per column.
+        sampling: the settings; ``precision`` is what the model computed in, ``fp32`` or ``bf16``.
+        model_sha256: names the model, see `model_files.model_hash`.
+        vae: the fingerprint of the VAE that decoded.
+        text_encoder: the fingerprint of the encoder that read the prompts.
+        code: the hash of the code that generated, see `text_to_image.generating_code`; None in the oldest images.
+        provenance: of the model, where it is known: mlflow_run_id, commit, dirty, outs.
+    """
+
+    prompts: tuple[str, ...]
+    seed: int
+    first: int
+    count: int
+    sampling: SamplingSettings
+    model_sha256: str
+    vae: str
+    text_encoder: str
+    code: str | None = None
+    provenance: Mapping[str, Any] | None = None
+
+    @property
+    def mlflow_run_id(self) -> str | None:
+        """Of the model's training, where it is known."""
+        return (self.provenance or {}).get("mlflow_run_id")
+
+
+def encode_png(image: np.ndarray, metadata: ImageMetadata) -> bytes:
+    """An image, uint8 (H, W, 3), as PNG with its metadata; the same arguments give the same bytes."""
+    chunks = PngInfo()
+    chunks.add_text("prompt", "\n".join(metadata.prompts))
+    chunks.add_text("seed", str(metadata.seed))
+    chunks.add_text("model_sha256", metadata.model_sha256)
+    if metadata.mlflow_run_id:
+        chunks.add_text("mlflow_run_id", metadata.mlflow_run_id)
+    chunks.add_text(CHUNK, json.dumps(asdict(metadata)))
+    written = io.BytesIO()
+    Image.fromarray(image).save(written, format="PNG", pnginfo=chunks)
+    return written.getvalue()
+
+
+def save_image(path: Path, image: np.ndarray, metadata: ImageMetadata) -> None:
+    """Write an image, uint8 (H, W, 3), as PNG with its metadata, atomically.
+
+    Raises:
+        WriteError: when it cannot be written, naming it.
+    """
+    data = encode_png(image, metadata)
+    with atomic_path(path, room=len(data)) as temporary:
+        temporary.write_bytes(data)
+
+
+def read_metadata(path: Path) -> ImageMetadata:
+    """The metadata of an image that `save_image` wrote, in this version or an earlier one.
+
+    Raises:
+        UserError: naming the file, when there is no such file, or it is not a PNG of ours.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            chunk = image.info.get(CHUNK) if image.format == "PNG" else None
+    except UnidentifiedImageError as error:
+        raise UserError(f"{path} is not an image") from error
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except (OSError, SyntaxError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if chunk is None:
+        raise UserError(
+            f"{path} does not say how it was generated: it is not a PNG of `latentloom sample`, or a program has saved "
+            "it again without its text chunks"
+        )
+    try:
+        return TypeAdapter(ImageMetadata).validate_python(_in_present_form(json.loads(chunk)))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "JSON"
+        raise UserError(f"{path}: its text chunk {CHUNK!r} cannot be read: {where}: {first['msg']}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: its text chunk {CHUNK!r} cannot be read: {error}") from error
+
+
+def _in_present_form(values: Any) -> Any:
+    """The first version wrote the settings beside the rest, under names of its own, and the run's id alone."""
+    if not isinstance(values, dict) or "sampling" in values:
+        return values
+    settings = {name: values.pop(name) for name in (*EARLIER_NAMES, *SETTING_NAMES) if name in values}
+    run = values.pop("mlflow_run_id", None)
+    return values | {
+        "sampling": SamplingSettings.from_dict(settings),
+        "provenance": {"mlflow_run_id": run} if run else None,
+    }
+
+
+def generate_command(
+    metadata: ImageMetadata,
+    model: str = "models/unet",
+    output: str = "again.png",
+    program: Sequence[str] = ("latentloom",),
+) -> str:
+    """The command that generates the same bytes again, for a shell.
+
+    Args:
+        metadata: the image's.
+        model: where the model with its hash is, as ``--model`` takes it.
+        output: the file to write.
+        program: how `latentloom` is called.
+    """
+    sampling = metadata.sampling
+    low, high = sampling.guidance_interval
+    options = {
+        "model": model,
+        "seed": metadata.seed,
+        "first": metadata.first,
+        "count": metadata.count,
+        "steps": sampling.diffusion_steps,
+        "guidance": sampling.class_guidance,
+        "sampler": sampling.sampler,
+        "guidance-rescale": sampling.guidance_rescale,
+        "threshold": sampling.threshold_percentile,
+        "precision": sampling.precision,
+    }
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    words += ["--guidance-interval", str(low), str(high), "-o", output]
+    prompts = list(metadata.prompts)
+    ordered = [*words, "--", *prompts] if any(p.startswith("-") for p in prompts) else [*prompts, *words]
+    return shlex.join([*program, "sample", *ordered])

@@ -1,0 +1,201 @@
+"""Prompts in, images out: a model folder with the two encoders that its config names.
+
+    prompts --text encoder--> embeddings (P, dim) --Diffuser--> latents (P N, C, h, w) --codec--> images (P, N, H, W, 3)
+
+A sample is a function of the model, its prompt, the seed, its number and the settings, and of nothing else. So on a CPU
+`generate` computes each by itself: in a batch, sums would be rounded in another order with each other size. Samples of
+one number start from the same noise whatever their prompt, so prompts can be compared.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import latentloom
+from latentloom.devices import autocast_dtype, choose_device
+from latentloom.diffusion.diffuser import Diffuser
+from latentloom.diffusion.sampling_settings import SamplingSettings
+from latentloom.diffusion.unet import UNet
+from latentloom.encoding.codec import LatentCodec
+from latentloom.encoding.text_encoder import TextEncoder, load_text_encoder
+from latentloom.encoding.vae import load_vae
+from latentloom.errors import UserError
+from latentloom.evaluation.metadata import ImageMetadata
+from latentloom.files import read_json, write_json
+from latentloom.image_grid import image_grid
+from latentloom.layout import PARAMS
+from latentloom.model_files import EncoderReference, ModelConfig, load_model, model_hash
+from latentloom.params import load_params
+from latentloom.randomness import generator
+from latentloom.source_code import code_hash, deciding_modules
+
+BATCH_SIZE = 64
+SETTINGS_FILE = "sampling.json"
+
+
+@dataclass(frozen=True)
+class TextToImage:
+    """A model with its encoders, loaded.
+
+    Attributes:
+        network: predicts clean latents, standardised.
+        config: the model folder's.
+        codec: between latents and pixels.
+        text_encoder: reads the prompts.
+        model_sha256: names the model, see `model_files.model_hash`.
+        provenance: of the model, as far as it goes into an image's metadata.
+    """
+
+    network: UNet
+    config: ModelConfig
+    codec: LatentCodec
+    text_encoder: TextEncoder
+    model_sha256: str
+    provenance: Mapping[str, Any] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network computes."""
+        return next(self.network.parameters()).device
+
+    def generate(
+        self, prompts: Sequence[str], settings: SamplingSettings, *, seed: int, count: int = 1, first: int = 0
+    ) -> np.ndarray:
+        """``count`` samples of each prompt, uint8 (P, count, H, W, 3); their numbers begin with ``first``."""
+        numbers = [str(number) for number in range(first, first + count)]
+        embeddings = torch.from_numpy(self.text_encoder.encode(prompts)).repeat_interleave(count, dim=0)
+        batch_size = 1 if self.device.type == "cpu" else BATCH_SIZE
+        latents = self.latents(embeddings, numbers * len(prompts), settings, seed=seed, batch_size=batch_size)
+        images = self.codec.decode(latents, batch_size=batch_size)
+        return images.reshape(len(prompts), count, *images.shape[1:])
+
+    def latents(
+        self,
+        embeddings: torch.Tensor,
+        names: Sequence[str],
+        settings: SamplingSettings,
+        *,
+        seed: int,
+        batch_size: int = BATCH_SIZE,
+    ) -> torch.Tensor:
+        """A standardised latent (B, C, h, w) for each text embedding (B, dim), on the network's device.
+
+        The noise that a sample starts from is a function of ``seed`` and its name alone, so asking for more samples
+        does not change those already asked for.
+        """
+        noise = torch.stack([self.starting_noise(name, seed) for name in names]).to(self.device)
+        diffuser = Diffuser(
+            self.network,
+            settings=settings,
+            schedule=self.config.schedule,
+            bound=self.config.latent_bound,
+            latent_channels=self.config.latent_shape[0],
+            autocast_dtype=autocast_dtype(settings.precision, self.device),
+        )
+        samples = []
+        with tqdm(total=len(names), desc="sample", unit="image") as progress:
+            for start in range(0, len(names), batch_size):
+                part = slice(start, start + batch_size)
+                samples.append(diffuser.reverse_diffusion(noise[part], embeddings[part].to(self.device), layout="nchw"))
+                progress.update(len(samples[-1]))
+        return torch.cat(samples)
+
+    def starting_noise(self, name: str, seed: int) -> torch.Tensor:
+        """The noise (C, h, w) that the sample of that name starts from."""
+        return torch.randn(self.config.latent_shape, generator=generator("cpu", seed, "sample", name))
+
+    def metadata(
+        self, prompts: Sequence[str], settings: SamplingSettings, *, seed: int, count: int = 1, first: int = 0
+    ) -> ImageMetadata:
+        """What to write into an image of the samples that `generate` gives for the same arguments."""
+        in_fp32 = autocast_dtype(settings.precision, self.device) is None
+        return ImageMetadata(
+            prompts=tuple(prompts),
+            seed=seed,
+            first=first,
+            count=count,
+            sampling=replace(settings, precision="fp32" if in_fp32 else "bf16"),
+            model_sha256=self.model_sha256,
+            vae=self.codec.vae.fingerprint,
+            text_encoder=self.text_encoder.fingerprint,
+            code=generating_code(),
+            provenance=self.provenance,
+        )
+
+
+def load_text_to_image(
+    folder: Path, *, provenance: Mapping[str, Any] | None = None, device: torch.device | None = None
+) -> TextToImage:
+    """Load a model folder and its encoders: those that the folder carries, else those that its config refers to.
+
+    Raises:
+        UserError: when a file is missing or damaged, or an encoder is not the one that the model was trained with.
+    """
+    device = device or choose_device()
+    network, config = load_model(folder, device)
+    vae = load_vae(_reference(folder, "vae", config.vae), device)
+    _check("VAE", folder, config.vae, vae.fingerprint)
+    text_encoder = load_text_encoder(_reference(folder, "text_encoder", config.text_encoder), device)
+    _check("text encoder", folder, config.text_encoder, text_encoder.fingerprint)
+    codec = LatentCodec(config.latent_mean, config.latent_std, load_vae=lambda: vae)
+    return TextToImage(network, config, codec, text_encoder, model_hash(folder), provenance)
+
+
+def prompt_grid(samples: np.ndarray) -> np.ndarray:
+    """Samples (P, N, H, W, 3) as one image (P H, N W, 3): a prompt's samples side by side, prompts in rows."""
+    return image_grid(samples.reshape(-1, *samples.shape[2:]), columns=samples.shape[1])
+
+
+def default_settings(model: Path, params: Path = PARAMS) -> SamplingSettings:
+    """The settings of ``params`` where there is such a file, else those that the model folder carries, else our own.
+
+    Raises:
+        UserError: when one of the two files is wrong.
+    """
+    return load_params(params).evaluate.sampling if params.exists() else stored_settings(model)
+
+
+def stored_settings(model: Path) -> SamplingSettings:
+    """The settings that a model folder carries, or our own.
+
+    Raises:
+        UserError: when the file is wrong.
+    """
+    path = model / SETTINGS_FILE
+    if not path.exists():
+        return SamplingSettings()
+    try:
+        return SamplingSettings.from_dict(read_json(path))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def store_settings(model: Path, settings: SamplingSettings) -> None:
+    """Write settings into a model folder, as `stored_settings` reads them."""
+    write_json(model / SETTINGS_FILE, asdict(settings))
+
+
+@cache
+def generating_code() -> str:
+    """The hash of the modules that decide an image's pixels and its metadata: 64 hexadecimal digits."""
+    package = Path(latentloom.__file__).parent
+    return code_hash(deciding_modules(package / "evaluation" / "text_to_image.py", package), package.parent)
+
+
+def _reference(folder: Path, name: str, wanted: EncoderReference) -> str:
+    return str(folder / name) if (folder / name).is_dir() else wanted.reference
+
+
+def _check(what: str, folder: Path, wanted: EncoderReference, found: str) -> None:
+    if found != wanted.fingerprint:
+        raise UserError(
+            f"{folder}: the {what} {wanted.reference} is not the one that this model was trained with: its fingerprint "
+            f"is {found[:12]}…, config.json asks for {wanted.fingerprint[:12]}…. Put the files of that {what} back, or "
+            "train on the new one (`dvc repro`)"
+        )

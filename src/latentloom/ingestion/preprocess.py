@@ -1,0 +1,81 @@
+"""What a worker does: one sample -> the row of ``data/images`` it becomes, or a reject; independent of all others.
+
+A rejected sample gets a preview where its picture can be decoded; where it cannot, for whatever cause, it gets none.
+"""
+
+import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from PIL import Image, ImageOps
+
+from latentloom.ingestion.captions import clean_captions
+from latentloom.ingestion.images import FORMATS, image_id, prepare_image
+from latentloom.ingestion.near_duplicates import perceptual_hash
+from latentloom.ingestion.rejects import Reason, Reject, RejectedSample
+from latentloom.ingestion.shards import ImageRow, encode
+from latentloom.ingestion.sources import Sample
+from latentloom.ingestion.splits import split_of
+from latentloom.params import IngestParams
+
+PREVIEW_SIZE = 64
+
+
+@dataclass(frozen=True)
+class PreprocessedImage:
+    """An image to keep, unless an equal one came before; ``hash`` is empty where near duplicates are not looked for."""
+
+    row: ImageRow
+    hash: bytes
+
+
+def preprocess_sample(
+    source: str, sample: Sample, params: IngestParams, wants_preview: Callable[[Reason], bool]
+) -> PreprocessedImage | Reject:
+    """Read, prepare and name one sample of the source called ``source``; a reject says why it cannot be used."""
+    data = None
+    try:
+        captions = clean_captions(sample.captions)
+        data = _read(sample)
+        image = prepare_image(
+            data, params.image_size, max_pixels=params.max_pixels, max_aspect_ratio=params.max_aspect_ratio
+        )
+    except RejectedSample as rejected:
+        picture = _preview_of(sample, data, params.max_pixels) if wants_preview(rejected.reason) else None
+        return Reject(sample.key, rejected.reason, rejected.detail, picture)
+    own_id = image_id(image.pixels)
+    split = split_of(own_id, params.val_fraction)
+    png = encode(image.pixels)
+    row = ImageRow(own_id, png, captions, split, source, sample.key, image.width, image.height)
+    return PreprocessedImage(row, b"" if params.near_duplicate_distance is None else perceptual_hash(image.pixels))
+
+
+def preview(data: bytes, max_pixels: float = math.inf) -> bytes | None:
+    """A PNG, at most 64 pixels per side, of an image file's first frame; None where it cannot be decoded."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > max_pixels:
+            return None
+        image.thumbnail((PREVIEW_SIZE, PREVIEW_SIZE))
+        image = ImageOps.exif_transpose(image).convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    except Exception:  # damaged bytes raise nearly anything, and the file is rejected already
+        return None
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _read(sample: Sample) -> bytes:
+    try:
+        return sample.read()
+    except OSError as error:
+        raise RejectedSample(Reason.UNREADABLE, error.strerror or type(error).__name__) from error
+
+
+def _preview_of(sample: Sample, data: bytes | None, max_pixels: int) -> bytes | None:
+    try:
+        return preview(_read(sample) if data is None else data, max_pixels)
+    except RejectedSample:
+        return None

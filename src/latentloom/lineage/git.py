@@ -1,0 +1,81 @@
+"""What git says of a project: its commit, what differs from it, and files of earlier commits; outside git, None."""
+
+import os
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+CODE = ("src", "pipelines", "params.yaml", "dvc.yaml", "requirements.lock", "pyproject.toml")
+WRITTEN_BY_THE_PIPELINE = (":!dvc.lock", ":!reports")
+
+
+@dataclass(frozen=True)
+class Git:
+    """The repository of the project in ``root``."""
+
+    root: Path
+
+    def commit(self) -> str | None:
+        """The commit that is checked out."""
+        return self._line("rev-parse", "HEAD")
+
+    def branch(self) -> str | None:
+        """The branch that is checked out; ``HEAD`` where it is none."""
+        return self._line("rev-parse", "--abbrev-ref", "HEAD")
+
+    def is_dirty(self) -> bool | None:
+        """Whether files that git knows differ from the commit, besides the pipeline's own results."""
+        changed = self._run("status", "--porcelain", "--untracked-files=no", "--", ".", *WRITTEN_BY_THE_PIPELINE)
+        return None if changed is None else bool(changed)
+
+    def code_diff(self) -> bytes:
+        """How code and params differ from the commit, new files included, for ``git apply``; often empty."""
+        with tempfile.TemporaryDirectory() as folder:
+            index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}  # the user's own stays as it is
+            paths = [path for path in CODE if (self.root / path).exists()]
+            for command in (("read-tree", "HEAD"), ("add", "-A", "--", *paths)):
+                if self._run(*command, **index) is None:
+                    return b""
+            return self._run("diff", "--cached", "--binary", "HEAD", "--", *paths, **index) or b""
+
+    def code_between(self, earlier: str, later: str) -> bytes | None:
+        """How code and params differ between two commits, in the form of `code_diff`."""
+        return self._run("diff", "--binary", earlier, later, "--", *CODE)
+
+    def has(self, commit: str) -> bool:
+        """Whether the commit is in this clone."""
+        return self._run("cat-file", "-e", f"{commit}^{{commit}}") is not None
+
+    def has_remotes(self) -> bool:
+        """Whether there is another clone to fetch from."""
+        return bool(self._line("remote"))
+
+    def subject(self, commit: str) -> str | None:
+        """The first line of a commit's message."""
+        return self._line("log", "-1", "--format=%s", commit)
+
+    def branches(self, commit: str) -> list[str]:
+        """The branches and tags that hold a commit; git deletes one that none holds, in time."""
+        places = ("refs/heads", "refs/remotes", "refs/tags")
+        return (self._line("for-each-ref", "--contains", commit, "--format=%(refname:short)", *places) or "").split()
+
+    def read(self, commit: str, path: str | Path) -> bytes | None:
+        """A file of a commit, by its path below the root."""
+        return self._run("show", f"{commit}:./{path}")
+
+    def first_naming(self, text: str, path: str | Path) -> str | None:
+        """The first commit, of any branch, tag or DVC experiment, whose ``path`` has ``text`` in it."""
+        commits = self._line("log", "--all", "--reverse", "--format=%H", "-S", text, "--", str(path))
+        return commits.split()[0] if commits else None
+
+    def _line(self, *arguments: str) -> str | None:
+        output = self._run(*arguments)
+        return output.decode("utf-8", "replace").strip() or None if output is not None else None
+
+    def _run(self, *arguments: str, **environment: str) -> bytes | None:
+        command = ["git", "-C", str(self.root), *arguments]
+        try:
+            return subprocess.run(command, capture_output=True, check=True, env=os.environ | environment).stdout
+        except (OSError, subprocess.CalledProcessError):
+            return None

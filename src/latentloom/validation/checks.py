@@ -1,0 +1,273 @@
+"""The checks, as a table of rows: what must hold, what breaks downstream when it does not, and what to do.
+
+Each check looks at one column of one table of ``tables``. They are those that data, params or the encoders can break;
+that our own writers count and name rows correctly is for unit tests. Nulls are skipped: where a value cannot be judged
+because another check already fails for its row, the table holds a null, so that one fault is reported once.
+"""
+
+import math
+from dataclasses import dataclass
+
+from latentloom.params import ValidateParams
+
+NOISE_BOUND = 4.0  # standard deviations of the share that a fair split gives
+UNLIKELY = 1e-4  # an event rarer than this is taken for a fault, not for chance
+MOST_REJECTED = 0.01  # of all latents
+
+
+@dataclass(frozen=True)
+class Equals:
+    value: bool | int | str
+
+
+@dataclass(frozen=True)
+class Between:
+    """``low <= value <= high``, or ``low < value`` where ``strict``; None: unbounded."""
+
+    low: float | None = None
+    high: float | None = None
+    strict: bool = False
+
+
+@dataclass(frozen=True)
+class Unique:
+    """No two rows have the same value."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of the table; ``ids`` is the column whose values name the offending rows."""
+
+    name: str
+    table: str
+    column: str
+    rule: Equals | Between | Unique
+    requirement: str
+    protects: str
+    advice: str
+    ids: str = "id"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the params, the encoders and the statistics of the caches say, for the tables to agree with."""
+
+    vae_fingerprint: str
+    text_fingerprint: str
+    val_fraction: float
+    latents: int
+    rejected_latents: int
+    latent_shape: str  # "4x16x16"
+    embedding_dim: int
+
+
+def share_bounds(val_fraction: float, images: int, tolerance: float) -> tuple[float, float]:
+    """How far the validation share may lie from ``val_fraction``: within the tolerance, or within the noise.
+
+    A split by hash gives each image to validation with probability f, so the share of n images has the standard
+    deviation sqrt(f(1 - f) / n). In a set so small that four of those exceed the tolerance, they are the bound:
+    0.3 for 16 images at f = 0.1, and 0.075 (less than the shipped tolerance of 0.1) for 256.
+    """
+    noise = NOISE_BOUND * math.sqrt(val_fraction * (1.0 - val_fraction) / max(images, 1))
+    bound = max(tolerance, noise)
+    return max(0.0, val_fraction - bound), min(1.0, val_fraction + bound)
+
+
+def fewest_validation_images(val_fraction: float, images: int) -> int:
+    """1, or 0 where a fair split of so few images may well leave the validation split empty.
+
+    Each of n images misses the split with probability 1 - f, and all of them with (1 - f)^n: at f = 0.1, that is below
+    one in 10,000 from 88 images on.
+    """
+    return int((1.0 - val_fraction) ** images < UNLIKELY)
+
+
+def rejected_bound(latents: int) -> float:
+    """The largest share of rejected latents that says nothing against the VAE.
+
+    A latent is rejected when it is not finite in fp32 either, which a sound VAE makes of no sound picture. One odd
+    picture may always be rejected; more than one in a hundred and it is the VAE, or how images reach it.
+    """
+    return max(MOST_REJECTED, 1.0 / max(latents, 1))
+
+
+REINGEST = "run `dvc repro -f ingest`"
+REENCODE_IMAGES = "run `dvc repro -f encode_images`"
+REENCODE_TEXT = "run `dvc repro -f encode_text`"
+OTHER_INGEST = f"the latents are those of an earlier ingest: {REENCODE_IMAGES}"
+
+
+def checks(limits: ValidateParams, expected: Expected) -> list[Check]:
+    """All checks, table by table, in the order in which they are reported."""
+    mean_low, mean_high = limits.latent_mean
+    std_low, std_high = limits.latent_std
+    shortest, longest = limits.caption_length
+    norm_low, norm_high = limits.embedding_norm
+    share_low, share_high = share_bounds(expected.val_fraction, expected.latents, limits.val_fraction_tolerance)
+    fewest_held_out = fewest_validation_images(expected.val_fraction, expected.latents)
+    most_rejected = rejected_bound(expected.latents + expected.rejected_latents)
+    # fmt: off
+    return [
+        Check("images_encoded", "images", "encoded", Equals(True),
+            requirement="every kept image has a latent, or is in data/latents/rejects.parquet",
+            protects="an image without a latent never reaches training, silently",
+            advice=OTHER_INGEST,
+        ),
+        Check("near_duplicates_in_one_split", "near_duplicates", "apart", Equals(False),
+            requirement="no validation image has a near duplicate in the split train",
+            protects="a held-out image that the model has nearly seen makes val/mae look better than it is",
+            advice=f"the splits are older than this list: {REINGEST}, which keeps near duplicates in one split",
+            ids="held_out",
+        ),
+        Check("image_ids_unique", "latents", "id", Unique(),
+            requirement="every image has one row, and with it one split",
+            protects="an image in both splits is memorised and then graded on; one listed twice is trained on twice",
+            advice=f"the index was written twice over: delete data/latents and {REENCODE_IMAGES}",
+        ),
+        Check("latent_shards_exist", "latents", "shard_exists", Equals(True),
+            requirement="the shard of every latent lies beside the index",
+            protects="training stops in the middle where a shard is missing",
+            advice="files are missing from data/latents: run `dvc checkout data/latents`, "
+            f"or, where that cannot find them, {REENCODE_IMAGES}",
+        ),
+        Check("flipped_shards_exist", "latents", "flipped_shard_exists", Equals(True),
+            requirement="where stats.json says flip, the shard of every mirrored image lies in data/latents/flipped",
+            protects="training stops at the first mirrored image whose shard is missing",
+            advice="files are missing from data/latents/flipped: run `dvc checkout data/latents`, "
+            f"or, where that cannot find them, {REENCODE_IMAGES}",
+        ),
+        Check("latent_images_exist", "latents", "image_exists", Equals(True),
+            requirement="every latent is that of a kept image",
+            protects="a latent of an image that is gone trains the model on what was taken out of the source",
+            advice=OTHER_INGEST,
+        ),
+        Check("splits_as_ingested", "latents", "split_as_ingested", Equals(True),
+            requirement="every latent is in the split that ingest gave its image",
+            protects="by other splits, training images are graded as if they were held out",
+            advice=OTHER_INGEST,
+        ),
+        Check("weights_positive", "latents", "weight_usable", Equals(True),
+            requirement="every image's weight is a finite number above 0",
+            protects="images are sampled in proportion to their weights: one bad weight breaks the sampling of all",
+            advice=f"set the weight of these images' source in ingest.source above 0, and {REENCODE_IMAGES}",
+        ),
+        Check("images_captioned", "latents", "captions", Between(1),
+            requirement="every image has at least one caption",
+            protects="an image without a caption is no training pair",
+            advice="the two caches come from different ingests, or the source lost captions: run `dvc repro`; "
+            f"if it persists, {REENCODE_TEXT}",
+        ),
+        Check("latents_finite", "latents", "finite", Equals(True),
+            requirement="every latent, and its statistics, are free of NaN and infinity",
+            protects="one NaN in a latent makes the loss NaN, and then every weight",
+            advice="look at these images; a VAE whose fp16 overflows is the usual cause: choose another "
+            "encode_images.vae, or remove the images from the source",
+        ),
+        Check("latent_mean_in_range", "latents", "mean", Between(mean_low, mean_high),
+            requirement=f"the mean of every image's latent lies in [{mean_low}, {mean_high}]",
+            protects="far-off latents blow up the loss and stretch the scaling that every other image shares",
+            advice="look at these images: remove them from the source when they are broken, or, when the VAE's latents "
+            "simply lie elsewhere, set validate.latent_mean",
+        ),
+        Check("latent_std_in_range", "latents", "std", Between(std_low, std_high),
+            requirement=f"the std of every image's latent lies in [{std_low}, {std_high}]",
+            protects="a latent without variation is a blank picture: the model learns to answer its captions with that",
+            advice="look at these images: blank ones give almost no variation. Remove them from the source, or, when "
+            "the VAE's latents simply vary that much, set validate.latent_std",
+        ),
+        Check("latent_shape_constant", "latents", "shape", Equals(expected.latent_shape),
+            requirement=f"every latent is {expected.latent_shape}, as stats.json says",
+            protects="a batch is one tensor: a single latent of another shape stops the training",
+            advice="images of several sizes, or latents of several VAEs, are mixed: delete data/latents and "
+            f"{REENCODE_IMAGES}",
+        ),
+        Check("embedding_shards_exist", "captions", "shard_exists", Equals(True),
+            requirement="the shard of every embedding lies beside the index",
+            protects="training stops in the middle where a shard is missing",
+            advice="files are missing from data/text: run `dvc checkout data/text`, "
+            f"or, where that cannot find them, {REENCODE_TEXT}",
+        ),
+        Check("captions_present", "captions", "blank", Equals(False),
+            requirement="no caption is missing or blank",
+            protects="a blank caption teaches that no words mean this picture, which is what guidance subtracts",
+            advice="give the images of these captions words in the source, or remove them there",
+        ),
+        Check("caption_length_in_range", "captions", "length", Between(shortest, longest),
+            requirement=f"every caption is {shortest:g} to {longest:g} characters long",
+            protects="beyond the text encoder's context words are cut off unread; a stray letter describes nothing",
+            advice="shorten or complete these captions in the source, or set validate.caption_length",
+        ),
+        Check("embeddings_finite", "captions", "finite", Equals(True),
+            requirement="every embedding, and its statistics, are free of NaN and infinity",
+            protects="one NaN in an embedding makes the loss NaN, and then every weight",
+            advice="read these captions; a text encoder whose fp16 overflows is the usual cause: choose another "
+            "encode_text.model, or change the captions",
+        ),
+        Check("embedding_norm_in_range", "captions", "norm", Between(norm_low, norm_high),
+            requirement=f"the norm of every embedding lies in [{norm_low}, {norm_high}]",
+            protects="a zero embedding looks like no caption at all; a huge one drowns the image in attention",
+            advice="read these captions: change them in the source, or, when the encoder's embeddings simply have "
+            "that norm, set validate.embedding_norm",
+        ),
+        Check("embedding_dim_constant", "captions", "dim", Equals(expected.embedding_dim),
+            requirement=f"every embedding has {expected.embedding_dim} numbers, as stats.json says",
+            protects="the network's first text layer has one width: a row of another cannot go through it",
+            advice=f"embeddings of several encoders are mixed: delete data/text and {REENCODE_TEXT}",
+        ),
+        Check("pair_images_exist", "pairs", "image_exists", Equals(True),
+            requirement="the image of every pair has a latent, or is in data/latents/rejects.parquet",
+            protects="captions of another ingest belong to other images than those that are trained on",
+            advice="the two caches come from different ingests: run `dvc repro`; if it persists, "
+            "`dvc repro -f encode_images encode_text`",
+            ids="image_id",
+        ),
+        Check("channel_statistics_finite", "channels", "finite", Equals(True),
+            requirement="every channel's mean and std over the training latents are numbers",
+            protects="every latent is scaled by these numbers: one NaN here makes all of them NaN",
+            advice=f"see latents_finite first; when it passes, {REENCODE_IMAGES}",
+        ),
+        Check("channel_std_positive", "channels", "std", Between(0.0, strict=True),
+            requirement="every channel's std over the training latents is above 0",
+            protects="scaling divides by the std: a dead channel turns into infinity",
+            advice="all the training images give this channel one value: check that they are not all the same picture, "
+            "or choose another encode_images.vae",
+        ),
+        Check("enough_train_images", "dataset", "train_images", Between(limits.min_train_images),
+            requirement=f"at least {limits.min_train_images} images are in the split train",
+            protects="with a handful of images every batch is the same few, and the curves say nothing",
+            advice="add images to the source or raise ingest.limit (data/rejects.parquet says what ingest rejected, "
+            "and why), or set validate.min_train_images",
+        ),
+        Check("validation_split_not_empty", "dataset", "validation_images", Between(fewest_held_out),
+            requirement=f"at least {fewest_held_out} of {expected.latents} images is in the split validation "
+            f"(ingest.val_fraction = {expected.val_fraction})",
+            protects="without held-out images nothing tells a model that generalises from one that memorises",
+            advice="if near duplicates moved every held-out image to train, lower ingest.near_duplicate_distance; else "
+            "raise ingest.val_fraction, or set it to 0 to train without validation",
+        ),
+        Check("validation_share_near_fraction", "dataset", "validation_share", Between(share_low, share_high),
+            requirement=f"the share of validation images lies in [{share_low:.4f}, {share_high:.4f}], around "
+            f"ingest.val_fraction = {expected.val_fraction}",
+            protects="too small a share makes val/mae noise; too large a one leaves little to learn from",
+            advice=f"the splits were made for another ingest.val_fraction: {REINGEST}, or set "
+            "validate.val_fraction_tolerance",
+        ),
+        Check("few_latents_rejected", "dataset", "rejected_latents", Between(high=most_rejected),
+            requirement=f"the share of images whose latent is not finite is at most {most_rejected:.4g}",
+            protects="a VAE that gives NaN for many pictures is poor for the others too",
+            advice="data/latents/rejects.parquet names them: when they are sound pictures, the VAE is at fault: choose "
+            "another encode_images.vae, or encode_images.precision: fp32",
+        ),
+        Check("vae_fingerprint_expected", "dataset", "vae_fingerprint", Equals(expected.vae_fingerprint),
+            requirement=f"the latents were made by the VAE that encode_images.vae names ({expected.vae_fingerprint})",
+            protects="latents of another VAE train well and decode to noise, which only the first sample shows",
+            advice=f"the VAE's weights changed after the latents were made: {REENCODE_IMAGES}",
+        ),
+        Check("text_fingerprint_expected", "dataset", "text_fingerprint", Equals(expected.text_fingerprint),
+            requirement="the embeddings were made by the encoder that encode_text.model names "
+            f"({expected.text_fingerprint})",
+            protects="prompts would be embedded by another encoder than the one the network was trained with",
+            advice=f"the encoder's weights changed after the embeddings were made: {REENCODE_TEXT}",
+        ),
+    ]
+    # fmt: on

@@ -1,0 +1,93 @@
+"""The stages `encode_images` and `encode_text`: what they leave does not depend on what earlier runs left."""
+
+import io
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tqdm
+
+from latentloom.encoding import captions, latents
+from latentloom.params import load_params
+from latentloom.source_code import deciding_modules
+
+ROOT = Path(__file__).parents[2]
+STAGES = {"encode_images": ("data/latents", "latents"), "encode_text": ("data/text", "captions")}
+
+
+@pytest.fixture
+def run_stage(tmp_path, monkeypatch, prepare_images):
+    """``run_stage(name)`` runs a stage on 40 images, from an empty out; gives its closing line."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    prepare_images(range(40), name="data/images")
+    params = load_params(ROOT / "params.yaml")
+
+    def run(name: str) -> str:
+        shutil.rmtree(STAGES[name][0], ignore_errors=True)
+        return runpy.run_path(str(ROOT / "pipelines" / f"{name}.py"))["main"](params)
+
+    return run
+
+
+def left(folder: str) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for own in (folder, "reports") for path in Path(own).rglob("*.*")}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_a_stage_leaves_is_the_same_whatever_lay_in_the_state_folder(run_stage, prepare_images, stage):
+    folder, unit = STAGES[stage]
+    outcomes = []
+    for line, before in ((r"encoded (\d+), reused 0", []), (r"encoded 0, reused (\d+)", []), ("reused [1-9]", [1, 5])):
+        if before:
+            shutil.rmtree(".state")
+            shutil.move("data/images", "all images")
+            prepare_images(before, name="data/images")
+            run_stage(stage)
+            shutil.rmtree("data/images")
+            shutil.move("all images", "data/images")
+        assert re.match(rf"\d+ {unit}: .*{line}", run_stage(stage))
+        outcomes.append(left(folder))
+    assert outcomes[0] == outcomes[1] == outcomes[2]
+    assert f"reports/{stage}.json" in outcomes[0]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_with_nothing_to_compute_no_model_is_loaded(run_stage, stage):
+    run_stage(stage)
+    code = """
+import runpy, sys
+from latentloom.params import load_params
+print(runpy.run_path(sys.argv[1])["main"](load_params(sys.argv[2])))
+assert not {"diffusers", "transformers", "accelerate"} & set(sys.modules)
+"""
+    command = [sys.executable, "-c", code, ROOT / "pipelines" / f"{stage}.py", ROOT / "params.yaml"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "encoded 0" in done.stdout
+
+
+@pytest.mark.parametrize(("stage", "module"), [("encode_images", latents), ("encode_text", captions)])
+def test_the_progress_bar_ends_at_the_end(run_stage, monkeypatch, stage, module):
+    bars = []
+
+    def bar(*arguments, **settings):
+        bars.append(tqdm.tqdm(*arguments, **settings, disable=False, file=io.StringIO()))
+        return bars[-1]
+
+    monkeypatch.setattr(module, "tqdm", bar)
+    for _ in ("all rows are new", "all rows are known"):
+        run_stage(stage)
+    assert [own.n for own in bars] == [own.total for own in bars]
+
+
+def test_no_code_that_computes_rows_decides_what_a_training_reads():
+    encoding = ROOT / "src" / "latentloom" / "encoding"
+    reached = {path.stem for path in deciding_modules(encoding / "dataset.py", encoding.parent)}
+    assert "shard_files" in reached
+    assert not reached & {"cache", "latents", "captions", "vae", "text_encoder", "pretrained", "latent_statistics"}

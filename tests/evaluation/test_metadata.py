@@ -1,0 +1,118 @@
+"""What is written into a PNG comes back; images of the first version are read as well."""
+
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from latentloom.diffusion import SamplingSettings
+from latentloom.errors import UserError
+from latentloom.evaluation.metadata import ImageMetadata, read_metadata, save_image
+
+METADATA = ImageMetadata(
+    prompts=("a red apple", "une pomme, « rouge » ✓"),
+    seed=7,
+    first=2,
+    count=3,
+    sampling=SamplingSettings(
+        diffusion_steps=20,
+        class_guidance=0.1 + 0.2,
+        sampler="dpmpp_2m",
+        guidance_interval=(0.2, 0.7),
+        guidance_rescale=0.5,
+        precision="bf16",
+    ),
+    model_sha256="a" * 64,
+    vae="c" * 64,
+    text_encoder="d" * 64,
+    code="e" * 64,
+    provenance={"mlflow_run_id": "b" * 32, "commit": "f" * 40, "dirty": False, "outs": {"data/text": "0" * 32}},
+)
+PIXELS = np.arange(6 * 4 * 3, dtype=np.uint8).reshape(6, 4, 3)
+
+
+def save_with_chunk(path, chunk):
+    chunks = PngInfo()
+    chunks.add_text("latentloom", chunk)
+    Image.fromarray(PIXELS).save(path, pnginfo=chunks)
+
+
+def test_an_image_comes_back_with_its_pixels_and_metadata(tmp_path):
+    save_image(tmp_path / "a.png", PIXELS, METADATA)
+    assert read_metadata(tmp_path / "a.png") == METADATA
+    with Image.open(tmp_path / "a.png") as image:
+        assert (np.asarray(image) == PIXELS).all()
+
+
+def test_any_png_reader_finds_prompt_seed_model_and_run(tmp_path):
+    save_image(tmp_path / "a.png", PIXELS, METADATA)
+    with Image.open(tmp_path / "a.png") as image:
+        text = dict(image.text)
+    assert text["prompt"] == "\n".join(METADATA.prompts)
+    assert (text["seed"], text["model_sha256"], text["mlflow_run_id"]) == ("7", "a" * 64, "b" * 32)
+    assert json.loads(text["latentloom"])["sampling"]["guidance_interval"] == [0.2, 0.7]
+
+
+def test_an_image_of_a_model_without_a_run_names_none(tmp_path):
+    save_image(tmp_path / "a.png", PIXELS, replace(METADATA, provenance=None))
+    with Image.open(tmp_path / "a.png") as image:
+        assert "mlflow_run_id" not in image.text
+    assert read_metadata(tmp_path / "a.png").mlflow_run_id is None
+
+
+def test_a_file_that_is_not_one_of_our_images_is_named(tmp_path):
+    (tmp_path / "text.png").write_text("hello")
+    Image.fromarray(PIXELS).save(tmp_path / "bare.png")
+    save_image(tmp_path / "whole.png", PIXELS, METADATA)
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-30])
+    chunk = asdict(METADATA) | {"sampling": asdict(METADATA.sampling) | {"precision": "fp8"}}
+    save_with_chunk(tmp_path / "changed.png", json.dumps(chunk))
+    save_with_chunk(tmp_path / "broken.png", "{")
+    for name, reason in (
+        ("text", "is not an image"),
+        ("bare", "does not say"),
+        ("cut", "is damaged"),
+        ("changed", "sampling: .*precision = 'fp8'"),
+        ("broken", "cannot be read"),
+        ("absent", "does not exist"),
+    ):
+        with pytest.raises(UserError, match=rf"{name}\.png.* {reason}"):
+            read_metadata(tmp_path / f"{name}.png")
+
+
+@pytest.mark.parametrize("run", ["b" * 32, None])
+def test_an_image_of_the_first_version_is_read(tmp_path, run):
+    """Its settings lie beside the rest, under other names."""
+    written = {
+        "prompts": ["a red apple"],
+        "seed": 7,
+        "first": 0,
+        "count": 1,
+        "steps": 20,
+        "guidance": 2.5,
+        "sampler": "dpmpp_2m",
+        "guidance_interval": [0.2, 0.7],
+        "guidance_rescale": 0.5,
+        "threshold": 98.0,
+        "precision": "bf16",
+        "model_sha256": "a" * 64,
+        "mlflow_run_id": run,
+        "vae": "c",
+        "text_encoder": "d",
+    }
+    save_with_chunk(tmp_path / "old.png", json.dumps(written))
+    metadata = read_metadata(tmp_path / "old.png")
+    assert asdict(metadata.sampling) == {
+        "diffusion_steps": 20,
+        "class_guidance": 2.5,
+        "sampler": "dpmpp_2m",
+        "guidance_interval": (0.2, 0.7),
+        "guidance_rescale": 0.5,
+        "threshold_percentile": 98.0,
+        "precision": "bf16",
+    }
+    assert (metadata.prompts, metadata.seed, metadata.code) == (("a red apple",), 7, None)
+    assert metadata.mlflow_run_id == run

@@ -1,0 +1,248 @@
+"""Samples depend on what was asked, recall counts what is right, and the sheet shows it."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from latent_data import TensorDataset
+from PIL import Image
+from torch import nn
+
+from latentloom.diffusion import Diffuser, SamplingSettings
+from latentloom.encoding.codec import LatentCodec
+from latentloom.encoding.dataset import Caches, LatentDataset
+from latentloom.evaluation import report
+from latentloom.evaluation.recall import nearest_rows
+from latentloom.evaluation.report import Evaluation, evaluate
+from latentloom.evaluation.sheet import CELL, Row, Section, render_sheet, save_sheet
+from latentloom.evaluation.text_to_image import TextToImage
+from latentloom.ingestion.shards import read_metadata
+from latentloom.model_files import FORMAT_VERSION, EncoderReference, ModelConfig
+from latentloom.params import load_params
+
+REFERENCE = EncoderReference(reference="bundled", class_name="X", fingerprint="0" * 64)
+CONFIG = ModelConfig(
+    format_version=FORMAT_VERSION,
+    latent_shape=(4, 4, 4),
+    widths=(16, 32),
+    block_depth=1,
+    emb_size=16,
+    text_dim=8,
+    schedule="vp",
+    latent_mean=(0.0,) * 4,
+    latent_std=(1.0,) * 4,
+    latent_bound=10.0,
+    vae=REFERENCE,
+    text_encoder=REFERENCE,
+    attribution="Drawn by somebody",
+    licence=None,
+)
+
+
+SETTINGS = SamplingSettings(diffusion_steps=8, precision="fp32")
+
+
+class Remembers(nn.Module):
+    """A network that knows the latent of each label by heart; of a label it does not know, zero."""
+
+    def __init__(self, labels, latents):
+        super().__init__()
+        self.labels, self.latents = nn.Parameter(labels, requires_grad=False), latents
+
+    def forward(self, x_t, noise_levels, labels):
+        known = (labels[:, None] == self.labels).all(-1)
+        return torch.einsum("bn,nchw->bchw", known.float(), self.latents)
+
+
+class Grey:
+    """A VAE whose images show the latents' mean as a shade."""
+
+    def decode(self, latents, *, batch_size):
+        shade = latents.mean((1, 2, 3)).mul(50).add(128).clamp(0, 255).to(torch.uint8).numpy()
+        return np.broadcast_to(shade[:, None, None, None], (len(latents), 32, 32, 3)).copy()
+
+
+class Hashing:
+    def encode(self, captions):
+        return np.stack([np.random.default_rng(len(caption)).normal(size=8) for caption in captions]).astype(np.float32)
+
+
+def model(network) -> TextToImage:
+    codec = LatentCodec(CONFIG.latent_mean, CONFIG.latent_std, load_vae=Grey)
+    return TextToImage(network, CONFIG, codec, Hashing(), model_sha256="0" * 64)
+
+
+def means(data: LatentDataset) -> torch.Tensor:
+    return data.latents_at(slice(0, len(data)))[0]
+
+
+@pytest.fixture
+def caches(prepare_images) -> tuple[Caches, Path]:
+    images = prepare_images(range(16))
+    metadata = read_metadata(images)
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(16, 8, generator=generator)
+
+    def split(name: str) -> LatentDataset:
+        rows = torch.from_numpy(np.flatnonzero(metadata["split"] == name))
+        return TensorDataset.from_tensors(
+            ids=metadata["id"].iloc[rows.numpy()].tolist(),
+            mean=torch.randn(len(rows), 4, 4, 4, generator=generator),
+            std=None,
+            embeddings=embeddings,
+            texts=[f"caption {row}" for row in range(16)],
+            captions=rows[:, None],
+            caption_counts=torch.ones(len(rows), dtype=torch.long),
+        )
+
+    return Caches(split("train"), split("validation"), {}, {}), images
+
+
+@pytest.fixture
+def params():
+    params = load_params(Path(__file__).parents[2] / "params.yaml")
+    sampling = SETTINGS.changed(class_guidance=1.0)
+    update = {"prompts": ["one", "three"], "recall_captions": 8, "held_out_captions": 3, "sampling": sampling}
+    return params.model_copy(update={"evaluate": params.evaluate.model_copy(update=update)})
+
+
+def test_a_model_that_knows_its_captions_has_full_recall(caches, params):
+    data, images = caches
+    network = Remembers(data.train.primary_embeddings(), means(data.train))
+    result = evaluate(params, model(network), data, images)
+    assert result.metrics["caption_recall_at_1"] == 1.0
+    assert result.metrics["recall_captions"] == 8
+
+
+def test_a_model_that_mixes_two_captions_up_loses_just_those(caches, params):
+    data, images = caches
+    order = torch.arange(12)
+    order[[0, 1]] = torch.tensor([1, 0])
+    network = Remembers(data.train.primary_embeddings(), means(data.train)[order])
+    result = evaluate(params, model(network), data, images)
+    assert result.metrics["caption_recall_at_1"] == 6 / 8
+
+
+def test_the_validation_error_is_of_the_validation_split(caches, params):
+    data, images = caches
+    network = Remembers(data.validation.primary_embeddings(), means(data.validation))
+    result = evaluate(params, model(network), data, images)
+    assert result.metrics["val_mae"] == 0.0
+    assert all(math.isfinite(value) for value in result.metrics.values())
+
+
+def test_without_a_validation_split_there_is_still_an_evaluation(caches, params):
+    data, images = caches
+    data = Caches(data.train, data.validation.take(0), {}, {})
+    network = Remembers(data.train.primary_embeddings(), means(data.train))
+    result = evaluate(params, model(network), data, images)
+    assert "val_mae" not in result.metrics
+    assert "no held-out image: val_mae is not measured" in result.summary
+    assert result.metrics["caption_recall_at_1"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "8 steps of ddim, guidance 3, seed 0;"),
+        (
+            {"sampler": "dpmpp_2m", "guidance_interval": (0.2, 0.8), "guidance_rescale": 0.7},
+            "8 steps of dpmpp_2m, guidance 3 at noise levels 0.2 to 0.8, rescaled by 0.7, seed 0;",
+        ),
+    ],
+)
+def test_the_sheets_footer_says_how_the_samples_were_made(caches, params, monkeypatch, settings, expected):
+    footers = []
+    monkeypatch.setattr(report, "render_sheet", lambda sections, footer: footers.append(footer))
+    data, images = caches
+    network = Remembers(data.train.primary_embeddings(), means(data.train))
+    settings = params.evaluate.model_copy(update={"sampling": SETTINGS.changed(**settings)})
+    evaluate(params.model_copy(update={"evaluate": settings}), model(network), data, images)
+    assert footers[0].startswith(expected)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"sampler": "dpmpp_2m"}, {"guidance_interval": (0.2, 0.8)}, {"guidance_rescale": 0.7}]
+)
+def test_the_settings_reach_the_diffuser(settings):
+    torch.manual_seed(0)
+    network = CONFIG.build().eval()
+    embeddings, names, settings = torch.randn(2, 8), ["a", "b"], SETTINGS.changed(**settings)
+    made = model(network)
+    noise = torch.stack([made.starting_noise(name, 1) for name in names])
+    diffuser = Diffuser(network, 3.0, 8, settings=settings, bound=CONFIG.latent_bound)
+    latents = made.latents(embeddings, names, settings, seed=1)
+    torch.testing.assert_close(latents, diffuser.reverse_diffusion(noise, embeddings, layout="nchw"))
+    assert not torch.equal(latents, made.latents(embeddings, names, SETTINGS, seed=1))
+
+
+def test_a_sample_does_not_depend_on_what_else_is_asked_for():
+    torch.manual_seed(0)
+    network = CONFIG.build().eval()
+    network.head.weight.data *= 10  # before its training it predicts near 0, whatever it is asked
+    embeddings = torch.randn(5, 8)
+    names = list("abcde")
+    made = model(network)
+    together = made.latents(embeddings, names, SETTINGS, seed=1)
+    alone = made.latents(embeddings[2:3], names[2:3], SETTINGS, seed=1)
+    torch.testing.assert_close(alone[0], together[2], atol=1e-5, rtol=1e-4)
+    other_seed = made.latents(embeddings, names, SETTINGS, seed=2)
+    assert not torch.allclose(other_seed, together, atol=1e-2)
+
+
+def test_the_nearest_training_latent_is_found_as_numpy_finds_it(monkeypatch):
+    monkeypatch.setattr("latentloom.evaluation.recall.PART", 6)
+    generator = np.random.default_rng(0)
+    samples = generator.normal(size=(7, 4, 4, 4)).astype(np.float32)
+    references = generator.normal(size=(20, 4, 4, 4)).astype(np.float32)
+    references[13] = references[2]  # of two alike, the first
+    samples[0] = references[13]
+    distances = np.linalg.norm(samples.reshape(7, 1, -1) - references.reshape(1, 20, -1), axis=2)
+    train = TensorDataset.from_tensors(
+        ids=[f"image{row}" for row in range(20)],
+        mean=torch.from_numpy(references),
+        std=None,
+        embeddings=torch.zeros(1, 8),
+        texts=["caption"],
+        captions=torch.zeros(20, 1, dtype=torch.long),
+        caption_counts=torch.ones(20, dtype=torch.long),
+    )
+    assert nearest_rows(torch.from_numpy(samples), train).tolist() == distances.argmin(1).tolist()
+
+
+def test_the_sheet_shows_every_image_whole_and_grows_with_their_number(tmp_path):
+    red = np.zeros((9, 32, 32, 3), dtype=np.uint8)
+    red[..., 0] = 255
+    section = Section(
+        "Title", [f"a label {i} that is long enough to be wrapped" for i in range(9)], [Row("sample", red)]
+    )
+    sheet = render_sheet([section], "a footer")
+    is_red = (np.asarray(sheet) == [255, 0, 0]).all(-1).sum()
+    assert is_red == 9 * CELL * CELL
+    assert render_sheet([section, section], "a footer").height > 1.7 * sheet.height
+    save_sheet(sheet, tmp_path / "deep" / "sheet.png")
+    save_sheet(sheet, tmp_path / "again.png")
+    assert (tmp_path / "deep" / "sheet.png").read_bytes() == (tmp_path / "again.png").read_bytes()
+    with Image.open(tmp_path / "again.png") as opened:
+        assert opened.size == sheet.size
+
+
+def test_without_held_out_images_the_reports_are_all_there(tmp_path, monkeypatch):
+    """DVC fails where an output of the stage is missing, such as the folder of plots."""
+    monkeypatch.chdir(tmp_path)
+    Evaluation({"caption_recall_at_1": 1.0}, Image.new("RGB", (8, 8))).save()
+    assert json.loads(Path("reports/evaluate/metrics.json").read_text()) == {"caption_recall_at_1": 1.0}
+    assert Path("reports/evaluate/plots/mae_by_noise.csv").read_text() == "noise_level,val_mae\n"
+    assert Path("reports/evaluate/samples.png").exists()
+
+
+def test_errors_by_noise_level_are_a_table_and_the_rest_are_metrics(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    metrics = {"val_mae": 0.3, "val_mae_noise_0.00-0.25": 0.1, "val_mae_noise_0.75-1.00": 0.5}
+    Evaluation(metrics, Image.new("RGB", (8, 8))).save()
+    assert json.loads(Path("reports/evaluate/metrics.json").read_text()) == {"val_mae": 0.3}
+    table = Path("reports/evaluate/plots/mae_by_noise.csv").read_text()
+    assert table == "noise_level,val_mae\n0.125,0.1\n0.875,0.5\n"

@@ -1,0 +1,204 @@
+"""`latentloom sample`: the same command gives the same bytes, and an image names the command that generated it."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tiny_models import save_clip, save_tiny_unet, save_tiny_vae
+from typer.testing import CliRunner
+
+from latentloom.cli import app
+from latentloom.diffusion import Diffuser, SamplingSettings
+from latentloom.encoding.text_encoder import load_text_encoder
+from latentloom.encoding.vae import load_vae
+from latentloom.errors import UserError
+from latentloom.evaluation.metadata import generate_command, read_metadata
+from latentloom.evaluation.text_to_image import (
+    generating_code,
+    load_text_to_image,
+    store_settings,
+    stored_settings,
+)
+from latentloom.model_files import load_model, model_hash
+from latentloom.randomness import generator
+
+ROOT = Path(__file__).parents[2]
+QUICK = ("--steps", "3", "--precision", "fp32")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return save_tiny_unet(tmp_path_factory.mktemp("models") / "unet")
+
+
+@pytest.fixture
+def sample(model, tmp_path, monkeypatch):
+    """``sample(prompt, ...)`` as at the keyboard, in a folder that has nothing but the model."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LATENTLOOM_DEVICE", "cpu")
+    shutil.copytree(model, tmp_path / "models" / "unet")
+
+    def run(*arguments: str, fails: bool = False) -> str:
+        result = CliRunner().invoke(app, ["sample", *arguments])
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert (result.exit_code != 0) == fails, result.output
+        return result.output
+
+    return run
+
+
+def test_a_sample_is_what_the_science_gives_step_by_step(sample, model):
+    sample("a red apple", "--seed", "5", "--guidance", "2.5", *QUICK, "-o", "a.png")
+    network, config = load_model(model)
+    noise = torch.randn(1, 4, 8, 8, generator=generator("cpu", 5, "sample", "0"))
+    label = torch.from_numpy(load_text_encoder("bundled").encode(["a red apple"]))
+    latent = Diffuser(network, 2.5, 3, bound=config.latent_bound).reverse_diffusion(noise, label, layout="nchw")
+    expected = load_vae("bundled").decode(latent * 0.9 + 0.1)[0]
+    with Image.open("a.png") as image:
+        assert np.abs(np.asarray(image).astype(int) - expected).max() <= 1
+
+
+def test_a_sample_is_the_same_bytes_whatever_is_generated_beside_it(sample):
+    sample("a red apple", "a snowman", "--seed", "1", "--count", "3", *QUICK, "-o", "all/")
+    sample("a snowman", "--seed", "1", "--first", "2", *QUICK, "-o", "alone.png")
+    names = sorted(path.name for path in Path("all").iterdir())
+    words = ("a-red-apple", "a-snowman")
+    assert names == [f"{row:02d}-{word}-{n}.png" for row, word in enumerate(words, 1) for n in range(3)]
+    assert Path("all/02-a-snowman-2.png").read_bytes() == Path("alone.png").read_bytes()
+    assert len({path.read_bytes() for path in Path("all").iterdir()}) == 6
+
+
+def test_several_samples_stand_side_by_side_prompts_in_rows(sample):
+    sample("a red apple", "a snowman", "--count", "3", *QUICK, "-o", "sheet.png")
+    sample("a red apple", "a snowman", "--count", "3", *QUICK, "-o", "all/")
+    with Image.open("sheet.png") as image:
+        sheet = np.asarray(image)
+    assert sheet.shape == (2 * 64, 3 * 64, 3)
+    with Image.open("all/02-a-snowman-1.png") as image:
+        assert (sheet[64:, 64:128] == np.asarray(image)).all()
+
+
+@pytest.mark.parametrize("prompts", [['it\'s "red"; $HOME'], ["-v", "an apple"]])
+def test_the_command_in_the_metadata_generates_the_same_bytes_again(sample, prompts):
+    settings = "--seed 3 --first 1 --count 2 --guidance 1.7 --sampler dpmpp_2m --guidance-interval 0.1 0.9"
+    settings += " --guidance-rescale 0.3 --threshold 98.5 -o a.png"
+    sample(*settings.split(), *QUICK, "--", *prompts)
+    metadata = read_metadata(Path("a.png"))
+    assert (metadata.prompts, metadata.model_sha256) == (tuple(prompts), model_hash(Path("models/unet")))
+    # Other defaults than those that generated it: the command must not depend on them.
+    params = yaml.safe_load((ROOT / "params.yaml").read_text()) | {"seed": 99}
+    params["evaluate"] |= {"sampler": "ddim", "class_guidance": 9.0, "threshold_percentile": 90.0}
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    program, command, *arguments = shlex.split(generate_command(metadata))
+    assert (program, command) == ("latentloom", "sample")
+    sample(*arguments)
+    assert Path("again.png").read_bytes() == Path("a.png").read_bytes()
+
+
+def test_settings_come_from_the_params_then_from_the_model_then_from_us(sample):
+    sample("an apple", "--steps", "3", "-o", "a.png")
+    assert read_metadata(Path("a.png")).sampling.class_guidance == SamplingSettings().class_guidance
+    store_settings(Path("models/unet"), SamplingSettings(class_guidance=5.0, diffusion_steps=4))
+    sample("an apple", "-o", "a.png")
+    sampling = read_metadata(Path("a.png")).sampling
+    assert (sampling.class_guidance, sampling.diffusion_steps) == (5.0, 4)
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["evaluate"] |= {"class_guidance": 6.0, "diffusion_steps": 5, "sampler": "dpmpp_2m"}
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    sample("an apple", "--guidance", "7", "-o", "a.png")
+    sampling = read_metadata(Path("a.png")).sampling
+    assert (sampling.class_guidance, sampling.diffusion_steps, sampling.sampler) == (7.0, 5, "dpmpp_2m")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--steps", "1"), "diffusion_steps = 1: must be"),
+        (("--sampler", "euler"), "sampler = 'euler': must be"),
+        (("--guidance-interval", "0.9", "0.1"), "guidance_interval"),
+        (("-o", "picture.jpg"), "-o picture.jpg"),
+        (("--model", "models/other"), "models/other holds no model"),
+    ],
+)
+def test_what_cannot_be_generated_is_named_and_leaves_no_file(sample, tmp_path, arguments, message):
+    assert message in sample("an apple", *arguments, fails=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"models"}
+
+
+@pytest.mark.parametrize(("encoder", "name"), [("vae", "the VAE"), ("clip", "the text encoder")])
+def test_an_encoder_that_has_changed_since_the_training_is_rejected(sample, tmp_path, encoder, name):
+    vae, clip = save_tiny_vae(tmp_path / "vae"), save_clip(tmp_path / "clip")
+    save_tiny_unet(tmp_path / "mine", vae=str(vae), text_encoder=str(clip))
+    sample("an apple", "--model", "mine", *QUICK, "-o", "a.png")
+    {"vae": save_tiny_vae, "clip": save_clip}[encoder](tmp_path / encoder, seed=1)
+    message = sample("an apple", "--model", "mine", *QUICK, "-o", "b.png", fails=True)
+    assert name in message
+    assert str(tmp_path / encoder) in message
+    assert not Path("b.png").exists()
+
+
+def test_the_run_of_a_model_is_named_where_the_report_is_about_that_very_model(sample):
+    Path("reports/train").mkdir(parents=True)
+    report = {"mlflow_run_id": "f" * 32, "model_sha256": model_hash(Path("models/unet"))}
+    Path("reports/train/run.json").write_text(json.dumps(report))
+    sample("an apple", *QUICK, "-o", "a.png")
+    assert read_metadata(Path("a.png")).mlflow_run_id == "f" * 32
+    Path("reports/train/run.json").write_text(json.dumps(report | {"model_sha256": "0" * 64}))
+    sample("an apple", *QUICK, "-o", "a.png")
+    assert read_metadata(Path("a.png")).mlflow_run_id is None
+
+
+@pytest.mark.slow
+def test_another_process_with_another_number_of_threads_generates_the_same_bytes_and_needs_no_mlflow(sample, tmp_path):
+    sample("a red apple", *QUICK, "-o", "here.png")
+    code = (
+        "import sys; sys.modules['mlflow'] = None\n"
+        "from latentloom.cli import app; app(['sample', 'a red apple', *sys.argv[1:]])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "2", "TQDM_DISABLE": "1"}
+    subprocess.run([sys.executable, "-c", code, *QUICK, "-o", "there.png"], check=True, env=environment)
+    assert Path("there.png").read_bytes() == Path("here.png").read_bytes()
+
+
+def test_samples_of_one_number_start_from_the_same_noise_whatever_the_prompt(model):
+    seen = []
+    loaded = load_text_to_image(model, device=torch.device("cpu"))
+    original = loaded.network.forward
+
+    def recording(x_t, noise_levels, labels):
+        seen.append((float(noise_levels[0]), x_t[0].clone()))
+        return original(x_t, noise_levels, labels)
+
+    loaded.network.forward = recording
+    loaded.generate(["a red apple", "a snowman"], SamplingSettings(diffusion_steps=2, precision="fp32"), seed=4)
+    starts = [x for level, x in seen if level == 1.0]
+    assert len(starts) == 2
+    assert torch.equal(*starts)
+
+
+def test_a_model_folder_carries_its_settings_also_as_the_first_version_wrote_them(tmp_path):
+    settings = SamplingSettings(diffusion_steps=20, guidance_interval=(0.2, 0.7), threshold_percentile=None)
+    store_settings(tmp_path, settings)
+    assert stored_settings(tmp_path) == settings
+    earlier = {"steps": 12, "guidance": 2.0, "guidance_interval": [0.0, 0.5], "threshold": 98.0, "precision": "fp32"}
+    (tmp_path / "sampling.json").write_text(json.dumps(earlier))
+    assert stored_settings(tmp_path) == SamplingSettings(12, 2.0, "ddim", (0.0, 0.5), 0.0, 98.0, "fp32")
+    (tmp_path / "sampling.json").write_text('{"speed": 9}')
+    with pytest.raises(UserError, match=r"sampling\.json: speed: not a setting"):
+        stored_settings(tmp_path)
+
+
+def test_the_generating_code_is_named_by_one_hash(model):
+    loaded = load_text_to_image(model, device=torch.device("cpu"))
+    metadata = loaded.metadata(["an apple"], SamplingSettings(), seed=0)
+    assert metadata.code == generating_code() and len(metadata.code) == 64

@@ -1,0 +1,48 @@
+"""Which store holds the runs, and how it is opened."""
+
+import warnings
+
+import pytest
+from logged_runs import artifacts, client, logged_steps
+
+from latentloom.tracking.runs import new_run
+from latentloom.tracking.store import first_line, tracking_uri, ui_address, without_credentials
+
+
+def test_an_address_in_the_environment_wins(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///somewhere.db")
+    assert tracking_uri(tmp_path) == "sqlite:///somewhere.db"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert tracking_uri(tmp_path) == f"sqlite:///{tmp_path.resolve()}/mlflow.db"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["feature%2Fx", "a%20b?c", "ü #&'+;"])
+def test_a_project_is_tracked_whatever_the_name_of_its_folder(tmp_path, monkeypatch, name):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    root = tmp_path / name
+    root.mkdir()
+    (root / "note.txt").write_text("hello")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with new_run(root) as run:
+            run.log_metrics({"train/mae": 1.0}, 1)
+            run.log_file(root / "note.txt")
+    assert (root / "mlflow.db").exists()
+    assert logged_steps(root, run.id, "train/mae") == [1]
+    assert [artifact.path for artifact in client(root).list_artifacts(run.id)] == ["note.txt"]
+    assert (root / "mlartifacts" / run.id / "artifacts" / "note.txt").read_text() == "hello"
+    assert artifacts(root, run.id).name == "artifacts"
+    assert list(tmp_path.iterdir()) == [root]
+
+
+def test_the_address_of_the_page_of_runs_has_no_doubled_slash():
+    page = "http://127.0.0.1:5000/#/experiments/7/runs"
+    assert ui_address("http://127.0.0.1:5000", "7") == ui_address("http://127.0.0.1:5000/", "7") == page
+
+
+def test_neither_addresses_nor_errors_show_passwords():
+    assert without_credentials("postgresql://me:secret@host/runs?password=secret") == "postgresql://host/runs"
+    assert without_credentials("sqlite:///mlflow.db") == "sqlite:///mlflow.db"
+    error = OSError("no answer from http://me:secret@host/path\nmore")
+    assert first_line(error) == "OSError: no answer from http://host/path"
