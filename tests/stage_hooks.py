@@ -5,7 +5,6 @@ import functools
 import os
 import resource
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,21 +19,6 @@ def largest_file(size: int) -> None:
 def no_bytecode(_: object = True) -> None:
     """Write no compiled modules: a small disk is for the stage's own files."""
     sys.dont_write_bytecode = True
-
-
-def deliver_every(seconds: float) -> None:
-    """The seconds between two deliveries to MLflow, and the longest pause between two tries."""
-    from latentloom.tracking import delivery
-
-    delivery.EVERY = delivery.LONGEST_PAUSE = seconds
-
-
-def pause(seconds: float) -> None:
-    """Idle after each step of a training, as if it were a large one."""
-    from latentloom.training.monitor import TrainingMonitor
-
-    take_in = TrainingMonitor.step
-    TrainingMonitor.step = lambda monitor, *step, **more: (take_in(monitor, *step, **more), time.sleep(seconds))[0]
 
 
 def rows_per_shard(count: int) -> None:

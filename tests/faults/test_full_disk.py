@@ -57,10 +57,11 @@ def mount(folder, options: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(("stage", "suffix"), STAGES)
-def test_a_full_disk_stops_a_stage_and_the_rerun_with_room_goes_on(uninterrupted, small_disk, stage, suffix):
+def test_a_full_disk_stops_a_stage_and_the_rerun_with_room_resumes(uninterrupted, small_disk, stage, suffix):
     big = [len(content) for path, content in uninterrupted.outs[stage].items() if path.endswith(suffix)]
-    project = small_disk(stage, sum(big) - big[-1] // 2)
-    stops_and_goes_on(
+    pages = sum(-(-size // 4096) for size in big)
+    project = small_disk(stage, 4096 * (pages // 2) if stage != "train" else sum(big) // 2)
+    stops_and_resumes(
         uninterrupted, project, stage, start(project, stage), lambda: mount(project.folder, "remount,size=64m")
     )
 
@@ -74,11 +75,11 @@ def test_a_disk_that_takes_the_checkpoint_but_not_the_model_loses_no_step(uninte
     assert "could not write models/unet/model.safetensors: " in printed
     mount(project.folder, "remount,size=64m")
     remove_outs(project, "train")
-    assert "train: goes on from step 4 of 4" in finish(project, "train")
+    assert "train: resuming from step 4 of 4" in finish(project, "train")
     assert read_outs(project, "train") == uninterrupted.outs["train"]
 
 
-def stops_and_goes_on(uninterrupted, project, stage, process, make_room: Callable[[], object]) -> None:
+def stops_and_resumes(uninterrupted, project, stage, process, make_room: Callable[[], object]) -> None:
     """Wait for the stage to stop on its full disk, then make room and run it as DVC does, its outs removed."""
     whole = uninterrupted.outs[stage]
     printed = end(project, process)
