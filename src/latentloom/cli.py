@@ -105,7 +105,7 @@ def sample(
         from latentloom.lineage.provenance import read_run_record
         from latentloom.registry.models import find_model, image_provenance
 
-        root = project_root()
+        root = project_root() if Path(model).expanduser().is_dir() else _own_project()
         found = find_model(model, root)
         provenance = found.provenance
         if provenance is None and (record := read_run_record(root, found.sha256)):
