@@ -73,7 +73,7 @@ def _train_tracked(params: Params, caches: Caches, code: str, settings: dict) ->
                 params.model_dump(mode="json", by_alias=True),
                 provenance.to_dict(),
                 images=images,
-                digest=dict.fromkeys(images, inputs["latents"][:16]),
+                digest=caches.digests,
                 device=str(accelerator.device),
                 code_diff=code_diff(root),
             )
