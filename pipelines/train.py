@@ -62,7 +62,7 @@ def _train_tracked(params: Params, caches: Caches, code: str, settings: dict) ->
         keep=params.machine.checkpoints_kept,
         limit=state_limit(),
     )
-    images = {"training": len(caches.train), "validation": len(caches.validation)}
+    images = {"train": len(caches.train), "validation": len(caches.validation)}
     with checkpoints.locked(wait=accelerator.num_processes == 1):
         resumed, known = usable_checkpoint(checkpoints, params), checkpoints.read_run()
         key = None if "finished_steps" in known else known.get("run")  # a finished run is not continued but extended
@@ -73,7 +73,7 @@ def _train_tracked(params: Params, caches: Caches, code: str, settings: dict) ->
                 params.model_dump(mode="json", by_alias=True),
                 provenance.to_dict(),
                 images=images,
-                digest=dict.fromkeys(images, inputs["latents"][:16]),
+                digest=caches.digests,
                 device=str(accelerator.device),
                 code_diff=code_diff(root),
             )
