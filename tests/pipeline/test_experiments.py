@@ -23,7 +23,7 @@ from PIL import Image
 from playwright.sync_api import Locator, Page, sync_playwright
 from projects import ROOT, Project
 
-from latentloom.training.denoising_error import BINS, bin_name
+from latentloom.diffusion.denoising_error import BINS, bin_name
 
 pytestmark = pytest.mark.pipeline
 
