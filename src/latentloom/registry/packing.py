@@ -1,5 +1,6 @@
 """A model folder as MLflow's model format wants it: weights, settings, the code that runs it, what that code needs."""
 
+import json
 import logging
 import shutil
 import warnings
@@ -83,7 +84,7 @@ def save_served_model(
             signature=signature(settings),
             input_example=(pd.DataFrame({"prompt": ["a red apple"]}), {"seed": 1, "steps": settings.diffusion_steps}),
             pip_requirements=requirements(model),
-            model_config={"provenance": dict(provenance)},
+            model_config={"provenance": json.dumps(dict(provenance))},  # as text: MLflow would sort its keys
         )
 
 
