@@ -1,7 +1,6 @@
 """A change reruns exactly the stages it must: for every key of params.yaml as dvc.yaml says, and once for real."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
