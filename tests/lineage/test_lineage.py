@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from latentloom.ingestion.source_fingerprint import fingerprint_sources
 from projects import tiny_params
 from tiny_models import save_tiny_unet, save_tiny_vae
 from typer.testing import CliRunner
@@ -21,6 +20,7 @@ from latentloom.cli import app
 from latentloom.dvc_outs import Place, out_hash
 from latentloom.errors import UserError
 from latentloom.files import write_json
+from latentloom.ingestion.source_fingerprint import fingerprint_sources
 from latentloom.lineage.lineage import Lineage, trace
 from latentloom.lineage.links import Link
 from latentloom.lineage.provenance import Provenance, code_diff, collect, save_run_record
