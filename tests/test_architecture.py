@@ -50,7 +50,7 @@ def modules() -> list[Path]:
 
 
 def name_of(file: Path) -> str:
-    """``training.loop`` for src/latentloom/training/loop.py, ``training`` for its package, ``pipelines.train`` for a script."""
+    """``training.loop`` of a module, ``training`` of its package, ``pipelines.train`` of a script."""
     if file.is_relative_to(PACKAGE):
         parts = file.relative_to(PACKAGE).with_suffix("").parts
         return ".".join(part for part in parts if part != "__init__")
@@ -58,7 +58,7 @@ def name_of(file: Path) -> str:
 
 
 def imported_by(file: Path) -> set[str]:
-    """The names of what a module imports of the package, at its top or inside a function; a name may be one of a module."""
+    """What a module imports of the package, at its top or inside a function: modules, or names in them."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
