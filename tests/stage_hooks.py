@@ -5,7 +5,6 @@ import functools
 import os
 import resource
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,21 +21,6 @@ def no_bytecode(_: object = True) -> None:
     sys.dont_write_bytecode = True
 
 
-def deliver_every(seconds: float) -> None:
-    """The seconds between two deliveries to MLflow, and the longest pause between two tries."""
-    from latentloom.tracking import delivery
-
-    delivery.EVERY = delivery.LONGEST_PAUSE = seconds
-
-
-def pause(seconds: float) -> None:
-    """Idle after each step of a training, as if it were a large one."""
-    from latentloom.training.monitor import TrainingMonitor
-
-    take_in = TrainingMonitor.step
-    TrainingMonitor.step = lambda monitor, *step, **more: (take_in(monitor, *step, **more), time.sleep(seconds))[0]
-
-
 def rows_per_shard(count: int) -> None:
     """Make shards small enough for tiny data to have several."""
     from latentloom import sharding
@@ -46,7 +30,7 @@ def rows_per_shard(count: int) -> None:
 
 
 def die_at_write(number: int) -> None:
-    """End the process before the ``number``-th step of any write to the disk, as a power cut would: none is flushed."""
+    """End the process before the ``number``-th step of any write to the disk, and clean nothing up."""
     _at_write(number, lambda: os._exit(DIED))
 
 
@@ -79,9 +63,12 @@ def _at_write(number: int, act: Callable[[], None]) -> None:
         @functools.wraps(call)
         def wrapper(*arguments: Any, **more: Any) -> Any:
             global _done
-            target = arguments[0] if isinstance(arguments[0], int) else arguments[-1]
-            path = os.path.realpath(f"/proc/self/fd/{target}" if isinstance(target, int) else os.fspath(target))
-            if path.startswith(root) and not any(part in path for part in NOT_COUNTED):
+            if call.__name__ == "fsync":
+                path = os.path.realpath(f"/proc/self/fd/{arguments[0]}")
+                counts = os.path.isdir(path)  # before a file's own flush, the disk looks as before its new name
+            else:
+                path, counts = os.path.realpath(os.fspath(arguments[-1])), True
+            if counts and path.startswith(root) and not any(part in path for part in NOT_COUNTED):
                 _done += 1
                 if _done == number:
                     act()

@@ -4,15 +4,20 @@ The folder stands alone: with the VAE and the text encoder that the config names
 the files.
 """
 
+import errno
 import hashlib
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 
 from latentloom.diffusion.unet import UNet, get_network
+from latentloom.errors import UserError
 from latentloom.files import atomic_path, read_json, sha256_file, write_json
 
 FORMAT_VERSION = 2
@@ -59,16 +64,30 @@ class ModelConfig(BaseModel):
         )
 
 
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a safetensors file atomically, from any device; the same tensors give the same bytes.
+
+    Raises:
+        WriteError: when it cannot be written, naming it and the room it needs.
+    """
+    on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path, room=sum(tensor.nbytes for tensor in on_host.values())) as temporary:
+        try:
+            save_file(on_host, temporary)
+        except SafetensorError as error:  # the library's own form of an OSError
+            found = re.search(r"(?:os error|code:) (\d+)", str(error))
+            code = int(found[1]) if found else errno.EIO
+            raise OSError(code, os.strerror(code)) from error
+        temporary.chmod(0o644)  # the library leaves it readable to its owner alone
+
+
 def save_model(folder: Path, network: UNet, config: ModelConfig) -> None:
     """Write a model folder; the same weights and config give the same bytes.
 
     Raises:
-        OSError: when a file cannot be written, naming it and the room it needs.
+        WriteError: when a file cannot be written, naming it and the room it needs.
     """
-    # Not save_file: it tells of a full disk by an error of its own kind, and makes files that only the owner can read.
-    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()})
-    with atomic_path(folder / "model.safetensors", room=len(data)) as temporary:
-        temporary.write_bytes(data)
+    save_tensors(folder / "model.safetensors", network.state_dict())
     write_json(folder / "config.json", config.model_dump(mode="json"))
 
 
@@ -86,16 +105,16 @@ def read_config(folder: Path) -> ModelConfig:
     """A model folder's config.
 
     Raises:
-        ValueError: naming the file and the key that is wrong.
+        UserError: naming the file and the key that is wrong.
     """
     path = folder / "config.json"
     try:
         config = ModelConfig.model_validate(read_json(path))
     except ValidationError as error:
         first = error.errors()[0]
-        raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; run `dvc repro`") from error
+        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; run `dvc repro`") from error
     if config.format_version != FORMAT_VERSION:
-        raise ValueError(
+        raise UserError(
             f"{path}: format version {config.format_version}, but this code reads {FORMAT_VERSION}; run `dvc repro`"
         )
     return config
@@ -105,21 +124,21 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[UNet, 
     """Load a model folder in fp32, in evaluation mode.
 
     Raises:
-        ValueError: when a file is missing or damaged, or a tensor's name or shape is not what the config describes.
+        UserError: when a file is missing or damaged, or a tensor's name or shape is not what the config describes.
     """
     config = read_config(folder)
     path = folder / "model.safetensors"
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is missing or damaged ({error}); run `dvc checkout` or `dvc repro`") from error
+        raise UserError(f"{path} is missing or damaged ({error}); run `dvc checkout` or `dvc repro`") from error
     network = config.build()
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
         name = wrong[0]
-        raise ValueError(
+        raise UserError(
             f"{path} does not fit its config.json: {len(wrong)} tensors differ, the first: {name} is "
             f"{found.get(name, 'absent')}, expected {expected.get(name, 'absent')}"
         )

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from latentloom.evaluation.text_to_image import (
     store_settings,
     stored_settings,
 )
+from latentloom.lineage.provenance import Provenance, save_run_record
 from latentloom.model_files import load_model, model_hash
 from latentloom.randomness import generator
 
@@ -147,15 +149,15 @@ def test_an_encoder_that_has_changed_since_the_training_is_rejected(sample, tmp_
     assert not Path("b.png").exists()
 
 
-def test_the_run_of_a_model_is_named_where_the_report_is_about_that_very_model(sample):
-    Path("reports/train").mkdir(parents=True)
-    report = {"mlflow_run_id": "f" * 32, "model_sha256": model_hash(Path("models/unet"))}
-    Path("reports/train/run.json").write_text(json.dumps(report))
-    sample("an apple", *QUICK, "-o", "a.png")
-    assert read_metadata(Path("a.png")).mlflow_run_id == "f" * 32
-    Path("reports/train/run.json").write_text(json.dumps(report | {"model_sha256": "0" * 64}))
+def test_what_this_machine_knows_of_a_models_training_goes_into_the_image(sample, tmp_path):
+    trained = Provenance(model_sha256=model_hash(Path("models/unet")), mlflow_run_id="f" * 32, commit="c" * 40)
+    save_run_record(tmp_path, replace(trained, model_sha256="0" * 64))
     sample("an apple", *QUICK, "-o", "a.png")
     assert read_metadata(Path("a.png")).mlflow_run_id is None
+    save_run_record(tmp_path, trained)
+    sample("an apple", *QUICK, "-o", "a.png")
+    provenance = read_metadata(Path("a.png")).provenance
+    assert (provenance["mlflow_run_id"], provenance["commit"]) == ("f" * 32, "c" * 40)
 
 
 @pytest.mark.slow

@@ -29,10 +29,10 @@ def _run_all(folder: Path) -> str:
     """Run the stages of a new project."""
     project = new_project(folder / "project")
     project.set_params(
-        ingest__limit=80,
+        ingest__limit=40,
         ingest__image_size=32,
         encode_text__model=str(save_clip(folder / "clip", dim=384)),
-        model__widths=[32, 64],
+        model__widths=[16, 32],
         train__steps=4,
         monitor__sample_count=2,
     )

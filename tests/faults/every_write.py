@@ -1,10 +1,10 @@
 """Runs a stage again and again, and breaks it at another step of its writing each time.
 
 ``every_write.py STAGE FAULT REFERENCE STRIDE`` is started by the server of stages in a copy of a finished project. It
-makes the stage's imports once and forks each run, so that a run costs the stage's own work alone. A step is one call that
-brings a file to the disk: a flush, a rename or a link. The faults are
+makes the stage's imports once and forks each run, so that a run costs the stage's own work alone. A step is a call after
+which another process sees something else: a rename, a link, or the flush of a folder that follows. The faults are
 
-- ``die``: the process ends right there, as in a power cut; nothing is flushed, nothing is cleaned up;
+- ``die``: the process ends right before it, and cleans nothing up;
 - ``full``: the step fails with "No space left on device".
 
 After each fault the outs must be whole or missing, and the rerun must end with the bytes of the ``REFERENCE`` project.
@@ -48,14 +48,14 @@ def main(stage: str, fault: str, reference: Path, stride: int) -> None:
         printed = PRINTED.read_text()
         statuses[status] = statuses.get(status, 0) + 1
         if fault == "full" and status and ("could not write" not in printed or "Traceback" in printed):
-            wrong.append(f"step {number}: ended with {status} and printed {printed[-2000:]}")
+            wrong.append(f"step {number}: ended with {status} and printed {printed[-6000:]}")
         if fault == "die" and status != DIED:
-            wrong.append(f"step {number}: ended with {status} and printed {printed[-2000:]}")
+            wrong.append(f"step {number}: ended with {status} and printed {printed[-6000:]}")
         for path, content in read_outs(project, stage).items():
             if not is_whole(path, content, whole[path]):
                 wrong.append(f"step {number}: {path} was left with {len(content)} bytes")
         if status and run(lambda: None) != 0:
-            wrong.append(f"step {number}: the rerun failed: {PRINTED.read_text()[-2000:]}")
+            wrong.append(f"step {number}: the rerun failed: {PRINTED.read_text()[-6000:]}")
         elif read_outs(project, stage) != whole:
             wrong.append(f"step {number}: the rerun ended with other bytes")
         number += stride

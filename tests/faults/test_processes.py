@@ -1,4 +1,4 @@
-"""Several processes train what one would; one that dies ends the job, and the rerun goes on with any number of them."""
+"""Several processes train what one would; one that dies ends the job, and the rerun resumes with any number of them."""
 
 import os
 import signal
@@ -66,7 +66,7 @@ def test_two_processes_have_the_losses_of_one_step_by_step(alone_and_together):
 
 
 @pytest.mark.parametrize("name", ["noisy", "levels", "labels"])
-def test_two_processes_draw_the_very_batches_of_one(alone_and_together, name):
+def test_two_processes_train_on_the_very_batches_of_one(alone_and_together, name):
     alone, together = alone_and_together
     steps = 20
     whole = alone[name].unflatten(0, (steps, -1)).flatten(1, 2)  # (steps, batch, ...)
@@ -112,7 +112,7 @@ def losses(project: Project) -> list[float]:
     return [float(line.split(",")[1]) for line in lines]
 
 
-def test_a_job_whose_process_is_killed_ends_and_goes_on_with_another_number_of_processes(project):
+def test_a_job_whose_process_is_killed_ends_and_resumes_with_another_number_of_processes(project):
     job = launch(2, "pipelines/train.py", folder=project.folder)
     wait_for_checkpoint(project, job)
     workers(job)[1].kill()
@@ -121,25 +121,25 @@ def test_a_job_whose_process_is_killed_ends_and_goes_on_with_another_number_of_p
     assert "SIGKILL" in printed or "Signal 9" in printed
     remove_outs(project, "train")
 
-    assert "train: goes on from step" in finish(project, "train")
+    assert "train: resuming from step" in finish(project, "train")
     resumed = losses(project)
     remove_outs(project, "train")
-    assert "goes on from step" not in finish(project, "train")
+    assert "resuming from step" not in finish(project, "train")
     assert len(resumed) == 60
     assert resumed == pytest.approx(losses(project), abs=1e-4)
 
 
-def test_a_job_asked_to_stop_saves_its_state_once_and_goes_on(project):
+def test_a_job_asked_to_stop_saves_its_state_once_and_resumes(project):
     job = launch(2, "pipelines/train.py", folder=project.folder)
     wait_for_checkpoint(project, job)
     job.send_signal(signal.SIGTERM)
     printed = printed_by(job, A_MINUTE)
-    assert "of 60; the state is saved, the same command goes on from there" in printed
+    assert "of 60; the state is saved, the same command resumes from there" in printed
     step = int(printed.split("stopped at step ")[1].split()[0])
     assert list(project.folder.glob(f".state/checkpoints/*/step-{step:06d}"))
     remove_outs(project, "train")
     job = launch(2, "pipelines/train.py", folder=project.folder)
     printed = printed_by(job)
     assert job.returncode == 0, printed
-    assert f"train: goes on from step {step} of 60" in printed
+    assert f"train: resuming from step {step} of 60" in printed
     assert printed.count("train: 60 steps on") == 1

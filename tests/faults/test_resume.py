@@ -73,24 +73,14 @@ def steps_logged(client, run_id: str, key: str) -> list[int]:
     return [metric.step for metric in client.get_metric_history(run_id, key)]
 
 
-@pytest.mark.parametrize("kills", [(3,), (9, 21), (24,)], ids=str)
-def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_bytes(whole, project, kills):
-    for step in kills:
-        kill_when(project, "train", saved(project, step))
-        remove_outs(project, "train")
-    printed = finish(project, "train")
-    assert f"goes on from step {kills[-1]}" in printed or kills[-1] < STEPS
-    assert "train: goes on from step" in printed
-    assert read_outs(project, "train") == whole.outs
-    assert not list(project.folder.glob(".state/checkpoints/*"))
-
-
-def test_a_killed_training_is_one_run_in_mlflow_without_gaps_or_doubled_steps(whole, project):
+def test_a_training_killed_three_times_ends_with_the_same_bytes_and_is_one_run_without_gaps(whole, project):
     _, before = mlflow_runs(project)
-    for step in (3, 9, 15):
+    for step in (3, 9, 21):
         kill_when(project, "train", saved(project, step))
         remove_outs(project, "train")
-    finish(project, "train")
+    assert "train: resuming from step 2" in finish(project, "train")  # 21, or 24 where the kill came late
+    assert read_outs(project, "train") == whole.outs
+    assert not list(project.folder.glob(".state/checkpoints/*/step-*"))
     client, after = mlflow_runs(project)
     (new,) = {run.info.run_id for run in after} - {run.info.run_id for run in before}
     assert client.get_run(new).info.status == "FINISHED"
@@ -102,33 +92,33 @@ def test_a_killed_training_is_one_run_in_mlflow_without_gaps_or_doubled_steps(wh
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_training_asked_to_stop_saves_its_state_first_and_says_how_to_go_on(whole, project, number, status):
+def test_a_training_asked_to_stop_saves_its_state_first_and_says_how_to_resume(whole, project, number, status):
     process = start(project, "train")
     while not saved(project, EVERY)():
         assert process.is_alive()
     os.kill(process.pid, number)
     printed = end(project, process)
     assert process.exitcode == status, printed
-    assert f"of {STEPS}; the state is saved, the same command goes on from there" in printed
+    assert f"of {STEPS}; the state is saved, the same command resumes from there" in printed
     assert "Traceback" not in printed
     step = int(printed.split("stopped at step ")[1].split()[0])
     assert f"step-{step:06d}" in checkpoints(project)
     _, runs = mlflow_runs(project)
     assert "KILLED" in {run.info.status for run in runs}
     remove_outs(project, "train")
-    assert f"goes on from step {step} of {STEPS}" in finish(project, "train")
+    assert f"resuming from step {step} of {STEPS}" in finish(project, "train")
     assert read_outs(project, "train") == whole.outs
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(whole, project):
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(whole, project):
     kill_when(project, "train", saved(project, 9))
     remove_outs(project, "train")
     *_, before, last = checkpoints(project)
     (path,) = project.folder.glob(f".state/checkpoints/*/{last}/state.safetensors")
     path.write_bytes(path.read_bytes()[:-100])
     printed = finish(project, "train")
-    assert f"{last} is damaged and passed over" in printed
-    assert f"goes on from step {int(before.removeprefix('step-'))} " in printed
+    assert f"{last} cannot be used and is skipped" in printed
+    assert f"resuming from step {int(before.removeprefix('step-'))} " in printed
     assert read_outs(project, "train") == whole.outs
 
 
@@ -137,16 +127,13 @@ def test_a_training_with_other_params_starts_anew_and_leaves_the_others_checkpoi
     remove_outs(project, "train")
     left = checkpoints(project)
     project.set_params(train__learning_rate=5e-4)
-    assert "goes on from step" not in finish(project, "train")
+    assert "resuming from step" not in finish(project, "train")
     assert checkpoints(project) == left
 
 
-@pytest.mark.parametrize("schedule", ["constant", "warmup_stable_decay"])
-def test_a_finished_training_is_extended_from_its_end_to_the_bytes_of_one_that_ran_at_once(
-    uninterrupted, tmp_path, schedule
-):
+def test_a_finished_training_is_extended_from_its_end_to_the_bytes_of_one_that_ran_at_once(uninterrupted, tmp_path):
     first, second, third = 11, 16, STEPS
-    options = {"train__lr_schedule": schedule, "train__warmup_steps": 2, "train__decay_steps": 4}
+    options = {"train__lr_schedule": "warmup_stable_decay", "train__warmup_steps": 2, "train__decay_steps": 4}
     direct, extended = (
         with_longer_training(copy_project(uninterrupted.project, tmp_path / name / "project"), **options)
         for name in ("direct", "extended")
@@ -160,14 +147,14 @@ def test_a_finished_training_is_extended_from_its_end_to_the_bytes_of_one_that_r
         printed = finish(extended, "train")
         end_of_last = {first: None, second: first, third: second}[steps]
         if end_of_last:
-            kept = end_of_last - (4 if schedule == "warmup_stable_decay" else 0)
-            assert f"goes on from step {kept} of {steps}" in printed
+            kept = end_of_last - 4  # where the decay began
+            assert f"resuming from step {kept} of {steps}" in printed
     assert read_outs(extended, "train") == read_outs(direct, "train")
     client, runs = mlflow_runs(extended)
     newest = max(runs, key=lambda run: run.info.start_time).info.run_id
     assert steps_logged(client, newest, "train/mae") == list(range(2, STEPS + 1, 2))
     remove_outs(extended, "train")  # asked for again, as `dvc repro --force` does, nothing is taken over
-    assert "goes on from step" not in finish(extended, "train")
+    assert "resuming from step" not in finish(extended, "train")
     assert read_outs(extended, "train") == read_outs(direct, "train")
 
 
@@ -185,7 +172,7 @@ def test_a_training_that_diverges_stops_by_itself_and_keeps_its_last_good_checkp
     assert not (project.folder / "models/unet/model.safetensors").exists()
 
 
-def test_the_code_that_changes_while_a_training_runs_is_told(whole, project):
+def test_code_that_changes_while_a_training_runs_is_warned_of(project):
     process = start(project, "train")
     while not saved(project, EVERY)():
         assert process.is_alive()

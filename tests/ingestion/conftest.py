@@ -6,13 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
 from latentloom import sharding
 from latentloom.ingestion import shards
 from latentloom.ingestion.ingest import IngestReport, ingest
-from latentloom.ingestion.rejects import read_rejects
 from latentloom.ingestion.shards import iterate_images, read_metadata
 from latentloom.params import IngestParams
 
@@ -87,15 +87,15 @@ class Corpus:
 
     def reasons(self) -> dict[str, str]:
         """Of the last ingestion: key -> reason."""
-        frame = read_rejects(self.rejects)
+        frame = pd.read_parquet(self.rejects)
         return dict(zip(frame["key"], frame["reason"], strict=True))
 
     def previews(self) -> dict[str, bytes | None]:
-        frame = read_rejects(self.rejects)
+        frame = pd.read_parquet(self.rejects)
         return dict(zip(frame["key"], frame["preview"], strict=True))
 
     def details(self) -> dict[str, str]:
-        frame = read_rejects(self.rejects)
+        frame = pd.read_parquet(self.rejects)
         return dict(zip(frame["key"], frame["detail"], strict=True))
 
     def captions(self) -> dict[str, list[str]]:

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from latentloom.ingestion.ingest import IngestReport, ingest
-from latentloom.ingestion.rejects import read_rejects
 from latentloom.ingestion.shards import read_metadata
 from latentloom.params import IngestParams
 
@@ -357,7 +357,7 @@ def ingested(request, tmp_path_factory) -> Ingested:
     out = root / "out"
     report = ingest(params, out / "images", out / "rejects.parquet", out / "near_duplicates.parquet", progress=False)
     after = {name: digest for name, digest in hashes(root).items() if not name.startswith("out/")}
-    kept, rejects = read_metadata(root / "out" / "images"), read_rejects(root / "out" / "rejects.parquet")
+    kept, rejects = read_metadata(root / "out" / "images"), pd.read_parquet(root / "out" / "rejects.parquet")
     met = [(own, "kept") for own in kept["key"]] + list(zip(rejects["key"], rejects["reason"], strict=True))
     outcomes: dict[str, str | list[str]] = {}
     for own, outcome in sorted(met):

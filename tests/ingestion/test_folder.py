@@ -297,3 +297,10 @@ def test_any_csv_that_python_writes_is_read_back(tmp_path, rows):
     read = [(row.file_name, row.captions) for row in read_metadata_rows(path)]
     assert [name for name, _ in read] == [name.strip() for name, _ in rows]
     assert [[text.strip() for text in captions] for _, captions in read] == [[text.strip()] for _, text in rows]
+
+
+def test_a_metadata_file_that_cannot_be_read_is_named(corpus):
+    corpus.add("a.png", "a picture")
+    (corpus.path / "metadata.csv").symlink_to("nowhere.csv")
+    with pytest.raises(IngestError, match=r"metadata\.csv cannot be read \(No such file or directory\)"):
+        corpus.ingest()

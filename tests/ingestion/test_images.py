@@ -4,7 +4,6 @@ import io
 import re
 import struct
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -316,21 +315,19 @@ def test_a_wide_picture_is_as_extreme_as_a_tall_one():
 def test_more_pixels_than_pillow_allows_are_allowed_by_the_param_alone(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # beyond twice of which Pillow rejects an image
     data = saved(gradient(60, 60), "TIFF")
-    assert prepare_image(data, SIZE, max_pixels=3600, max_aspect_ratio=1.0).width == 60
-    assert reason(data, max_pixels=3599) is Reason.TOO_MANY_PIXELS
+    with images.pillow_settings(3600):
+        assert prepare_image(data, SIZE, max_pixels=3600, max_aspect_ratio=1.0).width == 60
+        assert reason(data, max_pixels=3599) is Reason.TOO_MANY_PIXELS
     assert Image.MAX_IMAGE_PIXELS == 1000
 
 
-def test_the_pixel_limit_of_pillow_is_restored_once_no_thread_needs_another(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    inner, outer = images.PIXEL_LIMIT.at_least(9000), images.PIXEL_LIMIT.at_least(5000)
-    with ThreadPoolExecutor(1) as other_thread:
-        outer.__enter__()
-        other_thread.submit(inner.__enter__).result()
-        outer.__exit__(None, None, None)
-        assert Image.MAX_IMAGE_PIXELS == 4500
-        other_thread.submit(inner.__exit__, None, None, None).result()
-    assert Image.MAX_IMAGE_PIXELS == 1000
+def test_the_settings_of_pillow_are_restored_whatever_happens(monkeypatch):
+    for limit, raised in ((1000, 4500), (9000, 9000), (None, None)):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(KeyboardInterrupt), images.pillow_settings(9000):
+            assert raised == Image.MAX_IMAGE_PIXELS
+            raise KeyboardInterrupt
+        assert limit == Image.MAX_IMAGE_PIXELS
 
 
 def test_a_file_of_too_many_bytes_is_rejected_unopened(monkeypatch, picture):

@@ -14,7 +14,6 @@ from PIL import Image
 from latentloom.errors import UserError
 from latentloom.ingestion import ingest as stage
 from latentloom.ingestion import preprocess
-from latentloom.ingestion.rejects import read_rejects
 from latentloom.ingestion.shards import read_manifest, read_metadata
 from latentloom.ingestion.sources import IngestError
 from latentloom.ingestion.splits import split_of
@@ -58,10 +57,10 @@ def test_an_empty_validation_split_is_said_plainly(corpus):
 def test_the_table_of_rejects_has_the_same_columns_when_it_is_empty(corpus):
     corpus.add("a.png", "a picture")
     corpus.ingest()
-    empty = read_rejects(corpus.rejects)
+    empty = pd.read_parquet(corpus.rejects)
     corpus.add("b.png")
     corpus.ingest()
-    filled = read_rejects(corpus.rejects)
+    filled = pd.read_parquet(corpus.rejects)
     assert list(empty) == list(filled) == ["source", "key", "reason", "detail", "preview"]
     assert (len(empty), len(filled)) == (0, 1)
     assert pd.read_parquet(corpus.rejects)["reason"].tolist() == ["no_caption"]
@@ -73,7 +72,7 @@ def test_many_rejects_are_all_written(corpus, monkeypatch):
     for number in range(11):
         corpus.add(f"x{number:02}.png", "nothing", b"")
     corpus.ingest()
-    assert read_rejects(corpus.rejects)["key"].tolist() == [f"x{number:02}.png" for number in range(11)]
+    assert pd.read_parquet(corpus.rejects)["key"].tolist() == [f"x{number:02}.png" for number in range(11)]
 
 
 def test_ids_depend_on_pixels_alone(corpus, new_corpus, picture):
@@ -186,7 +185,7 @@ def test_too_many_rejects_stop_the_stage_with_the_reasons_counted_most_frequent_
     assert second == "  2 empty_file, such as folder: empty.png"
     assert str(corpus.rejects) in last
     assert "raise ingest.max_reject_fraction" in last
-    assert len(read_rejects(corpus.rejects)) == 5
+    assert len(pd.read_parquet(corpus.rejects)) == 5
     assert not (corpus.images / "manifest.json").exists()
 
 
@@ -226,7 +225,7 @@ def test_a_failure_in_the_middle_leaves_no_partial_file_and_no_manifest(
             corpus.ingest()
     assert "00000.parquet" in {path.name for path in corpus.images.iterdir()}
     assert not [path.name for path in corpus.out.rglob(".*")]
-    assert read_rejects(corpus.rejects).empty
+    assert pd.read_parquet(corpus.rejects).empty
     with pytest.raises(UserError, match="dvc repro"):
         read_manifest(corpus.images)
     corpus.ingest()
@@ -289,7 +288,7 @@ def two_sources(corpus, new_corpus):
 
 def test_several_sources_come_one_after_another_under_their_names(corpus, two_sources):
     report = corpus.ingest(**two_sources)
-    frame, rejects = read_metadata(corpus.images), read_rejects(corpus.rejects)
+    frame, rejects = read_metadata(corpus.images), pd.read_parquet(corpus.rejects)
     assert list(zip(frame["source"], frame["key"], strict=True)) == [
         ("drawings", "0.png"),
         ("drawings", "1.png"),

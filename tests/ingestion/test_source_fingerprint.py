@@ -53,6 +53,13 @@ def test_hidden_files_do_not_count(images, tmp_path):
     assert listed(images, tmp_path / "none.json") == before
 
 
+def test_a_link_to_nowhere_counts_and_stops_nothing(images, tmp_path):
+    before = listed(images, tmp_path / "none.json")
+    (images / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (own,) = listed(images, tmp_path / "none.json")
+    assert own["files"] == before[0]["files"] + 1
+
+
 def test_tars_and_tables_are_listed_by_pattern(images, tmp_path):
     (own,) = listed(images / "*.png", tmp_path / "none.json", "parquet")
     assert own["files"] == 1

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from latentloom.ingestion.listing import list_sources
 from projects import tiny_params
 from tiny_models import save_tiny_unet, save_tiny_vae
 from typer.testing import CliRunner
@@ -21,6 +20,7 @@ from latentloom.cli import app
 from latentloom.dvc_outs import Place, out_hash
 from latentloom.errors import UserError
 from latentloom.files import write_json
+from latentloom.ingestion.source_fingerprint import fingerprint_sources
 from latentloom.lineage.lineage import Lineage, trace
 from latentloom.lineage.links import Link
 from latentloom.lineage.provenance import Provenance, code_diff, collect, save_run_record
@@ -83,7 +83,9 @@ def lab(project_root, tiny_unets) -> Path:
     config = read_config(tiny_unets[0])
     for path, key, encoder in (("latents", "vae", config.vae), ("text", "encoder", config.text_encoder)):
         write_json(f"data/{path}/stats.json", {key: {"reference": "bundled", "fingerprint": encoder.fingerprint}})
-    write_json("data/sources.json", list_sources([SourceParams(source="folder", path=str(pictures))], Path("no")))
+    write_json(
+        "data/sources.json", fingerprint_sources([SourceParams(source="folder", path=str(pictures))], Path("no"))
+    )
     counts = {"name": "folder", "source": "folder", "weight": 1.0, "found": 3, "kept": 2, "rejected": 1}
     write_json("reports/ingest.json", {"kept": 2, "train": 1, "validation": 1, "sources": [counts]})
     commit("Some code")

@@ -1,4 +1,4 @@
-"""docs/models.md, run from top to bottom: drawing, promoting, serving over HTTP, and taking back; on a server too."""
+"""docs/models.md, run from top to bottom: sampling, promoting, serving over HTTP, and taking back; on a server too."""
 
 import base64
 import json
@@ -16,7 +16,7 @@ from servers import PATIENCE, answers, free_port, serving
 from typer.testing import CliRunner
 
 from latentloom.cli import app
-from latentloom.evaluation.pictures import read_facts
+from latentloom.evaluation.metadata import read_metadata
 from latentloom.model_files import model_hash
 from latentloom.registry import registry
 from latentloom.registry.models import find_model
@@ -53,7 +53,7 @@ def project(project_root, train, tiny_unets) -> Path:
     shutil.copytree(tiny_unets[0], Path(".state/models") / model_hash(tiny_unets[0]))
     params = tiny_params()
     params["evaluate"]["class_guidance"] = 2.5  # what both were evaluated with
-    params["train"]["precision"] = "fp32"
+    params["evaluate"]["precision"] = "fp32"
     Path("params.yaml").write_text(yaml.safe_dump(params))
     return project_root
 
@@ -64,17 +64,17 @@ def test_every_command_of_the_page_does_what_it_says(project):
     served = commands.pop()
     printed = [keyboard(*words) for _, *words in commands]
     for name in ("sample.png", "apples.png", "quick.png"):
-        assert read_facts(Path(name)).model_sha256 == model_hash(Path("models/unet"))
-    assert read_facts(Path("apples.png")).count == 4
-    assert len(list(Path("drawn").iterdir())) == 4
+        assert read_metadata(Path(name)).model_sha256 == model_hash(Path("models/unet"))
+    assert read_metadata(Path("apples.png")).count == 4
+    assert len(list(Path("apples").iterdir())) == 4
     table = re.search(r"```\n(when .*?)```", PAGE, re.DOTALL)[1]
     assert printed[6].splitlines()[0] == table.splitlines()[0]
     assert printed[6].splitlines()[-1] == table.splitlines()[-1]
-    assert [(move.what, move.version) for move in registry.history(project)] == [
-        ("promote", "1"),
-        ("promote", "1"),
-        ("promote", "2"),
-        ("demote", "1"),
+    assert [(move.taken_back, move.version) for move in registry.history(project)] == [
+        (False, "1"),
+        (False, "1"),
+        (False, "2"),
+        (True, "1"),
     ]
 
     port = free_port()
@@ -88,20 +88,20 @@ def test_every_command_of_the_page_does_what_it_says(project):
         exec(script.replace("5001", str(port)), {})
         keyboard(*served[1:])
         assert Path("served.png").read_bytes() == Path("served-too.png").read_bytes()
-        assert read_facts(Path("served.png")).model_sha256 == find_model("gentle", project).sha256
+        assert read_metadata(Path("served.png")).model_sha256 == find_model("gentle", project).sha256
 
         several = {"inputs": {"prompt": ["a red apple", "a snowman"]}, "params": {"seed": 1, "steps": 3, "count": 2}}
         rows = json.loads(ask(port, several))["predictions"]
         options = shlex.split("--model champion --seed 1 --count 2 --steps 3 -o all/")
         keyboard("sample", *several["inputs"]["prompt"], *options)
-        drawn = [path.read_bytes() for path in sorted(Path("all").iterdir())]
-        assert [base64.b64decode(row["png"]) for row in rows] == drawn
+        sampled = [path.read_bytes() for path in sorted(Path("all").iterdir())]
+        assert [base64.b64decode(row["png"]) for row in rows] == sampled
         assert [(row["prompt"], row["number"]) for row in rows[1:3]] == [("a red apple", 1), ("a snowman", 0)]
 
-        with pytest.raises(urllib.error.HTTPError) as refused:
+        with pytest.raises(urllib.error.HTTPError) as rejected:
             ask(port, several | {"params": {"steps": 1}})
-        assert refused.value.code == 400
-        assert "steps = 1" in refused.value.read().decode()
+        assert rejected.value.code == 400
+        assert "steps = 1" in rejected.value.read().decode()
     assert not answers(f"http://127.0.0.1:{port}/health")
 
 
@@ -113,7 +113,7 @@ def ask(port: int, question: dict) -> bytes:
         return response.read()
 
 
-def test_on_a_tracking_server_a_model_is_promoted_and_drawn_with_by_someone_who_has_nothing_but_the_address(
+def test_on_a_tracking_server_a_model_is_promoted_and_sampled_by_someone_who_has_nothing_but_the_address(
     project_root, train, tiny_unets, tmp_path_factory, monkeypatch
 ):
     port, home = free_port(), tmp_path_factory.mktemp("server")
@@ -133,6 +133,9 @@ def test_on_a_tracking_server_a_model_is_promoted_and_drawn_with_by_someone_who_
         assert (found.sha256, found.run_id, found.version) == (model_hash(tiny_unets[0]), run_id, "1")
         assert model_hash(found.folder) == found.sha256
         keyboard("sample", "a red apple", "--model", "champion", "-o", "a.png")
-        assert (read_facts(Path("a.png")).steps, read_facts(Path("a.png")).mlflow_run_id) == (4, run_id)
+        assert (read_metadata(Path("a.png")).sampling.diffusion_steps, read_metadata(Path("a.png")).mlflow_run_id) == (
+            4,
+            run_id,
+        )
         assert "champion is version 1" in keyboard("history")
         assert keyboard("demote", "--from", "champion").endswith("none is\n")

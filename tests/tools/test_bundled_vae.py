@@ -1,4 +1,4 @@
-"""What the training of the bundled VAE rests on: an honest split, exact shortcuts, a falling loss, resumption."""
+"""The training of the bundled VAE: an honest split, exact shortcuts, a falling loss, resuming."""
 
 import pytest
 import torch
@@ -110,7 +110,7 @@ def test_a_finished_vae_standardises_the_latents_of_the_pictures_it_is_given(pic
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), atol=1e-4, rtol=0)
 
 
-def test_a_resumed_training_goes_on_as_if_it_had_never_stopped(pictures, tmp_path):
+def test_a_resumed_training_ends_as_if_it_had_never_stopped(pictures, tmp_path):
     whole, first, second = begin(recipe(6)), begin(recipe(6)), begin(recipe(6))
     for _ in train(whole, pictures, recipe(6)):
         pass

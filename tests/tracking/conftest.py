@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from tracked_runs import empty_store, project_root, tiny_unets, train  # noqa: F401 (fixtures)
+from tracked_runs import empty_store, project_root  # noqa: F401 (fixtures)
 
 
 @pytest.fixture

@@ -17,10 +17,9 @@ def test_an_address_in_the_environment_wins(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["feature%2Fx", "a%20b?c", "ü #&'+;"])
-def test_a_project_is_tracked_whatever_the_name_of_its_folder(tmp_path, monkeypatch, name):
+def test_a_project_is_tracked_whatever_the_name_of_its_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    root = tmp_path / name
+    root = tmp_path / "feature%2Fx a%20b?c=1 ü#&'+;"
     root.mkdir()
     (root / "note.txt").write_text("hello")
     with warnings.catch_warnings():

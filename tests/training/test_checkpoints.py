@@ -1,28 +1,42 @@
-"""Checkpoints are whole or passed over, belong to one training, and do not pile up."""
+"""Checkpoints are whole or skipped, belong to one training, survive edits of the code, and do not pile up."""
 
 import json
 import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 
+from latentloom.errors import UserError, WriteError
 from latentloom.params import Params
-from latentloom.training.checkpoints import Checkpoint, Checkpoints, training_fingerprint
+from latentloom.training.checkpoints import Checkpoints, CodeVersion, training_fingerprint
 
 INPUTS = {"latents": "a" * 64, "text": "b" * 64}
+CODE = CodeVersion("c" * 64, "d" * 40)
+SHIPPED = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
 
 
-def checkpoint(step: int) -> Checkpoint:
-    tensors = {"network.weight": torch.full((2, 3), float(step)), "average.weight": torch.zeros(4)}
-    return Checkpoint(step, tensors, {"seconds": 0.1 * step})
+def of_training(folder: Path, fingerprint: str = "f" * 16, *, limit: int = 10**9, code=CODE) -> Checkpoints:
+    return Checkpoints(folder, fingerprint, code=code, keep=2, limit=limit)
 
 
 @pytest.fixture
 def checkpoints(tmp_path) -> Checkpoints:
-    return Checkpoints(tmp_path, "f" * 16, keep=2, limit=10**9)
+    return of_training(tmp_path)
+
+
+def save(checkpoints: Checkpoints, step: int, **options) -> None:
+    tensors = {"network.weight": torch.full((2, 3), float(step)), "average.weight": torch.zeros(4)}
+    checkpoints.save(step, tensors, {"seconds": 0.1 * step}, **options)
 
 
 def steps_in(checkpoints: Checkpoints) -> list[str]:
@@ -31,10 +45,24 @@ def steps_in(checkpoints: Checkpoints) -> list[str]:
 
 def test_what_is_saved_comes_back_bit_by_bit(checkpoints):
     weights = torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last)
-    checkpoints.save(Checkpoint(7, {"weights": weights}, {"mae": 0.1, "best": None}))
+    checkpoints.save(7, {"weights": weights}, {"mae": 0.1, "best": None})
     loaded = checkpoints.latest()
-    assert (loaded.step, loaded.facts) == (7, {"mae": 0.1, "best": None})
-    assert torch.equal(loaded.tensors["weights"], weights)
+    assert (loaded.step, loaded.metadata, loaded.code) == (7, {"mae": 0.1, "best": None}, CODE)
+    assert torch.equal(loaded.load_tensors()["weights"], weights)
+
+
+def test_the_curves_are_kept_as_they_were_at_its_step(checkpoints, tmp_path):
+    curve = tmp_path / "plots" / "train.csv"
+    curve.parent.mkdir()
+    curve.write_text("step\n10\n")
+    save(checkpoints, 10, curves=curve.parent)
+    curve.write_text("step\n10\n11\n")
+    assert (checkpoints.latest().curves / "train.csv").read_text() == "step\n10\n"
+
+
+def test_any_user_may_read_it(checkpoints):
+    save(checkpoints, 10)
+    assert (checkpoints.latest().folder / "state.safetensors").stat().st_mode & 0o777 == 0o644
 
 
 def test_without_any_there_is_none(checkpoints):
@@ -44,7 +72,7 @@ def test_without_any_there_is_none(checkpoints):
 
 def test_the_last_few_are_kept_and_the_pinned_one(checkpoints):
     for step in (10, 20, 30, 40):
-        checkpoints.save(checkpoint(step), pinned=step == 20)
+        save(checkpoints, step, pinned=step == 20)
     assert steps_in(checkpoints) == ["step-000020", "step-000030", "step-000040"]
     assert checkpoints.latest().step == 40
 
@@ -78,13 +106,18 @@ def other_fingerprint(folder):
     (folder / "state.json").write_text(json.dumps(about))
 
 
+def older_format(folder):
+    about = json.loads((folder / "state.json").read_text()) | {"format_version": 1}
+    (folder / "state.json").write_text(json.dumps(about))
+
+
 def rename_step(folder):
     folder.rename(folder.with_name("step-000031"))
 
 
 def lose_a_key(folder):
     about = json.loads((folder / "state.json").read_text())
-    del about["facts"]
+    del about["metadata"]
     (folder / "state.json").write_text(json.dumps(about))
 
 
@@ -97,20 +130,21 @@ def lose_a_key(folder):
         damage_json,
         lose_json,
         other_fingerprint,
+        older_format,
         rename_step,
         lose_a_key,
     ],
 )
-def test_a_damaged_one_is_passed_over_with_a_warning(checkpoints, damage):
-    checkpoints.save(checkpoint(20))
-    checkpoints.save(checkpoint(30))
+def test_one_that_is_damaged_or_of_another_format_is_skipped_with_a_warning(checkpoints, damage):
+    save(checkpoints, 20)
+    save(checkpoints, 30)
     damage(checkpoints.folder / "step-000030")
-    with pytest.warns(UserWarning, match=r"step-00003[01] is damaged and passed over"):
+    with pytest.warns(UserWarning, match=r"step-00003[01] cannot be used and is skipped"):
         assert checkpoints.latest().step == 20
 
 
 def test_one_that_was_being_written_when_the_process_died_is_not_seen(checkpoints):
-    checkpoints.save(checkpoint(20))
+    save(checkpoints, 20)
     half = checkpoints.folder / ".step-000030.123.tmp"
     half.mkdir()
     (half / "state.safetensors").write_bytes(b"half")
@@ -122,25 +156,27 @@ def test_one_that_was_being_written_when_the_process_died_is_not_seen(checkpoint
 
 
 def test_a_checkpoint_of_another_training_is_never_met(tmp_path, checkpoints):
-    checkpoints.save(checkpoint(20))
-    assert Checkpoints(tmp_path, "0" * 16, keep=2, limit=10**9).latest() is None
+    save(checkpoints, 20)
+    assert of_training(tmp_path, "0" * 16).latest() is None
 
 
 def test_one_that_cannot_be_written_leaves_the_earlier_ones(checkpoints, monkeypatch):
-    checkpoints.save(checkpoint(20))
-    monkeypatch.setattr("pathlib.Path.write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
-    with pytest.raises(OSError, match=r"write .*/step-000030/state\.safetensors: No space left; it needs 0\.1 MiB"):
-        checkpoints.save(checkpoint(30))
+    save(checkpoints, 20)
+    full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    monkeypatch.setattr("latentloom.model_files.save_file", lambda *_: (_ for _ in ()).throw(full))
+    message = r"write .*/step-000030/state\.safetensors: No space left on device; it needs 0\.1 MiB"
+    with pytest.raises(WriteError, match=message):
+        save(checkpoints, 30)
     monkeypatch.undo()
     assert steps_in(checkpoints) == ["step-000020"]
     assert checkpoints.latest().step == 20
 
 
-def test_going_on_deletes_what_lies_beyond(checkpoints):
+def test_resuming_deletes_what_lies_beyond(checkpoints):
     for step in (20, 30):
-        checkpoints.save(checkpoint(step))
+        save(checkpoints, step)
     damage_tensors(checkpoints.folder / "step-000030")
-    with pytest.warns(UserWarning, match="damaged"):
+    with pytest.warns(UserWarning, match="its checksum does not match"):
         resumed = checkpoints.latest()
     checkpoints.begin({"mlflow_run_id": "x"}, resumed)
     assert steps_in(checkpoints) == ["step-000020"]
@@ -149,15 +185,15 @@ def test_going_on_deletes_what_lies_beyond(checkpoints):
 
 def test_after_a_success_nothing_is_left(checkpoints):
     checkpoints.begin({"mlflow_run_id": "x"}, None)
-    checkpoints.save(checkpoint(20))
+    save(checkpoints, 20)
     checkpoints.end({"mlflow_run_id": "x", "finished_steps": 20})
     assert not checkpoints.folder.exists()
 
 
 def test_after_the_success_of_a_run_that_can_be_extended_its_pinned_checkpoint_is_left(checkpoints):
     checkpoints.begin({"mlflow_run_id": "x"}, None)
-    checkpoints.save(checkpoint(20), pinned=True)
-    checkpoints.save(checkpoint(30))
+    save(checkpoints, 20, pinned=True)
+    save(checkpoints, 30)
     checkpoints.end({"mlflow_run_id": "x", "finished_steps": 30})
     assert steps_in(checkpoints) == ["step-000020"]
     assert checkpoints.read_run()["finished_steps"] == 30
@@ -165,17 +201,76 @@ def test_after_the_success_of_a_run_that_can_be_extended_its_pinned_checkpoint_i
 
 def test_checkpoints_of_other_trainings_are_deleted_beyond_the_limit_the_oldest_first(tmp_path):
     for number, name in enumerate("abc"):
-        other = Checkpoints(tmp_path, name, keep=2, limit=10**9)
+        other = of_training(tmp_path, name)
         other.begin({}, None)
         (other.folder / "step-000001").mkdir()
         (other.folder / "step-000001" / "state.safetensors").write_bytes(bytes(1000))
 
         os.utime(other.folder, (number, number))
-    Checkpoints(tmp_path, "own", keep=2, limit=2500).begin({}, None)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "c", "own"]
+    of_training(tmp_path, "own", limit=2500).begin({}, None)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["b", "c", "own"]
 
 
-SHIPPED = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
+def test_checkpoints_of_a_training_that_runs_are_never_deleted(tmp_path):
+    running, ended = of_training(tmp_path, "running"), of_training(tmp_path, "ended")
+    for other in (running, ended):
+        save(other, 20)
+    with running.locked():
+        of_training(tmp_path, "own", limit=0).begin({}, None)
+    assert running.latest() is not None
+    assert ended.latest() is None
+
+
+def test_a_second_training_of_the_same_fingerprint_waits_for_the_first_and_says_so(checkpoints, tmp_path, capsys):
+    order, waits = [], threading.Event()
+
+    def second() -> None:
+        waits.set()
+        with of_training(tmp_path).locked():
+            order.append(("second", of_training(tmp_path).latest().step))
+
+    thread = threading.Thread(target=second)
+    with checkpoints.locked():
+        thread.start()
+        waits.wait()
+        time.sleep(0.3)
+        save(checkpoints, 20)
+        order.append("first")
+    thread.join(30)
+    assert order == ["first", ("second", 20)]
+    assert "train: another training of the same params and data is running" in capsys.readouterr().err
+
+
+def test_a_job_of_several_processes_does_not_wait_but_says_what_runs(checkpoints, tmp_path):
+    with (
+        checkpoints.locked(),
+        pytest.raises(UserError, match="another training of the same params and data is running"),
+        of_training(tmp_path).locked(wait=False),
+    ):
+        pass
+
+
+def test_waiting_can_be_interrupted(tmp_path):
+    script = (
+        f"import sys, pathlib; sys.path.insert(0, {str(Path(__file__).parents[2] / 'src')!r})\n"
+        "from latentloom.training.checkpoints import Checkpoints, CodeVersion\n"
+        f"own = Checkpoints(pathlib.Path({str(tmp_path)!r}), 'f' * 16, code=CodeVersion('c'), keep=2, limit=1)\n"
+        "with own.locked(): print('held')"
+    )
+    with of_training(tmp_path).locked():
+        waiting = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+        assert "waiting until it has ended" in waiting.stderr.readline()
+        waiting.send_signal(signal.SIGINT)
+        _, printed = waiting.communicate(timeout=60)
+    assert "KeyboardInterrupt" in printed
+
+
+def test_the_state_may_be_deleted_while_it_is_held(checkpoints, tmp_path):
+    with checkpoints.locked():
+        save(checkpoints, 20)
+        shutil.rmtree(tmp_path)
+        save(checkpoints, 30)
+    assert checkpoints.latest().step == 30
 
 
 def changed(section: str, **values) -> Params:
@@ -186,7 +281,7 @@ AS_SHIPPED = Params.model_validate(SHIPPED)
 
 
 def fingerprint(params: Params, **others) -> str:
-    return training_fingerprint(params, **{"inputs": INPUTS, "code": "c", "precision": "fp32"} | others)
+    return training_fingerprint(params, **{"inputs": INPUTS, "precision": "fp32"} | others)
 
 
 @pytest.mark.parametrize(
@@ -197,22 +292,49 @@ def fingerprint(params: Params, **others) -> str:
         ("train", {"batch_size": 32}),
         ("diffusion", {"label_dropout": 0.2}),
         ("model", {"block_depth": 2}),
+        ("train", {"keep": "best"}),
+        ("train", {"loss": "huber"}),
     ],
 )
 def test_whatever_decides_the_training_changes_the_fingerprint(section, values):
     assert fingerprint(changed(section, **values)) != fingerprint(AS_SHIPPED)
 
 
-@pytest.mark.parametrize("others", [{"inputs": INPUTS | {"text": "d"}}, {"code": "d"}, {"precision": "bf16"}])
-def test_inputs_code_and_precision_change_the_fingerprint(others):
+@pytest.mark.parametrize("others", [{"inputs": INPUTS | {"text": "d"}}, {"precision": "bf16"}])
+def test_data_and_precision_change_the_fingerprint(others):
     assert fingerprint(AS_SHIPPED, **others) != fingerprint(AS_SHIPPED)
 
 
 @pytest.mark.parametrize(
-    ("section", "values"), [("machine", {"checkpoint_every": 7}), ("evaluate", {"class_guidance": 5.0})]
+    ("section", "values"),
+    [
+        *(("monitor", {key: 7}) for key in SHIPPED["monitor"]),
+        *(("machine", {key: not value}) for key, value in SHIPPED["machine"].items() if isinstance(value, bool)),
+        ("machine", {"checkpoint_every": 7}),
+        ("evaluate", {"class_guidance": 5.0}),
+        ("train", {"huber_delta": 0.5}),  # not in use, as the loss is mae
+        ("train", {"decay_steps": 7}),  # not in use, as the schedule is cosine
+        ("train", {"precision": "fp32"}),  # what auto comes to here
+    ],
 )
-def test_what_does_not_decide_the_training_leaves_the_fingerprint(section, values):
+def test_what_does_not_decide_the_weights_leaves_the_fingerprint(section, values):
     assert fingerprint(changed(section, **values)) == fingerprint(AS_SHIPPED)
+
+
+@pytest.mark.parametrize(
+    ("key", "decides"), [("validate_every", True), ("validation_images", True), ("log_every", False)]
+)
+def test_when_the_best_weights_are_kept_what_is_measured_decides_too(key, decides):
+    best = {"train": SHIPPED["train"] | {"keep": "best"}}
+    one, other = (
+        Params.model_validate(SHIPPED | best | {"monitor": SHIPPED["monitor"] | {key: value}}) for value in (10, 20)
+    )
+    assert (fingerprint(one) != fingerprint(other)) == decides
+
+
+def test_the_delta_of_the_huber_loss_decides_where_it_is_in_use():
+    one, other = (changed("train", loss="huber", huber_delta=delta) for delta in (0.1, 0.2))
+    assert fingerprint(one) != fingerprint(other)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "warmup_stable_decay"])

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from latentloom.training.learning_rate import learning_rate_at, open_ended_steps
+from latentloom.training.loop import learning_rate_at, open_ended_steps
 
 
 def rates(params, **changes):

@@ -1,76 +1,132 @@
-"""A whole training: which weights become the model, where it goes on from, and how it stops."""
+"""A whole training: which weights become the model, what it resumes from, what may fail on its way, how it stops."""
 
+import csv
+import gc
 import os
 import shutil
 import signal
 import warnings
+import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from accelerate import Accelerator
 
+from latentloom.diffusion.denoising_error import denoising_error
 from latentloom.encoding.dataset import Caches
+from latentloom.errors import UserError
 from latentloom.model_files import load_model
 from latentloom.params import Params
-from latentloom.tracking.runs import TrackedRun
-from latentloom.training.checkpoints import Checkpoint, Checkpoints
-from latentloom.training.denoising_error import denoising_error
-from latentloom.training.interruption import StopRequest
+from latentloom.training import run as run_module
+from latentloom.training.checkpoints import Checkpoint, Checkpoints, CodeVersion
+from latentloom.training.interruption import StopRequest, TrainingStopped
+from latentloom.training.loop import learning_rate_at
 from latentloom.training.run import TrainingResult, run_training, usable_checkpoint
 
 SHIPPED = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
-QUICK = {"steps": 40, "batch_size": 8, "warmup_steps": 2, "precision": "fp32", "log_every": 4, "validate_every": 4}
-QUICK |= {"sample_every": 1000, "sample_count": 2, "ema_images": 40, "decay_steps": 10, "learning_rate": 1e-2}
+QUICK = {"steps": 40, "batch_size": 8, "warmup_steps": 2, "precision": "fp32", "ema_images": 40, "decay_steps": 10}
+QUICK |= {"learning_rate": 1e-2}
+OFTEN = {"log_every": 4, "validate_every": 4, "sample_every": 1000, "sample_count": 2}
 
 
-def quick(**train) -> Params:
+def quick(*, monitor: dict | None = None, machine: dict | None = None, **train) -> Params:
     return Params.model_validate(
         SHIPPED
         | {
             "model": {"widths": [16, 32], "block_depth": 1, "emb_size": 16},
             "train": SHIPPED["train"] | QUICK | train,
+            "monitor": SHIPPED["monitor"] | OFTEN | (monitor or {}),
+            "machine": SHIPPED["machine"] | (machine or {}),
         }
     )
 
 
-class GreyDecoder:
-    def decode(self, latents):
-        return torch.full((len(latents), 8, 8, 3), 128, dtype=torch.uint8).numpy()
+class GreyVae:
+    def decode(self, latents, *, batch_size):
+        assert len(latents) <= 16
+        return np.full((len(latents), 8, 8, 3), 128, dtype=np.uint8)
+
+
+class MemoryLogger:
+    """Keeps what it gets; as a tracked run, it keeps the first of what has the same name and step."""
+
+    def __init__(self) -> None:
+        self.metrics: dict[tuple[str, int], float] = {}
+        self.images: dict[int, np.ndarray] = {}
+        self.tags: dict[str, str] = {}
+
+    def log_metrics(self, metrics, step):
+        for name, value in metrics.items():
+            self.metrics.setdefault((name, step), value)
+
+    def log_image(self, image, key, step):
+        self.images[step] = image
+
+    def set_tags(self, tags):
+        self.tags |= tags
+
+
+@pytest.fixture
+def logger() -> MemoryLogger:
+    return MemoryLogger()
 
 
 @pytest.fixture
 def caches(make_data) -> Caches:
     made_by = {"reference": "somewhere", "class": "AutoencoderTiny", "fingerprint": "0" * 16}
-    latents = {"mean": [0.0] * 4, "std": [1.0] * 4, "vae": made_by, "attribution": None, "licence": None}
+    latents = {"mean": [0.0] * 4, "std": [1.0] * 4, "bound": 3.0, "vae": made_by, "attribution": None, "licence": None}
     return Caches(make_data(6), make_data(9, prefix="held out"), latents, {"dim": 12, "encoder": made_by})
 
 
 @pytest.fixture
-def run(caches, tmp_path):
+def run(caches, tmp_path, logger, monkeypatch):
     """Train as the stage does; checkpoints and outs lie in ``tmp_path``."""
+    monkeypatch.setattr("latentloom.training.preview.load_vae", lambda reference, device: GreyVae())
 
-    def run(params: Params, *, resumed: Checkpoint | None = None) -> TrainingResult:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return run_training(
-                params,
-                caches,
-                accelerator=Accelerator(cpu=True),
-                checkpoints=kept(tmp_path),
-                resumed=resumed,
-                model_folder=tmp_path / "model",
-                curves_folder=tmp_path / "plots",
-                tracked=TrackedRun(),
-                load_decoder=GreyDecoder,
-            )
+    def run(params: Params, *, resumed: Checkpoint | None = None, code: str = "code") -> TrainingResult:
+        return run_training(
+            params,
+            caches,
+            accelerator=Accelerator(cpu=True),
+            checkpoints=kept(tmp_path, code),
+            resumed=resumed,
+            model_folder=tmp_path / "model",
+            curves_folder=tmp_path / "plots",
+            logger=logger,
+        )
 
     return run
 
 
-def kept(folder: Path) -> Checkpoints:
-    return Checkpoints(folder / "checkpoints", "f" * 16, keep=2, limit=10**9)
+def kept(folder: Path, code: str = "code") -> Checkpoints:
+    return Checkpoints(
+        folder / "checkpoints", "f" * 16, code=CodeVersion(code, f"commit of {code}"), keep=2, limit=10**9
+    )
+
+
+def outs(folder: Path) -> dict[str, bytes]:
+    files = [*(folder / "model").iterdir(), *(folder / "plots").iterdir()]
+    return {path.name: path.read_bytes() for path in files}
+
+
+def of_curves(logger: MemoryLogger) -> dict[tuple[str, int], float]:
+    """What was logged and is in the curves: it must not depend on the machine, or on interruptions."""
+    return {key: value for key, value in logger.metrics.items() if key[0].startswith(("train/mae", "train/l", "val/"))}
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """``stop_after(step)``: the training that runs next is asked to stop after that step."""
+
+    def arrange(last: int) -> None:
+        monkeypatch.setattr(
+            run_module, "_asked_to_stop", lambda request, accelerator, step, every: int(step.step == last)
+        )
+
+    yield arrange
 
 
 def error_of_model(folder: Path, caches: Caches) -> float:
@@ -88,45 +144,174 @@ def test_the_last_averages_or_those_of_the_lowest_validation_error_become_the_mo
     assert best.metrics == last.metrics
 
 
-def test_without_a_validation_split_the_best_averages_are_the_last(run, caches, tmp_path, monkeypatch):
+def test_the_best_weights_cannot_be_kept_without_a_validation_split(run, caches, tmp_path):
     object.__setattr__(caches, "validation", caches.validation.take(0))
-    run(quick(keep="best"))
-    best = (tmp_path / "model/model.safetensors").read_bytes()
-    result = run(quick(keep="last"))
-    assert (tmp_path / "model/model.safetensors").read_bytes() == best
+    with pytest.raises(UserError, match=r"train\.keep = best: the validation split is empty"):
+        run(quick(keep="best"))
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_empty_validation_split_is_reported_once(run, caches, capsys):
+    object.__setattr__(caches, "validation", caches.validation.take(0))
+    result = run(quick(steps=8))
+    assert capsys.readouterr().err.count("the validation split is empty") == 1
     assert result.val_mae is None
     assert "best_step" not in result.metrics
+
+
+def test_a_cache_without_a_bound_is_rejected_with_the_command_that_makes_it(run, caches):
+    del caches.latent_statistics["bound"]
+    with pytest.raises(UserError, match=r"stats\.json has no bound; run `dvc repro`"):
+        run(quick())
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_a_stopped_training_resumes_to_the_same_bytes_of_model_and_curves(run, tmp_path, logger, stop_after, keep):
+    params = quick(keep=keep, steps=20, monitor={"validate_every": 3}, machine={"checkpoint_every": 100})
+    run(params)
+    whole, logged = outs(tmp_path), of_curves(logger)
+    stop_after(10)
+    with pytest.raises(TrainingStopped, match="stopped at step 10 of 20; the state is saved"):
+        run(params)
+    with open(tmp_path / "plots" / "train.csv", "a") as curve:
+        curve.write("11,0.5,0.1\n12,")  # what a killed process left
+    stop_after(0)
+    logger.metrics.clear()  # as a logger that has lost all
+    run(params, resumed=usable_checkpoint(kept(tmp_path), params))
+    assert outs(tmp_path) == whole
+    assert of_curves(logger) == logged
+
+
+def test_a_training_resumes_with_other_code_and_says_so_once(run, tmp_path, logger, stop_after):
+    params = quick(steps=12)
+    stop_after(8)
+    with pytest.raises(TrainingStopped):
+        run(params, code="before")
+    stop_after(10)
+    with (
+        pytest.warns(UserWarning, match=r"by other code \(commit commit of b.* than the present \(commit commit of a"),
+        pytest.raises(TrainingStopped),
+    ):
+        run(params, code="after", resumed=usable_checkpoint(kept(tmp_path), params))
+    assert logger.tags == {"resumed.other_code": "true"}
+    stop_after(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the checkpoint was written by other code")
+        run(params, code="after", resumed=usable_checkpoint(kept(tmp_path), params))
+
+
+def test_with_the_same_code_nothing_is_said_of_it(run, tmp_path, logger, stop_after):
+    params = quick(steps=12)
+    stop_after(8)
+    with pytest.raises(TrainingStopped):
+        run(params)
+    stop_after(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the checkpoint was written by other code")
+        run(params, resumed=usable_checkpoint(kept(tmp_path), params))
+    assert logger.tags == {}
+
+
+def test_once_it_is_loaded_nothing_holds_a_checkpoints_tensors(run, tmp_path, monkeypatch, stop_after):
+    params = quick(keep="best", steps=12)
+    stop_after(6)
+    with pytest.raises(TrainingStopped):
+        run(params)
+    loaded: list[weakref.ref] = []
+    load_tensors, alive = Checkpoint.load_tensors, []
+
+    def load(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+        tensors = load_tensors(checkpoint)
+        loaded.extend(map(weakref.ref, tensors.values()))
+        return tensors
+
+    def look(request, accelerator, step, every) -> int:
+        gc.collect()
+        alive.append(sum(tensor() is not None for tensor in loaded))
+        return 0
+
+    monkeypatch.setattr(Checkpoint, "load_tensors", load)
+    monkeypatch.setattr(run_module, "_asked_to_stop", look)
+    run(params, resumed=usable_checkpoint(kept(tmp_path), params))
+    assert len(loaded) > 100
+    assert alive == [0] * 6
+
+
+def test_curves_are_appended_at_full_precision(run, tmp_path, logger):
+    params = quick(learning_rate=1.23456789e-6)
+    run(params)
+    with open(tmp_path / "plots" / "train.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == list(range(4, 41, 4))
+    for row in rows:
+        step = int(row["step"])
+        assert float(row["train_learning_rate"]) == learning_rate_at(step - 1, params.train)
+        assert float(row["train_mae"]) == logger.metrics["train/mae", step]
+
+
+def test_no_more_rows_are_validated_than_asked_for(run, caches, monkeypatch):
+    measured = []
+
+    def measure(network, data, *, images, **settings):
+        measured.append(images)
+        return {"mae": 0.5}
+
+    monkeypatch.setattr("latentloom.training.monitor.denoising_error", measure)
+    run(quick(steps=8, monitor={"validation_images": 5}))
+    assert measured == [5, 5]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), ValueError("no VAE"), OSError("gone")])
+def test_a_preview_that_fails_costs_a_warning_and_no_weight(run, tmp_path, logger, monkeypatch, error):
+    params = quick(steps=8, monitor={"sample_every": 4})
+    run(params)
+    whole = outs(tmp_path)
+    assert sorted(logger.images) == [4, 8]
+    logger.images.clear()
+
+    def fail(reference, device):
+        raise error
+
+    monkeypatch.setattr("latentloom.training.preview.load_vae", fail)
+    with pytest.warns(UserWarning, match="the preview at step 4 failed, the training continues"):
+        run(params)
+    assert outs(tmp_path) == whole
+    assert logger.images == {}
+
+
+def test_previews_are_generated_in_parts_of_bounded_size(run, logger, make_data, caches):
+    object.__setattr__(caches, "train", make_data(30))
+    object.__setattr__(caches, "validation", make_data(30, prefix="held out"))
+    run(quick(steps=4, monitor={"sample_every": 4, "sample_count": 40, "validate_every": 100}))
+    assert logger.images[4].shape == (6 * 8, 7 * 8, 3)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_a_compiled_training_learns_the_same_within_rounding(run):
-    few = {"steps": 8, "log_every": 1}
+    few = {"steps": 8, "monitor": {"log_every": 1}}
     plain = run(quick(**few))
-    compiled = run(quick(**few, compile=True))
+    compiled = run(quick(**few, machine={"compile": True}))
     assert compiled.val_mae == pytest.approx(plain.val_mae, abs=1e-3)
 
 
-def test_without_a_compiler_compiling_is_refused_before_any_work(run, monkeypatch):
+def test_without_a_compiler_compiling_is_rejected_before_any_work(run, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
-    with pytest.raises(ValueError, match=r"train\.compile = True: torch\.compile needs a C\+\+ compiler"):
-        run(quick(compile=True))
+    with pytest.raises(UserError, match=r"machine\.compile = True: torch\.compile needs a C\+\+ compiler"):
+        run(quick(machine={"compile": True}))
 
 
-def facts(params: Params) -> dict:
+def metadata(params: Params) -> dict:
     settings = params.train
     open_ended = {"cosine": 0, "constant": settings.steps, "warmup_stable_decay": settings.steps - settings.decay_steps}
-    return {
-        "steps": settings.steps,
-        "decay_steps": settings.decay_steps,
-        "open_ended_steps": open_ended[settings.lr_schedule],
-    }
+    return {"schedule": {"steps": settings.steps, "open_ended_steps": open_ended[settings.lr_schedule]}}
 
 
 @pytest.mark.parametrize(
     ("written_by", "step", "wanted_by", "usable"),
     [
         ({"lr_schedule": "cosine"}, 20, {"lr_schedule": "cosine"}, True),
+        ({"lr_schedule": "cosine"}, 20, {"lr_schedule": "cosine", "decay_steps": 5}, True),
         ({"lr_schedule": "constant"}, 40, {"lr_schedule": "constant", "steps": 60}, True),
         ({"lr_schedule": "constant"}, 40, {"lr_schedule": "constant", "steps": 39}, False),
         ({"lr_schedule": "warmup_stable_decay"}, 30, {"lr_schedule": "warmup_stable_decay", "steps": 60}, True),
@@ -141,10 +326,8 @@ def facts(params: Params) -> dict:
         ),
     ],
 )
-def test_a_checkpoint_is_gone_on_from_where_the_run_would_have_come_by_it(
-    tmp_path, written_by, step, wanted_by, usable
-):
-    kept(tmp_path).save(Checkpoint(step, {"weights": torch.zeros(1)}, facts(quick(**written_by))))
+def test_a_checkpoint_is_resumed_where_it_is_on_the_runs_trajectory(tmp_path, written_by, step, wanted_by, usable):
+    kept(tmp_path).save(step, {"weights": torch.zeros(1)}, metadata(quick(**written_by)))
     assert (usable_checkpoint(kept(tmp_path), quick(**wanted_by)) is not None) == usable
 
 

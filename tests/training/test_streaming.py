@@ -10,12 +10,10 @@ import torch
 from safetensors.numpy import load_file
 from torch import nn
 
-from latentloom.diffusion import get_network
+from latentloom.diffusion.denoising_error import denoising_error
+from latentloom.diffusion.unet import get_network
 from latentloom.encoding.dataset import Caches, load_caches
-from latentloom.training.denoising_error import denoising_error
-from latentloom.training.draws import Batch, batches
-from latentloom.training.prefetch import THREAD_NAME
-from latentloom.training.preview import preview_subjects
+from latentloom.training.batches import PREFETCH_THREAD, Batch, batches
 
 ROWS, TRAINING = 40, 32
 SETTINGS = {"seed": 3, "batch_size": 12, "distribution": "cosine", "label_dropout": 0.2}
@@ -130,7 +128,7 @@ def test_a_latent_comes_with_one_of_its_own_captions(write_caches):
     assert met == own
 
 
-def test_what_is_measured_and_shown_of_a_set_is_the_same(write_caches):
+def test_the_validation_error_is_the_same(write_caches):
     held, streamed = both_ways(write_caches(ROWS))
 
     class Scales(nn.Module):
@@ -138,16 +136,8 @@ def test_what_is_measured_and_shown_of_a_set_is_the_same(write_caches):
             return x_t * noise_levels.view(-1, 1, 1, 1) + labels.mean()
 
     for one, other in ((held.train, streamed.train), (held.validation, streamed.validation)):
-        errors = [
-            denoising_error(Scales(), data, schedule="vp", noise_levels="cosine", batch_size=5) for data in (one, other)
-        ]
+        errors = [denoising_error(Scales(), data, schedule="vp", noise_levels="cosine") for data in (one, other)]
         assert errors[0] == errors[1]
-        rows = slice(0, 2 * len(one))  # the mirrored ones too
-        for tensor, expected in zip(one.latents_at(rows), other.latents_at(rows), strict=True):
-            assert torch.equal(tensor, expected)
-        assert one.primary_texts() == other.primary_texts()
-    assert held.digests == streamed.digests
-    assert torch.equal(preview_subjects(held, 6, 0).embeddings, preview_subjects(streamed, 6, 0).embeddings)
 
 
 def test_shards_deleted_while_training_are_still_read(write_caches):
@@ -160,11 +150,11 @@ def test_shards_deleted_while_training_are_still_read(write_caches):
     assert_equal([*first, *(batch for step in ahead for batch in step)], drawn(held))
 
 
-def test_only_streamed_data_are_made_ahead_by_a_thread(write_caches):
+def test_only_streamed_data_are_prefetched_by_a_thread(write_caches):
     for caches in both_ways(write_caches(ROWS)):
         steps = batches(caches.train, steps=STEPS, parts=PARTS, **SETTINGS)
         next(steps)
-        running = [thread for thread in threading.enumerate() if thread.name.startswith(THREAD_NAME)]
+        running = [thread for thread in threading.enumerate() if thread.name.startswith(PREFETCH_THREAD)]
         assert len(running) == caches.streamed
         steps.close()
 

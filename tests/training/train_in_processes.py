@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from latentloom.diffusion import get_network
+from latentloom.diffusion.unet import get_network
 from latentloom.encoding.dataset import LatentDataset
 from latentloom.params import load_params
 from latentloom.training.loop import TrainingState, train
+from latentloom.training.processes import make_accelerator
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from latent_data import TensorDataset
@@ -40,7 +40,7 @@ def make_data() -> LatentDataset:
 
 def main(out: Path, failing: int | None) -> None:
     torch.set_num_threads(1)
-    accelerator = Accelerator(cpu=True)
+    accelerator = make_accelerator(torch.device("cpu"))
     params = load_params(Path(__file__).parents[2] / "params.yaml")
     settings = params.train.model_copy(update={"steps": STEPS, "batch_size": BATCH, "gradient_accumulation": PARTS})
     torch.manual_seed(0)

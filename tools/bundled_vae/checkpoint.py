@@ -1,7 +1,7 @@
 """The files of a VAE training: its checkpoint, and the folder that diffusers loads.
 
-A checkpoint is one safetensors file: both sets of weights, the optimizers' moments, and the step. It bears a
-fingerprint of the recipe in its name, so that no training goes on from another one's.
+A checkpoint is one safetensors file: both sets of weights, the optimizers' moments, and the step. Its name has a
+fingerprint of the recipe, so that no training resumes from another one's.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ def save_checkpoint(state: TrainingState, path: Path) -> None:
 
 
 def resume(state: TrainingState, path: Path) -> bool:
-    """Bring a fresh `state` to where the checkpoint at `path` stood; False, and nothing done, where there is none."""
+    """Bring a fresh `state` to the step of the checkpoint at `path`; False, and nothing done, where there is none."""
     if not path.exists():
         return False
     with safe_open(path, framework="pt") as file:

@@ -1,6 +1,8 @@
-"""Train the bundled VAE on rendered OpenMoji: `python pipelines/fit_vae.py [PARAMS]` (default pipelines/fit_vae.yaml).
+"""Train the bundled VAE on rendered OpenMoji. No stage of the DVC graph: the weights that it makes are shipped.
 
-No stage of the DVC graph: the weights it makes are shipped. An interrupted training goes on from its last checkpoint.
+    PYTHONPATH=src:tools python -m bundled_vae.train [PARAMS]
+
+Without PARAMS, those of `train.yaml` beside this file. An interrupted training resumes from its last checkpoint.
 """
 
 import sys
@@ -48,4 +50,4 @@ def main(params_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "pipelines/fit_vae.yaml"))
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("train.yaml"))

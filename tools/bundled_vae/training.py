@@ -2,8 +2,8 @@
 
 The noise is the point. A diffusion model's latents are never quite right, so the decoder learns to read latents
 that are off by up to `noise` standard deviations, and the encoder learns latents that can be read so. `train`
-yields its state after every step and knows nothing of files; the stage script evaluates, reports and saves.
-Every random draw is a function of (seed, step), so an interrupted run goes on from its last checkpoint.
+yields its state after every step and knows nothing of files; the script evaluates, reports and saves.
+All random numbers are a function of (seed, step), so an interrupted run resumes from its last checkpoint.
 """
 
 import copy

@@ -133,7 +133,7 @@ class Caches:
         validation: may be empty; see `has_validation`.
         latent_statistics: the ``stats.json`` of the latents.
         text_statistics: that of the text cache.
-        digests: of each split, a short hash of the images and captions that it has.
+        digests: of each split (train, validation), a short hash of its images, its captions and what encoded them.
         placement: a message: whether the rows are on the device or streamed, and why.
     """
 
@@ -249,7 +249,7 @@ def _caption_table(
     caption_rows = pd.Index(caption_ids).get_indexer(pairs["caption_id"])
     if (unknown := caption_rows < 0).any():
         first = pairs["caption_id"].iloc[int(np.argmax(unknown))]
-        raise UserError(f"data/text/pairs.parquet names a caption that has no embedding: {first}; run `dvc repro`")
+        raise UserError(f"{PAIRS} of the text cache names a caption that has no embedding: {first}; run `dvc repro`")
     image_rows = pd.Index(image_ids).get_indexer(pairs["image_id"])  # -1: an image whose latent was rejected
     counts = np.bincount(image_rows[image_rows >= 0], minlength=len(image_ids))
     if not counts.all():

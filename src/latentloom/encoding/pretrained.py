@@ -1,4 +1,4 @@
-"""Where a pretrained encoder's files lie: in the package (`bundled`), in a local folder, or on the Hugging Face hub."""
+"""Where a pretrained encoder's files are: in the package (`bundled`), in a local folder, or on the Hugging Face hub."""
 
 import hashlib
 import json

@@ -8,10 +8,10 @@ as sRGB.
 import hashlib
 import io
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Lock
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -58,11 +58,7 @@ def prepare_image(data: bytes, size: int, *, max_pixels: int, max_aspect_ratio: 
     Raises:
         RejectedSample: with the reason, where the bytes are no image that can be used.
     """
-    with PIXEL_LIMIT.at_least(max_pixels):
-        return _prepare(_decode(data, max_pixels, max_aspect_ratio), size)
-
-
-def _prepare(image: Image.Image, size: int) -> PreparedImage:
+    image = _decode(data, max_pixels, max_aspect_ratio)
     width, height = image.size
     smallest = -(-size // LARGEST_ENLARGEMENT)
     if min(width, height) < smallest:
@@ -83,34 +79,20 @@ def image_id(pixels: np.ndarray) -> str:
     return hashlib.sha256(f"{shape}:".encode() + np.ascontiguousarray(pixels, np.uint8).tobytes()).hexdigest()
 
 
-class PillowPixelLimit:
-    """Pillow's own limit against decompression bombs, which is global to the process.
+@contextmanager
+def pillow_settings(max_pixels: int) -> Iterator[None]:
+    """Pillow as an ingestion needs it: images of ``max_pixels`` allowed, no warnings of odd but readable files.
 
-    It is raised for as long as any thread needs a higher one, and then restored.
+    Both are settings of the process, so they are made around all workers, and restored at the end.
     """
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._threads = 0
-
-    @contextmanager
-    def at_least(self, pixels: int) -> Iterator[None]:
-        with self._lock:
-            if not self._threads:
-                self._own = Image.MAX_IMAGE_PIXELS
-            self._threads += 1
-            if Image.MAX_IMAGE_PIXELS is not None:  # Pillow rejects an image of more than twice as many
-                Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, -(-pixels // 2))
-        try:
+    limit = Image.MAX_IMAGE_PIXELS  # Pillow rejects an image of more than twice as many
+    Image.MAX_IMAGE_PIXELS = None if limit is None else max(limit, -(-max_pixels // 2))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="PIL")
             yield
-        finally:
-            with self._lock:
-                self._threads -= 1
-                if not self._threads:
-                    Image.MAX_IMAGE_PIXELS = self._own
-
-
-PIXEL_LIMIT = PillowPixelLimit()
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def _decode(data: bytes, max_pixels: int, max_aspect_ratio: float) -> Image.Image:

@@ -10,7 +10,6 @@ puts it into a split; at the end, near duplicates of training images follow thos
 """
 
 import sys
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from latentloom.ingestion.deduplicator import ID_BYTES, Deduplicator
 from latentloom.ingestion.folder import FolderSource
+from latentloom.ingestion.images import pillow_settings
 from latentloom.ingestion.near_duplicates import find_near_duplicates, write_near_duplicates
 from latentloom.ingestion.openmoji import OpenMojiSource
 from latentloom.ingestion.parallel import ordered_map, worker_count
@@ -98,9 +98,7 @@ def ingest(
     deduplicator = Deduplicator(counts)
     samples = ((name, sample) for name, source in sources.items() for sample in source.samples())
     work = partial(_work, params, deduplicator)
-    # Pillow warns of odd but readable files. Filters are global to the process, so they are set here, not in workers.
-    with warnings.catch_warnings(), closing(ordered_map(work, samples, worker_count())) as results:
-        warnings.filterwarnings("ignore", module="PIL")
+    with pillow_settings(params.max_pixels), closing(ordered_map(work, samples, worker_count())) as results:
         monitored = _with_progress(results, _total(sources), params.limit, deduplicator, progress)
         shards = write_shards(islice(deduplicator.kept(monitored), params.limit), images_folder)
     deduplicator.rejects.write(rejects_path)

@@ -39,7 +39,10 @@ def read_metadata_rows(path: Path) -> Iterator[MetadataRow]:
     Raises:
         IngestError: when the file cannot be read as its name says, or lacks a column; file and columns are named.
     """
-    return READERS[path.name](path)
+    try:
+        yield from READERS[path.name](path)
+    except OSError as error:
+        raise IngestError(f"{path} cannot be read ({error.strerror or error}); fix or remove it") from error
 
 
 def _csv_rows(path: Path) -> Iterator[MetadataRow]:
@@ -92,7 +95,7 @@ def _parquet_rows(path: Path) -> Iterator[MetadataRow]:
             rows = (row for batch in file.iter_batches(columns=wanted) for row in batch.to_pylist())
             for number, row in enumerate(rows, start=1):
                 yield _row(number, row)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise IngestError(f"{path} cannot be read as Parquet ({error}); fix or remove it") from error
 
 

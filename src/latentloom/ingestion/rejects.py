@@ -9,15 +9,11 @@ from collections import Counter
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latentloom.files import atomic_path
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 SCHEMA = pa.schema([(name, pa.string()) for name in ("source", "key", "reason", "detail")] + [("preview", pa.binary())])
 ROWS_AT_ONCE = 1024
@@ -111,8 +107,3 @@ class RejectTable:
             arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
             self._file.write_table(pa.table(arrays, SCHEMA))
             self._waiting.clear()
-
-
-def read_rejects(path: Path | str) -> "pd.DataFrame":
-    """The rejects as a table with the columns source, key, reason, detail and preview (PNG bytes, or None)."""
-    return pq.read_table(path).to_pandas()

@@ -14,7 +14,7 @@ from latentloom.dvc_outs import Location, Place, locate, out_hash
 from latentloom.encoding.text_encoder import text_fingerprint
 from latentloom.encoding.vae import vae_fingerprint
 from latentloom.files import sha256_file
-from latentloom.ingestion.listing import list_sources
+from latentloom.ingestion.source_fingerprint import fingerprint_sources
 from latentloom.layout import IMAGES, LATENTS, MODEL, NEAR_DUPLICATES, REJECTS, TEXT, VALIDATION_REPORT
 from latentloom.lineage.git import Git
 from latentloom.lineage.provenance import INPUTS, PACKAGES
@@ -195,7 +195,7 @@ def _source(then: dict[str, Any], subject: Subject, *, needed: bool) -> Link:
     name = " ".join(filter(None, (kind, path))) + (f": {told}" if told else "")
     try:
         # A Parquet source's columns say nothing about its files.
-        (now,) = list_sources([SourceParams(source=kind, path=path)], Path("/nonexistent"))
+        (now,) = fingerprint_sources([SourceParams(source=kind, path=path)], Path("/nonexistent"))
         if now == then:
             place, where = Place.HERE, "as it was"
         elif kind == "openmoji":

@@ -1,10 +1,10 @@
-"""When a training has gone wrong beyond repair: a loss that is no number, or gradients far beyond their history."""
+"""When a training has diverged: a loss that is no finite number, or gradients far beyond their history."""
 
 import torch
 
-HISTORY = 500  # steps whose gradient norms are remembered
-ENOUGH_HISTORY = 50
-FAR_BEYOND = 100.0
+NORMS_KEPT = 500  # gradient norms of the last steps, with which new ones are compared
+FEWEST_NORMS = 50  # below so many, nothing is compared
+EXPLODED = 100.0  # times the usual norm
 
 
 class TrainingDivergedError(ArithmeticError):
@@ -14,21 +14,21 @@ class TrainingDivergedError(ArithmeticError):
     """
 
 
-class DivergenceGuard:
-    """Looks at the steps' losses and gradient norms, some steps at a time, so that the device is seldom waited for.
+class DivergenceCheck:
+    """Checks losses and gradient norms, some steps at a time, so that the device is seldom waited for.
 
-    Gradients count as exploded when the median norm of the steps looked at is ``FAR_BEYOND`` times the median of the
-    steps before: a single outlier is clipped and forgotten, and norms that drift are followed.
+    Gradients have exploded when the median norm of the new steps is ``EXPLODED`` times the median of the steps before:
+    a single outlier is clipped and forgotten, and a slow drift is followed.
 
     Attributes:
-        norms: the last gradient norms, on the CPU; all that a resumed run needs to go on judging.
+        norms: the last gradient norms, on the CPU: all the state there is.
     """
 
     def __init__(self) -> None:
         self.norms = torch.empty(0)
 
     def check(self, losses: torch.Tensor, norms: torch.Tensor, last_step: int) -> None:
-        """Judge the steps up to ``last_step``: losses (n,) and gradient norms before clipping (n,), on the CPU.
+        """Check the steps up to ``last_step``: losses (n,) and gradient norms before clipping (n,), on the CPU.
 
         Raises:
             TrainingDivergedError: naming the first bad step.
@@ -40,14 +40,14 @@ class DivergenceGuard:
             raise TrainingDivergedError(
                 _message(first_step + first, f"loss {float(losses[first])}, gradient norm {float(norms[first])}")
             )
-        if len(self.norms) >= ENOUGH_HISTORY:
+        if len(self.norms) >= FEWEST_NORMS:
             usual, now = float(self.norms.median()), float(norms.median())
-            if now > FAR_BEYOND * usual:
-                first = int((norms > FAR_BEYOND * usual).nonzero()[0])
+            if now > EXPLODED * usual:
+                first = int((norms > EXPLODED * usual).nonzero()[0])
                 raise TrainingDivergedError(
                     _message(first_step + first, f"gradient norm {float(norms[first]):.3g}, {usual:.3g} before")
                 )
-        self.norms = torch.cat([self.norms, norms])[-HISTORY:]
+        self.norms = torch.cat([self.norms, norms])[-NORMS_KEPT:]
 
 
 def _message(step: int, what: str) -> str:

@@ -29,7 +29,7 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self.number = 0  # of the signal; 0: nobody asked
+        self.number = 0  # of the signal; 0: none came
         self._asked_at = 0.0
         self._before: dict[int, object] = {}
 

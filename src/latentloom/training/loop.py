@@ -1,13 +1,13 @@
-"""The training loop: it computes steps and yields their state; logging, files and tracking are the caller's.
+"""The training loop: it computes steps and yields what they measured; logging, files and tracking are the caller's.
 
-A step: draw the global batch, take this process's share of it, noise the clean latents, predict them back, and update
-the weights (AdamW) and their exponential moving average. Accelerate carries it over the processes: each holds the whole
-network, and gradients are averaged over them.
+A step: take this process's part of the global batch, noise the clean latents, predict them back, and update the weights
+(AdamW) and their exponential moving average. With several processes, each holds the whole network, and Accelerate
+averages the gradients over them.
 """
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -18,9 +18,10 @@ from torch import nn
 from latentloom.devices import autocast
 from latentloom.diffusion.noise import get_schedule
 from latentloom.encoding.dataset import LatentDataset
+from latentloom.errors import UserError
 from latentloom.params import DiffusionParams, TrainParams
-from latentloom.training.draws import Batch, batches
-from latentloom.training.learning_rate import learning_rate_at
+from latentloom.training.batches import Batch, batches
+from latentloom.training.processes import make_accelerator
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each weight, besides the count of steps
 
@@ -47,7 +48,7 @@ class TrainingState:
         average = copy.deepcopy(network).eval().requires_grad_(False)
         optimizer = torch.optim.AdamW(
             _decay_groups(network, params.weight_decay),
-            lr=params.learning_rate,
+            lr=params.learning_rate,  # each step sets its own, see `learning_rate_at`
             betas=(0.9, 0.99),
             fused=next(network.parameters()).device.type in ("cpu", "cuda"),
         )
@@ -63,8 +64,8 @@ class TrainingState:
         return tensors
 
     @torch.no_grad()
-    def load(self, tensors: dict[str, torch.Tensor], step: int) -> None:
-        """Take over what `tensors` gave after ``step`` steps.
+    def load(self, tensors: Mapping[str, torch.Tensor], step: int) -> None:
+        """Copy in what `tensors` gave after ``step`` steps.
 
         Raises:
             ValueError: when a tensor is missing or has another shape.
@@ -89,12 +90,12 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class Step:
-    """What the loop shows after a step; the tensors are 0-d and on the device: reading one waits for the device.
+    """What a step measured; the tensors are 0-d and on the device: reading one waits for the device.
 
     Attributes:
         step: steps done so far, from 1 on.
-        loss: the training loss, of this process's share of the batch.
-        mae: the mean absolute error in units of a latent's standard deviation, of this process's share; it is the loss
+        loss: the training loss, of this process's part of the batch.
+        mae: the mean absolute error in units of a latent's standard deviation, of this process's part; it is the loss
             where ``train.loss`` is mae.
         gradient_norm: before clipping, over all processes.
         learning_rate: the rate that the step used.
@@ -107,6 +108,33 @@ class Step:
     learning_rate: float
 
 
+def learning_rate_at(step: int, params: TrainParams) -> float:
+    """The learning rate of step ``step`` (from 0): a linear warm-up, then what ``train.lr_schedule`` names.
+
+    cosine               half a cosine down to zero (Loshchilov & Hutter 2017); it needs to know its end from the start
+    constant             stays; a finished run can be extended
+    warmup_stable_decay  stays, then falls to zero over the last ``decay_steps`` as 1 - sqrt (Hu et al. 2024; the shape:
+                         Hägele et al. 2024, section 3); a finished run can be extended from where its decay began
+    """
+    if step < params.warmup_steps:
+        return params.learning_rate * (step + 1) / params.warmup_steps
+    if params.lr_schedule == "cosine":
+        progress = (step - params.warmup_steps) / max(params.steps - params.warmup_steps, 1)
+        return params.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
+    if step < open_ended_steps(params):
+        return params.learning_rate
+    return params.learning_rate * (1.0 - math.sqrt((step - open_ended_steps(params)) / params.decay_steps))
+
+
+def open_ended_steps(params: TrainParams) -> int:
+    """How many steps are the same for every ``train.steps`` that is no less: those before a decay."""
+    return {
+        "cosine": 0,
+        "constant": params.steps,
+        "warmup_stable_decay": params.steps - params.decay_steps,
+    }[params.lr_schedule]
+
+
 def ema_decay_at(step: int, batch_size: int, horizon: float) -> float:
     """The averaging decay of step ``step`` (from 0): a weight counts 1/e after ``horizon`` images.
 
@@ -116,15 +144,15 @@ def ema_decay_at(step: int, batch_size: int, horizon: float) -> float:
     return math.exp(-batch_size / min(horizon, 0.1 * (step + 1) * batch_size))
 
 
-def shares(batch_size: int, parts: int, process: int, processes: int) -> list[slice]:
+def rank_slices(batch_size: int, parts: int, process: int, processes: int) -> list[slice]:
     """The positions in the global batch that a process computes, one slice for each of its ``parts``.
 
     Raises:
-        ValueError: when the batch does not divide into equal parts, naming the key to change.
+        UserError: when the batch does not divide into equal parts, naming the key to change.
     """
     size, left = divmod(batch_size, processes * parts)
     if left:
-        raise ValueError(
+        raise UserError(
             f"train.batch_size {batch_size} does not divide into {processes} processes x {parts} parts "
             f"(train.gradient_accumulation); make it a multiple of {processes * parts}"
         )
@@ -148,15 +176,13 @@ def train(
     Args:
         state: on the same device as ``data``.
         data: the training split.
-        params: the ``train`` section.
-        diffusion: the ``diffusion`` section.
-        seed: every draw is a function of it, the step and the position in the global batch.
+        seed: every random number is a function of it, the step and the position in the global batch.
         dtype: for autocast; None computes in fp32.
         accelerator: of this process; None: the only one.
         compiled: by `torch.compile`.
     """
     device = data.device
-    accelerator = accelerator or Accelerator(cpu=device.type == "cpu")
+    accelerator = accelerator or make_accelerator(device)
     schedule = get_schedule(diffusion.schedule)
     if compiled:
         state.network.compile()
@@ -169,21 +195,21 @@ def train(
             predicted = network(noisy, batch.noise_levels, batch.labels)
         return losses(predicted.float(), batch.latents, params)
 
-    drawn = batches(
+    steps = batches(
         data,
         seed=seed,
         steps=range(state.step, params.steps),
         batch_size=params.batch_size,
         distribution=diffusion.noise_levels,
         label_dropout=diffusion.label_dropout,
-        parts=shares(
+        parts=rank_slices(
             params.batch_size,
             params.gradient_accumulation,
             accelerator.process_index,
             accelerator.num_processes,
         ),
     )
-    for step, parts in enumerate(drawn, start=state.step):
+    for step, parts in enumerate(steps, start=state.step):
         state.optimizer.zero_grad()
         measured = []
         for number, batch in enumerate(parts, start=1):

@@ -1,84 +1,91 @@
-"""What the model draws while it trains: the same captions from the same noise, so that grids compare over time."""
+"""What the model generates while it trains: the same captions from the same noise, so that grids compare over time.
 
-from dataclasses import dataclass
-from typing import Protocol
+Nothing here decides a weight.
+"""
+
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
 from latentloom.diffusion.diffuser import Diffuser
+from latentloom.encoding.codec import LatentCodec
 from latentloom.encoding.dataset import Caches
+from latentloom.encoding.vae import load_vae
+from latentloom.image_grid import image_grid
 from latentloom.model_files import ModelConfig
 from latentloom.randomness import generator
 
-PREVIEW_STEPS = 20
+SAMPLING_STEPS = 20
+IMAGES_AT_ONCE = 16
 
 
-class Decoder(Protocol):
-    """Anything that turns raw latents (B, C, h, w) into uint8 images (B, H, W, 3)."""
+class PreviewInputs(NamedTuple):
+    """The text embedding (N, dim) and the starting noise (N, C, h, w) of each image."""
 
-    def decode(self, latents: torch.Tensor) -> np.ndarray: ...
-
-
-@dataclass(frozen=True)
-class PreviewSubjects:
-    """The captions of a preview, with the embedding and the starting noise of each."""
-
-    captions: list[str]
     embeddings: torch.Tensor
     noise: torch.Tensor
 
 
-def preview_subjects(caches: Caches, count: int, seed: int) -> PreviewSubjects:
-    """Half of ``count`` from the training split, half from validation (or as many as there are), the first by id."""
-    from_validation = min(count // 2, len(caches.validation))
-    from_training = min(count - from_validation, len(caches.train))
-    captions, embeddings = [], []
-    for data, number in ((caches.train, from_training), (caches.validation, from_validation)):
-        shown = data.take(number)
-        captions += shown.primary_texts()
-        embeddings.append(shown.primary_embeddings())
-    noise = torch.randn((len(captions), *caches.train.latent_shape), generator=generator("cpu", seed, "preview"))
-    return PreviewSubjects(captions, torch.cat(embeddings), noise.to(caches.train.device))
+class Previews:
+    """Generates the preview grids of one training.
 
+    Args:
+        config: of the model.
+        caches: whose captions are used; nothing is read, and the VAE is not loaded, before the first grid.
+        count: images per grid.
+        guidance: class guidance.
+        seed: of the training.
+        dtype: for autocast; None computes in fp32.
+    """
 
-def draw_preview(
-    network: nn.Module,
-    config: ModelConfig,
-    subjects: PreviewSubjects,
-    decoder: Decoder,
-    *,
-    guidance: float,
-    dtype: torch.dtype | None,
-) -> np.ndarray:
-    """One picture, uint8 (H, W, 3): a sample for each caption, in a grid, in the captions' order."""
-    diffuser = Diffuser(
-        network,
-        guidance,
-        PREVIEW_STEPS,
-        schedule=config.schedule,
-        sampler="dpmpp_2m",
-        bound=config.latent_bound,
-        latent_channels=config.latent_shape[0],
-        autocast_dtype=dtype,
-    )
-    standardised = diffuser.reverse_diffusion(subjects.noise, subjects.embeddings, layout="nchw")
-    return tile(decoder.decode(to_raw(standardised, config)))
+    def __init__(
+        self,
+        config: ModelConfig,
+        caches: Caches,
+        *,
+        count: int,
+        guidance: float,
+        seed: int,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self.config, self.caches, self.count, self.guidance = config, caches, count, guidance
+        self.seed, self.dtype = seed, dtype
+        device = caches.train.device
+        self.codec = LatentCodec(config.latent_mean, config.latent_std, lambda: load_vae(config.vae.reference, device))
 
+    @cached_property
+    def inputs(self) -> PreviewInputs:
+        """Half of the images from the training split, half from validation (or as many as there are), the first by
+        id."""
+        train, validation = self.caches.train, self.caches.validation
+        from_validation = min(self.count // 2, len(validation))
+        from_train = min(self.count - from_validation, len(train))
+        embeddings = [
+            data.take(number).primary_embeddings()
+            for data, number in ((train, from_train), (validation, from_validation))
+            if number
+        ]
+        shape = (from_train + from_validation, *train.latent_shape)
+        noise = torch.randn(shape, generator=generator("cpu", self.seed, "preview"))
+        return PreviewInputs(torch.cat(embeddings), noise.to(train.device))
 
-def to_raw(standardised: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """Standardised latents (B, C, h, w) back in the VAE's own units."""
-    mean = torch.tensor(config.latent_mean, device=standardised.device).view(1, -1, 1, 1)
-    std = torch.tensor(config.latent_std, device=standardised.device).view(1, -1, 1, 1)
-    return standardised * std + mean
-
-
-def tile(images: np.ndarray) -> np.ndarray:
-    """Images (B, H, W, 3) as one, row by row; places left over are white."""
-    columns = int(np.ceil(np.sqrt(len(images))))
-    rows = -(-len(images) // columns)
-    filled = np.full((rows * columns, *images.shape[1:]), 255, dtype=np.uint8)
-    filled[: len(images)] = images
-    height, width = images.shape[1:3]
-    return filled.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
+    def generate(self, network: nn.Module) -> np.ndarray:
+        """A grid of samples, uint8 (H, W, 3), in the captions' order; ``IMAGES_AT_ONCE`` are computed at a time."""
+        diffuser = Diffuser(
+            network,
+            self.guidance,
+            SAMPLING_STEPS,
+            schedule=self.config.schedule,
+            sampler="dpmpp_2m",
+            bound=self.config.latent_bound,
+            latent_channels=self.config.latent_shape[0],
+            autocast_dtype=self.dtype,
+        )
+        images = []
+        for embeddings, noise in zip(*(part.split(IMAGES_AT_ONCE) for part in self.inputs), strict=True):
+            latents = diffuser.reverse_diffusion(noise, embeddings, layout="nchw")
+            images.append(self.codec.decode(latents, batch_size=IMAGES_AT_ONCE))
+        return image_grid(np.concatenate(images))

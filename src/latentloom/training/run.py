@@ -1,9 +1,12 @@
 """One whole training: from the caches, or from a checkpoint, to the model's folder."""
 
 import shutil
-from collections.abc import Callable
+import sys
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -11,16 +14,14 @@ from accelerate.utils import broadcast, broadcast_object_list
 
 from latentloom.devices import autocast_dtype
 from latentloom.encoding.dataset import Caches
+from latentloom.errors import UserError
+from latentloom.layout import LATENTS
 from latentloom.model_files import FORMAT_VERSION, EncoderReference, ModelConfig, save_model
-from latentloom.params import Params
-from latentloom.tracking.runs import TrackedRun
+from latentloom.params import Params, TrainParams
 from latentloom.training.checkpoints import Checkpoint, Checkpoints
-from latentloom.training.curves import Curves
 from latentloom.training.interruption import StopRequest, TrainingStopped
-from latentloom.training.learning_rate import learning_rate_at, open_ended_steps
-from latentloom.training.loop import Step, TrainingState, train
-from latentloom.training.preview import Decoder
-from latentloom.training.watch import TrainingWatch
+from latentloom.training.loop import Step, TrainingState, learning_rate_at, open_ended_steps, train
+from latentloom.training.monitor import Curves, Logger, TrainingMonitor
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,11 @@ def run_training(
     caches: Caches,
     *,
     accelerator: Accelerator,
-    checkpoints: Checkpoints,
+    checkpoints: Checkpoints | None,
     resumed: Checkpoint | None,
     model_folder: Path,
     curves_folder: Path,
-    tracked: TrackedRun,
-    load_decoder: Callable[[], Decoder],
+    logger: Logger,
 ) -> TrainingResult:
     """Train on ``caches`` and write the averaged weights to ``model_folder``. Every process of a job calls this.
 
@@ -50,48 +50,46 @@ def run_training(
         params: the whole params.
         caches: both splits, on this process's device.
         accelerator: of this process; the main one alone writes.
-        checkpoints: where the state is saved on the way.
-        resumed: what to go on from, in the main process; None starts anew.
+        checkpoints: where the state is saved on the way; None in all processes but the main one.
+        resumed: what to resume from, in the main process; None starts anew.
         model_folder: for ``config.json`` and ``model.safetensors``.
-        curves_folder: for the curves' CSV files.
-        tracked: gets metrics and preview grids by step.
-        load_decoder: loads the VAE's decoder; called once, when the first preview is due.
+        curves_folder: for the curves' CSV files; what it holds is replaced.
+        logger: gets metrics and preview grids by step.
 
     Raises:
-        TrainingDivergedError: when the training has gone wrong; the checkpoints from before are kept.
+        TrainingDivergedError: when the training has diverged; the checkpoints from before are kept.
         TrainingStopped: after SIGTERM or Ctrl-C, when the state is saved.
-        ValueError: when ``train.batch_size`` does not divide over the processes, or no compiler is there.
+        UserError: when ``train.batch_size`` does not divide over the processes, ``train.keep`` is ``best`` without a
+            validation split, or no compiler is there.
     """
     settings, device = params.train, accelerator.device
+    _check_settings(params, caches)
+    if accelerator.is_main_process and not len(caches.validation):
+        print("train: the validation split is empty, so no validation error is measured", file=sys.stderr, flush=True)
     dtype = autocast_dtype(settings.precision, device)
-    if params.machine.compile:
-        _check_compiler()
     torch.manual_seed(params.seed)
     config = model_config(params, caches)
     network = config.build().to(device, memory_format=torch.channels_last)
     network.gradient_checkpointing = params.machine.gradient_checkpointing
     state = TrainingState.start(network, settings)
-    watch = TrainingWatch(
-        params,
-        config,
-        caches,
-        state.average,
-        accelerator=accelerator,
-        curves=Curves(curves_folder),
-        tracked=tracked,
-        dtype=dtype,
-        load_decoder=load_decoder,
+    curves = Curves(curves_folder)
+    monitor = TrainingMonitor(
+        params, config, caches, state.average, accelerator=accelerator, curves=curves, logger=logger, dtype=dtype
     )
-    if resumed := _in_every_process(resumed, accelerator):
-        state.load(resumed.tensors, resumed.step)
-        watch.load(resumed.tensors, resumed.facts["watch"], resumed.step)
+    if accelerator.is_main_process:
+        curves.restart(resumed.curves if resumed else None)
+        if resumed:
+            _announce(resumed, checkpoints, settings.steps, logger)
+    _resume(resumed, state, monitor, accelerator)
 
     def save(step: int) -> None:
-        watch.judge(step)
-        with watch.paused():
-            checkpoint = Checkpoint(step, state.tensors() | watch.tensors(), _facts(params, watch))
+        monitor.check_divergence(step)
+        with monitor.paused():
+            tensors = state.tensors() | monitor.tensors()
             if accelerator.is_main_process:
-                checkpoints.save(checkpoint, pinned=step == open_ended_steps(settings))
+                metadata = {"schedule": _schedule(settings), "monitor": monitor.metadata()}
+                pinned = step == open_ended_steps(settings)
+                checkpoints.save(step, tensors, metadata, curves=curves_folder, pinned=pinned)
 
     steps = train(
         state,
@@ -103,9 +101,9 @@ def run_training(
         accelerator=accelerator,
         compiled=params.machine.compile,
     )
-    with watch, StopRequest() as request:
+    with monitor, StopRequest() as request:
         for step in steps:
-            watch.step(step)
+            monitor.step(step)
             signal = _asked_to_stop(request, accelerator, step, params.monitor.log_every)
             if (
                 signal
@@ -115,70 +113,81 @@ def run_training(
                 save(step.step)
             if signal:
                 raise TrainingStopped(
-                    f"stopped at step {step.step} of {settings.steps}; the state is saved, the same command goes on "
+                    f"stopped at step {step.step} of {settings.steps}; the state is saved, the same command resumes "
                     "from there",
                     signal,
                 )
-        watch.finish(learning_rate_at(settings.steps - 1, settings))
+        monitor.finish(learning_rate_at(settings.steps - 1, settings))
     if accelerator.is_main_process:
-        save_model(model_folder, watch.model, config)
+        save_model(model_folder, monitor.model, config)
     metrics = {
-        "train_mae": round(watch.train_mae, 4),
+        "train_mae": round(monitor.train_mae, 4),
         "parameters": sum(p.numel() for p in network.parameters()),
     }
-    if watch.best_val_mae is not None:
-        metrics |= {"best_val_mae": round(watch.best_val_mae, 4), "best_step": watch.best_step}
-    return TrainingResult(metrics, watch.val_mae, settings.steps * settings.batch_size / watch.seconds)
+    if monitor.best_val_mae is not None:
+        metrics |= {"best_val_mae": round(monitor.best_val_mae, 4), "best_step": monitor.best_step}
+    return TrainingResult(metrics, monitor.val_mae, settings.steps * settings.batch_size / monitor.seconds)
 
 
 def usable_checkpoint(checkpoints: Checkpoints, params: Params) -> Checkpoint | None:
-    """The newest checkpoint that a training with ``params`` would have come by.
+    """The newest checkpoint on the trajectory of a training with ``params``.
 
-    A checkpoint from before a decay is on the way of every longer run; one from within it only of the same run.
+    A checkpoint from before a decay is on that of every longer run; one from within it only on that of the same run.
     """
     settings = params.train
     finished = checkpoints.read_run().get("finished_steps")
     if finished is not None and settings.steps <= finished:
         return None  # kept to be extended, not to save a run that was asked for again
 
-    def on_the_way(step: int, facts: dict) -> bool:
-        same = (facts["steps"], facts["decay_steps"]) == (settings.steps, settings.decay_steps)
-        return step <= (settings.steps if same else open_ended_steps(settings)) and (
-            same or step <= facts["open_ended_steps"]
+    def on_trajectory(step: int, metadata: Mapping[str, Any]) -> bool:
+        schedule = metadata["schedule"]
+        if schedule == _schedule(settings):
+            return step <= settings.steps
+        return step <= min(open_ended_steps(settings), schedule["open_ended_steps"])
+
+    return checkpoints.latest(on_trajectory)
+
+
+def _schedule(settings: TrainParams) -> dict[str, int]:
+    """What two runs of one fingerprint may differ in: where they end, and where their decay begins."""
+    return {"steps": settings.steps, "open_ended_steps": open_ended_steps(settings)}
+
+
+def _announce(resumed: Checkpoint, checkpoints: Checkpoints, steps: int, logger: Logger) -> None:
+    print(f"train: resuming from step {resumed.step} of {steps}", file=sys.stderr, flush=True)
+    if resumed.code.hash != checkpoints.code.hash:
+        warnings.warn(
+            f"the checkpoint was written by other code ({resumed.code}) than the present ({checkpoints.code}): the "
+            f"training resumes, and the run is tagged. To start anew instead, delete {checkpoints.folder}",
+            stacklevel=3,
         )
-
-    return checkpoints.latest(on_the_way)
-
-
-def _facts(params: Params, watch: TrainingWatch) -> dict:
-    settings = params.train
-    return {
-        "steps": settings.steps,
-        "decay_steps": settings.decay_steps,
-        "open_ended_steps": open_ended_steps(settings),
-        "watch": watch.facts(),
-    }
+        logger.set_tags({"resumed.other_code": "true"})
 
 
-def _in_every_process(checkpoint: Checkpoint | None, accelerator: Accelerator) -> Checkpoint | None:
-    """The main process's checkpoint in all of them, so that only it needs to reach the files."""
-    if accelerator.num_processes == 1:
-        return checkpoint
+def _resume(
+    checkpoint: Checkpoint | None, state: TrainingState, monitor: TrainingMonitor, accelerator: Accelerator
+) -> None:
+    """Load the main process's checkpoint in every process; when this returns, nothing holds its tensors any more."""
+    tensors = checkpoint.load_tensors() if checkpoint else {}
     described = [None]
     if checkpoint:
-        kinds = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in checkpoint.tensors.items()}
-        described = [(checkpoint.step, checkpoint.facts, kinds)]
-    broadcast_object_list(described)
+        kinds = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        described = [(checkpoint.step, checkpoint.metadata["monitor"], kinds)]
+    if accelerator.num_processes > 1:  # so that only the main process needs to reach the files
+        broadcast_object_list(described)
     if described[0] is None:
-        return None
-    step, facts, kinds = described[0]
-    empty = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in kinds.items()}
-    tensors = checkpoint.tensors if checkpoint else empty
-    return Checkpoint(step, {name: broadcast(tensors[name].to(accelerator.device)) for name in kinds}, facts)
+        return
+    step, metadata, kinds = described[0]
+    if accelerator.num_processes > 1:
+        for name, (shape, dtype) in kinds.items():  # one at a time on the device
+            tensor = tensors[name] if checkpoint else torch.empty(shape, dtype=dtype)
+            tensors[name] = broadcast(tensor.to(accelerator.device)).cpu()
+    state.load(tensors, step)
+    monitor.load(tensors, metadata, step)
 
 
 def _asked_to_stop(request: StopRequest, accelerator: Accelerator, step: Step, every: int) -> int:
-    """The signal that any process got, else 0; several processes ask each other only now and then, as it takes time."""
+    """The signal that any process got, else 0; several processes compare only every so many steps, as it takes time."""
     if accelerator.num_processes == 1:
         return request.number
     if step.step % every:
@@ -186,22 +195,29 @@ def _asked_to_stop(request: StopRequest, accelerator: Accelerator, step: Step, e
     return int(accelerator.gather(torch.tensor([request.number], device=accelerator.device)).max())
 
 
-def _check_compiler() -> None:
-    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        raise ValueError("machine.compile = True: torch.compile needs a C++ compiler; install g++, or set it to false")
+def _check_settings(params: Params, caches: Caches) -> None:
+    if params.train.keep == "best" and not len(caches.validation):
+        raise UserError(
+            "train.keep = best: the validation split is empty, so no weights can be called the best; raise "
+            "ingest.val_fraction, or set it to last"
+        )
+    if params.machine.compile and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise UserError("machine.compile = True: torch.compile needs a C++ compiler; install g++, or set it to false")
 
 
 def model_config(params: Params, caches: Caches) -> ModelConfig:
     """What the model is and needs, from the params and from what made its caches.
 
     Raises:
-        ValueError: when the latents' size does not suit ``model.widths``.
+        UserError: when the latents' size does not suit ``model.widths``, or their cache is of an older version.
     """
     latents, text = caches.latent_statistics, caches.text_statistics
+    if "bound" not in latents:
+        raise UserError(f"{LATENTS} is of an older version: its stats.json has no bound; run `dvc repro`")
     shape = caches.train.latent_shape
     halvings = len(params.model.widths) - 1
     if shape[1] != shape[2] or shape[1] % 2**halvings:
-        raise ValueError(
+        raise UserError(
             f"model.widths = {params.model.widths}: so many widths halve the latent {halvings} times, but latents "
             f"are {shape[1]}x{shape[2]}; use fewer widths or another ingest.image_size"
         )
@@ -215,7 +231,7 @@ def model_config(params: Params, caches: Caches) -> ModelConfig:
         schedule=params.diffusion.schedule,
         latent_mean=latents["mean"],
         latent_std=latents["std"],
-        latent_bound=caches.latent_statistics["bound"],
+        latent_bound=latents["bound"],
         vae=_encoder_reference(latents["vae"]),
         text_encoder=_encoder_reference(text["encoder"]),
         attribution=latents["attribution"],

@@ -21,10 +21,10 @@ from pydantic import BaseModel, ValidationError
 
 from latentloom.errors import UserError
 from latentloom.files import read_json
+from latentloom.ingestion.rejects import SCHEMA as REJECTS
 from latentloom.ingestion.shards import MANIFEST, read_manifest, read_metadata
 
 TEXT, NUMBER, COUNT, FLAG = pa.string(), pa.float32(), pa.int32(), pa.bool_()
-REJECTS = pa.schema({**dict.fromkeys(["source", "key", "reason", "detail"], TEXT), "preview": pa.binary()})
 NEAR_DUPLICATES = pa.schema({"image_id": TEXT, "twin_id": TEXT, "distance": COUNT})
 LATENT_INDEX = pa.schema(
     {

@@ -1,25 +1,31 @@
-"""Every random draw of a training step, as a function of (seed, step, position in the global batch) alone.
+"""The batch of each training step: which rows, captions, noise and noise levels, and where they are read ahead.
 
-Nothing is carried from one step to the next, so a run that starts again at a step draws what it would have drawn. The
-draws are made for the whole batch wherever a part of it is needed, so processes that share a batch, or compute it part
-by part, see the very batch that one process would.
+Every random number of a step is a function of (seed, step, position in the global batch) alone. Nothing is carried from
+one step to the next, so a resumed run sees the batches that it would have seen. Numbers are drawn for the whole batch
+wherever a part of it is needed, so processes that share a batch, or compute it part by part, see the very batch that
+one process would.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from latentloom.diffusion.noise import noise_levels_from_uniform
 from latentloom.encoding.dataset import LatentDataset
 from latentloom.randomness import generator
-from latentloom.training.prefetch import made_ahead
 
-WHOLE = slice(None)
+PREFETCHED_STEPS = 2
+PREFETCH_THREAD = "batch-prefetch"
+
+Parts = TypeVar("Parts", bound=Sequence[Iterable[torch.Tensor]])
 
 
 class Batch(NamedTuple):
-    """What a step needs, or a part of it.
+    """What a step computes on, or a part of it.
 
     Clean latents and noise (B, C, h, w), noise levels (B,), text embeddings (B, dim), and the rows of the data set (B,)
     that they come from.
@@ -51,16 +57,10 @@ def epoch_rows(seed: int, epoch: int, size: int, weights: torch.Tensor | None = 
 
 
 class RowOrder:
-    """Which rows each step takes, out of epochs of ``size`` draws each; see `epoch_rows`.
+    """Which rows each step takes, out of epochs of ``size`` rows each; see `epoch_rows`.
 
-    The order of the last epoch asked for stays on ``device``, so an epoch is shuffled and copied there once. Any step
-    may be asked for at any time.
-
-    Args:
-        seed: of the training.
-        size: rows in the data set.
-        weights: how often each row is drawn, relative to the others (N); None: all alike.
-        device: where the rows of a step are needed.
+    The order of the epoch in use stays on ``device``, so an epoch is shuffled and copied there once. Steps may be asked
+    for in any order.
     """
 
     def __init__(
@@ -69,11 +69,6 @@ class RowOrder:
         self.seed, self.size, self.weights, self.device = seed, size, weights, device
         self._epoch: int | None = None
         self._order = torch.empty(0, dtype=torch.long)
-
-    @classmethod
-    def of(cls, data: LatentDataset, seed: int) -> "RowOrder":
-        """The order in which a training with this seed takes the rows of ``data``."""
-        return cls(seed, len(data), data.weights, data.device)
 
     def rows(self, step: int, batch_size: int) -> torch.Tensor:
         """The rows (B,), int64, of the whole batch of ``step``, on the device."""
@@ -94,9 +89,9 @@ class RowOrder:
 
 
 class Draws(NamedTuple):
-    """What was drawn for the whole batch of a step: a number, or a row to read, for each position (B,).
+    """The random numbers of a step's whole batch, and the rows that they choose, for each position (B,).
 
-    ``deviation`` is what a latent's standard deviation is multiplied by (B, C, h, w), or None where latents have none.
+    ``deviation`` (B, C, h, w) multiplies a latent's standard deviation; None where latents have none.
     """
 
     rows: torch.Tensor
@@ -118,7 +113,7 @@ def draw_step(
     distribution: str,
     label_dropout: float,
 ) -> Draws:
-    """Draw for a step: rows, captions, mirrored or not, samples of latents, noise, its levels, dropped labels.
+    """Draw the random numbers of a step: rows, captions, mirroring, samples of latents, dropped labels, noise, levels.
 
     Noise levels are stratified over the batch: one from each of B equal slices of the distribution (in the spirit of
     Kingma et al. 2021, appendix I.1), which lowers the variance of the loss.
@@ -144,49 +139,13 @@ def draw_step(
     return Draws(rows, latent_rows, data.captions[rows, columns], has_label, deviation, noise_levels, normal())
 
 
-def gather(data: LatentDataset, draws: Draws, positions: slice = WHOLE) -> Batch:
-    """Read the rows that were drawn for ``positions`` of a batch. A dropped label is the zero embedding (Ho & Salimans
-    2022)."""
+def gather(data: LatentDataset, draws: Draws, positions: slice) -> Batch:
+    """Read the rows for ``positions`` of a batch. A dropped label is the zero embedding (Ho & Salimans 2022)."""
     latents, std = data.latents_at(draws.latent_rows[positions])
     if std is not None:
         latents = latents + std * draws.deviation[positions]
     labels = data.embeddings_at(draws.caption_rows[positions]) * draws.has_label[positions].unsqueeze(1)
     return Batch(latents, draws.noise[positions], draws.noise_levels[positions], labels, draws.rows[positions])
-
-
-def draw_batch(
-    data: LatentDataset,
-    order: RowOrder,
-    *,
-    seed: int,
-    step: int,
-    batch_size: int,
-    distribution: str,
-    label_dropout: float,
-    positions: slice | None = None,
-) -> Batch:
-    """The batch of a step, or those ``positions`` of it; parts of a batch together are the batch, bit for bit.
-
-    Args:
-        data: the training split.
-        order: of its rows, made with the same seed.
-        seed: of the training.
-        step: from 0 on.
-        batch_size: images a step, over all processes together.
-        distribution: of noise levels, as `noise_levels_from_uniform` knows it.
-        label_dropout: the share of labels that are dropped.
-        positions: None takes the whole batch.
-    """
-    draws = draw_step(
-        data,
-        order,
-        seed=seed,
-        step=step,
-        batch_size=batch_size,
-        distribution=distribution,
-        label_dropout=label_dropout,
-    )
-    return gather(data, draws, WHOLE if positions is None else positions)
 
 
 def batches(
@@ -199,15 +158,24 @@ def batches(
     label_dropout: float,
     parts: Sequence[slice],
 ) -> Iterator[list[Batch]]:
-    """The batches of ``steps``, each as the ``parts`` of it that this process computes; see `draw_batch`.
+    """The batches of ``steps``, each as those ``parts`` of it that this process computes.
 
-    Where the data are streamed, a thread makes the next steps' batches ahead; it ends with this iterator. On the device
-    nothing is made before it is asked for.
+    Streamed data are read ahead by a thread, which ends with this iterator. Data on the device are gathered when asked
+    for.
+
+    Args:
+        data: the training split.
+        seed: of the training.
+        steps: from 0 on.
+        batch_size: images per step, over all processes together.
+        distribution: of noise levels, as `noise_levels_from_uniform` knows it.
+        label_dropout: the share of labels that are dropped.
+        parts: positions in the global batch.
 
     Raises:
         Whatever reading a batch raises, when that batch is due.
     """
-    order = RowOrder.of(data, seed)
+    order = RowOrder(seed, len(data), data.weights, data.device)
 
     def make(step: int) -> list[Batch]:
         draws = draw_step(
@@ -222,6 +190,58 @@ def batches(
         return [gather(data, draws, part) for part in parts]
 
     if data.streamed:
-        yield from made_ahead(make, steps, data.device)
+        yield from prefetch(make, steps, data.device)
     else:
         yield from map(make, steps)
+
+
+def prefetch(make: Callable[[int], Parts], steps: Iterable[int], device: torch.device) -> Iterator[Parts]:
+    """Yield ``make(step)`` for each of ``steps``, in order; a thread makes up to ``PREFETCHED_STEPS`` in advance.
+
+    So reading and copying a batch hides behind the steps before it. On CUDA the thread works on a stream of its own.
+    What ``make`` raises is raised here, where its item is due. The thread ends with the iterator.
+    """
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    if stream:
+        stream.wait_stream(torch.cuda.current_stream(device))  # where what `make` reads may still be written
+
+    def complete(step: int) -> Parts:
+        with torch.cuda.stream(stream) if stream else nullcontext():
+            parts = make(step)
+        if stream:
+            stream.synchronize()
+        return parts
+
+    waiting: deque[Future[Parts]] = deque()
+
+    def next_parts() -> Parts:
+        parts = waiting.popleft().result()
+        if stream:  # their memory belongs to that stream, which must not reuse it before the consumer is done
+            consumer = torch.cuda.current_stream(device)
+            for tensors in parts:
+                for tensor in tensors:
+                    tensor.record_stream(consumer)
+        return parts
+
+    # An executor's idle thread waits for work only, so it cannot keep the process from exiting.
+    thread = ThreadPoolExecutor(1, thread_name_prefix=PREFETCH_THREAD)
+    threads = torch.get_num_threads()
+    thread.submit(_use_one_thread).result()
+    torch.set_num_threads(threads)  # the setting above reached the whole process; this restores all other threads
+    try:
+        for step in steps:
+            waiting.append(thread.submit(complete, step))
+            if len(waiting) > PREFETCHED_STEPS:
+                yield next_parts()
+        while waiting:
+            yield next_parts()
+    finally:
+        for future in waiting:
+            future.cancel()
+        thread.shutdown()
+
+
+def _use_one_thread() -> None:
+    """Compute in this thread alone: a second pool of idle OpenMP threads would spin and slow the training's own."""
+    torch.get_num_threads()  # torch initialises a thread's setting at its first look, which must not come later
+    torch.set_num_threads(1)

@@ -1,20 +1,38 @@
-"""What a step draws is a function of the seed, the step, and the position in the global batch."""
+"""The batch of a step is a function of the seed, the step and its place in the global batch, also when prefetched."""
 
+import subprocess
+import sys
+import threading
+import time
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 
-from latentloom.training.draws import Batch, RowOrder, batches, draw_batch, epoch_rows
+from latentloom.training.batches import (
+    PREFETCH_THREAD,
+    PREFETCHED_STEPS,
+    Batch,
+    RowOrder,
+    batches,
+    epoch_rows,
+    prefetch,
+)
 
 SETTINGS = {"seed": 1, "batch_size": 16, "distribution": "cosine", "label_dropout": 0.25}
 
 
-def drawn(data, *, step: int, positions: slice | None = None, **changes) -> Batch:
-    settings = SETTINGS | changes
-    return draw_batch(data, RowOrder.of(data, settings["seed"]), step=step, positions=positions, **settings)
+def drawn(data, *, step: int, positions: slice = slice(None), **changes) -> Batch:
+    ((batch,),) = batches(data, steps=[step], parts=[positions], **SETTINGS | changes)
+    return batch
+
+
+def means(data, first: int = 0) -> torch.Tensor:
+    """The standardised latents from row ``first`` on, as many as there are images."""
+    return data.latents_at(slice(first, first + len(data)))[0]
 
 
 def assert_equal(one: Batch, other: Batch) -> None:
@@ -22,7 +40,7 @@ def assert_equal(one: Batch, other: Batch) -> None:
         assert torch.equal(ours, theirs), name
 
 
-def test_the_same_seed_and_step_draw_the_same(make_data):
+def test_the_same_seed_and_step_give_the_same_batch(make_data):
     data = make_data(20)
     first = drawn(data, step=3)
     assert_equal(first, drawn(data, step=3))
@@ -73,7 +91,7 @@ def test_all_captions_of_an_image_are_drawn_alike(make_data):
     counts: Counter[bool] = Counter()
     for step in range(200):
         labels = drawn(data, step=step, label_dropout=0.0).labels
-        counts.update((labels == data.embeddings[-1]).all(1).tolist())
+        counts.update((labels == data.embeddings_at(torch.tensor([4]))).all(1).tolist())
     assert 0.45 < counts[True] / counts.total() < 0.55
 
 
@@ -81,8 +99,8 @@ def test_a_label_belongs_to_its_latent(make_data):
     data = replace(make_data(20), caption_counts=torch.ones(20, dtype=torch.long))
     batch = drawn(data, step=0, label_dropout=0.0)
     for latent, label in zip(batch.latents, batch.labels, strict=True):
-        row = int((data.mean == latent).all(dim=(1, 2, 3)).nonzero())
-        assert torch.equal(label, data.embeddings[row])
+        row = int((means(data) == latent).all(dim=(1, 2, 3)).nonzero())
+        assert torch.equal(label, data.embeddings_at(torch.tensor([row]))[0])
 
 
 def test_a_latent_with_a_distribution_is_sampled_anew_each_step(make_data):
@@ -90,7 +108,7 @@ def test_a_latent_with_a_distribution_is_sampled_anew_each_step(make_data):
     differences = []
     for step in range(100):
         batch = drawn(data, step=step)
-        differences.append(batch.latents - data.mean[batch.rows])
+        differences.append(batch.latents - means(data)[batch.rows])
     assert float(torch.stack(differences).std()) == pytest.approx(0.1, rel=0.02)
 
 
@@ -121,13 +139,13 @@ def test_mirrored_latents_are_drawn_half_the_time_and_belong_to_their_image(make
         for row, latent in zip(batch.rows, batch.latents, strict=True):
             if latent.mean() > 50:
                 flipped += 1
-                assert torch.equal(latent, data.flipped_mean[row])
+                assert torch.equal(latent, means(data, data.first_mirrored)[row])
             else:
-                assert float((latent - data.mean[row]).abs().max()) < 1
+                assert float((latent - means(data)[row]).abs().max()) < 1
     assert 0.45 < flipped / 1600 < 0.55
 
 
-def test_without_mirrored_latents_the_draws_are_those_of_before(make_data):
+def test_mirrored_latents_change_no_other_random_number(make_data):
     batch = drawn(make_data(20), step=3)
     assert torch.equal(batch.labels, drawn(make_data(20, flipped=True), step=3).labels)
 
@@ -156,3 +174,84 @@ def test_the_batches_of_any_steps_are_those_drawn_for_each_alone(make_data):
     for step, together in zip(range(5, 9), batches(data, steps=range(5, 9), parts=parts, **SETTINGS), strict=True):
         for part, batch in zip(parts, together, strict=True):
             assert_equal(batch, drawn(data, step=step, positions=part))
+
+
+CPU = torch.device("cpu")
+
+
+def make(step: int) -> list[list[torch.Tensor]]:
+    return [[torch.tensor(step)]]
+
+
+def threads() -> int:
+    return sum(thread.name.startswith(PREFETCH_THREAD) for thread in threading.enumerate())
+
+
+def steps_of(items) -> list[int]:
+    return [int(parts[0][0]) for parts in items]
+
+
+@pytest.mark.parametrize("count", [0, 1, PREFETCHED_STEPS, 20])
+def test_every_prefetched_step_comes_once_in_order_and_the_thread_ends(count):
+    assert steps_of(prefetch(make, range(5, 5 + count), CPU)) == list(range(5, 5 + count))
+    assert threads() == 0
+
+
+def test_no_more_is_prefetched_than_agreed():
+    made = []
+    items = prefetch(lambda step: made.append(step) or make(step), range(100), CPU)
+    for taken in range(1, 6):
+        next(items)
+        deadline = time.monotonic() + 10
+        while len(made) < taken + PREFETCHED_STEPS and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.02)  # for what must not come
+        assert made == list(range(taken + PREFETCHED_STEPS))
+    items.close()
+
+
+def test_prefetching_happens_in_another_thread():
+    makers = []
+    list(prefetch(lambda step: makers.append(threading.current_thread()) or make(step), range(3), CPU))
+    assert threading.current_thread() not in makers
+
+
+def test_an_error_reaches_the_consumer_where_it_is_due_and_ends_the_thread():
+    def fails(step: int):
+        if step == 4:
+            raise OSError("the disk is gone")
+        return make(step)
+
+    items, seen = prefetch(fails, range(10), CPU), []
+    with pytest.raises(OSError, match="the disk is gone"):
+        for parts in items:
+            seen += steps_of([parts])
+    assert seen == [0, 1, 2, 3]
+    assert threads() == 0
+
+
+def test_a_consumer_that_stops_ends_the_thread():
+    items = prefetch(make, range(10**9), CPU)
+    next(items)
+    assert threads() == 1
+    items.close()
+    assert threads() == 0
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_consumer_that_fails_ends_the_thread(error):
+    def consume(items):
+        for _ in items:
+            raise error
+
+    with pytest.raises(error):
+        consume(prefetch(make, range(10**9), CPU))
+    assert threads() == 0
+
+
+def test_a_process_ends_while_more_is_still_to_be_made():
+    script = "import test_batches as t; items = t.prefetch(t.make, range(10**9), t.CPU); next(items); print('first')"
+    folders = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "src")]
+    command = [sys.executable, "-c", f"import sys; sys.path[:0] = {folders}; {script}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "first\n", "")

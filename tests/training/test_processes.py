@@ -1,0 +1,156 @@
+"""How a training is launched, on which device it computes, and which settings of its surroundings change nothing."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from latentloom.errors import UserError
+from latentloom.training.processes import check_environment, launch, make_accelerator, requested_device
+
+TRAIN = Path(__file__).with_name("train_in_processes.py")
+SRC = str(Path(__file__).parents[2] / "src")
+SCRIPT = """
+import os, sys, time
+sys.path.insert(0, SRC)
+from latentloom.training.processes import launch
+launch(sys.argv[0])
+print(os.getpid(), sys.argv[1:], os.environ.get("X"), flush=True)
+if os.environ.get("X") == "wait":
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def script(tmp_path) -> Path:
+    path = tmp_path / "a script.py"
+    path.write_text(SCRIPT.replace("SRC", repr(SRC)))
+    return path
+
+
+def environment(**values: str) -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if not key.startswith("LATENTLOOM_LAUNCH")} | values
+
+
+@pytest.mark.parametrize(
+    ("command", "x"),
+    [
+        (None, None),
+        ("", None),
+        (sys.executable, None),
+        (f"env X=1 {sys.executable}", "1"),
+        (f"env 'X=two words' '{sys.executable}'", "two words"),
+    ],
+)
+def test_the_launch_command_is_split_as_a_shell_would_and_starts_the_script_once(script, command, x):
+    given = {} if command is None else {"LATENTLOOM_LAUNCH": command}
+    process = subprocess.Popen(
+        [sys.executable, str(script)], env=environment(**given), stdout=subprocess.PIPE, text=True
+    )
+    printed, _ = process.communicate(timeout=120)
+    assert printed == f"{process.pid} [] {x}\n"  # the launched process has the id of the one that was started
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_signals_reach_what_was_launched(script):
+    given = environment(LATENTLOOM_LAUNCH=f"env X=wait {sys.executable}")
+    process = subprocess.Popen([sys.executable, str(script)], env=given, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline().endswith("wait\n")
+    process.send_signal(signal.SIGTERM)
+    started = time.monotonic()
+    assert process.wait(timeout=30) == -signal.SIGTERM
+    assert time.monotonic() - started < 30
+    process.stdout.close()
+
+
+@pytest.mark.parametrize(
+    ("command", "why"), [("no-such-launcher --x", "No such file"), ("'open", "No closing quotation")]
+)
+def test_a_launch_command_that_cannot_start_is_named(monkeypatch, command, why):
+    monkeypatch.delenv("LATENTLOOM_LAUNCHED", raising=False)
+    monkeypatch.setenv("LATENTLOOM_LAUNCH", command)
+    with pytest.raises(UserError, match=f"LATENTLOOM_LAUNCH={command} cannot be started .*{why}"):
+        launch("train.py")
+    monkeypatch.delenv("LATENTLOOM_LAUNCHED", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("device", "launched", "requested"),
+    [
+        ("cuda:1", False, "cuda:1"),
+        ("cuda", False, None),
+        ("cpu", False, None),
+        ("mps", False, None),
+        ("cuda:1", True, None),
+        ("cuda", True, None),
+    ],
+)
+def test_a_numbered_gpu_is_asked_for_in_a_single_process_and_the_launchers_rank_decides_in_a_job(
+    device, launched, requested
+):
+    assert requested_device(torch.device(device), launched) == requested
+
+
+def test_a_job_is_told_that_the_rank_decides_which_gpu_it_takes(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr("latentloom.training.processes.Accelerator", lambda **settings: settings)
+    with pytest.warns(UserWarning, match="LATENTLOOM_DEVICE=cuda:1 names one device, .* its LOCAL_RANK decides"):
+        make_accelerator(torch.device("cuda:1"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_accelerator(torch.device("cuda"))
+
+
+def test_the_device_that_accelerate_is_told_is_the_projects_own(monkeypatch):
+    told = []
+
+    def accelerator(**settings):
+        told.append(os.environ.get("ACCELERATE_TORCH_DEVICE"))
+
+    monkeypatch.setattr("latentloom.training.processes.Accelerator", accelerator)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: told.append(str(device)))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "meta")
+    make_accelerator(torch.device("cuda:1"))
+    make_accelerator(torch.device("cpu"))
+    assert told == ["cuda:1", "cuda:1", None]
+
+
+@pytest.mark.parametrize(
+    ("variable", "name"),
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_FSDP", "FSDP"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "a parallelism config"),
+    ],
+)
+def test_what_would_change_the_algorithm_is_rejected_by_name(variable, name):
+    with pytest.raises(UserError, match=f"{variable}=true asks for {name}"):
+        check_environment({variable: "true"})
+    check_environment({variable: "false"})
+
+
+def test_settings_of_an_accelerate_config_change_no_bit_of_a_training(tmp_path):
+    config = {
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+        "ACCELERATE_MIXED_PRECISION": "bf16",
+        "ACCELERATE_DYNAMO_BACKEND": "EAGER",
+        "ACCELERATE_DYNAMO_MODE": "default",
+        "ACCELERATE_TORCH_DEVICE": "meta",
+    }
+    results = []
+    for name, given in (("plain", {}), ("config", config)):
+        environ = environment(PYTHONPATH=SRC, **given)
+        subprocess.run([sys.executable, TRAIN, tmp_path / name], env=environ, check=True, timeout=300)
+        results.append(load_file(tmp_path / name / "0.safetensors"))
+    plain, configured = results
+    assert plain.keys() == configured.keys()
+    assert all(torch.equal(tensor, configured[name]) for name, tensor in plain.items())
