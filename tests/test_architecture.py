@@ -10,13 +10,13 @@ PACKAGE = ROOT / "src" / "latentloom"
 
 CORE = (
     *("params", "files", "layout", "errors", "stage", "devices", "randomness", "model_files", "sharding"),
-    *("source_code", "image_grid"),
+    *("source_code", "image_grid", "dvc_outs", "user"),
 )
 # Readers of what a stage left: what other stage packages may import of it.
 READERS = (
     *("ingestion.shards", "ingestion.rejects"),
     *("encoding.dataset", "encoding.codec", "encoding.vae", "encoding.text_encoder", "encoding.pretrained"),
-    *("encoding.row_sources", "encoding.tensor_shards"),
+    *("encoding.row_sources", "encoding.shard_files"),
 )
 STAGE_PACKAGES = ("ingestion", "encoding", "validation", "training", "evaluation")
 # Room -> what it may import besides itself: rooms and modules, by the beginning of their names.
@@ -26,7 +26,7 @@ ALLOWED = {
     **dict.fromkeys(STAGE_PACKAGES, ("diffusion", *CORE, *READERS)),
     "tracking": ("diffusion", *CORE),
     "registry": ("diffusion", *CORE, *READERS, "evaluation", "tracking"),
-    "lineage": ("diffusion", *CORE, *READERS, "evaluation.metadata", "encoding", "tracking", "registry"),
+    "lineage": ("diffusion", *CORE, *READERS, "ingestion.source_fingerprint", "evaluation", "tracking", "registry"),
     "cli": ("",),
     "pipelines": ("",),
 }
@@ -37,6 +37,7 @@ FOUNDATION = {
     "sharding": (),
     "source_code": (),
     "image_grid": (),
+    "user": (),
     "layout": ("errors",),
     "files": ("errors",),
     "devices": ("errors",),
