@@ -14,8 +14,7 @@ from typing import Any
 import yaml
 
 from latentloom.dvc_outs import Location, Place, locate, out_hash
-from latentloom.encoding.text_encoder import text_fingerprint
-from latentloom.encoding.vae import vae_fingerprint
+from latentloom.encoding.pretrained import fingerprint, text_folder, vae_folder
 from latentloom.files import sha256_file
 from latentloom.ingestion.source_fingerprint import fingerprint_sources
 from latentloom.layout import IMAGES, LATENTS, MODEL, NEAR_DUPLICATES, PARAMS, REJECTS, TEXT, VALIDATION_REPORT
@@ -72,8 +71,8 @@ def gather(subject: Subject, root: Path) -> tuple[Link, ...]:
     images_are_there = any(link.link == "images" and link.place in (Place.HERE, Place.REMOTE) for link in data)
     sources = [_source(listing, subject, needed=not images_are_there) for listing in subject.provenance.sources]
     encoders = [
-        _encoder("VAE", "vae", vae_fingerprint, subject, root),
-        _encoder("text encoder", "text_encoder", text_fingerprint, subject, root),
+        _encoder("VAE", "vae", vae_folder, subject, root),
+        _encoder("text encoder", "text_encoder", text_folder, subject, root),
     ]
     return (*links, *data, *sources, *encoders)
 
@@ -211,7 +210,7 @@ def _source(then: dict[str, Any], subject: Subject, *, needed: bool) -> Link:
     return Link("source", name, then.get("fingerprint"), place, where, needed, {"listing": then, "counts": counts})
 
 
-def _encoder(link: str, key: str, fingerprint_of: Callable[[str], str], subject: Subject, root: Path) -> Link:
+def _encoder(link: str, key: str, folder_of: Callable[[str], Path], subject: Subject, root: Path) -> Link:
     """The VAE or the text encoder, compared by fingerprint with what its name stands for here."""
     reference, wanted = _encoder_name(key, subject, root)
     if reference is None or wanted is None:
@@ -222,7 +221,7 @@ def _encoder(link: str, key: str, fingerprint_of: Callable[[str], str], subject:
         where = f"the Hugging Face hub: {reference}; its fingerprint is compared when it is loaded"
         return Link(link, name, wanted, Place.REMOTE, where, details=details)
     try:
-        here = fingerprint_of(str(root / reference) if (root / reference).is_dir() else reference)
+        here = fingerprint(folder_of(str(root / reference) if (root / reference).is_dir() else reference))
     except (ValueError, OSError):  # it cannot be read, or is not there
         here = None
     if here == wanted:

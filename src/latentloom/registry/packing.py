@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import latentloom
 from latentloom.diffusion.sampling_settings import SamplingSettings
-from latentloom.encoding.text_encoder import text_folder
-from latentloom.encoding.vae import vae_folder
+from latentloom.encoding.pretrained import text_folder, vae_folder
 from latentloom.errors import UserError
 from latentloom.evaluation.text_to_image import store_settings
 from latentloom.model_files import MODEL_FILES, read_config
