@@ -67,7 +67,7 @@ def _train_tracked(
         keep=params.machine.checkpoints_kept,
         limit=state_limit(),
     )
-    images = {"train": len(caches.train), "validation": len(caches.validation)}
+    images = {"training": len(caches.train), "validation": len(caches.validation)}
     with checkpoints.locked(wait=accelerator.num_processes == 1):
         resumed, known = usable_checkpoint(checkpoints, params), checkpoints.read_run()
         key = None if "finished_steps" in known else known.get("run")  # a finished run is not continued but extended
