@@ -160,8 +160,8 @@ class Checkpoints:
             self._delete([final])  # a damaged one
             temporary.replace(final)
         except OSError as error:
-            message = str(error.strerror or error).replace(temporary.name, final.name)
-            raise WriteError(error.errno, message) from error
+            named = error if isinstance(error, WriteError) else f"could not write {final}: {error.strerror or error}"
+            raise WriteError(error.errno, str(named).replace(temporary.name, final.name)) from error
         finally:
             self._delete([temporary])
         if pinned:
