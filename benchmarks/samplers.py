@@ -33,7 +33,7 @@ def main() -> None:
         return
     params, device = load_params(), choose_device()
     model = load_text_to_image(MODEL, device=device)
-    train = load_caches(LATENTS, TEXT).to(device).train
+    train = load_caches(LATENTS, TEXT, device=device).train
     known = train.take(min(arguments.captions, len(train)))
     settings = params.evaluate.sampling.changed(precision="fp32")
 

@@ -25,7 +25,7 @@ from torch import nn
 from latentloom.devices import autocast, autocast_dtype, choose_device
 from latentloom.diffusion import get_network, get_schedule
 from latentloom.encoding.dataset import LatentDataset, load_caches
-from latentloom.training.draws import Batch, batches
+from latentloom.training.batches import Batch, batches
 
 BATCH, WIDTHS = 64, (64, 128, 256)
 READER_BATCH, READER_STEPS = 256, 200

@@ -6,6 +6,8 @@
 import os
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -29,17 +31,19 @@ from latentloom.training.run import TrainingResult, run_training, usable_checkpo
 
 
 def main(params: Params) -> str | None:
-    launch(sys.argv[0])
+    launch(__file__)
     accelerator = make_accelerator(choose_device())
     caches = load_caches(LATENTS, TEXT, device=accelerator.device, memory_share=_memory_share(params, accelerator))
-    settings = {"accelerator": accelerator, "model_folder": MODEL, "curves_folder": TRAIN_PLOTS}
+    train = partial(
+        run_training, params, caches, accelerator=accelerator, model_folder=MODEL, curves_folder=TRAIN_PLOTS
+    )
     if not accelerator.is_main_process:
-        run_training(params, caches, checkpoints=None, resumed=None, logger=NullLogger(), **settings)
+        train(checkpoints=None, resumed=None, logger=NullLogger())
         accelerator.end_training()
         return None
     print(f"train: {caches.placement}", file=sys.stderr, flush=True)
     code = _code_hash()
-    result = _train_tracked(params, caches, code, settings)
+    result = _train_tracked(train, params, caches, accelerator, code)
     accelerator.end_training()
     if _code_hash() != code:
         warnings.warn("the code changed while the training ran: run `dvc repro --force train`", stacklevel=1)
@@ -49,10 +53,11 @@ def main(params: Params) -> str | None:
     return f"{params.train.steps} steps on {len(caches.train)} images, {error}, {speed}"
 
 
-def _train_tracked(params: Params, caches: Caches, code: str, settings: dict) -> TrainingResult:
+def _train_tracked(
+    train: Callable[..., TrainingResult], params: Params, caches: Caches, accelerator: Accelerator, code: str
+) -> TrainingResult:
     """The training in the main process, which alone reads checkpoints, writes files and logs."""
-    root, accelerator = Path.cwd(), settings["accelerator"]
-    provenance = collect(root, params, code)
+    provenance = collect(Path.cwd(), params, code)
     inputs = {name: digest for name, digest in provenance.inputs.items() if name != "validation"}
     precision = str(autocast_dtype(params.train.precision, accelerator.device))
     checkpoints = Checkpoints(
@@ -62,7 +67,7 @@ def _train_tracked(params: Params, caches: Caches, code: str, settings: dict) ->
         keep=params.machine.checkpoints_kept,
         limit=state_limit(),
     )
-    images = {"training": len(caches.train), "validation": len(caches.validation)}
+    images = {"train": len(caches.train), "validation": len(caches.validation)}
     with checkpoints.locked(wait=accelerator.num_processes == 1):
         resumed, known = usable_checkpoint(checkpoints, params), checkpoints.read_run()
         key = None if "finished_steps" in known else known.get("run")  # a finished run is not continued but extended
@@ -73,11 +78,11 @@ def _train_tracked(params: Params, caches: Caches, code: str, settings: dict) ->
                 params.model_dump(mode="json", by_alias=True),
                 provenance.to_dict(),
                 images=images,
-                digest=dict.fromkeys(images, inputs["latents"][:16]),
+                digest=caches.digests,
                 device=str(accelerator.device),
-                code_diff=code_diff(root),
+                code_diff=code_diff(Path.cwd()),
             )
-            result = run_training(params, caches, checkpoints=checkpoints, resumed=resumed, logger=tracked, **settings)
+            result = train(checkpoints=checkpoints, resumed=resumed, logger=tracked)
             sha256 = model_hash(MODEL)
             finished = provenance.with_model(model_sha256=sha256, mlflow_run_id=tracked.id, run_key=tracked.key)
             record_model(

@@ -6,8 +6,7 @@ continues.
 
 import sys
 
-from latentloom.encoding.text_encoder import text_fingerprint
-from latentloom.encoding.vae import vae_fingerprint
+from latentloom.encoding.pretrained import fingerprint, text_folder, vae_folder
 from latentloom.files import write_text
 from latentloom.layout import DATA_DOCS, IMAGES, VALIDATION_REPORT
 from latentloom.params import Params
@@ -20,8 +19,8 @@ def main(params: Params) -> str:
         IMAGES.parent,
         params.validate_,
         val_fraction=params.ingest.val_fraction,
-        expected_vae_fingerprint=vae_fingerprint(params.encode_images.vae),
-        expected_text_fingerprint=text_fingerprint(params.encode_text.model),
+        expected_vae_fingerprint=fingerprint(vae_folder(params.encode_images.vae)),
+        expected_text_fingerprint=fingerprint(text_folder(params.encode_text.model)),
         docs_folder=DATA_DOCS,
     )
     write_text(VALIDATION_REPORT, report.to_json())

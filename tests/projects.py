@@ -67,6 +67,13 @@ class Project:
             section[key] = value
         path.write_text(yaml.safe_dump(params, sort_keys=False))
 
+    def run_record(self) -> dict[str, Any]:
+        """What this project's machine has recorded of the training that made models/unet."""
+        from latentloom.lineage.provenance import read_run_record
+        from latentloom.model_files import model_hash
+
+        return read_run_record(self.folder, model_hash(self.folder / "models/unet")).to_dict()
+
     def copied(self, folder: Path) -> "Project":
         """A copy with its git, its DVC and an MLflow store that keeps its files in the copy."""
         shutil.copytree(self.folder, folder, symlinks=True)

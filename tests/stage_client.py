@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+from pathlib import Path
 
 PATIENCE = 120  # seconds until the server must have made its imports
 
@@ -56,7 +57,7 @@ def main() -> None:
     """``stage_client.py SOCKET SCRIPT...``: run the script and end with its exit status, or by its signal."""
     server = connect(sys.argv[1])
     environment = dict(os.environ)
-    pid = request(server, [0, 1, 2], argv=sys.argv[2:], folder=os.getcwd(), environment=environment, hooks={})
+    pid = request(server, [0, 1, 2], argv=sys.argv[2:], folder=str(Path.cwd()), environment=environment, hooks={})
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda received, _: os.kill(pid, received))
     status = read_number(server)

@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 DIED = 99  # the exit status of a stage that died at a write
@@ -65,7 +66,7 @@ def _at_write(number: int, act: Callable[[], None]) -> None:
             global _done
             if call.__name__ == "fsync":
                 path = os.path.realpath(f"/proc/self/fd/{arguments[0]}")
-                counts = os.path.isdir(path)  # before a file's own flush, the disk looks as before its new name
+                counts = Path(path).is_dir()  # before a file's own flush, the disk looks as before its new name
             else:
                 path, counts = os.path.realpath(os.fspath(arguments[-1])), True
             if counts and path.startswith(root) and not any(part in path for part in NOT_COUNTED):

@@ -21,6 +21,7 @@ import signal
 import socket
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -128,10 +129,8 @@ def _receive(client: socket.socket) -> tuple[dict[str, Any], list[int]]:
 
 
 def _send(client: socket.socket, number: int) -> None:
-    try:
+    with suppress(OSError):  # it may have left, which the next turn sees
         client.sendall(f"{number}\n".encode())
-    except OSError:
-        pass  # it has left, which the next turn sees
 
 
 def _tell_of_the_ended(clients: dict[socket.socket, int]) -> None:
@@ -170,10 +169,8 @@ def _become(request: dict[str, Any], files: list[int]) -> None:
 
 def _kill(pid: int) -> None:
     for kill in (os.killpg, os.kill):
-        try:
+        with suppress(ProcessLookupError):
             kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 def _is_alive(pid: int) -> bool:

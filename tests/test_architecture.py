@@ -10,13 +10,13 @@ PACKAGE = ROOT / "src" / "latentloom"
 
 CORE = (
     *("params", "files", "layout", "errors", "stage", "devices", "randomness", "model_files", "sharding"),
-    *("source_code", "image_grid"),
+    *("source_code", "image_grid", "dvc_outs", "user"),
 )
 # Readers of what a stage left: what other stage packages may import of it.
 READERS = (
     *("ingestion.shards", "ingestion.rejects"),
     *("encoding.dataset", "encoding.codec", "encoding.vae", "encoding.text_encoder", "encoding.pretrained"),
-    *("encoding.row_sources", "encoding.tensor_shards"),
+    *("encoding.row_sources", "encoding.shard_files"),
 )
 STAGE_PACKAGES = ("ingestion", "encoding", "validation", "training", "evaluation")
 # Room -> what it may import besides itself: rooms and modules, by the beginning of their names.
@@ -26,7 +26,7 @@ ALLOWED = {
     **dict.fromkeys(STAGE_PACKAGES, ("diffusion", *CORE, *READERS)),
     "tracking": ("diffusion", *CORE),
     "registry": ("diffusion", *CORE, *READERS, "evaluation", "tracking"),
-    "lineage": ("diffusion", *CORE, *READERS, "evaluation.metadata", "encoding", "tracking", "registry"),
+    "lineage": ("diffusion", *CORE, *READERS, "ingestion.source_fingerprint", "evaluation", "tracking", "registry"),
     "cli": ("",),
     "pipelines": ("",),
 }
@@ -37,6 +37,7 @@ FOUNDATION = {
     "sharding": (),
     "source_code": (),
     "image_grid": (),
+    "user": (),
     "layout": ("errors",),
     "files": ("errors",),
     "devices": ("errors",),
@@ -50,7 +51,7 @@ def modules() -> list[Path]:
 
 
 def name_of(file: Path) -> str:
-    """``training.loop`` for src/latentloom/training/loop.py, ``training`` for its package, ``pipelines.train`` for a script."""
+    """``training.loop`` of a module, ``training`` of its package, ``pipelines.train`` of a script."""
     if file.is_relative_to(PACKAGE):
         parts = file.relative_to(PACKAGE).with_suffix("").parts
         return ".".join(part for part in parts if part != "__init__")
@@ -58,7 +59,7 @@ def name_of(file: Path) -> str:
 
 
 def imported_by(file: Path) -> set[str]:
-    """The names of what a module imports of the package, at its top or inside a function; a name may be one of a module."""
+    """What a module imports of the package, at its top or inside a function: modules, or names in them."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

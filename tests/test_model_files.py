@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from latentloom.errors import WriteError
 from latentloom.model_files import FORMAT_VERSION, EncoderReference, ModelConfig, load_model, save_model
 
 CONFIG = ModelConfig(
@@ -47,6 +49,29 @@ def test_the_same_model_gives_the_same_bytes(model, tmp_path):
     save_model(tmp_path / "again", network, CONFIG)
     for path in folder.iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+
+def test_any_user_may_read_a_model(model):
+    folder, _ = model
+    assert {path.stat().st_mode & 0o777 for path in folder.glob("*.safetensors")} == {0o644}
+
+
+@pytest.mark.parametrize(
+    "message", ["I/O error: No space left on device (os error 28)", "IoError(Os { code: 28, kind: X })"]
+)
+def test_a_full_disk_is_reported_with_the_room_that_the_model_needs_and_the_old_model_stays(
+    model, monkeypatch, message
+):
+    folder, network = model
+    before = (folder / "model.safetensors").read_bytes()
+
+    def fail(*_):
+        raise SafetensorError(f"Error while serializing: {message}")
+
+    monkeypatch.setattr("latentloom.model_files.save_file", fail)
+    with pytest.raises(WriteError, match=r"model\.safetensors: No space left on device; it needs \d+\.\d MiB"):
+        save_model(folder, network, CONFIG)
+    assert (folder / "model.safetensors").read_bytes() == before
 
 
 def test_a_tensor_of_another_shape_is_named(model):

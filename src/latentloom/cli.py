@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -92,7 +93,7 @@ def sample(
         tuple[float, float] | None, typer.Option(help="Noise levels at which guidance acts.")
     ] = None,
     guidance_rescale: Annotated[float | None, typer.Option(help="0 to 1: how much contrast is taken back.")] = None,
-    threshold: Annotated[float | None, typer.Option(help="The percentile of dynamic thresholding.")] = None,
+    threshold: Annotated[str | None, typer.Option(help="The percentile of dynamic thresholding, or none.")] = None,
     precision: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")] = None,
 ) -> None:
     """Generate images of prompts. The same command gives the same bytes on one machine's CPU."""
@@ -116,11 +117,12 @@ def sample(
             "sampler": sampler,
             "guidance_interval": guidance_interval,
             "guidance_rescale": guidance_rescale,
-            "threshold_percentile": threshold,
             "precision": precision,
         }
         try:
             settings = default_settings(found.folder).changed(**given)
+            if threshold is not None:
+                settings = replace(settings, threshold_percentile=None if threshold == "none" else float(threshold))
         except ValueError as error:
             raise UserError(str(error)) from error
         loaded = load_text_to_image(found.folder, provenance=provenance and image_provenance(provenance))

@@ -92,12 +92,12 @@ def test_a_splits_digest_follows_images_and_captions(write_caches):
     latents, text = write_caches(20)
     digests = [load_caches(latents, text).digests, load_caches(latents, text).digests]
     assert digests[0] == digests[1]
-    assert digests[0]["train"] != digests[0]["validation"]
+    assert digests[0]["training"] != digests[0]["validation"]
     for path in (latents / "index.parquet", text / "pairs.parquet"):
         table = pd.read_parquet(path)
         table[::-1].to_parquet(path)  # another content of the same length
         digests.append(load_caches(latents, text).digests)
-    assert len({own["train"] for own in digests}) == 3
+    assert len({own["training"] for own in digests}) == 3
 
 
 def test_an_empty_validation_split_is_said_and_can_be_asked_for_nothing(write_caches):

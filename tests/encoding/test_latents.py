@@ -19,7 +19,8 @@ from latentloom import sharding
 from latentloom.encoding import cache, latents
 from latentloom.encoding.cache import RowStore
 from latentloom.encoding.latents import encode_images
-from latentloom.encoding.vae import Vae, load_vae, vae_fingerprint
+from latentloom.encoding.pretrained import fingerprint
+from latentloom.encoding.vae import Vae, load_vae
 from latentloom.errors import UserError
 from latentloom.ingestion.shards import iterate_images, read_metadata
 
@@ -129,7 +130,7 @@ def test_the_fingerprint_follows_the_weights_not_the_folder(tmp_path):
     first = tiny_models.save_tiny_vae(tmp_path / "first")
     same = tiny_models.save_tiny_vae(tmp_path / "same")
     other = tiny_models.save_tiny_vae(tmp_path / "other", seed=1)
-    assert vae_fingerprint(str(first)) == vae_fingerprint(str(same)) != vae_fingerprint(str(other))
+    assert fingerprint(first) == fingerprint(same) != fingerprint(other)
 
 
 @pytest.mark.parametrize(

@@ -90,10 +90,10 @@ def test_several_samples_stand_side_by_side_prompts_in_rows(sample):
         assert (sheet[64:, 64:128] == np.asarray(image)).all()
 
 
-@pytest.mark.parametrize("prompts", [['it\'s "red"; $HOME'], ["-v", "an apple"]])
-def test_the_command_in_the_metadata_generates_the_same_bytes_again(sample, prompts):
+@pytest.mark.parametrize(("prompts", "threshold"), [(['it\'s "red"; $HOME'], "98.5"), (["-v", "an apple"], "none")])
+def test_the_command_in_the_metadata_generates_the_same_bytes_again(sample, prompts, threshold):
     settings = "--seed 3 --first 1 --count 2 --guidance 1.7 --sampler dpmpp_2m --guidance-interval 0.1 0.9"
-    settings += " --guidance-rescale 0.3 --threshold 98.5 -o a.png"
+    settings += f" --guidance-rescale 0.3 --threshold {threshold} -o a.png"
     sample(*settings.split(), *QUICK, "--", *prompts)
     metadata = read_metadata(Path("a.png"))
     assert (metadata.prompts, metadata.model_sha256) == (tuple(prompts), model_hash(Path("models/unet")))
@@ -126,6 +126,7 @@ def test_settings_come_from_the_params_then_from_the_model_then_from_us(sample):
     ("arguments", "message"),
     [
         (("--steps", "1"), "diffusion_steps = 1: must be"),
+        (("--threshold", "high"), "could not convert string to float: 'high'"),
         (("--sampler", "euler"), "sampler = 'euler': must be"),
         (("--guidance-interval", "0.9", "0.1"), "guidance_interval"),
         (("-o", "picture.jpg"), "-o picture.jpg"),

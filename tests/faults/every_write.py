@@ -1,8 +1,8 @@
 """Runs a stage again and again, and breaks it at another step of its writing each time.
 
 ``every_write.py STAGE FAULT REFERENCE STRIDE`` is started by the server of stages in a copy of a finished project. It
-makes the stage's imports once and forks each run, so that a run costs the stage's own work alone. A step is a call after
-which another process sees something else: a rename, a link, or the flush of a folder that follows. The faults are
+makes the stage's imports once and forks each run, so that a run costs the stage's own work alone. A step is a call
+after which another process sees something else: a rename, a link, or the flush of a folder that follows. The faults are
 
 - ``die``: the process ends right before it, and cleans nothing up;
 - ``full``: the step fails with "No space left on device".

@@ -51,8 +51,8 @@ def test_added_images_alone_are_encoded_and_shards_beyond_them_stay(project, pic
     output = project.run("dvc", "repro", "encode_images", "encode_text").stdout
     assert "1512 latents: encoded 12, reused 1500" in output
     assert "1512 captions: encoded 12, reused 1500" in output
-    assert read_json(project.folder / "reports/encode_images.json")["reused"] == 1500
-    assert read_json(project.folder / "reports/encode_text.json")["encoded"] == 12
+    assert read_json(project.folder / "reports/encode_images.json")["latents"] == 1512
+    assert read_json(project.folder / "reports/encode_text.json")["captions"] == 1512
     after = shards(project)
     assert len(before & set(after.values())) >= 3  # of images, of latents and of text, those after the change
     state = {path.stat().st_ino for path in (project.folder / ".state/latents").iterdir()}

@@ -1,5 +1,5 @@
 """docs/experiments.md, from top to bottom: four experiments at once into a fresh store, MLflow's page in a browser, and
-a run of a machine without MLflow. The tests go on from one another, in this order."""
+a run of a machine without MLflow."""
 
 import io
 import os
@@ -23,16 +23,27 @@ from PIL import Image
 from playwright.sync_api import Locator, Page, sync_playwright
 from projects import ROOT, Project
 
-from latentloom.training.denoising_error import BINS, bin_name
+from latentloom.diffusion.denoising_error import BINS, bin_name
 
-pytestmark = pytest.mark.pipeline
+pytestmark = [pytest.mark.pipeline, pytest.mark.service]
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(
     BROWSER is None, reason="there is no chromium on this machine: apt-get install chromium"
 )
 PAGE = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
-QUEUE, STATUS, STOP, UI, BEST, TAKE, BACK, ELSEWHERE = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
+BLOCKS = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
+
+
+def block(command: str) -> str:
+    """The page's block with a line that begins with ``command``."""
+    (found,) = [block for block in BLOCKS if re.search(rf"^{re.escape(command)}", block, re.MULTILINE)]
+    return found
+
+
+QUEUE, STATUS, STOP = block("dvc exp run --queue"), block("dvc queue status"), block("dvc queue stop")
+UI, BEST, TAKE = block("latentloom ui"), block("dvc exp show"), block("dvc exp apply")
+BACK, ELSEWHERE = block("git checkout"), block("latentloom sync")
 NAMES = [f"rate-{number}" for number in range(1, 5)]
 RATES = ["0.0003", "0.0005", "0.002", "0.003"]
 STEPS, SHOWN = [2, 4, 6, 8], [4, 8]  # of the tiny params: logged, and validated or drawn
@@ -134,7 +145,11 @@ def test_four_experiments_at_once_arrive_whole_in_the_right_experiment(overnight
     assert len({run.info.run_id for run in runs}) == 4
 
 
-def test_the_queue_tells_what_became_of_each(overnight):
+def test_every_block_of_the_page_is_run_by_a_test():
+    assert sorted(BLOCKS) == sorted([QUEUE, STATUS, STOP, UI, BEST, TAKE, BACK, ELSEWHERE])
+
+
+def test_the_queue_says_what_became_of_each(overnight):
     printed = shell(overnight, STATUS)
     for name in NAMES:
         assert re.search(rf"{name}\s.*Success", printed)
@@ -288,7 +303,7 @@ def test_what_a_machine_without_mlflow_trained_is_delivered_later(overnight):
     (box / "src" / "mlflow").mkdir()
     (box / "src" / "mlflow" / "__init__.py").write_text("raise ImportError('there is no MLflow here')")
     there, copy, here = ELSEWHERE.strip().splitlines()
-    said = Project(box).run("bash", "-euc", there).stderr
+    said = Project(box, cold=True).run("bash", "-euc", there).stderr
     assert said.count("MLflow could not be written to") == 1
     assert "there is no MLflow here" in said
     assert not (box / "mlflow.db").exists()

@@ -23,7 +23,7 @@ def test_every_stage_says_in_one_line_what_it_did(first_run):
         "encode_text": "captions: encoded",
         "validate": "checks passed on 40 images",
         "train": "8 steps on",
-        "evaluate": "2 prompts drawn, caption_recall_at_1",
+        "evaluate": "2 prompts sampled, caption_recall_at_1",
     }.items():
         (line,) = [line for line in output.splitlines() if line.startswith(f"{stage}: ")]
         assert words in line
@@ -54,7 +54,7 @@ def test_the_encoders_size_flows_into_the_model(finished):
     assert read(finished, "models/unet/config.json")["text_dim"] == read(finished, "data/text/stats.json")["dim"] == 384
 
 
-def test_refused_images_are_listed_with_a_reason(finished):
+def test_rejected_images_are_listed_with_a_reason(finished):
     rejects = pd.read_parquet(finished.folder / "data/rejects.parquet")
     assert list(rejects.columns) == ["source", "key", "reason", "detail", "preview"]
     report = read(finished, "reports/ingest.json")
@@ -68,7 +68,7 @@ def test_validation_left_json_and_pages(finished):
     assert (finished.folder / "reports/data_docs/index.html").exists()
 
 
-def test_dvc_shows_metrics_and_draws_plots(finished, tmp_path):
+def test_dvc_shows_metrics_and_renders_plots(finished, tmp_path):
     metrics = json.loads(finished.run("dvc", "metrics", "show", "--json").stdout)
     shown = str(metrics)
     for name in ("train_mae", "val_mae", "caption_recall_at_1"):
@@ -87,7 +87,7 @@ def test_mlflow_has_one_run_with_curves_pictures_data_and_tags(finished, monkeyp
     client = MlflowClient(f"sqlite:///{finished.folder / 'mlflow.db'}")
     (experiment,) = [found for found in client.search_experiments() if found.name == "latentloom"]
     (run,) = client.search_runs([experiment.experiment_id])
-    assert run.info.run_id == read(finished, "reports/train/run.json")["mlflow_run_id"]
+    assert run.info.run_id == finished.run_record()["mlflow_run_id"]
     assert run.info.status == "FINISHED"
     assert [metric.step for metric in client.get_metric_history(run.info.run_id, "train/mae")] == [2, 4, 6, 8]
     assert [metric.step for metric in client.get_metric_history(run.info.run_id, "val/mae")] == [4, 8]
@@ -101,7 +101,7 @@ def test_mlflow_has_one_run_with_curves_pictures_data_and_tags(finished, monkeyp
     assert run.data.params["ingest.source"] == "openmoji"
     assert len(run.data.tags["mlflow.source.git.commit"]) == 40
     assert run.data.tags["git.dirty"] in ("true", "false")
-    assert {"input.latents", "input.text", "input.validation"} <= run.data.tags.keys()
+    assert {"input.latents", "input.validation", "model.sha256"} <= run.data.tags.keys()
     datasets = {given.tags[0].value: given.dataset for given in run.inputs.dataset_inputs}
     assert datasets.keys() == {"training", "validation"}
     assert len(datasets["training"].digest) == 16

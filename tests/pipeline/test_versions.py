@@ -1,5 +1,5 @@
 """docs/versioning.md, run from top to bottom on a small project, with a git remote and an S3 server; and what the page
-claims. The tests go on from each other, in this order.
+claims. The page is one story: each fixture is a step of it and asks for those before, so that any test runs alone.
 """
 
 import csv
@@ -10,7 +10,8 @@ import os
 import re
 import shutil
 import subprocess
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import boto3
 import pytest
@@ -21,13 +22,11 @@ from servers import seaweedfs
 
 from latentloom.model_files import model_hash
 
-pytestmark = pytest.mark.pipeline
+pytestmark = [pytest.mark.pipeline, pytest.mark.service]
 
 PAGE = (ROOT / "docs" / "versioning.md").read_text(encoding="utf-8")
 TASKS = re.findall(r"^## (.*?)$(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL)
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-READ = set()  # blocks of the page that a test has run
-TRAINED = {}  # the weights of the first model, and of the experiment of the page
 NOTHING_TO_DO = ["find_sources:", "always", "changed"]
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -51,7 +50,7 @@ def project(finished, tmp_path_factory) -> Project:
     return project
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def run(project, store):
     """``run(blocks, folder)`` does what a reader does who copies blocks of the page into a shell; what they printed."""
     addresses = {
@@ -74,9 +73,7 @@ def run(project, store):
 def blocks_of(task):
     """The shell blocks under a heading of the page."""
     (text,) = [text for heading, text in TASKS if heading == task]
-    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
-    READ.update(blocks)
-    return blocks
+    return re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
 
 
 def is_a_copy(clone, project):
@@ -96,63 +93,118 @@ def weights(folder):
     return (folder / "model.safetensors").read_bytes()
 
 
-def test_a_pushed_project_is_in_its_default_remote_with_no_set_up(project, run):
+@pytest.fixture(scope="module")
+def kept(project, run) -> Project:
+    """The project when it has been pushed."""
     run(blocks_of("I want to keep what I have now"))
+    return project
+
+
+@pytest.fixture(scope="module")
+def second(kept, run) -> tuple[Project, str]:
+    """A clone that pulled everything from the default remote, and what that printed."""
+    printed = run(blocks_of("I want it all in another clone"), kept.folder.parent)
+    return replace(kept, folder=kept.folder.parent / "second"), printed
+
+
+@pytest.fixture(scope="module")
+def enlarged(second) -> tuple[Project, str]:
+    """That clone with four more images, encoded; and what that printed."""
+    clone, _ = second
+    clone.set_params(ingest__limit=44)
+    return clone, clone.run("dvc", "repro", "encode_images", "encode_text").stdout
+
+
+@pytest.fixture(scope="module")
+def third(kept, run) -> tuple[Project, str]:
+    """A clone that pulled everything from S3, and what that printed."""
+    configure, push, clone_again = blocks_of("I want data and models in S3")
+    run([configure, push])
+    printed = run([clone_again], kept.folder.parent)
+    return replace(kept, folder=kept.folder.parent / "third"), printed
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What the experiment of the page printed and gave, and the figures and weights before it."""
+
+    printed: str
+    compared: str
+    before: dict[str, float]
+    after: dict[str, float]
+    first: bytes
+    gentle: bytes
+
+
+@pytest.fixture(scope="module")
+def tried(project, third, run) -> Tried:
+    """The experiment of the page is done and compared, and `main` is checked out again."""
+    try_it, compare = blocks_of("I want to try something and see whether it is better")
+    before, first = figures(project), weights(project.folder / "models/unet")
+    printed = run([try_it])
+    after, gentle = figures(project), weights(project.folder / "models/unet")
+    tried = Tried(printed, run([compare]), before, after, first, gentle)
+    go_to_main(project)
+    return tried
+
+
+@pytest.fixture(scope="module")
+def taken_over(project, tried, run) -> str:
+    """The experiment is in the workspace, on a branch, and with a colleague; the branch's `dvc.lock`."""
+    take_over, branch, give, _ = blocks_of("I want to take one of the experiments over")
+    run([take_over])
+    assert weights(project.folder / "models/unet") == tried.gentle != tried.first
+    assert project.run("git", "status", "--porcelain").stdout == ""
+    run([branch, give])
+    return project.run("git", "show", "lower-rate:dvc.lock").stdout
+
+
+def test_a_pushed_project_is_in_its_default_remote_with_no_set_up(kept):
+    project = kept
     remote = project.folder.parent / "latentloom-dvc-remote"
     oid = next(out["md5"] for out in lock(project)["stages"]["train"]["outs"] if out["path"] == "models/unet")
     assert (remote / "files" / "md5" / oid[:2] / oid[2:]).is_file()
 
 
-def test_a_second_clone_pulls_everything_and_has_nothing_to_do(project, run):
-    output = run(blocks_of("I want it all in another clone"), project.folder.parent)
-    clone = replace(project, folder=project.folder.parent / "second")
+def test_a_second_clone_pulls_everything_and_has_nothing_to_do(project, second):
+    clone, output = second
     assert "Running stage 'find_sources'" in output
     assert output.count("Running stage") == 1
     assert is_a_copy(clone, project)
     assert clone.run("git", "status", "--porcelain").stdout == ""
-
-
-def test_in_a_clone_that_pulled_only_what_is_added_is_encoded(project):
-    clone = replace(project, folder=project.folder.parent / "second")
     assert not (clone.folder / ".state").exists()
-    clone.set_params(ingest__limit=44)
-    output = clone.run("dvc", "repro", "encode_images", "encode_text").stdout
+
+
+def test_in_a_clone_that_pulled_only_what_is_added_is_encoded(enlarged):
+    _, output = enlarged
     assert "44 latents: encoded 4, reused 40" in output
     assert "reused 0" not in output
 
 
-def test_a_clone_pulls_everything_from_s3_and_no_file_of_the_project_holds_the_keys(project, store, run):
-    configure, push, clone_again = blocks_of("I want data and models in S3")
-    run([configure, push])
+def test_a_clone_pulls_everything_from_s3_and_no_file_of_the_project_holds_the_keys(project, store, third):
+    clone, output = third
     for folder in (".dvc", ".git"):
         for path in (project.folder / folder).rglob("*"):
             assert not path.is_file() or store.secret.encode() not in path.read_bytes(), path
-    output = run([clone_again], project.folder.parent)
-    clone = replace(project, folder=project.folder.parent / "third")
     assert clone.run("dvc", "remote", "list").stdout.split()[-3:] == ["store", "s3://your-bucket/loom", "(default)"]
     assert output.count("Running stage") == 1
     assert is_a_copy(clone, project)
 
 
-def test_an_experiment_is_compared_in_tables_with_few_columns_and_few_digits(project, run):
-    try_it, compare = blocks_of("I want to try something and see whether it is better")
-    before = figures(project)
-    printed = run([try_it])
-    after = figures(project)
-    TRAINED["gentle"] = weights(project.folder / "models/unet")
-    table = printed.partition("Experiment results have been applied to your workspace.")[2]
+def test_an_experiment_is_compared_in_tables_with_few_columns_and_few_digits(project, tried):
+    before, after = tried.before, tried.after
+    table = tried.printed.partition("Experiment results have been applied to your workspace.")[2]
     assert "gentle" in table
     given = project.run("dvc", "exp", "show", "--csv", "--only-changed", "--drop", ".*/").stdout
     columns = next(csv.reader(io.StringIO(given)))
     assert set(columns) <= {"Experiment", "rev", "typ", "Created", "parent", "train.learning_rate", *before}
     assert {"train_mae", "val_mae", "train.learning_rate"} <= set(columns)
 
-    printed = run([compare])
+    printed = tried.compared
     assert re.search(r"train.learning_rate +0.001 +0.0005", printed)
     for name in ("train_mae", "val_mae"):
         assert re.search(rf"{name} +{before[name]} +{after[name]} ", printed)
     assert all(len(str(value)) <= 6 for value in after.values())  # the network has less than a million weights
-    go_to_main(project)
 
 
 def figures(project):
@@ -166,7 +218,7 @@ def go_to_main(project):
     project.run("dvc", "checkout", "-q", "-f")
 
 
-def test_an_experiment_is_one_run_of_its_name_in_the_projects_own_store(project):
+def test_an_experiment_is_one_run_of_its_name_in_the_projects_own_store(project, tried):
     (run,) = runs_of(project, "gentle")
     assert run.data.params["train.learning_rate"] == "0.0005"
 
@@ -187,7 +239,7 @@ CURVES = {  # name in dvc.yaml -> title, file in reports/, columns
 }
 
 
-def test_each_curve_has_a_title_and_the_points_of_both_revisions(project):
+def test_each_curve_has_a_title_and_the_points_of_both_revisions(project, tried):
     drawn = json.loads(project.run("dvc", "plots", "diff", "main", "gentle", "--json", "--split").stdout)["data"]
     for name, (title, file, x, y) in CURVES.items():
         (curve,) = drawn[name]
@@ -201,7 +253,7 @@ def test_each_curve_has_a_title_and_the_points_of_both_revisions(project):
 
 
 @pytest.mark.skipif(BROWSER is None, reason="there is no chromium on this machine: apt-get install chromium")
-def test_the_page_has_each_curve_once_and_the_sheets_side_by_side(project, tmp_path):
+def test_the_page_has_each_curve_once_and_the_sheets_side_by_side(project, tried, tmp_path):
     page = project.folder / "dvc_plots" / "index.html"
     look = """
         const sheets = [...document.images].map(({x, y, width, naturalWidth}) => ({x, y, width, naturalWidth}));
@@ -228,36 +280,28 @@ def browse(page, folder, *options):
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
 
 
-def test_an_experiment_is_taken_over_made_a_branch_and_given_to_a_colleague(project, run):
-    first = weights(project.folder / "models/unet")
-    take_over, branch, give, there = blocks_of("I want to take one of the experiments over")
-    run([take_over])
-    assert weights(project.folder / "models/unet") == TRAINED["gentle"] != first
-    assert project.run("git", "status", "--porcelain").stdout == ""
-    run([branch, give])
-    assert project.run("git", "show", "lower-rate:dvc.lock").stdout == (project.folder / "dvc.lock").read_text()
-
-    clone = replace(project, folder=project.folder.parent / "third")
-    assert weights(clone.folder / "models/unet") == first
-    run([there], clone.folder)
-    assert weights(clone.folder / "models/unet") == TRAINED["gentle"]
-    TRAINED["first"] = first
+def test_an_experiment_is_taken_over_made_a_branch_and_given_to_a_colleague(project, tried, taken_over, third, run):
+    assert taken_over == (project.folder / "dvc.lock").read_text()
+    clone, _ = third
+    assert weights(clone.folder / "models/unet") == tried.first
+    run(blocks_of("I want to take one of the experiments over")[3:], clone.folder)
+    assert weights(clone.folder / "models/unet") == tried.gentle
 
 
-def test_yesterdays_model_comes_back_whole_or_beside_todays(project, run):
+def test_yesterdays_model_comes_back_whole_or_beside_todays(project, tried, taken_over, run):
     back, forth, beside = blocks_of("I want yesterday's model back")
     run([back])
-    assert weights(project.folder / "models/unet") == TRAINED["first"]
+    assert weights(project.folder / "models/unet") == tried.first
     assert project.run("dvc", "status").stdout.split() == NOTHING_TO_DO
     run([forth])
-    assert weights(project.folder / "models/unet") == TRAINED["gentle"]
+    assert weights(project.folder / "models/unet") == tried.gentle
     run([beside])
-    assert weights(project.folder / "yesterday") == TRAINED["first"]
+    assert weights(project.folder / "yesterday") == tried.first
     with Image.open(project.folder / "yesterday.png") as picture:
         assert picture.text["model_sha256"] == model_hash(project.folder / "yesterday")
 
 
-def test_what_changed_between_two_versions_is_listed(project, run):
+def test_what_changed_between_two_versions_is_listed(project, taken_over, run):
     (compare,) = blocks_of("I want to know what changed between two versions")
     printed = run([compare])
     assert re.search(r"Modified:.*models/unet/model.safetensors", printed, re.DOTALL)
@@ -266,7 +310,7 @@ def test_what_changed_between_two_versions_is_listed(project, run):
     assert re.search(r"reports/train/metrics.json +train_mae ", printed)
 
 
-def test_a_file_that_was_deleted_or_replaced_comes_back(project, run):
+def test_a_file_that_was_deleted_or_replaced_comes_back(project, tried, taken_over, run):
     model, latents = project.folder / "models/unet/model.safetensors", project.folder / "data/latents"
     model.unlink()
     model.write_bytes(b"broken")
@@ -275,12 +319,12 @@ def test_a_file_that_was_deleted_or_replaced_comes_back(project, run):
     printed = run([restore])
     for path in ("models/unet", "data/latents"):
         assert path in printed
-    assert weights(model.parent) == TRAINED["gentle"]
+    assert weights(model.parent) == tried.gentle
     assert latents.exists()
     assert project.run("dvc", "status").stdout.split() == NOTHING_TO_DO
 
 
-def test_a_named_version_of_the_model_can_be_had_without_the_project(project, run, tmp_path):
+def test_a_named_version_of_the_model_can_be_had_without_the_project(project, tried, taken_over, run, tmp_path):
     name, get, get_from_folder = blocks_of("I want to give a model a name that outlives me")
     printed = run([name])
     assert re.search(r"unet +│ v1.0.0 +│ v1.0.0", printed)
@@ -290,12 +334,12 @@ def test_a_named_version_of_the_model_can_be_had_without_the_project(project, ru
     project.run("dvc", "push", "-q", "-r", "local")
     run([get_from_folder], tmp_path)
     for folder in ("unet", "in-production", "from-a-folder"):
-        assert weights(tmp_path / folder) == TRAINED["gentle"]
+        assert weights(tmp_path / folder) == tried.gentle
         assert model_hash(tmp_path / folder) == model_hash(project.folder / "models/unet")
 
 
-def test_only_what_no_commit_names_is_removed_when_the_disk_is_full(project, run):
-    clone = replace(project, folder=project.folder.parent / "second")  # in which 44 images were never committed
+def test_only_what_no_commit_names_is_removed_when_the_disk_is_full(enlarged, run):
+    clone, _ = enlarged  # in which 44 images were never committed
     uncommitted = (out["md5"] for out in lock(clone)["stages"]["ingest"]["outs"] if out["path"] == "data/images")
     directory = next(uncommitted)
     go_to_main(clone)
@@ -309,15 +353,15 @@ def test_only_what_no_commit_names_is_removed_when_the_disk_is_full(project, run
     assert clone.run("dvc", "status").stdout.split() == NOTHING_TO_DO
 
 
-def test_every_command_of_the_page_has_been_run():
-    assert sorted(READ) == sorted(re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL))
+def test_every_task_of_the_page_is_run_here():
+    own = Path(__file__).read_text(encoding="utf-8")
+    assert [heading for heading, text in TASKS if "```sh" in text and f'blocks_of("{heading}")' not in own] == []
+    assert sum(len(blocks_of(heading)) for heading, _ in TASKS) == PAGE.count("```sh")
 
 
 def test_an_experiment_from_the_queue_runs_elsewhere_and_reuses_what_this_machine_encoded(project):
     before = figures(project)
     project.run("dvc", "exp", "run", "--queue", "-n", "queued", "-S", "encode_images.flip=true", "encode_images")
-    project.run("dvc", "exp", "run", "--run-all")
+    printed = project.run("dvc", "exp", "run", "--run-all").stdout
+    assert "80 latents: encoded 40, reused 40" in printed
     assert figures(project) == before
-    project.run("dvc", "exp", "branch", "queued", "queued-branch")
-    report = json.loads(project.run("git", "show", "queued-branch:reports/encode_images.json").stdout)
-    assert (report["encoded"], report["reused"]) == (40, 40)

@@ -21,7 +21,7 @@ from latentloom.model_files import model_hash
 from latentloom.registry import registry
 from latentloom.registry.models import find_model
 
-pytestmark = pytest.mark.pipeline
+pytestmark = [pytest.mark.pipeline, pytest.mark.service]
 
 PAGE = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
 

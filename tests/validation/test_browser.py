@@ -15,6 +15,7 @@ from PIL import Image
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
     pytest.mark.pipeline,
+    pytest.mark.service,
     pytest.mark.skipif(BROWSER is None, reason="there is no chromium on this machine: apt-get install chromium"),
 ]
 

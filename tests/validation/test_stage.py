@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from latentloom.encoding.text_encoder import text_fingerprint
-from latentloom.encoding.vae import vae_fingerprint
+from latentloom.encoding.pretrained import fingerprint, text_folder, vae_folder
 
 pytestmark = pytest.mark.pipeline
 ROOT = Path(__file__).parents[2]
@@ -22,8 +21,8 @@ def run_stage(make_caches, tmp_path):
 
     def run(on_failure: str, faulty: int) -> tuple[subprocess.CompletedProcess[str], dict]:
         caches = make_caches("data")
-        caches.set_stats("latents", vae={"fingerprint": vae_fingerprint("bundled")})
-        caches.set_stats("text", encoder={"fingerprint": text_fingerprint("bundled")})
+        caches.set_stats("latents", vae={"fingerprint": fingerprint(vae_folder("bundled"))})
+        caches.set_stats("text", encoder={"fingerprint": fingerprint(text_folder("bundled"))})
         if faulty:
             caches.set("latents", list(range(faulty)), mean=np.float32(99.0))
         params = yaml.safe_load((ROOT / "params.yaml").read_text())

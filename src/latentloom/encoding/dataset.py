@@ -108,11 +108,6 @@ class LatentDataset:
         """The embedding of each image's primary caption (N, dim)."""
         return self.embeddings_at(self.captions[:, 0])
 
-    def to(self, device: torch.device) -> "LatentDataset":
-        """The same data for ``device``; what is streamed stays on the disk."""
-        names = ("latents", "text", "captions", "caption_counts")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
-
     def take(self, count: int) -> "LatentDataset":
         """The first ``count`` images."""
         return replace(
@@ -133,7 +128,7 @@ class Caches:
         validation: may be empty; see `has_validation`.
         latent_statistics: the ``stats.json`` of the latents.
         text_statistics: that of the text cache.
-        digests: of each split (train, validation), a short hash of its images, its captions and what encoded them.
+        digests: of each split (training, validation), a short hash of its images, its captions and what encoded them.
         placement: a message: whether the rows are on the device or streamed, and why.
     """
 
@@ -153,11 +148,6 @@ class Caches:
     def streamed(self) -> bool:
         """Whether rows stay on the disk until a batch asks for them."""
         return self.train.streamed
-
-    def to(self, device: torch.device) -> "Caches":
-        """The same data for ``device``."""
-        train = self.train.to(device)
-        return replace(self, train=train, validation=replace(self.validation.to(device), text=train.text))
 
 
 def load_caches(latents: Path, text: Path, *, device: torch.device | str = "cpu", memory_share: float = 1.0) -> Caches:
@@ -220,7 +210,7 @@ def load_caches(latents: Path, text: Path, *, device: torch.device | str = "cpu"
         split("validation"),
         latent_statistics,
         text_statistics,
-        {name: _digest(name, latents / INDEX, text / PAIRS) for name in ("train", "validation")},
+        {name: _digest(name, latents / INDEX, text / PAIRS) for name in ("training", "validation")},
         f"{_size(needed)} of latents and embeddings are "
         + (f"streamed from the disk to {device}" if streamed else f"on {device}")
         + f": {_size(memory_share * free)} allowed, {memory_share:g} of the {_size(free)} free",

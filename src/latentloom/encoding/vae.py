@@ -5,7 +5,6 @@ A public VAE that is never trained here: the small one that the package carries 
 """
 
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +15,6 @@ from latentloom.diffusion.decoding import decode_latents
 from latentloom.encoding import pretrained
 from latentloom.errors import UserError
 
-BUNDLED = Path(__file__).parent / "bundled_vae"
 CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -39,7 +37,7 @@ class Vae:
 
     def __init__(self, reference: str, device: torch.device | str = "cpu", precision: str = "fp32") -> None:
         self.reference, self.device, self.precision = reference, torch.device(device), precision
-        self._folder = vae_folder(reference)
+        self._folder = pretrained.vae_folder(reference)
         self.class_name = pretrained.read_config(self._folder).get("_class_name")
         if self.class_name not in CLASSES:
             raise UserError(f"encode_images.vae: {reference} is a {self.class_name}; supported: {', '.join(CLASSES)}")
@@ -87,16 +85,6 @@ class Vae:
         return decode_latents(
             raw, 1.0, vae=self.module, latent_channels=raw.shape[1], layout="nchw", batch_size=batch_size
         )
-
-
-def vae_folder(reference: str) -> Path:
-    """The folder of the VAE that ``encode_images.vae`` names; see `pretrained.resolve_folder`."""
-    return pretrained.resolve_folder(reference, bundled=BUNDLED, what="encode_images.vae")
-
-
-def vae_fingerprint(reference: str) -> str:
-    """The fingerprint of the VAE that ``reference`` names, without loading it."""
-    return pretrained.fingerprint(vae_folder(reference))
 
 
 def load_vae(reference: str, device: torch.device | str = "cpu", precision: str = "fp32") -> Vae:

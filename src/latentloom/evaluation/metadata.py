@@ -150,7 +150,7 @@ def generate_command(
         "guidance": sampling.class_guidance,
         "sampler": sampling.sampler,
         "guidance-rescale": sampling.guidance_rescale,
-        "threshold": sampling.threshold_percentile,
+        "threshold": "none" if sampling.threshold_percentile is None else sampling.threshold_percentile,
         "precision": sampling.precision,
     }
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]

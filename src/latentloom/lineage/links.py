@@ -5,17 +5,19 @@ image -> model -> run -> params -> code and local changes -> packages
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from latentloom.dvc_outs import Location, Place, locate, out_hash
-from latentloom.encoding.text_encoder import text_fingerprint
-from latentloom.encoding.vae import vae_fingerprint
+from latentloom.encoding.pretrained import fingerprint, text_folder, vae_folder
 from latentloom.files import sha256_file
 from latentloom.ingestion.source_fingerprint import fingerprint_sources
-from latentloom.layout import IMAGES, LATENTS, MODEL, NEAR_DUPLICATES, REJECTS, TEXT, VALIDATION_REPORT
+from latentloom.layout import IMAGES, LATENTS, MODEL, NEAR_DUPLICATES, PARAMS, REJECTS, TEXT, VALIDATION_REPORT
 from latentloom.lineage.git import Git
 from latentloom.lineage.provenance import INPUTS, PACKAGES
 from latentloom.lineage.subject import Subject
@@ -69,8 +71,8 @@ def gather(subject: Subject, root: Path) -> tuple[Link, ...]:
     images_are_there = any(link.link == "images" and link.place in (Place.HERE, Place.REMOTE) for link in data)
     sources = [_source(listing, subject, needed=not images_are_there) for listing in subject.provenance.sources]
     encoders = [
-        _encoder("VAE", "vae", vae_fingerprint, subject, root),
-        _encoder("text encoder", "text_encoder", text_fingerprint, subject, root),
+        _encoder("VAE", "vae", vae_folder, subject, root),
+        _encoder("text encoder", "text_encoder", text_folder, subject, root),
     ]
     return (*links, *data, *sources, *encoders)
 
@@ -191,18 +193,16 @@ def _source(then: dict[str, Any], subject: Subject, *, needed: bool) -> Link:
     kind, path = then["source"], then.get("path")
     counted = [own for own in subject.provenance.ingested.get("sources", []) if own["source"] == kind]
     counts = counted[0] if len(counted) == 1 else {}
-    told = ", ".join(f"{counts[key]:,} {key}" for key in ("found", "kept", "rejected") if key in counts)
-    name = " ".join(filter(None, (kind, path))) + (f": {told}" if told else "")
+    shown = ", ".join(f"{counts[key]:,} {key}" for key in ("found", "kept", "rejected") if key in counts)
+    name = " ".join(filter(None, (kind, path))) + (f": {shown}" if shown else "")
     try:
         # A Parquet source's columns say nothing about its files.
         (now,) = fingerprint_sources([SourceParams(source=kind, path=path)], Path("/nonexistent"))
         if now == then:
             place, where = Place.HERE, "as it was"
         elif kind == "openmoji":
-            place, where = (
-                Place.REMOTE,
-                "PyPI: " + ", ".join(f"{own} {wanted}" for own, wanted in then["packages"].items()),
-            )
+            packages = ", ".join(f"{own} {wanted}" for own, wanted in then["packages"].items())
+            place, where = Place.REMOTE, f"PyPI: {packages}"
         else:
             place, where = Place.LOST, f"changed since: {then['files']:,} files then, {now['files']:,} now"
     except (ValueError, OSError) as error:
@@ -210,24 +210,18 @@ def _source(then: dict[str, Any], subject: Subject, *, needed: bool) -> Link:
     return Link("source", name, then.get("fingerprint"), place, where, needed, {"listing": then, "counts": counts})
 
 
-def _encoder(link: str, key: str, fingerprint_of: Callable[[str], str], subject: Subject, root: Path) -> Link:
+def _encoder(link: str, key: str, folder_of: Callable[[str], Path], subject: Subject, root: Path) -> Link:
     """The VAE or the text encoder, compared by fingerprint with what its name stands for here."""
     reference, wanted = _encoder_name(key, subject, root)
     if reference is None or wanted is None:
-        return Link(
-            link, reference or link, wanted, Place.UNKNOWN, "neither the model nor its version is here to name it"
-        )
+        where = "the model, which names its fingerprint, is not here"
+        return Link(link, reference or link, wanted, Place.UNKNOWN, where, needed=reference is None)
     name, details = f"{reference} {wanted[:12]}", {"reference": reference}
-    if (
-        reference != "bundled"
-        and reference[0] not in "./~"
-        and reference.count("/") == 1
-        and not Path(reference).is_dir()
-    ):
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", reference) and not (root / reference).is_dir():
         where = f"the Hugging Face hub: {reference}; its fingerprint is compared when it is loaded"
         return Link(link, name, wanted, Place.REMOTE, where, details=details)
     try:
-        here = fingerprint_of(str(root / reference) if (root / reference).is_dir() else reference)
+        here = fingerprint(folder_of(str(root / reference) if (root / reference).is_dir() else reference))
     except (ValueError, OSError):  # it cannot be read, or is not there
         here = None
     if here == wanted:
@@ -244,7 +238,7 @@ def _encoder(link: str, key: str, fingerprint_of: Callable[[str], str], subject:
 
 
 def _encoder_name(key: str, subject: Subject, root: Path) -> tuple[str | None, str | None]:
-    """The encoder's reference and fingerprint, from the model, the registry, or the image and the params."""
+    """The encoder's reference and fingerprint: of the model, the registry, the training, or the params and the PNG."""
     folders = [subject.folder, root / MODEL, root / ".state" / "models" / str(subject.sha256)]
     for folder in folders:
         if folder and subject.sha256 and is_model(folder, subject.sha256):
@@ -252,9 +246,11 @@ def _encoder_name(key: str, subject: Subject, root: Path) -> tuple[str | None, s
             return encoder.reference, encoder.fingerprint
     if subject.version:
         return subject.version.tags.get(key), subject.version.tags.get(f"{key}.fingerprint")
-    encoder = subject.provenance.encoders.get(key, {})
-    seen = getattr(subject.metadata, key) if subject.metadata else None
-    return encoder.get("reference"), encoder.get("fingerprint") or seen
+    if encoder := subject.provenance.encoders.get(key):
+        return encoder["reference"], encoder["fingerprint"]
+    params = yaml.safe_load(Git(root).read(subject.commit or "HEAD", PARAMS) or b"") or {}
+    section, param = {"vae": ("encode_images", "vae"), "text_encoder": ("encode_text", "model")}[key]
+    return params.get(section, {}).get(param), getattr(subject.metadata, key) if subject.metadata else None
 
 
 def _run_place(subject: Subject) -> Place:

@@ -7,8 +7,7 @@ in `.state/models` (what was fetched before), in DVC's cache and remote, and in 
 import json
 import re
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -58,8 +57,8 @@ def find_model(reference: str, root: Path) -> FoundModel:
         mlflow.exceptions.MlflowException: when the store cannot be reached.
     """
     folder = Path(reference).expanduser()
-    if (folder / "config.json").is_file():
-        return FoundModel(folder, _hash(folder))
+    if all((folder / name).is_file() for name in MODEL_FILES):
+        return FoundModel(folder, model_hash(folder))
     is_uri = REGISTERED.fullmatch(reference) or reference.startswith("runs:/")
     if not is_uri and (folder.is_dir() or "/" in reference or reference.startswith(".")):
         raise UserError(
@@ -92,7 +91,7 @@ def look_up(client: "MlflowClient", root: Path, reference: str) -> "tuple[Run | 
     if version := _version(client, name):
         if HASH_TAG not in version.tags:
             raise UserError(f"version {version.version} of {NAME} was not made by `latentloom promote`: promote a run")
-        return _run(client, version.run_id), version
+        return (_or_none(client.get_run, version.run_id) if version.run_id else None), version
     if registered or reference in ALIASES:
         raise UserError(f"{name} is nothing in the registry yet: `latentloom promote RUN --to champion` puts it there")
     return find_run(client, root, reference.removeprefix("runs:/")), None
@@ -104,7 +103,7 @@ def find_run(client: "MlflowClient", root: Path, reference: str) -> "Run":
     Raises:
         UserError: when there is none, or more than one.
     """
-    if re.fullmatch(r"[0-9a-f]{32}", reference) and (run := _run(client, reference)):
+    if re.fullmatch(r"[0-9a-f]{32}", reference) and (run := _or_none(client.get_run, reference)):
         return run
     quoted = reference.replace("'", "_")  # in LIKE, any one character: a filter knows no other way
     found = {
@@ -129,7 +128,7 @@ def find_run(client: "MlflowClient", root: Path, reference: str) -> "Run":
 
 def run_of_model(client: "MlflowClient", sha256: str, run_id: str | None = None) -> "Run | None":
     """The run that trained the model with that hash: ``run_id`` if it did, else the newest of any experiment."""
-    run = _run(client, run_id)
+    run = _or_none(client.get_run, run_id) if run_id else None
     if run and run.data.tags.get(HASH_TAG) == sha256:
         return run
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
@@ -190,33 +189,19 @@ def is_model(folder: Path, sha256: str) -> bool:
     return all((folder / name).is_file() for name in MODEL_FILES) and model_hash(folder) == sha256
 
 
-def _hash(folder: Path) -> str:
-    try:
-        return model_hash(folder)
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename} is missing: run `dvc pull` or `dvc repro`") from error
-
-
 def _version(client: "MlflowClient", name: str) -> "ModelVersion | None":
+    get = client.get_model_version if name.isdigit() else client.get_model_version_by_alias
+    return _or_none(get, NAME, name)
+
+
+def _or_none(get: Callable[..., Any], *names: str) -> Any:
+    """What MLflow has by that name; None where it has nothing."""
     from mlflow.exceptions import MlflowException
 
     try:
-        if name.isdigit():
-            return client.get_model_version(NAME, name)
-        return client.get_model_version_by_alias(NAME, name)
+        return get(*names)
     except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no such version, or alias
-            return None
-        raise
-
-
-def _run(client: "MlflowClient", run_id: str | None) -> "Run | None":
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_run(run_id) if run_id else None
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # the second of an alias
             return None
         raise
 
@@ -259,6 +244,5 @@ def _download(client: "MlflowClient", root: Path, version: "ModelVersion", folde
             dst_path=temporary,
             tracking_uri=tracking_uri(root),
         )
-        with suppress(FileNotFoundError):  # a damaged copy: a whole one would have been used
-            shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged copy: a whole one would have been used
         Path(downloaded).rename(folder)

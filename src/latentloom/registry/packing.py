@@ -1,5 +1,6 @@
 """A model folder as MLflow's model format wants it: weights, settings, the code that runs it, what that code needs."""
 
+import json
 import logging
 import shutil
 import warnings
@@ -10,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import latentloom
 from latentloom.diffusion.sampling_settings import SamplingSettings
-from latentloom.encoding.text_encoder import text_folder
-from latentloom.encoding.vae import vae_folder
+from latentloom.encoding.pretrained import text_folder, vae_folder
 from latentloom.errors import UserError
 from latentloom.evaluation.text_to_image import store_settings
 from latentloom.model_files import MODEL_FILES, read_config
@@ -83,7 +83,7 @@ def save_served_model(
             signature=signature(settings),
             input_example=(pd.DataFrame({"prompt": ["a red apple"]}), {"seed": 1, "steps": settings.diffusion_steps}),
             pip_requirements=requirements(model),
-            model_config={"provenance": dict(provenance)},
+            model_config={"provenance": json.dumps(dict(provenance))},  # as text: MLflow would sort its keys
         )
 
 

@@ -117,8 +117,12 @@ def promote(
         figures, version, aliases = Figures.of_run(run), version_of(client, found.sha256), _aliases(client)
         if version and aliases.get(alias) == number_of(version):
             return number_of(version), False
-        if not force and (objections := _objections(client, run, figures, version, aliases.get("champion"))):
-            listed = "\n".join(f"- {objection}" for objection in objections)
+        objections = [_validation_objection(client, run)]
+        champion = aliases.get("champion")
+        if champion and not (version and number_of(version) == champion):
+            objections.append(worse(figures, Figures.of_version(client.get_model_version(NAME, champion))))
+        if not force and any(objections):
+            listed = "\n".join(f"- {objection}" for objection in objections if objection)
             raise PromotionRejected(f'not promoted:\n{listed}\nTo promote it all the same: --force --why "..."')
         number = number_of(version or _register(client, root, found, run))
         tags = {"figures": json.dumps(asdict(figures))}
@@ -198,15 +202,6 @@ def worse(figures: Figures, champion: Figures) -> str | None:
 
 def _lower(name: str, value: float, champions: float) -> str:
     return f"{name} is {value:.4g}, worse than the champion's {champions:.4g}"
-
-
-def _objections(
-    client: "MlflowClient", run: "Run", figures: Figures, version: "ModelVersion | None", champion: str | None
-) -> list[str]:
-    found = [_validation_objection(client, run)]
-    if champion and not (version and number_of(version) == champion):
-        found.append(worse(figures, Figures.of_version(client.get_model_version(NAME, champion))))
-    return [objection for objection in found if objection]
 
 
 def _validation_objection(client: "MlflowClient", run: "Run") -> str | None:

@@ -4,6 +4,7 @@ The files beside it in the registered model: `artifacts/model` (the model folder
 `code/latentloom` (this package, as it was when the model was promoted).
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ class ServedModel(PythonModel):
         from latentloom.evaluation.text_to_image import load_text_to_image, stored_settings
 
         folder = Path(context.artifacts["model"])
-        self.model = load_text_to_image(folder, provenance=context.model_config["provenance"])
+        self.model = load_text_to_image(folder, provenance=json.loads(context.model_config["provenance"]))
         self.settings = stored_settings(folder)
 
     def predict(self, context, model_input, params: dict[str, Any] | None = None):

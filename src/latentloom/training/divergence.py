@@ -2,12 +2,14 @@
 
 import torch
 
+from latentloom.errors import UserError
+
 NORMS_KEPT = 500  # gradient norms of the last steps, with which new ones are compared
 FEWEST_NORMS = 50  # below so many, nothing is compared
 EXPLODED = 100.0  # times the usual norm
 
 
-class TrainingDivergedError(ArithmeticError):
+class TrainingDivergedError(UserError):
     """The loss or the gradient is no finite number, or gradients have exploded; the message says when and what to try.
 
     The checkpoints from before are kept.

@@ -68,7 +68,7 @@ class TrainingState:
         """Copy in what `tensors` gave after ``step`` steps.
 
         Raises:
-            ValueError: when a tensor is missing or has another shape.
+            UserError: when a tensor is missing or has another shape, as after an edit of the network.
         """
         for name, weight in self.tensors().items():
             weight.copy_(_fitting(tensors, name, weight))
@@ -252,5 +252,8 @@ def _decay_groups(network: nn.Module, weight_decay: float) -> list[dict]:
 def _fitting(tensors: dict[str, torch.Tensor], name: str, like: torch.Tensor) -> torch.Tensor:
     if name not in tensors or tensors[name].shape != like.shape:
         found = tuple(tensors[name].shape) if name in tensors else "absent"
-        raise ValueError(f"the checkpoint's {name} is {found}, expected {tuple(like.shape)}")
+        raise UserError(
+            f"the checkpoint's {name} is {found}, expected {tuple(like.shape)}: it was written by code of another "
+            "network; restore that code to resume, or delete the checkpoint in .state/checkpoints to start anew"
+        )
     return tensors[name]

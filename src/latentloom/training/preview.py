@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from latentloom.diffusion.diffuser import Diffuser
+from latentloom.diffusion.sampling_settings import SamplingSettings
 from latentloom.encoding.codec import LatentCodec
 from latentloom.encoding.dataset import Caches
 from latentloom.encoding.vae import load_vae
@@ -18,7 +19,7 @@ from latentloom.image_grid import image_grid
 from latentloom.model_files import ModelConfig
 from latentloom.randomness import generator
 
-SAMPLING_STEPS = 20
+SETTINGS = SamplingSettings(diffusion_steps=20, sampler="dpmpp_2m")
 IMAGES_AT_ONCE = 16
 
 
@@ -76,10 +77,9 @@ class Previews:
         """A grid of samples, uint8 (H, W, 3), in the captions' order; ``IMAGES_AT_ONCE`` are computed at a time."""
         diffuser = Diffuser(
             network,
-            self.guidance,
-            SAMPLING_STEPS,
+            class_guidance=self.guidance,
+            settings=SETTINGS,
             schedule=self.config.schedule,
-            sampler="dpmpp_2m",
             bound=self.config.latent_bound,
             latent_channels=self.config.latent_shape[0],
             autocast_dtype=self.dtype,

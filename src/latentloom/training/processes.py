@@ -74,6 +74,8 @@ def make_accelerator(device: torch.device) -> Accelerator:
         os.environ["ACCELERATE_TORCH_DEVICE"] = requested
         if device.type == "cuda":
             torch.cuda.set_device(device)
+    # The setting that is to take its place is in neither Accelerate nor older versions of torch.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     return Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="no",  # the loop has its own autocast, the same on every device

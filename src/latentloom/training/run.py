@@ -64,7 +64,7 @@ def run_training(
     """
     settings, device = params.train, accelerator.device
     _check_settings(params, caches)
-    if accelerator.is_main_process and not len(caches.validation):
+    if accelerator.is_main_process and not caches.has_validation:
         print("train: the validation split is empty, so no validation error is measured", file=sys.stderr, flush=True)
     dtype = autocast_dtype(settings.precision, device)
     torch.manual_seed(params.seed)
@@ -196,7 +196,7 @@ def _asked_to_stop(request: StopRequest, accelerator: Accelerator, step: Step, e
 
 
 def _check_settings(params: Params, caches: Caches) -> None:
-    if params.train.keep == "best" and not len(caches.validation):
+    if params.train.keep == "best" and not caches.has_validation:
         raise UserError(
             "train.keep = best: the validation split is empty, so no weights can be called the best; raise "
             "ingest.val_fraction, or set it to last"
