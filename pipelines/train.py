@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -84,19 +85,17 @@ def _train_tracked(
             )
             result = train(checkpoints=checkpoints, resumed=resumed, logger=tracked)
             sha256 = model_hash(MODEL)
-            finished = provenance.with_model(model_sha256=sha256, mlflow_run_id=tracked.id, run_key=tracked.key)
+            provenance = provenance.with_model(model_sha256=sha256, run_key=tracked.key)
             record_model(
                 tracked,
                 metrics=result.metrics,
                 val_mae=result.val_mae,
                 model_folder=MODEL,
                 model_sha256=sha256,
-                provenance=finished.to_dict(),
+                provenance=provenance.to_dict(),
             )
         write_json(TRAIN_METRICS, result.metrics)
-        save_run_record(
-            project_root(), provenance.with_model(model_sha256=sha256, mlflow_run_id=tracked.id, run_key=tracked.key)
-        )
+        save_run_record(project_root(), replace(provenance, mlflow_run_id=tracked.id))  # MLflow has answered by now
         checkpoints.end({"run": tracked.key, "finished_steps": params.train.steps})
     return result
 

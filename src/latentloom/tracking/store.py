@@ -40,8 +40,9 @@ def tracking_uri(root: Path) -> str:
 
 
 def ui_address(server: str, experiment_id: str) -> str:
-    """Where MLflow's page of the experiment's runs opens in a browser."""
-    return f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs"
+    """Where MLflow's page of the experiment's runs opens in a browser, on its charts and images."""
+    # Without the workflow, MLflow 3 opens on its pages for language models.
+    return f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs?compareRunsMode=CHART&workflowType=machine_learning"
 
 
 def without_credentials(uri: str) -> str:
