@@ -57,6 +57,6 @@ $(INSTALLED_TESTS): $(INSTALLED) requirements-test.lock
 	$(PIP) -r requirements.lock -r requirements-test.lock
 	@touch $@
 
-clean: ## remove the environment and saved work; data, models, experiments and what MLflow has yet to get stay
+clean: ## remove the environment and saved work; data, models, experiments and records of runs stay
 	rm -rf $(VENV)
-	if [ -d .state ]; then find .state -mindepth 1 -maxdepth 1 ! -name tracking -exec rm -rf {} +; fi
+	if [ -d .state ]; then find .state -mindepth 1 -maxdepth 1 ! -name tracking ! -name runs -exec rm -rf {} +; fi

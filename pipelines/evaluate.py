@@ -14,8 +14,11 @@ from latentloom.evaluation.text_to_image import SETTINGS_FILE, load_text_to_imag
 from latentloom.layout import DVC_LOCK, IMAGES, LATENTS, MODEL, SAMPLE_SHEET, TEXT, project_root
 from latentloom.lineage.provenance import read_run_record
 from latentloom.params import Params
+from latentloom.registry.models import run_of_model
 from latentloom.stage import run_stage
+from latentloom.tracking.delivery import KEY_TAG
 from latentloom.tracking.runs import TrackedRun, reopened_run
+from latentloom.tracking.store import first_line, open_client
 
 
 def main(params: Params) -> str:
@@ -38,11 +41,20 @@ def main(params: Params) -> str:
 
 
 def training_run(model_sha256: str) -> AbstractContextManager[TrackedRun]:
-    """The run that trained the model; one that keeps nothing where this machine does not know it."""
-    record = read_run_record(project_root(), model_sha256)
-    if record is None:
-        print(f"evaluate: {MODEL} was not trained on this machine, so nothing is logged to MLflow", file=sys.stderr)
-    return reopened_run(project_root(), record and record.run_key, record and record.mlflow_run_id)
+    """The run that trained the model, on this machine or by its hash in MLflow; else one that keeps nothing."""
+    root = project_root()
+    if record := read_run_record(root, model_sha256):
+        return reopened_run(root, record.run_key, record.mlflow_run_id)
+    try:
+        run = run_of_model(open_client(root), model_sha256)
+    except Exception as error:  # MLflow is away or not installed, which must not fail an evaluation
+        run, why = None, first_line(error)
+    else:
+        why = "no run has its hash"
+    if run is None:
+        print(f"evaluate: nothing is logged to MLflow: {why}", file=sys.stderr, flush=True)
+        return reopened_run(root, None)
+    return reopened_run(root, run.data.tags.get(KEY_TAG, run.info.run_id), run.info.run_id)
 
 
 if __name__ == "__main__":

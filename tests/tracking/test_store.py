@@ -36,7 +36,7 @@ def test_a_project_is_tracked_whatever_the_name_of_its_folder(tmp_path, monkeypa
 
 
 def test_the_address_of_the_page_of_runs_has_no_doubled_slash():
-    page = "http://127.0.0.1:5000/#/experiments/7/runs"
+    page = "http://127.0.0.1:5000/#/experiments/7/runs?compareRunsMode=CHART&workflowType=machine_learning"
     assert ui_address("http://127.0.0.1:5000", "7") == ui_address("http://127.0.0.1:5000/", "7") == page
 
 

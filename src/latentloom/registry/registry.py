@@ -247,7 +247,7 @@ def _register(client: "MlflowClient", root: Path, found: FoundModel, run: "Run")
 def _settings(client: "MlflowClient", run: "Run", found: FoundModel, root: Path) -> SamplingSettings:
     """The settings that the run's figures were measured with, else those of the project."""
     if written := read_artifact(client, run, SAMPLING):
-        return SamplingSettings(**json.loads(written))
+        return SamplingSettings.from_dict(json.loads(written))
     return default_settings(found.folder, root / "params.yaml")
 
 

@@ -42,7 +42,8 @@ def tracking_uri(root: Path) -> str:
 def ui_address(server: str, experiment_id: str) -> str:
     """Where MLflow's page of the experiment's runs opens in a browser, on its charts and images."""
     # Without the workflow, MLflow 3 opens on its pages for language models.
-    return f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs?compareRunsMode=CHART&workflowType=machine_learning"
+    shown = "compareRunsMode=CHART&workflowType=machine_learning"
+    return f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs?{shown}"
 
 
 def without_credentials(uri: str) -> str:
