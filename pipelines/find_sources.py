@@ -1,7 +1,7 @@
 """Stage `find_sources`: what the sources hold at the moment -> data/sources.json, which `ingest` depends on."""
 
 from latentloom.files import write_json
-from latentloom.ingestion.source_fingerprint import fingerprint_sources
+from latentloom.ingestion.source_files import fingerprint_sources
 from latentloom.layout import SOURCES
 from latentloom.params import Params
 from latentloom.stage import run_stage

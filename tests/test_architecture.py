@@ -26,7 +26,7 @@ ALLOWED = {
     **dict.fromkeys(STAGE_PACKAGES, ("diffusion", *CORE, *READERS)),
     "tracking": ("diffusion", *CORE),
     "registry": ("diffusion", *CORE, *READERS, "evaluation", "tracking"),
-    "lineage": ("diffusion", *CORE, *READERS, "ingestion.source_fingerprint", "evaluation", "tracking", "registry"),
+    "lineage": ("diffusion", *CORE, *READERS, "ingestion.source_files", "evaluation", "tracking", "registry"),
     "cli": ("",),
     "pipelines": ("",),
 }

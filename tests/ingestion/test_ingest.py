@@ -232,16 +232,22 @@ def test_a_failure_in_the_middle_leaves_no_partial_file_and_no_manifest(
     assert len(read_metadata(corpus.images)) == 5
 
 
-def test_a_file_that_the_disk_cannot_read_is_rejected_and_the_rest_continues(corpus, monkeypatch, failing_after):
+def test_a_file_that_the_disk_cannot_read_is_rejected_and_the_rest_continues(corpus, monkeypatch):
     corpus.add("a.png", "a picture")
     corpus.add("b.png", "a picture")
+    corpus.add("c.png", "a picture")
     path_type = type(corpus.path)
-    monkeypatch.setattr(
-        path_type, "read_bytes", failing_after(path_type.read_bytes, 4, OSError(5, "Input/output error"))
-    )
+    read_bytes = path_type.read_bytes
+
+    def read(path: Path) -> bytes:
+        if path.name in ("b.png", "c.txt"):
+            raise OSError(5, "Input/output error")
+        return read_bytes(path)
+
+    monkeypatch.setattr(path_type, "read_bytes", read)
     corpus.ingest()
-    assert corpus.reasons() == {"b.png": "unreadable"}
-    assert corpus.details() == {"b.png": "Input/output error"}
+    assert corpus.reasons() == dict.fromkeys(("b.png", "c.png"), "unreadable")
+    assert corpus.details() == {"b.png": "b.png: Input/output error", "c.png": "c.txt: Input/output error"}
 
 
 def test_a_lost_sample_is_noticed(corpus, monkeypatch):

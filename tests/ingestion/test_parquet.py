@@ -1,23 +1,26 @@
 """Parquet tables of images and captions, whoever wrote them."""
 
-import pickle
-
 import datasets
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from outcomes import Outcome, outcomes
 from PIL import Image
 
 from latentloom.ingestion.parquet import CAPTION_COLUMNS, IMAGE_COLUMNS, ParquetSource
-from latentloom.ingestion.rejects import Reason, Reject
-from latentloom.ingestion.sources import IngestError, Sample
+from latentloom.ingestion.rejects import Reason
+from latentloom.ingestion.sources import IngestError
 
 
-def samples(path, *columns) -> list[Sample]:
-    items = list(ParquetSource(path, *columns).samples())
-    assert all(isinstance(item, Sample) for item in items)
+def read(path) -> list[Outcome]:
+    return list(outcomes(ParquetSource(path)))
+
+
+def samples(path) -> list[Outcome]:
+    items = read(path)
+    assert not any(item.reason for item in items)
     return items
 
 
@@ -55,14 +58,14 @@ def test_bytes_and_texts_of_any_arrow_type_are_read(tmp_path, image_type, captio
     texts = pa.array(["café", "two", "two"], pa.string() if caption_type == pa.binary() else caption_type)
     table = {"jpg": pa.array([b"a", b"b", b"c"], image_type), "txt": texts.cast(caption_type)}
     found = samples(write(tmp_path / "a.parquet", table))
-    assert [sample.read() for sample in found] == [b"a", b"b", b"c"]
+    assert [sample.data for sample in found] == [b"a", b"b", b"c"]
     assert [sample.captions for sample in found] == [["café"], ["two"], ["two"]]
 
 
 def test_dictionaries_of_images_are_read(tmp_path):
     images = pa.array([b"a", b"b", b"a"]).dictionary_encode()
     found = samples(write(tmp_path / "a.parquet", {"image": images, "text": ["x", "y", "z"]}))
-    assert [sample.read() for sample in found] == [b"a", b"b", b"a"]
+    assert [sample.data for sample in found] == [b"a", b"b", b"a"]
 
 
 @pytest.mark.parametrize("list_type", [pa.list_(pa.string()), pa.large_list(pa.large_string())])
@@ -82,9 +85,9 @@ def test_columns_are_found_by_their_usual_names_in_any_case(tmp_path):
         assert name in ParquetSource.__doc__
 
 
-def test_a_column_of_paths_is_passed_over_for_one_of_bytes(tmp_path):
+def test_a_column_of_paths_is_skipped_for_one_of_bytes(tmp_path):
     (sample,) = samples(write(tmp_path / "a.parquet", {"image": ["a.jpg"], "bytes": [b"x"], "caption": ["y"]}))
-    assert sample.read() == b"x"
+    assert sample.data == b"x"
 
 
 def test_params_may_name_the_columns(corpus, picture, tmp_path):
@@ -135,9 +138,9 @@ def test_files_of_a_folder_come_sorted_and_their_rows_are_counted(tmp_path):
 
 def test_images_that_are_not_in_the_table_are_rejected_with_what_to_do(tmp_path):
     images = pa.array([{"bytes": None, "path": "/data/cat.jpg"}, None, {"bytes": None, "path": None}])
-    items = list(ParquetSource(write(tmp_path / "a.parquet", {"image": images, "text": ["x"] * 3})).samples())
+    items = read(write(tmp_path / "a.parquet", {"image": images, "text": ["x"] * 3}))
     images = pa.array([None], pa.binary())
-    items += ParquetSource(write(tmp_path / "b.parquet", {"image": images, "text": ["x"]})).samples()
+    items += read(write(tmp_path / "b.parquet", {"image": images, "text": ["x"]}))
     assert [(item.key, item.reason) for item in items] == [
         (key, Reason.MISSING_FILE) for key in ("a.parquet:0", "a.parquet:1", "a.parquet:2", "b.parquet:0")
     ]
@@ -148,9 +151,9 @@ def test_images_that_are_not_in_the_table_are_rejected_with_what_to_do(tmp_path)
 def test_a_caption_that_is_not_utf8_costs_its_row_alone(tmp_path):
     texts = pa.array([b"fine", b"caf\xe9", b"fine too"])
     for column in (texts, texts.cast(pa.string(), safe=False)):
-        items = list(ParquetSource(write(tmp_path / "a.parquet", {"image": [b"x"] * 3, "text": column})).samples())
+        items = read(write(tmp_path / "a.parquet", {"image": [b"x"] * 3, "text": column}))
         assert [item.captions[0] for item in (items[0], items[2])] == ["fine", "fine too"]
-        assert getattr(items[1], "reason", None) is Reason.CAPTION_NOT_UTF8 or items[1].captions == ["caf\udce9"]
+        assert items[1].reason is Reason.CAPTION_NOT_UTF8 or items[1].captions == ["caf\udce9"]
 
 
 def test_nan_among_numbers_is_no_caption(tmp_path):
@@ -163,12 +166,11 @@ def test_a_damaged_file_is_one_reject_and_the_others_are_read(tmp_path):
         write(tmp_path / f"{name}.parquet", {"image": [b"x"], "text": ["y"]})
     data = (tmp_path / "b.parquet").read_bytes()
     (tmp_path / "b.parquet").write_bytes(data[: len(data) // 2])
-    source = ParquetSource(tmp_path)
-    items = list(source.samples())
+    items = read(tmp_path)
     assert [item.key for item in items] == ["a.parquet:0", "b.parquet", "c.parquet:0"]
     assert items[1].reason is Reason.UNREADABLE
     assert str(tmp_path) not in items[1].detail
-    assert source.total == 3
+    assert ParquetSource(tmp_path).total == 3
 
 
 def test_a_damaged_row_group_costs_no_other(tmp_path):
@@ -178,9 +180,9 @@ def test_a_damaged_row_group_costs_no_other(tmp_path):
     data = bytearray(path.read_bytes())
     data[data.index(table["image"][14])] ^= 255
     path.write_bytes(data)
-    items = list(ParquetSource(path).samples())
-    rejected = [item for item in items if isinstance(item, Reject)]
-    kept = [item.key for item in items if isinstance(item, Sample)]
+    items = read(path)
+    rejected = [item for item in items if item.reason]
+    kept = [item.key for item in items if not item.reason]
     assert kept == [f"a.parquet:{row}" for row in (*range(10), *range(20, 30))]
     assert [item.key for item in rejected] == ["a.parquet:10"]
     assert "rows 10 to 19" in rejected[0].detail
@@ -195,16 +197,11 @@ def test_flipped_bytes_never_crash_the_reader(tmp_path):
         damaged[random.integers(0, len(data), 3)] = random.integers(0, 256, 3)
         (tmp_path / "a.parquet").write_bytes(damaged.tobytes())
         try:
-            items = list(ParquetSource(tmp_path / "a.parquet").samples())
+            items = read(tmp_path / "a.parquet")
         except IngestError as error:
             assert "columns" in str(error)
         else:
-            assert all(isinstance(item, Sample) or item.detail for item in items)
-
-
-def test_samples_travel_to_other_processes(tmp_path):
-    (sample,) = samples(write(tmp_path / "a.parquet", {"image": [b"x"], "text": ["y"]}))
-    assert pickle.loads(pickle.dumps(sample)).read() == b"x"
+            assert all(item.data is not None or item.detail for item in items)
 
 
 def test_memory_is_flat_in_the_number_of_rows_of_a_row_group(tmp_path):

@@ -20,7 +20,7 @@ from latentloom.cli import app
 from latentloom.dvc_outs import Place, out_hash
 from latentloom.errors import UserError
 from latentloom.files import write_json
-from latentloom.ingestion.source_fingerprint import fingerprint_sources
+from latentloom.ingestion.source_files import fingerprint_sources
 from latentloom.lineage.lineage import Lineage, trace
 from latentloom.lineage.links import Link
 from latentloom.lineage.provenance import Provenance, code_diff, collect, save_run_record

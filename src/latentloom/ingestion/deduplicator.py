@@ -20,27 +20,28 @@ class Deduplicator:
     """Passes every picture on once, and counts.
 
     Args:
-        counts: of the sources; filled in here.
+        counts: of the sources, by name; filled in here.
     """
 
-    def __init__(self, counts: Iterable[SourceCount]) -> None:
-        self._counts = {count.name: count for count in counts}
+    def __init__(self, counts: dict[str, SourceCount]) -> None:
+        self._counts = counts
         self.rejects = RejectTable()
         self.captions = 0
         self._keys: dict[bytes, str] = {}
         self._in_train = bytearray()
         self._hashes = bytearray()
 
-    def kept(self, results: Iterable[tuple[str, PreprocessedImage | Reject]]) -> Iterator[ImageRow]:
-        """The rows to keep, of results that come with their sources' names, in order."""
-        for source, result in results:
-            self._counts[source].found += 1
+    def kept(self, results: Iterable[PreprocessedImage | Reject]) -> Iterator[ImageRow]:
+        """The rows to keep, in order."""
+        for result in results:
             outcome = result if isinstance(result, Reject) else self._unless_duplicate(result)
+            count = self._counts[outcome.source]
+            count.found += 1
             if isinstance(outcome, Reject):
-                self._counts[source].rejected += 1
-                self.rejects.add(source, outcome)
+                count.rejected += 1
+                self.rejects.add(outcome)
             else:
-                self._counts[source].kept += 1
+                count.kept += 1
                 self.captions += len(outcome.captions)
                 yield outcome
 
@@ -68,7 +69,8 @@ class Deduplicator:
         row, own_id = image.row, bytes.fromhex(image.row.id)
         if own_id in self._keys:
             picture = preview(row.png) if self.rejects.wants_preview(Reason.DUPLICATE) else None
-            return Reject(row.key, Reason.DUPLICATE, f"the same picture as {self._keys[own_id]}", picture)
+            detail = f"the same picture as {self._keys[own_id]}"
+            return Reject(row.source, row.key, Reason.DUPLICATE, detail, picture)
         self._keys[own_id] = row.key if len(self._counts) == 1 else f"{row.key} of {row.source}"
         self._in_train.append(row.split == "train")
         self._hashes += image.hash

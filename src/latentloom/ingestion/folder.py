@@ -11,25 +11,23 @@ is ever written here. Names and captions are held in memory; images are read one
 import posixpath
 import unicodedata
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from latentloom.ingestion.captions import caption_lines
 from latentloom.ingestion.images import EXTENSIONS
 from latentloom.ingestion.metadata import COLUMNS_WANTED, READERS, MetadataRow, read_metadata_rows
-from latentloom.ingestion.rejects import Reason, Reject, RejectedSample, printable
+from latentloom.ingestion.rejects import Reason, RejectedSample, printable
 from latentloom.ingestion.source_files import resolve_source_path, visible_files
-from latentloom.ingestion.sources import IngestError, Sample
+from latentloom.ingestion.sources import IngestError, Sample, Source, rejected_sample
 
 
-class FolderSource:
+class FolderSource(Source):
     """The captioned images under ``path``, in the order of their relative names.
 
     Raises:
         IngestError: when the folder is missing or holds no image, or a metadata file cannot be used.
     """
-
-    attribution = None
-    licence = None
 
     def __init__(self, path: Path | str) -> None:
         self.root = resolve_source_path(path)
@@ -37,16 +35,16 @@ class FolderSource:
             what = "is not a folder" if self.root.exists() else "does not exist"
             raise IngestError(f"ingest: the path {self.root} {what}; give the folder that holds your images")
         names = sorted(visible_files(self.root))
-        metadata = [name for name in names if posixpath.basename(name) in READERS]
-        images = [name for name in names if posixpath.splitext(name)[1].lower() in EXTENSIONS]
-        self._images = set(images)
-        self._composed = {unicodedata.normalize("NFC", key): key for key in images}
+        self._images = {name for name in names if posixpath.splitext(name)[1].lower() in EXTENSIONS}
+        self._composed = {unicodedata.normalize("NFC", key): key for key in self._images}
         self._captions: dict[str, list[object]] = {}
-        self._rejects: dict[str, Reject] = {}
-        for key in metadata:
-            for row in read_metadata_rows(self.root / key):
-                self._take(key, row)
+        self._rejects: dict[str, Sample] = {}
+        for name in names:
+            if posixpath.basename(name) in READERS:
+                for row in read_metadata_rows(self.root / name):
+                    self._take(name, row)
         self._keys = sorted(self._images.union(self._captions))
+        self.total = len(self._keys) + len(self._rejects)
         if not self.total:
             raise IngestError(
                 f"ingest: the path {self.root} holds no images; looked for the extensions "
@@ -54,61 +52,55 @@ class FolderSource:
                 f"({', '.join(READERS)}; {COLUMNS_WANTED})"
             )
 
-    @property
-    def total(self) -> int:
-        return len(self._keys) + len(self._rejects)
-
-    def samples(self) -> Iterator[Sample | Reject]:
+    def samples(self) -> Iterator[Sample]:
         yield from self._rejects.values()
         for key in self._keys:
-            try:
-                yield self._sample(key)
-            except RejectedSample as rejected:
-                yield Reject(key, rejected.reason, rejected.detail)
+            yield Sample(printable(key), partial(self._read, key), partial(self._captions_of, key))
 
-    def _take(self, metadata_key: str, row: MetadataRow) -> None:
+    def _take(self, metadata: str, row: MetadataRow) -> None:
         if row.problem:
-            place = f"{metadata_key}:{row.line}"
-            self._rejects[place] = Reject(place, Reason.BAD_ROW, f"row {row.line} of {metadata_key} {row.problem}")
+            place, detail = f"{metadata}:{row.line}", f"row {row.line} of {metadata} {row.problem}"
+            self._rejects[place] = rejected_sample(place, Reason.BAD_ROW, detail)
             return
-        key = self._key(posixpath.dirname(metadata_key), row.file_name)
-        if key is None:
-            detail = f"row {row.line} of {metadata_key}: file_name must be relative, and stay inside the source folder"
-            self._rejects.setdefault(row.file_name, Reject(row.file_name, Reason.OUTSIDE_FOLDER, detail))
+        key = self._key(posixpath.dirname(metadata), row.file_name)
+        if key == ".." or key.startswith(("../", "/")):
+            detail = f"row {row.line} of {metadata}: file_name must be relative, and stay inside the source folder"
+            rejected = rejected_sample(printable(row.file_name), Reason.OUTSIDE_FOLDER, detail)
+            self._rejects.setdefault(row.file_name, rejected)
         else:
             self._captions.setdefault(key, []).extend(row.captions)
 
-    def _key(self, parent: str, file_name: str) -> str | None:
-        """The key of the file that a metadata row names, or None when it lies out of the folder.
+    def _key(self, parent: str, file_name: str) -> str:
+        """The key of the file that a metadata row names.
 
         Backslashes are folder marks, and accents may be composed or not, where that finds a file and the name as it
         is written does not.
         """
         key = posixpath.normpath(posixpath.join(parent, file_name))
-        if key not in self._images and not _is_file(self.root / key):
-            key = posixpath.normpath(posixpath.join(parent, file_name.replace("\\", "/")))
-            key = self._composed.get(unicodedata.normalize("NFC", key), key)
-        return None if key == ".." or key.startswith(("../", "/")) else key
+        if key in self._images or _is_file(self.root / key):
+            return key
+        key = posixpath.normpath(posixpath.join(parent, file_name.replace("\\", "/")))
+        return self._composed.get(unicodedata.normalize("NFC", key), key)
 
-    def _sample(self, key: str) -> Sample:
+    def _read(self, key: str) -> bytes:
         path = self.root / key
         if not _is_file(path):
-            detail = (
-                "metadata names it, but there is no such file" if key in self._captions else "there is no such file"
-            )
-            raise RejectedSample(Reason.MISSING_FILE, detail)
-        return Sample(printable(key), self._captions_of(key), path.read_bytes)
+            named = "metadata names it, but " if key in self._captions else ""
+            raise RejectedSample(Reason.MISSING_FILE, f"{named}there is no such file")
+        return _content(path)
 
     def _captions_of(self, key: str) -> Sequence[object]:
         if key in self._captions:
             return self._captions[key]
         sidecar = (self.root / key).with_suffix(".txt")
-        if not sidecar.is_file():
-            return []
-        try:
-            return caption_lines(sidecar.read_bytes())
-        except OSError as error:
-            raise RejectedSample(Reason.UNREADABLE, f"{sidecar.name}: {error.strerror}") from error
+        return caption_lines(_content(sidecar)) if sidecar.is_file() else []
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise RejectedSample(Reason.UNREADABLE, f"{path.name}: {error.strerror or error}") from error
 
 
 def _is_file(path: Path) -> bool:

@@ -41,7 +41,7 @@ UPRIGHT = {  # EXIF orientation -> what turns the stored pixels upright
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """PreprocessedImage ``pixels``, uint8 ``(S, S, 3)``, and the ``width`` and ``height`` of the upright original."""
+    """Prepared ``pixels``, uint8 ``(S, S, 3)``, and the ``width`` and ``height`` of the upright original."""
 
     pixels: np.ndarray
     width: int

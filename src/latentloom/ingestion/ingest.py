@@ -10,10 +10,9 @@ puts it into a split; at the end, near duplicates of training images follow thos
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -91,35 +90,66 @@ def ingest(
     for entry in params.sources:
         _check_outputs_outside_source(entry, outputs)
     sources = {entry.label: open_source(entry, params.image_size) for entry in params.sources}
-    counts = [
-        SourceCount(name, entry.source, entry.weight, source.attribution, source.licence)
-        for entry, (name, source) in zip(params.sources, sources.items(), strict=True)
-    ]
+    counts = {
+        entry.label: SourceCount(entry.label, entry.source, entry.weight, source.attribution, source.licence)
+        for entry, source in zip(params.sources, sources.values(), strict=True)
+    }
     deduplicator = Deduplicator(counts)
+
+    def work(sample_of_source: tuple[str, Sample]) -> PreprocessedImage | Reject:
+        return preprocess_sample(*sample_of_source, params, deduplicator.rejects.wants_preview)
+
     samples = ((name, sample) for name, source in sources.items() for sample in source.samples())
-    work = partial(_work, params, deduplicator)
-    with pillow_settings(params.max_pixels), closing(ordered_map(work, samples, worker_count())) as results:
-        monitored = _with_progress(results, _total(sources), params.limit, deduplicator, progress)
-        shards = write_shards(islice(deduplicator.kept(monitored), params.limit), images_folder)
+    with (
+        pillow_settings(params.max_pixels),
+        closing(ordered_map(work, samples, worker_count())) as results,
+        tqdm(
+            results,
+            "ingest",
+            _expected(sources.values(), params.limit),
+            unit="image",
+            disable=not progress,
+            mininterval=0.2 if sys.stderr.isatty() else 10.0,
+        ) as shown,
+    ):
+        shards = write_shards(islice(deduplicator.kept(shown), params.limit), images_folder)
     deduplicator.rejects.write(rejects_path)
-    _check_none_lost(deduplicator, shards)
+    written = sum(shard["rows"] for shard in shards)
+    found, rejected = deduplicator.found, deduplicator.rejected
+    if found != written + rejected:
+        raise RuntimeError(f"{found} samples found, but {written} kept and {rejected} rejected: one was lost")
     _check_rejects(deduplicator, params.max_reject_fraction, rejects_path)
     pairs, moved = _keep_near_duplicates_together(deduplicator, params.near_duplicate_distance, near_duplicates_path)
     move_to_train(images_folder, shards, moved)
+    train = int(deduplicator.in_train().sum()) + len(moved)
     manifest = Manifest(
         image_size=params.image_size,
-        found=deduplicator.found,
-        rejected=deduplicator.rejected,
-        images=deduplicator.found - deduplicator.rejected,
-        train=int(deduplicator.in_train().sum()) + len(moved),
-        validation=int((~deduplicator.in_train()).sum()) - len(moved),
-        sources=counts,
-        attribution=_joined(count.attribution for count in counts if count.kept),
-        licence=_joined(count.licence for count in counts if count.kept),
+        found=found,
+        rejected=rejected,
+        images=written,
+        train=train,
+        validation=written - train,
+        sources=list(counts.values()),
+        attribution=_joined(count.attribution for count in counts.values() if count.kept),
+        licence=_joined(count.licence for count in counts.values() if count.kept),
         shards=shards,
     )
     write_manifest(images_folder, manifest)
-    return _report(manifest, deduplicator, pairs, len(moved))
+    return IngestReport(
+        found=found,
+        kept=written,
+        rejected=rejected,
+        reasons={reason.value: count for reason, count in sorted(deduplicator.rejects.reasons.items())},
+        train=train,
+        validation=written - train,
+        captions=deduplicator.captions,
+        sources=[
+            {name: value for name, value in asdict(count).items() if name not in ("attribution", "licence")}
+            for count in counts.values()
+        ],
+        near_duplicates=pairs,
+        moved_to_train=len(moved),
+    )
 
 
 def open_source(entry: SourceParams, image_size: int) -> Source:
@@ -139,46 +169,11 @@ def open_source(entry: SourceParams, image_size: int) -> Source:
             return ParquetSource(entry.path, entry.image_column, entry.caption_column)
 
 
-def _work(
-    params: IngestParams, deduplicator: Deduplicator, item: tuple[str, Sample | Reject]
-) -> tuple[str, PreprocessedImage | Reject]:
-    """What a worker does with a sample, which comes with its source's name."""
-    name, sample = item
-    if isinstance(sample, Reject):
-        return name, sample
-    return name, preprocess_sample(name, sample, params, deduplicator.rejects.wants_preview)
-
-
-def _with_progress(
-    results: Iterable[tuple[str, PreprocessedImage | Reject]],
-    total: int | None,
-    limit: int | None,
-    deduplicator: Deduplicator,
-    progress: bool,
-) -> Iterator[tuple[str, PreprocessedImage | Reject]]:
-    """The results as they are, with a progress bar of how many of all, or as many as ``limit`` takes."""
-    most = total or sys.maxsize
-    interval = 0.2 if sys.stderr.isatty() else 10.0
-    with tqdm(desc="ingest", unit="image", disable=not progress, mininterval=interval) as bar:
-        bar.total = total if limit is None else min(most, limit)
-        for result in results:
-            bar.update()
-            yield result
-            if limit is not None:
-                bar.total = min(most, limit + deduplicator.rejected)
-
-
-def _total(sources: Mapping[str, Source]) -> int | None:
-    totals = [source.total for source in sources.values()]
-    return None if None in totals else sum(totals)
-
-
-def _check_none_lost(deduplicator: Deduplicator, shards: list[dict[str, Any]]) -> None:
-    written = sum(shard["rows"] for shard in shards)
-    if deduplicator.found != written + deduplicator.rejected:
-        raise RuntimeError(
-            f"{deduplicator.found} samples found, but {written} kept and {deduplicator.rejected} rejected: one was lost"
-        )
+def _expected(sources: Iterable[Source], limit: int | None) -> int | None:
+    """How many samples there are to read: about as many as ``limit`` keeps; None where only reading tells."""
+    totals = [source.total for source in sources]
+    total = None if None in totals else sum(totals)
+    return min((bound for bound in (total, limit) if bound is not None), default=None)
 
 
 def _check_rejects(deduplicator: Deduplicator, most: float, rejects_path: Path) -> None:
@@ -209,25 +204,6 @@ def _keep_near_duplicates_together(
 
 def _joined(texts: Iterable[str | None]) -> str | None:
     return "; ".join(dict.fromkeys(text for text in texts if text)) or None
-
-
-def _report(manifest: Manifest, deduplicator: Deduplicator, near_duplicates: int, moved_to_train: int) -> IngestReport:
-    reasons = deduplicator.rejects.reasons
-    return IngestReport(
-        found=manifest.found,
-        kept=manifest.images,
-        rejected=manifest.rejected,
-        reasons={reason.value: reasons[reason] for reason in sorted(reasons)},
-        train=manifest.train,
-        validation=manifest.validation,
-        captions=deduplicator.captions,
-        sources=[
-            {name: value for name, value in asdict(count).items() if name not in ("attribution", "licence")}
-            for count in manifest.sources
-        ],
-        near_duplicates=near_duplicates,
-        moved_to_train=moved_to_train,
-    )
 
 
 def _check_outputs_outside_source(entry: SourceParams, outputs: Iterable[Path]) -> None:

@@ -9,7 +9,6 @@ search in Hamming space with multi-index hashing", section 3): cut the bits into
 each pair agrees in at least one whole band; only pairs that share a band's value are compared.
 """
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +63,7 @@ def find_near_duplicates(hashes: np.ndarray, distance: int) -> Pairs:
     firsts = order[is_first]
     others = order[~is_first]
     found = [(firsts[np.cumsum(is_first) - 1][~is_first], others, np.zeros(len(others), np.int32))]
-    for one, other, differing in _close_pairs(_interleaved(hashes[firsts], distance + 1), distance):
+    for one, other, differing in _close_pairs(hashes[firsts], distance):
         one, other = firsts[one], firsts[other]
         found.append((np.minimum(one, other), np.maximum(one, other), differing))
     first, second, differing = (np.concatenate(column) for column in zip(*found, strict=True))
@@ -83,8 +82,7 @@ def write_near_duplicates(path: Path, ids: np.ndarray, pairs: Pairs) -> None:
 
 def _close_pairs(hashes: np.ndarray, distance: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Positions and distances of all close pairs of distinct hashes, each pair once; band by band, in pieces."""
-    edges = np.linspace(0, HASH_BITS, distance + 2).astype(int)
-    bands = [_band(hashes, start, stop) for start, stop in itertools.pairwise(edges)]
+    bands = _bands(hashes, distance + 1)
     words = np.ascontiguousarray(hashes).view(np.uint64)
     for number, band in enumerate(bands):
         order = np.argsort(band)
@@ -104,29 +102,19 @@ def _close_pairs(hashes: np.ndarray, distance: int) -> Iterator[tuple[np.ndarray
             step += 1
 
 
-def _interleaved(hashes: np.ndarray, bands: int) -> np.ndarray:
-    """The hashes with bits reordered, so that each band holds low and high frequencies.
+def _bands(hashes: np.ndarray, count: int) -> np.ndarray:
+    """The bits of each hash in ``count`` bands, each as one number: uint64 ``(count, N)``.
 
-    In a band of high frequencies alone all plain pictures would agree, and have to be compared.
+    A band takes every ``count``-th bit, so it holds low and high frequencies: in one of high frequencies alone all
+    plain pictures would agree, and have to be compared. Of a band wider than 64 bits the first 64 lose no pair.
     """
-    reordered = np.argsort(np.arange(HASH_BITS) % bands, kind="stable")
-    mixed = np.empty_like(hashes)
+    values = np.zeros((count, len(hashes), WORD_BITS // 8), np.uint8)
     for start in range(0, len(hashes), ROWS_AT_ONCE):
-        part = slice(start, start + ROWS_AT_ONCE)
-        mixed[part] = np.packbits(np.unpackbits(hashes[part], axis=1)[:, reordered], axis=1)
-    return mixed
-
-
-def _band(hashes: np.ndarray, start: int, stop: int) -> np.ndarray:
-    """The bits from ``start`` to ``stop`` as one number per hash: the first 64 of a wider band, which lose no pair."""
-    stop = min(stop, start + WORD_BITS)
-    values = np.zeros((len(hashes), WORD_BITS // 8), np.uint8)
-    for begin in range(0, len(hashes), ROWS_AT_ONCE):
-        part = slice(begin, begin + ROWS_AT_ONCE)
-        bits = np.unpackbits(hashes[part, start // 8 : -(-stop // 8)], axis=1)
-        packed = np.packbits(bits[:, start % 8 : start % 8 + stop - start], axis=1)
-        values[part, : packed.shape[1]] = packed
-    return values.view(np.uint64).ravel()
+        bits = np.unpackbits(hashes[start : start + ROWS_AT_ONCE], axis=1)
+        for band in range(count):
+            packed = np.packbits(bits[:, band::count][:, :WORD_BITS], axis=1)
+            values[band, start : start + len(packed), : packed.shape[1]] = packed
+    return values.view(np.uint64)[..., 0]
 
 
 def _hex(ids: np.ndarray) -> pa.Array:

@@ -21,7 +21,7 @@ from importlib.resources import as_file
 from pathlib import Path
 
 from latentloom.ingestion.captions import clean_caption
-from latentloom.ingestion.sources import Sample
+from latentloom.ingestion.sources import Sample, Source
 
 VARIATION_SELECTOR = "\ufe0f"  # OpenMoji's file names and Unicode's sequences disagree where it belongs
 SKIN_TONES = frozenset(map(chr, range(0x1F3FB, 0x1F400)))
@@ -31,7 +31,7 @@ FEWEST_LETTERS = 3
 
 
 @dataclass(frozen=True)
-class OpenMojiSource:
+class OpenMojiSource(Source):
     """All named emoji without skin tones, rendered on white at ``image_size``."""
 
     image_size: int
@@ -62,7 +62,7 @@ class OpenMojiSource:
 
     def samples(self) -> Iterator[Sample]:
         for key, captions in self.captions.items():
-            yield Sample(key, captions, partial(render, key, self.image_size))
+            yield Sample(key, partial(render, key, self.image_size), partial(list, captions))
 
 
 def render(key: str, size: int) -> bytes:

@@ -37,14 +37,11 @@ def worker_count() -> int:
 def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
     """``function`` of each item, in the items' order; an exception of the function comes in its item's place.
 
-    One worker is the calling thread itself. ``items`` is read in the calling thread alone.
+    ``items`` is read in the calling thread alone.
     """
-    if workers == 1:
-        yield from map(function, items)
-        return
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="latentloom")
+    pool = ThreadPoolExecutor(workers)
+    under_way: deque[Future[Result]] = deque()
     try:
-        under_way: deque[Future[Result]] = deque()
         for item in items:
             under_way.append(pool.submit(function, item))
             if len(under_way) == workers * WINDOW:

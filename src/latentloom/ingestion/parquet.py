@@ -11,15 +11,16 @@ of a row group. A damaged row group, or file, is one reject; the others are used
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as types
 
 from latentloom.ingestion.captions import flat_captions
-from latentloom.ingestion.rejects import Reason, Reject, RejectedSample, printable
-from latentloom.ingestion.source_files import error_message, source_files
-from latentloom.ingestion.sources import IngestError, Sample
+from latentloom.ingestion.rejects import Reason, RejectedSample, error_message, printable
+from latentloom.ingestion.source_files import source_files
+from latentloom.ingestion.sources import IngestError, Sample, Source, rejected_sample
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "image_bytes", "bytes")
 CAPTION_COLUMNS = ("caption", "captions", "text", "texts", "txt", "prompt", "description")
@@ -29,7 +30,7 @@ BUFFER_BYTES = 2**20  # read ahead in a column; without a buffer, a row group's 
 DAMAGED = (pa.ArrowException, OSError, UnicodeDecodeError)
 
 
-class ParquetSource:
+class ParquetSource(Source):
     """The rows of the Parquet files that ``path`` names, file by file in the order of their names.
 
     Args:
@@ -43,27 +44,24 @@ class ParquetSource:
         IngestError: when there is no Parquet file, or one lacks a column; file, columns and param are named.
     """
 
-    attribution = None
-    licence = None
-
     def __init__(self, path: Path | str, image_column: str | None = None, caption_column: str | None = None) -> None:
         self._files = source_files(path, SUFFIXES)
         self._image_column, self._caption_column = image_column, caption_column
         self.total = sum(map(self._rows, self._files.values()))
 
-    def samples(self) -> Iterator[Sample | Reject]:
+    def samples(self) -> Iterator[Sample]:
         for name, path in self._files.items():
             key = printable(name)
             try:
                 file = _open(path)
             except DAMAGED as error:
                 detail = f"cannot be read as Parquet ({error_message(error)}); fix or remove it"
-                yield Reject(key, Reason.UNREADABLE, detail)
+                yield rejected_sample(key, Reason.UNREADABLE, detail)
                 continue
             with file:
                 yield from self._samples(file, path, key)
 
-    def _samples(self, file: pq.ParquetFile, path: Path, key: str) -> Iterator[Sample | Reject]:
+    def _samples(self, file: pq.ParquetFile, path: Path, key: str) -> Iterator[Sample]:
         columns = self._columns(path, file.schema_arrow)
         start = 0
         for group in range(file.num_row_groups):
@@ -72,11 +70,11 @@ class ParquetSource:
                 for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns):
                     images, captions = (batch.column(name) for name in columns)
                     for image, caption in zip(images, captions, strict=True):
-                        yield _sample(f"{key}:{row}", image, caption)
+                        yield Sample(f"{key}:{row}", partial(_image, image.as_py()), partial(_captions, caption))
                         row += 1
             except DAMAGED as error:
                 detail = f"the rows {row} to {start - 1} cannot be read ({error_message(error)})"
-                yield Reject(f"{key}:{row}", Reason.UNREADABLE, detail)
+                yield rejected_sample(f"{key}:{row}", Reason.UNREADABLE, detail)
 
     def _rows(self, path: Path) -> int:
         """How many rows the footer says there are; one, a reject, where it cannot be read."""
@@ -125,25 +123,14 @@ def _holds_bytes(arrow_type: pa.DataType) -> bool:
     return types.is_binary(arrow_type) or types.is_large_binary(arrow_type) or types.is_binary_view(arrow_type)
 
 
-def _sample(key: str, image: pa.Scalar, caption: pa.Scalar) -> Sample | Reject:
-    try:
-        return Sample(key, _captions(caption), partial(bytes, _image(image)))
-    except RejectedSample as rejected:
-        return Reject(key, rejected.reason, rejected.detail)
-
-
-def _image(scalar: pa.Scalar) -> bytes:
-    value = scalar.as_py()
+def _image(value: bytes | dict[str, Any] | None) -> bytes:
     data = value.get("bytes") if isinstance(value, dict) else value
-    if data is None:
-        named = value and value.get("path")
-        detail = (
-            f"its row holds the path {named} without the bytes; embed them, or use the source folder"
-            if named
-            else "its row holds no image"
-        )
-        raise RejectedSample(Reason.MISSING_FILE, detail)
-    return data
+    if data is not None:
+        return data
+    detail = "its row holds no image"
+    if value and value.get("path"):
+        detail = f"its row holds the path {value['path']} without the bytes; embed them, or use the source folder"
+    raise RejectedSample(Reason.MISSING_FILE, detail)
 
 
 def _captions(scalar: pa.Scalar) -> list[object]:

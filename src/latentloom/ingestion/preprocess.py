@@ -34,16 +34,16 @@ def preprocess_sample(
     source: str, sample: Sample, params: IngestParams, wants_preview: Callable[[Reason], bool]
 ) -> PreprocessedImage | Reject:
     """Read, prepare and name one sample of the source called ``source``; a reject says why it cannot be used."""
-    data = None
+    data = b""
     try:
-        captions = clean_captions(sample.captions)
-        data = _read(sample)
+        data = sample.read()
+        captions = clean_captions(sample.captions())
         image = prepare_image(
             data, params.image_size, max_pixels=params.max_pixels, max_aspect_ratio=params.max_aspect_ratio
         )
     except RejectedSample as rejected:
-        picture = _preview_of(sample, data, params.max_pixels) if wants_preview(rejected.reason) else None
-        return Reject(sample.key, rejected.reason, rejected.detail, picture)
+        picture = preview(data, params.max_pixels) if wants_preview(rejected.reason) else None
+        return Reject(source, sample.key, rejected.reason, rejected.detail, picture)
     own_id = image_id(image.pixels)
     split = split_of(own_id, params.val_fraction)
     png = encode(image.pixels)
@@ -65,17 +65,3 @@ def preview(data: bytes, max_pixels: float = math.inf) -> bytes | None:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def _read(sample: Sample) -> bytes:
-    try:
-        return sample.read()
-    except OSError as error:
-        raise RejectedSample(Reason.UNREADABLE, error.strerror or type(error).__name__) from error
-
-
-def _preview_of(sample: Sample, data: bytes | None, max_pixels: int) -> bytes | None:
-    try:
-        return preview(_read(sample) if data is None else data, max_pixels)
-    except RejectedSample:
-        return None

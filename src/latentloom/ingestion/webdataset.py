@@ -13,110 +13,90 @@ import posixpath
 import re
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from latentloom.ingestion.captions import caption_lines, flat_captions
 from latentloom.ingestion.images import EXTENSIONS, MAX_BYTES
 from latentloom.ingestion.metadata import CAPTIONS
-from latentloom.ingestion.rejects import Reason, Reject, RejectedSample, printable
-from latentloom.ingestion.source_files import error_message, source_files
-from latentloom.ingestion.sources import Sample
+from latentloom.ingestion.rejects import Reason, RejectedSample, error_message, printable
+from latentloom.ingestion.source_files import source_files
+from latentloom.ingestion.sources import Sample, Source, rejected_sample
 
 TARS = (".tar", ".tar.gz", ".tgz")
-IMAGE, TXT, JSON = "image", ".txt", ".json"
+IMAGE, DOTTED, TXT, JSON = "image", "dotted", ".txt", ".json"  # kinds of members
 UPWARDS_OR_ABSOLUTE = re.compile(r"(?:[A-Za-z]:)?[/\\]|(?:.*[/\\])?\.\.(?:[/\\]|$)", re.DOTALL)
 CUT_OFF = "unexpected end of data"  # in tarfile's words
 
 
-class WebDatasetSource:
+class WebDatasetSource(Source):
     """The samples of the tar files that ``path`` names, tar by tar in the order of their names.
 
     Raises:
         IngestError: when there is no tar file.
     """
 
-    attribution = None
-    licence = None
-    total = None
-
     def __init__(self, path: Path | str) -> None:
         self._tars = source_files(path, TARS)
 
-    def samples(self) -> Iterator[Sample | Reject]:
+    def samples(self) -> Iterator[Sample]:
         for name, path in self._tars.items():
             yield from _samples(printable(name), path)
 
 
-@dataclass
-class Group:
-    """What a tar holds of one key, as far as it has been read: ``image``, ``.txt`` and ``.json`` -> content."""
-
-    tar: str
-    stem: str = ""
-    is_known: bool = False  # the key came before
-    contents: dict[str, bytes] = field(default_factory=dict)
-    dotted: str | None = None  # an image whose extension has a second dot
-
-    def outcome(self) -> Iterator[Sample | Reject]:
-        """The one sample or reject that the group comes to; none where it holds nothing of interest."""
-        if not self.contents and not self.dotted:
-            return
-        key = f"{self.tar}/{self.stem}"
-        try:
-            yield self._sample(key)
-        except RejectedSample as rejected:
-            yield Reject(key, rejected.reason, rejected.detail)
-
-    def _sample(self, key: str) -> Sample:
-        if self.is_known:
-            raise RejectedSample(Reason.DUPLICATE_KEY, "its key came before in this tar, with others in between")
-        if IMAGE in self.contents:
-            return Sample(key, self._captions(), partial(bytes, self.contents[IMAGE]))
-        if self.dotted:
-            detail = f"{self.dotted}: all that follows its first dot is taken for its extension; rename it"
-            raise RejectedSample(Reason.MISSING_FILE, detail)
-        raise RejectedSample(Reason.MISSING_FILE, f"{' and '.join(self.contents)} without an image")
-
-    def _captions(self) -> list[object]:
-        captions: list[object] = caption_lines(self.contents[TXT]) if TXT in self.contents else []
-        if JSON in self.contents:
-            try:
-                record = json.loads(self.contents[JSON].decode("utf-8-sig", errors="surrogateescape"))
-            except (ValueError, RecursionError):
-                raise RejectedSample(Reason.BAD_ROW, "its .json is not valid JSON; fix it, or leave it out") from None
-            if not isinstance(record, dict):
-                raise RejectedSample(Reason.BAD_ROW, "its .json is not a JSON object; fix it, or leave it out")
-            captions += flat_captions(record.get(name) for name in CAPTIONS)
-        return captions
-
-
-def _samples(tar: str, path: Path) -> Iterator[Sample | Reject]:
-    group, stems = Group(tar), set()
+def _samples(tar: str, path: Path) -> Iterator[Sample]:
+    stem, contents, stems = "", {}, set()
     try:
         for name, content in _members(path):
             if isinstance(content, RejectedSample):
-                yield Reject(f"{tar}/{name}", content.reason, content.detail)
+                yield rejected_sample(f"{tar}/{name}", content.reason, content.detail)
                 continue
-            stem, extension = _split(name)
-            kind = extension if extension in (TXT, JSON) else IMAGE
-            if stem != group.stem:
-                yield from group.outcome()
-                group = Group(tar, stem, is_known=stem in stems)
+            next_stem, extension = _split(name)
+            if next_stem != stem:
+                yield from _sample(f"{tar}/{stem}", contents, stem in stems)
                 stems.add(stem)
-            if extension.count(".") > 1:
-                group.dotted = name
-            elif kind in group.contents:
-                yield Reject(f"{tar}/{name}", Reason.DUPLICATE_KEY, f"this key has its {kind} already, which is used")
+                stem, contents = next_stem, {}
+            kind = extension if extension in (TXT, JSON) else DOTTED if extension.count(".") > 1 else IMAGE
+            if kind in contents and kind != DOTTED:
+                detail = f"this key has its {kind} already, which is used"
+                yield rejected_sample(f"{tar}/{name}", Reason.DUPLICATE_KEY, detail)
             else:
-                group.contents[kind] = content
+                contents[kind] = name if kind == DOTTED else content
     except RejectedSample as damage:
-        if IMAGE in group.contents and len(group.contents) > 1:
-            yield from group.outcome()
-        yield Reject(tar, damage.reason, damage.detail)
+        if IMAGE in contents and len(contents) > 1:
+            yield from _sample(f"{tar}/{stem}", contents, stem in stems)
+        yield rejected_sample(tar, damage.reason, damage.detail)
     else:
-        yield from group.outcome()
+        yield from _sample(f"{tar}/{stem}", contents, stem in stems)
+
+
+def _sample(key: str, contents: dict[str, bytes | str], is_known: bool) -> Iterator[Sample]:
+    """The one sample of a key's members, by kind; none where there are none of interest."""
+    if not contents:
+        return
+    if is_known:
+        detail = "its key came before in this tar, with others in between"
+        yield rejected_sample(key, Reason.DUPLICATE_KEY, detail)
+    elif IMAGE in contents:
+        yield Sample(key, partial(bytes, contents[IMAGE]), partial(_captions, contents.get(TXT), contents.get(JSON)))
+    elif DOTTED in contents:
+        detail = f"{contents[DOTTED]}: all that follows its first dot is taken for its extension; rename it"
+        yield rejected_sample(key, Reason.MISSING_FILE, detail)
+    else:
+        yield rejected_sample(key, Reason.MISSING_FILE, f"{' and '.join(contents)} without an image")
+
+
+def _captions(text: bytes | None, record: bytes | None) -> list[object]:
+    captions: list[object] = [] if text is None else caption_lines(text)
+    if record is not None:
+        try:
+            fields = json.loads(record.decode("utf-8-sig", errors="surrogateescape"))
+        except (ValueError, RecursionError):
+            raise RejectedSample(Reason.BAD_ROW, "its .json is not valid JSON; fix it, or leave it out") from None
+        if not isinstance(fields, dict):
+            raise RejectedSample(Reason.BAD_ROW, "its .json is not a JSON object; fix it, or leave it out")
+        captions += flat_captions(fields.get(name) for name in CAPTIONS)
+    return captions
 
 
 def _members(path: Path) -> Iterator[tuple[str, bytes | RejectedSample]]:

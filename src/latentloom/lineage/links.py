@@ -16,7 +16,7 @@ import yaml
 from latentloom.dvc_outs import Location, Place, locate, out_hash
 from latentloom.encoding.pretrained import fingerprint, text_folder, vae_folder
 from latentloom.files import sha256_file
-from latentloom.ingestion.source_fingerprint import fingerprint_sources
+from latentloom.ingestion.source_files import fingerprint_sources
 from latentloom.layout import IMAGES, LATENTS, MODEL, NEAR_DUPLICATES, PARAMS, REJECTS, TEXT, VALIDATION_REPORT
 from latentloom.lineage.git import Git
 from latentloom.lineage.provenance import INPUTS, PACKAGES

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from latentloom.files import write_json
-from latentloom.ingestion.source_fingerprint import fingerprint_sources
+from latentloom.ingestion.source_files import fingerprint_sources
 from latentloom.ingestion.sources import IngestError
 from latentloom.params import SourceParams
 
