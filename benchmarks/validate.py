@@ -26,7 +26,8 @@ from PIL import Image
 from latentloom.files import write_json
 from latentloom.ingestion import shards
 from latentloom.params import load_params
-from latentloom.validation import inputs, validate
+from latentloom.validation import validate
+from latentloom.validation.tables import LATENT_REJECTS
 
 SHARD_ROWS = 1024  # ingest's, on average
 SHARD = "00000.safetensors"
@@ -76,7 +77,6 @@ def make(data: Path, count: int) -> None:
     rejected = range(count // 100)
     write(
         data / "rejects.parquet",
-        inputs.REJECTS,
         source="synthetic",
         key=[f"{n}.jpg" for n in rejected],
         reason="truncated",
@@ -86,7 +86,6 @@ def make(data: Path, count: int) -> None:
     training = [own for own, part in zip(ids, split, strict=True) if part == "train"][: len(rejected) * 2]
     write(
         data / "near_duplicates.parquet",
-        inputs.NEAR_DUPLICATES,
         image_id=training[::2],
         twin_id=training[1::2],
         distance=4,
@@ -98,7 +97,6 @@ def make(data: Path, count: int) -> None:
     scalars = {"mean": mean, "std": std, "finite": True, "shard": SHARD}
     write(
         data / "latents/index.parquet",
-        inputs.LATENT_INDEX,
         id=ids,
         split=split,
         weight=1.0,
@@ -108,10 +106,9 @@ def make(data: Path, count: int) -> None:
         width=16,
         **scalars,
     )
-    write(data / "latents/rejects.parquet", inputs.LATENT_REJECTS, **{name: [] for name in inputs.LATENT_REJECTS.names})
+    write(data / "latents/rejects.parquet", **{name: pa.array([], pa.string()) for name in LATENT_REJECTS})
     write(
         data / "text/index.parquet",
-        inputs.TEXT_INDEX,
         id=captions,
         text=[f"caption number {n}" for n in range(count)],
         norm=1.0,
@@ -120,10 +117,8 @@ def make(data: Path, count: int) -> None:
     )
     write(
         data / "text/pairs.parquet",
-        inputs.PAIRS,
         image_id=np.repeat(ids, 2),
         caption_id=np.stack([captions, np.roll(captions, -1)], axis=1).ravel(),
-        position=np.tile([0, 1], count),
     )
     channels = {"mean": [0.0] * 4, "std": [1.0] * 4, "latent_shape": [4, 16, 16], "flip": False}
     write_json(data / "latents/stats.json", {"format_version": 2, "vae": {"fingerprint": "vae"}, **channels})
@@ -160,12 +155,11 @@ def make_images(folder: Path, ids: list[str], split: np.ndarray, random: np.rand
     )
 
 
-def write(path: Path, schema: pa.Schema, **columns: object) -> None:
+def write(path: Path, **columns: object) -> None:
     """A Parquet file of ``columns``: each an array, or one value for all rows."""
     rows = max((len(values) for values in columns.values() if is_array(values)), default=0)
-    arrays = [values if is_array(values) else [values] * rows for values in map(columns.get, schema.names)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table([pa.array(*pair) for pair in zip(arrays, schema.types, strict=True)], schema=schema), path)
+    pq.write_table(pa.table({name: of if is_array(of) else [of] * rows for name, of in columns.items()}), path)
 
 
 def is_array(values: object) -> bool:

@@ -41,4 +41,3 @@ def test_the_first_page_says_what_the_stages_reported(finished):
     assert f"rejected {ingested['rejected']} train" in words
     assert f"latents {ingested['kept']} latents rejected 0" in words
     assert f"{ingested['near_duplicates']} pair" in words
-    assert re.search(rf"; {ingested['moved_to_train']} images? (was|were) moved from validation to train", words)

@@ -1,9 +1,9 @@
 """What the first page shows is what the data holds, counted here another way; its pictures are the data's own."""
 
+import base64
 import hashlib
 import io
 import re
-from collections import Counter
 from html.parser import HTMLParser
 
 import numpy as np
@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from latentloom.validation.overview import aspect_ratios, caption_lengths, image_sizes
+from latentloom.validation.overview import ASPECTS, histogram
 
 
 def digest(text: str) -> str:
@@ -19,7 +19,7 @@ def digest(text: str) -> str:
 
 
 class Page(HTMLParser):
-    """The page's words, its tables' rows as text by cell, and its pictures' files with their alternative texts."""
+    """The page's words, its tables' rows as text by cell, and its pictures' addresses with their alternative texts."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -47,6 +47,12 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data.strip()
 
 
+def opened(address: str) -> Image.Image:
+    form, _, data = address.partition(",")
+    assert form == "data:image/png;base64"
+    return Image.open(io.BytesIO(base64.b64decode(data)))
+
+
 @pytest.fixture
 def page(caches) -> Page:
     caches.validate(docs=True)
@@ -72,12 +78,12 @@ def test_every_reason_is_counted_with_an_example(page):
 
 
 def test_the_contact_sheet_shows_each_image_above_its_own_caption(caches, page):
-    """In the order of their ids read backwards; the file behind each has the colour that its image was made of."""
+    """In the order of their ids read backwards; each has the colour that its image was made of."""
     by_id = {digest(f"image {n}"): (caches.colour(n), f"caption number {n}") for n in range(40)}
-    by_id[digest("rejected latent")] = (caches.colour(40), "caption number 0")
+    by_id[digest("rejected latent")] = (caches.colour(40), "caption number 40")
     shown = []
     for source, caption in page.pictures[:41]:
-        with Image.open(caches.root / "docs" / source) as picture:
+        with opened(source) as picture:
             shown.append((picture.getpixel((0, 0)), caption))
     assert shown == [by_id[image_id] for image_id in sorted(by_id, key=lambda own: own[::-1])]
 
@@ -89,7 +95,7 @@ def test_no_more_images_are_shown_than_one_looks_at(make_caches):
     assert "48 of 81" in page.words
     captions = [caption for _, caption in page.pictures[:48]]
     ids = {digest(f"image {n}"): f"caption number {n}" for n in range(80)}
-    ids[digest("rejected latent")] = "caption number 0"
+    ids[digest("rejected latent")] = "caption number 80"
     assert captions == [ids[image_id] for image_id in sorted(ids, key=lambda own: own[::-1])[:48]]
 
 
@@ -110,7 +116,7 @@ def test_the_contact_sheet_is_no_sample_of_one_split(make_caches):
 def test_rejected_images_are_shown_where_there_is_a_picture_and_named_where_there_is_none(caches, page):
     of_rejected = {}
     for source, caption in page.pictures[41:]:
-        with Image.open(caches.root / "docs" / source) as picture:
+        with opened(source) as picture:
             of_rejected[caption] = picture.getpixel((0, 0))
     assert of_rejected == {
         **{f"broken/{n}.jpg": caches.preview for n in (5, 6, 7)},
@@ -123,30 +129,20 @@ def test_rejected_images_are_shown_where_there_is_a_picture_and_named_where_ther
 
 
 def test_near_duplicates_are_counted_and_shown(caches):
-    """The ids of images 0 and 1 choose their split: one of the two is moved at a fraction of a half."""
     pair = caches.read("near_duplicates")
-    chose_validation = sum(int(digest(f"image {n}"), 16) < 0.5 * 2**256 for n in (0, 1))
     caches.write("near_duplicates", pd.concat([pair, pair.assign(twin_id=digest("rejected latent"), distance=1)]))
-    chose_validation += int(digest("rejected latent"), 16) < 0.5 * 2**256
-    assert 0 < chose_validation < 3
-    caches.validate(docs=True, val_fraction=0.5)
-    words = Page((caches.root / "docs/index.html").read_text()).words
-    moved = f"{chose_validation} image{' was' if chose_validation == 1 else 's were'} moved"
-    assert f"2 pairs of kept images look alike; {moved} from validation to train" in words
-    assert words.index("1 bit apart") < words.index("3 bits apart")
-
-
-def test_pictures_of_an_earlier_validation_do_not_stay(caches):
     caches.validate(docs=True)
-    pictures = caches.root / "docs/pictures"
-    (pictures / "0123456789abcdef.png").touch()
-    caches.validate(docs=True)
-    named = {source for source, _ in Page((caches.root / "docs/index.html").read_text()).pictures}
-    assert {f"pictures/{path.name}" for path in pictures.iterdir()} == named
+    page = Page((caches.root / "docs/index.html").read_text())
+    assert "2 pairs of kept images look alike" in page.words
+    assert page.words.index("1 bit apart") < page.words.index("3 bits apart")
+    shown = [caption for _, caption in page.pictures[-4:]]
+    assert shown == [f"caption number {n}" for n in (0, 40, 0, 1)]
 
 
 def test_data_is_never_markup(caches):
-    caches.set("captions", [0], text='"><script>alert(1)</script>')
+    captions = caches.read("images")["captions"]
+    captions[0] = ['"><script>alert(1)</script>']
+    caches.write("images", caches.read("images").assign(captions=captions))
     caches.set("rejects", [0], key="<b>.jpg", detail="<i>broken</i>")
     caches.validate(docs=True)
     html = (caches.root / "docs/index.html").read_text()
@@ -155,26 +151,24 @@ def test_data_is_never_markup(caches):
     assert any(caption == '"><script>alert(1)</script>' for _, caption in page.pictures)
 
 
-def test_lengths_fall_into_equal_steps_and_the_longest_share_the_last():
-    lengths = np.concatenate([np.random.default_rng(0).integers(2, 118, 2000), [100_000]])
-    bars = caption_lengths(pd.Series(lengths))
-    in_tens = Counter(int(length) // 10 for length in lengths[:-1])
-    assert {bar.label: bar.count for bar in bars} == {
-        **{f"{10 * ten}–{10 * ten + 9}": in_tens[ten] for ten in range(12)},
-        "120 or more": 1,
-    }
-    assert max(bar.length for bar in bars) == 100
-    assert sum(bar.share for bar in bars) == pytest.approx(100, abs=0.1 * len(bars))
-    assert caption_lengths(pd.Series([], dtype=float)) == []
+def test_values_are_counted_from_each_edge_to_the_next_and_empty_ends_are_left_out():
+    edges = {"none": 0, "few": 10, "some": 100, "many": 200, "more": 1000}
+    values = np.concatenate([np.random.default_rng(0).integers(10, 100, 30), [200, 999, np.nan]])
+    bars = histogram(pd.Series(values), edges)
+    assert [(bar.label, bar.count) for bar in bars] == [("few", 30), ("some", 0), ("many", 2)]
+    assert [bar.length for bar in bars] == [100, 0, pytest.approx(100 * 2 / 30, abs=0.01)]
+    assert [bar.share for bar in bars] == [pytest.approx(share, abs=0.1) for share in (93.75, 0, 6.25)]
+    assert histogram(pd.Series([], dtype=float), edges) == []
 
 
-def test_sizes_and_aspects_fall_where_a_person_would_put_them():
-    assert [(bar.label, bar.count) for bar in image_sizes(pd.Series([64, 95, 96, 200]))] == [
-        ("64–95", 2),
-        ("96–127", 1),
-        ("128–191", 0),
-        ("192–255", 1),
-    ]
+def test_lengths_and_sizes_are_counted_in_ranges(page):
+    bars = {row[0]: row[2] for row in page.rows if len(row) == 4}
+    assert bars["10–19"] == "40"  # "caption number 0" has 16 characters
+    sides = [min(100 + 20 * n, 1000 - 20 * n) for n in range(41)]
+    assert bars["256–383"] == str(sum(256 <= side < 384 for side in sides))
+
+
+def test_aspects_fall_where_a_person_would_put_them():
     shapes = {
         (100, 400): "tall, over 3:1",
         (400, 100): "wide, over 3:1",
@@ -185,7 +179,7 @@ def test_sizes_and_aspects_fall_where_a_person_would_put_them():
         (4, 3): "wide, 5:4 to 3:2",
     }
     for (width, height), label in shapes.items():
-        (bar,) = aspect_ratios(pd.Series([width / height]))
+        (bar,) = histogram(pd.Series([width / height]), ASPECTS)
         assert bar.label == label
 
 
@@ -198,5 +192,5 @@ def test_thumbnails_of_large_images_are_small(caches):
     caches.write("images", frame)
     caches.validate(docs=True)
     page = Page((caches.root / "docs/index.html").read_text())
-    with Image.open(caches.root / "docs" / page.pictures[0][0]) as picture:
+    with opened(page.pictures[0][0]) as picture:
         assert picture.size == (160, 160)

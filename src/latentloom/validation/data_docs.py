@@ -2,10 +2,9 @@
 
 Its stock pages load Bootstrap, jQuery and a logo from the network, show nothing on the index without them, and hold
 times and random ids. So its renderer makes the content of a page for each table, and the templates beside this file
-make the page around it and the index: plain HTML and CSS with pictures beside them, the same bytes for the same data.
+make the page around it and the index: plain HTML and CSS with the pictures in it, the same bytes for the same data.
 """
 
-import copy
 import html
 import itertools
 from importlib.resources import files
@@ -18,7 +17,7 @@ from great_expectations.render.renderer import ValidationResultsPageRenderer
 from great_expectations.render.view import DefaultJinjaPageView
 from jinja2 import ChoiceLoader, DictLoader, Environment, StrictUndefined
 
-from latentloom.files import atomic_path, write_text
+from latentloom.files import write_text
 from latentloom.validation.overview import Overview
 from latentloom.validation.report import ValidationReport
 
@@ -26,7 +25,6 @@ TEMPLATES = {
     name: files("latentloom.validation").joinpath("templates", name).read_text(encoding="utf-8")
     for name in ("index.j2", "overview.j2", "page.j2", "style.css")
 }
-PICTURES = "pictures"
 
 
 class PageView(DefaultJinjaPageView):
@@ -40,31 +38,18 @@ class PageView(DefaultJinjaPageView):
 def write_data_docs(
     folder: Path, report: ValidationReport, results: dict[str, ExpectationSuiteValidationResult], overview: Overview
 ) -> None:
-    """Write ``index.html``, its pictures and ``TABLE.html`` for each table into ``folder``, over what is there."""
-    _write_pictures(folder / PICTURES, overview.pictures)
+    """Write ``index.html`` and ``TABLE.html`` for each table into ``folder``, over what is there."""
     view = PageView()
     for name, result in results.items():
         write_text(folder / f"{name}.html", view.render(_content(result)))
     environment = Environment(
         loader=DictLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    index = environment.get_template("index.j2").render(
-        report=report, tables=list(results), overview=overview, pictures=PICTURES
-    )
+    index = environment.get_template("index.j2").render(report=report, tables=list(results), overview=overview)
     write_text(folder / "index.html", index)
 
 
-def _write_pictures(folder: Path, pictures: dict[str, bytes]) -> None:
-    for name, png in pictures.items():
-        with atomic_path(folder / name, room=len(png)) as temporary:
-            temporary.write_bytes(png)
-    for path in folder.glob("*.png"):
-        if path.name not in pictures:
-            path.unlink()
-
-
 def _content(result: ExpectationSuiteValidationResult) -> RenderedDocumentContent:
-    result = copy.deepcopy(result)
     for item in result.results:
         item.result = _escaped(item.result)
     document = ValidationResultsPageRenderer().render(result)

@@ -7,29 +7,27 @@ first name, so that happens after the files have been read: a damaged one is rep
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from latentloom.params import ValidateParams
 from latentloom.validation.checks import Between, Check, Equals, Expected, Unique, checks
-from latentloom.validation.inputs import read_inputs
-from latentloom.validation.overview import describe, no_held_out_image
+from latentloom.validation.overview import describe
 from latentloom.validation.report import CheckResult, ValidationReport
-from latentloom.validation.tables import Tables, derive_tables, shape_text
+from latentloom.validation.tables import read_data
 
 if TYPE_CHECKING:
-    from great_expectations.core import ExpectationSuiteValidationResult
+    from great_expectations.core import ExpectationSuiteValidationResult, ExpectationValidationResult
     from great_expectations.expectations import Expectation
 
 SHOWN = 5  # offending rows that a check names
 
 
 def validate(
-    data: Path,
+    folder: Path,
     params: ValidateParams,
     *,
     val_fraction: float,
@@ -40,68 +38,68 @@ def validate(
     """Check what the earlier stages left, write the pages for a browser, and return what was found.
 
     Args:
-        data: the folder with ``images``, ``rejects.parquet``, ``near_duplicates.parquet``, ``latents`` and ``text``.
+        folder: ``data``, with ``images``, ``rejects.parquet``, ``near_duplicates.parquet``, ``latents`` and ``text``.
         params: the bounds.
         val_fraction: the share of validation images that ``ingest`` was asked for.
         expected_vae_fingerprint: that of the VAE in params.
         expected_text_fingerprint: that of the text encoder in params.
-        docs_folder: where ``index.html``, its pictures and a page for each table go, also when a check fails; None:
-            nowhere.
+        docs_folder: where ``index.html`` and a page for each table go, also when a check fails; None: nowhere.
 
     Raises:
         UserError: naming the file that is missing or damaged and what to do. A failing check is not an error here: it
             is in the report.
     """
-    inputs = read_inputs(data)
-    tables = derive_tables(inputs)
+    data = read_data(folder)
+    tables = data.tables
     expected = Expected(
         vae_fingerprint=expected_vae_fingerprint,
         text_fingerprint=expected_text_fingerprint,
         val_fraction=val_fraction,
-        latents=len(tables.latents),
-        rejected_latents=len(inputs.latent_rejects),
-        latent_shape=shape_text(inputs.latent_stats.latent_shape),
-        embedding_dim=inputs.text_stats.dim,
+        latents=len(tables["latents"]),
+        rejected_latents=len(data.latent_rejects),
+        latent_shape=data.latent_shape,
+        embedding_dim=data.embedding_dim,
     )
     rows = checks(params, expected)
-    notice = no_held_out_image(inputs, val_fraction)
-    overview = None if docs_folder is None else describe(inputs, tables, val_fraction)
-    os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
-    with _quiet():
-        results = _run(rows, tables)
-        report = ValidationReport(
-            checks=tuple(_results(rows, results, tables)),
-            rows={name: len(frame) for name, frame in tables.frames().items()},
-            notices=() if notice is None else (notice,),
-        )
-        if overview is not None:
-            from latentloom.validation.data_docs import write_data_docs
+    overview = None if docs_folder is None else describe(data)
+    results = _run(rows, tables)
+    items = {item.expectation_config.meta["name"]: item for result in results.values() for item in result.results}
+    report = ValidationReport(
+        checks=tuple(_result(check, items[check.name], tables[check.table]) for check in rows),
+        rows={name: len(frame) for name, frame in tables.items()},
+        notices=_notices(tables["latents"], val_fraction),
+    )
+    if overview is not None:
+        from latentloom.validation.data_docs import write_data_docs
 
-            write_data_docs(docs_folder, report, results, overview)
+        write_data_docs(docs_folder, report, results, overview)
     return report
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    logger = logging.getLogger("great_expectations")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+def _notices(latents: pd.DataFrame, val_fraction: float) -> tuple[str, ...]:
+    """What the user should know, though no check fails for it: that the validation split is empty, and why."""
+    if (latents["split"] == "validation").any():
+        return ()
+    reason = (
+        "ingest.val_fraction is 0"
+        if val_fraction == 0
+        else f"of {len(latents)} images, ingest.val_fraction = {val_fraction} chose none, or none but near duplicates "
+        "of training images (reports/ingest.json counts those moved to train)"
+    )
+    return (f"no held-out image: {reason}; training can neither measure val/mae nor keep the best model",)
 
 
-def _run(rows: Iterable[Check], tables: Tables) -> dict[str, "ExpectationSuiteValidationResult"]:
+def _run(rows: Iterable[Check], tables: dict[str, pd.DataFrame]) -> dict[str, "ExpectationSuiteValidationResult"]:
     """What Great Expectations found, by table."""
+    os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
+    logging.getLogger("great_expectations").setLevel(logging.ERROR)
     import great_expectations as gx
 
     context = gx.get_context(mode="ephemeral")
-    context.enable_analytics(False)
     context.variables.progress_bars = {"globally": False}
     source = context.data_sources.add_pandas("data")
     results = {}
-    for name, frame in tables.frames().items():
+    for name, frame in tables.items():
         batch = source.add_dataframe_asset(name).add_batch_definition_whole_dataframe("whole")
         expectations = [_expectation(row) for row in rows if row.table == name]
         suite = context.suites.add(gx.ExpectationSuite(name, expectations=expectations))
@@ -130,15 +128,7 @@ def _expectation(check: Check) -> "Expectation":
             return gxe.ExpectColumnValuesToBeUnique(column=check.column, **words)
 
 
-def _results(
-    rows: Iterable[Check], results: dict[str, "ExpectationSuiteValidationResult"], tables: Tables
-) -> Iterator[CheckResult]:
-    items = {item.expectation_config.meta["name"]: item for result in results.values() for item in result.results}
-    for check in rows:
-        yield _result(check, items[check.name], getattr(tables, check.table))
-
-
-def _result(check: Check, item: Any, frame: pd.DataFrame) -> CheckResult:
+def _result(check: Check, item: "ExpectationValidationResult", frame: pd.DataFrame) -> CheckResult:
     if "unexpected_count" not in item.result:
         raise RuntimeError(f"the check {check.name} could not be computed: {item.exception_info}")
     offenders = frame.iloc[item.result["partial_unexpected_index_list"]]
@@ -158,7 +148,7 @@ def _result(check: Check, item: Any, frame: pd.DataFrame) -> CheckResult:
     )
 
 
-def _scalar(value: Any) -> float | int | str | bool:
+def _scalar(value: float | int | str | bool) -> float | int | str | bool:
     """The value as JSON can hold it: float32 without the digits that it never had, NaN and infinity as words."""
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else str(value)
