@@ -30,35 +30,27 @@ class Between:
 
 
 @dataclass(frozen=True)
-class Unique:
-    """No two rows have the same value."""
-
-
-@dataclass(frozen=True)
 class Check:
-    """One row of the table; ``ids`` is the column whose values name the offending rows."""
+    """One row of the table; the column ``id`` of its own table names the rows that break the rule."""
 
     name: str
     table: str
     column: str
-    rule: Equals | Between | Unique
+    rule: Equals | Between
     requirement: str
     protects: str
     advice: str
-    ids: str = "id"
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What the params, the encoders and the statistics of the caches say, for the tables to agree with."""
+    """What the params, the encoders and the size of the data say, for the tables to agree with."""
 
     vae_fingerprint: str
     text_fingerprint: str
     val_fraction: float
     latents: int
     rejected_latents: int
-    latent_shape: str  # "4x16x16"
-    embedding_dim: int
 
 
 def share_bounds(val_fraction: float, images: int, tolerance: float) -> tuple[float, float]:
@@ -117,39 +109,12 @@ def checks(limits: ValidateParams, expected: Expected) -> list[Check]:
             requirement="no validation image has a near duplicate in the split train",
             protects="a held-out image that the model has nearly seen makes val/mae look better than it is",
             advice=f"the splits are older than this list: {REINGEST}, which keeps near duplicates in one split",
-            ids="held_out",
-        ),
-        Check("image_ids_unique", "latents", "id", Unique(),
-            requirement="every image has one row, and with it one split",
-            protects="an image in both splits is memorised and then graded on; one listed twice is trained on twice",
-            advice=f"the index was written twice over: delete data/latents and {REENCODE_IMAGES}",
-        ),
-        Check("latent_shards_exist", "latents", "shard_exists", Equals(True),
-            requirement="the shard of every latent lies beside the index",
-            protects="training stops in the middle where a shard is missing",
-            advice="files are missing from data/latents: run `dvc checkout data/latents`, "
-            f"or, where that cannot find them, {REENCODE_IMAGES}",
-        ),
-        Check("flipped_shards_exist", "latents", "flipped_shard_exists", Equals(True),
-            requirement="where stats.json says flip, the shard of every mirrored image lies in data/latents/flipped",
-            protects="training stops at the first mirrored image whose shard is missing",
-            advice="files are missing from data/latents/flipped: run `dvc checkout data/latents`, "
-            f"or, where that cannot find them, {REENCODE_IMAGES}",
-        ),
-        Check("latent_images_exist", "latents", "image_exists", Equals(True),
-            requirement="every latent is that of a kept image",
-            protects="a latent of an image that is gone trains the model on what was taken out of the source",
-            advice=OTHER_INGEST,
         ),
         Check("splits_as_ingested", "latents", "split_as_ingested", Equals(True),
-            requirement="every latent is in the split that ingest gave its image",
-            protects="by other splits, training images are graded as if they were held out",
+            requirement="every latent is that of a kept image, in the split that ingest gave it",
+            protects="by other splits, training images are graded as if they were held out; a latent of an image that "
+            "is gone trains the model on what was taken out of the source",
             advice=OTHER_INGEST,
-        ),
-        Check("weights_positive", "latents", "weight_usable", Equals(True),
-            requirement="every image's weight is a finite number above 0",
-            protects="images are sampled in proportion to their weights: one bad weight breaks the sampling of all",
-            advice=f"set the weight of these images' source in ingest.source above 0, and {REENCODE_IMAGES}",
         ),
         Check("images_captioned", "latents", "captions", Between(1),
             requirement="every image has at least one caption",
@@ -175,23 +140,6 @@ def checks(limits: ValidateParams, expected: Expected) -> list[Check]:
             advice="look at these images: blank ones give almost no variation. Remove them from the source, or, when "
             "the VAE's latents simply vary that much, set validate.latent_std",
         ),
-        Check("latent_shape_constant", "latents", "shape", Equals(expected.latent_shape),
-            requirement=f"every latent is {expected.latent_shape}, as stats.json says",
-            protects="a batch is one tensor: a single latent of another shape stops the training",
-            advice="images of several sizes, or latents of several VAEs, are mixed: delete data/latents and "
-            f"{REENCODE_IMAGES}",
-        ),
-        Check("embedding_shards_exist", "captions", "shard_exists", Equals(True),
-            requirement="the shard of every embedding lies beside the index",
-            protects="training stops in the middle where a shard is missing",
-            advice="files are missing from data/text: run `dvc checkout data/text`, "
-            f"or, where that cannot find them, {REENCODE_TEXT}",
-        ),
-        Check("captions_present", "captions", "blank", Equals(False),
-            requirement="no caption is missing or blank",
-            protects="a blank caption teaches that no words mean this picture, which is what guidance subtracts",
-            advice="give the images of these captions words in the source, or remove them there",
-        ),
         Check("caption_length_in_range", "captions", "length", Between(shortest, longest),
             requirement=f"every caption is {shortest:g} to {longest:g} characters long",
             protects="beyond the text encoder's context words are cut off unread; a stray letter describes nothing",
@@ -208,23 +156,6 @@ def checks(limits: ValidateParams, expected: Expected) -> list[Check]:
             protects="a zero embedding looks like no caption at all; a huge one drowns the image in attention",
             advice="read these captions: change them in the source, or, when the encoder's embeddings simply have "
             "that norm, set validate.embedding_norm",
-        ),
-        Check("embedding_dim_constant", "captions", "dim", Equals(expected.embedding_dim),
-            requirement=f"every embedding has {expected.embedding_dim} numbers, as stats.json says",
-            protects="the network's first text layer has one width: a row of another cannot go through it",
-            advice=f"embeddings of several encoders are mixed: delete data/text and {REENCODE_TEXT}",
-        ),
-        Check("pair_images_exist", "pairs", "image_exists", Equals(True),
-            requirement="the image of every pair has a latent, or is in data/latents/rejects.parquet",
-            protects="captions of another ingest belong to other images than those that are trained on",
-            advice="the two caches come from different ingests: run `dvc repro`; if it persists, "
-            "`dvc repro -f encode_images encode_text`",
-            ids="image_id",
-        ),
-        Check("channel_statistics_finite", "channels", "finite", Equals(True),
-            requirement="every channel's mean and std over the training latents are numbers",
-            protects="every latent is scaled by these numbers: one NaN here makes all of them NaN",
-            advice=f"see latents_finite first; when it passes, {REENCODE_IMAGES}",
         ),
         Check("channel_std_positive", "channels", "std", Between(0.0, strict=True),
             requirement="every channel's std over the training latents is above 0",

@@ -102,7 +102,7 @@ def describe(data: Data) -> Overview:
             "latents": len(data.tables["latents"]),
             "latents rejected": len(data.latent_rejects),
             "captions": len(data.tables["captions"]),
-            "pairs": len(data.tables["pairs"]),
+            "pairs": data.pairs,
         },
         sources=[
             source | images.loc[images["source"] == source["name"], "split"].value_counts().to_dict()

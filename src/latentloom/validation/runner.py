@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from latentloom.params import ValidateParams
-from latentloom.validation.checks import Between, Check, Equals, Expected, Unique, checks
+from latentloom.validation.checks import Between, Check, Equals, Expected, checks
 from latentloom.validation.overview import describe
 from latentloom.validation.report import CheckResult, ValidationReport
 from latentloom.validation.tables import read_data
@@ -57,8 +57,6 @@ def validate(
         val_fraction=val_fraction,
         latents=len(tables["latents"]),
         rejected_latents=len(data.latent_rejects),
-        latent_shape=data.latent_shape,
-        embedding_dim=data.embedding_dim,
     )
     rows = checks(params, expected)
     overview = None if docs_folder is None else describe(data)
@@ -124,8 +122,6 @@ def _expectation(check: Check) -> "Expectation":
             return gxe.ExpectColumnValuesToBeBetween(
                 column=check.column, min_value=low, max_value=high, strict_min=strict, **words
             )
-        case Unique():
-            return gxe.ExpectColumnValuesToBeUnique(column=check.column, **words)
 
 
 def _result(check: Check, item: "ExpectationValidationResult", frame: pd.DataFrame) -> CheckResult:
@@ -142,7 +138,7 @@ def _result(check: Check, item: "ExpectationValidationResult", frame: pd.DataFra
         protects=check.protects,
         success=bool(item.success),
         offending=int(item.result["unexpected_count"]),
-        ids=() if whole else tuple(offenders[check.ids]),
+        ids=() if whole else tuple(offenders["id"]),
         observed=tuple(_scalar(value) for value in shown[check.column].tolist()),
         advice=check.advice,
     )
