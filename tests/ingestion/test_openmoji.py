@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from latentloom.ingestion.ingest import ingest
-from latentloom.ingestion.openmoji import SKIN_TONES, OpenMojiSource, _disambiguated, render
+from latentloom.ingestion.openmoji import SKIN_TONES, OpenMojiSource, render
 from latentloom.ingestion.shards import iterate_images, read_manifest, read_metadata
 from latentloom.params import IngestParams
 
@@ -65,11 +65,6 @@ def test_no_two_emoji_share_a_caption_in_any_case(captions):
     assert "cat" in captions["1F408"]
     assert captions["1F1F9-1F1F7"] == ["flag of T\u00fcrkiye", "T\u00fcrkiye", "flag of Turkey"]
     assert captions["1F983"] == ["turkey"]
-
-
-def test_equal_names_are_disambiguated_by_an_alias_or_the_code_points():
-    captions = _disambiguated({"A": ["disc", "round"], "B": ["Disc", "plate"], "C": ["disc"], "D": ["bowl", "round"]})
-    assert captions == {"A": ["disc"], "B": ["plate"], "C": ["disc (C)"], "D": ["bowl"]}
 
 
 def test_renders_are_drawings_on_white(tmp_path):

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from latentloom.ingestion.near_duplicates import HASH_BYTES
-from latentloom.ingestion.preprocess import PreprocessedImage, preview
+from latentloom.ingestion.preprocess import preview
 from latentloom.ingestion.rejects import Reason, Reject, RejectTable
 from latentloom.ingestion.shards import ImageRow, SourceCount
 
@@ -31,7 +31,7 @@ class Deduplicator:
         self._in_train = bytearray()
         self._hashes = bytearray()
 
-    def kept(self, results: Iterable[PreprocessedImage | Reject]) -> Iterator[ImageRow]:
+    def kept(self, results: Iterable[ImageRow | Reject]) -> Iterator[ImageRow]:
         """The rows to keep, in order."""
         for result in results:
             outcome = result if isinstance(result, Reject) else self._unless_duplicate(result)
@@ -51,7 +51,7 @@ class Deduplicator:
 
     @property
     def rejected(self) -> int:
-        return self.rejects.reasons.total()
+        return len(self.rejects.rows)
 
     def ids(self) -> np.ndarray:
         """Of all kept images, in their order: uint8 ``(N, 32)``."""
@@ -65,13 +65,13 @@ class Deduplicator:
         """The perceptual hashes: uint8 ``(N, 32)``, or ``(0, 32)`` where none were wanted."""
         return np.frombuffer(self._hashes, np.uint8).reshape(-1, HASH_BYTES)
 
-    def _unless_duplicate(self, image: PreprocessedImage) -> ImageRow | Reject:
-        row, own_id = image.row, bytes.fromhex(image.row.id)
+    def _unless_duplicate(self, row: ImageRow) -> ImageRow | Reject:
+        own_id = bytes.fromhex(row.id)
         if own_id in self._keys:
             picture = preview(row.png) if self.rejects.wants_preview(Reason.DUPLICATE) else None
             detail = f"the same picture as {self._keys[own_id]}"
             return Reject(row.source, row.key, Reason.DUPLICATE, detail, picture)
         self._keys[own_id] = row.key if len(self._counts) == 1 else f"{row.key} of {row.source}"
         self._in_train.append(row.split == "train")
-        self._hashes += image.hash
+        self._hashes += row.perceptual_hash
         return row

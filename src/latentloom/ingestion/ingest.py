@@ -27,9 +27,9 @@ from latentloom.ingestion.near_duplicates import find_near_duplicates, write_nea
 from latentloom.ingestion.openmoji import OpenMojiSource
 from latentloom.ingestion.parallel import ordered_map, worker_count
 from latentloom.ingestion.parquet import ParquetSource
-from latentloom.ingestion.preprocess import PreprocessedImage, preprocess_sample
+from latentloom.ingestion.preprocess import preprocess_sample
 from latentloom.ingestion.rejects import Reject
-from latentloom.ingestion.shards import Manifest, SourceCount, move_to_train, write_manifest, write_shards
+from latentloom.ingestion.shards import ImageRow, Manifest, SourceCount, move_to_train, write_manifest, write_shards
 from latentloom.ingestion.source_files import resolve_source_path
 from latentloom.ingestion.sources import IngestError, Sample, Source
 from latentloom.ingestion.splits import linked_to_train
@@ -96,7 +96,7 @@ def ingest(
     }
     deduplicator = Deduplicator(counts)
 
-    def work(sample_of_source: tuple[str, Sample]) -> PreprocessedImage | Reject:
+    def work(sample_of_source: tuple[str, Sample]) -> ImageRow | Reject:
         return preprocess_sample(*sample_of_source, params, deduplicator.rejects.wants_preview)
 
     samples = ((name, sample) for name, source in sources.items() for sample in source.samples())
@@ -139,7 +139,7 @@ def ingest(
         found=found,
         kept=written,
         rejected=rejected,
-        reasons={reason.value: count for reason, count in sorted(deduplicator.rejects.reasons.items())},
+        reasons={reason.value: count for reason, count in sorted(deduplicator.rejects.reasons().items())},
         train=train,
         validation=written - train,
         captions=deduplicator.captions,
@@ -180,9 +180,10 @@ def _check_rejects(deduplicator: Deduplicator, most: float, rejects_path: Path) 
     found, rejected, rejects = deduplicator.found, deduplicator.rejected, deduplicator.rejects
     if rejected < found and rejected <= most * found:
         return
+    examples = {reject.reason: f"{reject.source}: {reject.key}" for reject in reversed(rejects.rows)}
     reasons = "".join(
-        f"\n  {count} {reason.value}, such as {rejects.examples[reason]}"
-        for reason, count in sorted(rejects.reasons.items(), key=lambda item: (-item[1], item[0]))
+        f"\n  {count} {reason.value}, such as {examples[reason]}"
+        for reason, count in sorted(rejects.reasons().items(), key=lambda item: (-item[1], item[0]))
     )
     bound = "no image is left" if rejected == found else f"ingest.max_reject_fraction allows {most:.1%}"
     raise IngestError(

@@ -4,8 +4,7 @@ An emoji's captions are its English name, then its aliases, made to read as text
 
 - A flag's name is its country's alone ("France"); the picture is called "flag of France" first, then "France".
 - An alias that is another emoji's name is dropped ("cat" is the whole cat's name, so the cat's face is "cat face"
-  only), and so is one that several emoji share. Should two names ever be equal, the later emoji takes its first alias
-  that is its own, or else its code points in brackets.
+  only), and so is one that several emoji share.
 - Aliases with fewer than three letters ("+1", "jp") say nothing to a text encoder, and are dropped.
 
 What an emoji is called depends on the whole set, never on ``limit``. The order is that of the code points' SHA-256,
@@ -110,13 +109,9 @@ def _distinct(texts: list[str]) -> list[str]:
 
 
 def _disambiguated(names: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Captions by which no two pictures can be mistaken: a name belongs to one, an alias to one that has no rival."""
-    owner: dict[str, str] = {}
+    """Captions by which no two pictures can be mistaken: a name, and the aliases that no other emoji has."""
     bearers = Counter(text.casefold() for texts in names.values() for text in texts)
-    for key, texts in names.items():
-        owner.setdefault(texts[0].casefold(), key)
-    captions = {}
-    for key, texts in names.items():
-        own = [text for text in texts if owner.get(text.casefold()) == key or bearers[text.casefold()] == 1]
-        captions[key] = own or [f"{texts[0]} ({key})"]
-    return captions
+    return {
+        key: [name, *(alias for alias in aliases if bearers[alias.casefold()] == 1)]
+        for key, (name, *aliases) in names.items()
+    }

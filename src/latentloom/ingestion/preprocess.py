@@ -6,14 +6,13 @@ A rejected sample gets a preview where its picture can be decoded; where it cann
 import io
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from PIL import Image, ImageOps
 
 from latentloom.ingestion.captions import clean_captions
 from latentloom.ingestion.images import FORMATS, image_id, prepare_image
 from latentloom.ingestion.near_duplicates import perceptual_hash
-from latentloom.ingestion.rejects import Reason, Reject, RejectedSample
+from latentloom.ingestion.rejects import Reason, Reject, RejectedSample, printable
 from latentloom.ingestion.shards import ImageRow, encode
 from latentloom.ingestion.sources import Sample
 from latentloom.ingestion.splits import split_of
@@ -22,17 +21,9 @@ from latentloom.params import IngestParams
 PREVIEW_SIZE = 64
 
 
-@dataclass(frozen=True)
-class PreprocessedImage:
-    """An image to keep, unless an equal one came before; ``hash`` is empty where near duplicates are not looked for."""
-
-    row: ImageRow
-    hash: bytes
-
-
 def preprocess_sample(
     source: str, sample: Sample, params: IngestParams, wants_preview: Callable[[Reason], bool]
-) -> PreprocessedImage | Reject:
+) -> ImageRow | Reject:
     """Read, prepare and name one sample of the source called ``source``; a reject says why it cannot be used."""
     data = b""
     try:
@@ -43,12 +34,19 @@ def preprocess_sample(
         )
     except RejectedSample as rejected:
         picture = preview(data, params.max_pixels) if wants_preview(rejected.reason) else None
-        return Reject(source, sample.key, rejected.reason, rejected.detail, picture)
+        return Reject(source, printable(sample.key), rejected.reason, printable(rejected.detail), picture)
     own_id = image_id(image.pixels)
-    split = split_of(own_id, params.val_fraction)
-    png = encode(image.pixels)
-    row = ImageRow(own_id, png, captions, split, source, sample.key, image.width, image.height)
-    return PreprocessedImage(row, b"" if params.near_duplicate_distance is None else perceptual_hash(image.pixels))
+    return ImageRow(
+        id=own_id,
+        png=encode(image.pixels),
+        captions=captions,
+        split=split_of(own_id, params.val_fraction),
+        source=source,
+        key=sample.key,
+        width=image.width,
+        height=image.height,
+        perceptual_hash=b"" if params.near_duplicate_distance is None else perceptual_hash(image.pixels),
+    )
 
 
 def preview(data: bytes, max_pixels: float = math.inf) -> bytes | None:

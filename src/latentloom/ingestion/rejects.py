@@ -6,7 +6,7 @@ gives the same file.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -44,7 +44,7 @@ class Reason(StrEnum):
     DUPLICATE = "duplicate"  # the prepared pixels equal those of an image that was kept
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Reject:
     """One rejected sample; ``preview`` is a PNG of at most 64 pixels per side, where the picture can be decoded."""
 
@@ -75,41 +75,26 @@ def error_message(error: Exception) -> str:
 
 
 class RejectTable:
-    """The rejects of a run, gathered as Parquet in memory, where one takes some 30 bytes, and written at its end."""
+    """The rejects of a run, kept in memory without their pictures but for the first few, and written at its end."""
 
     def __init__(self) -> None:
-        self.reasons: Counter[Reason] = Counter()
-        self.examples: dict[Reason, str] = {}
+        self.rows: list[Reject] = []
         self._previews: Counter[Reason] = Counter()
-        self._waiting: list[tuple[str | bytes | None, ...]] = []
-        self._content = pa.BufferOutputStream()
-        self._file = pq.ParquetWriter(self._content, SCHEMA, compression="zstd")
 
     def wants_preview(self, reason: Reason) -> bool:
         """Whether fewer than ``PREVIEWS`` of this reason have one; once it does not, it never will again."""
         return self._previews[reason] < PREVIEWS
 
     def add(self, reject: Reject) -> None:
-        reason, key = reject.reason, printable(reject.key)
-        preview = reject.preview if self.wants_preview(reason) else None
-        self.reasons[reason] += 1
-        self.examples.setdefault(reason, f"{reject.source}: {key}")
-        self._previews[reason] += preview is not None
-        self._waiting.append((reject.source, key, reason.value, printable(reject.detail), preview))
-        if len(self._waiting) == ROWS_AT_ONCE:
-            self._flush()
+        if reject.preview and not self.wants_preview(reject.reason):
+            reject = replace(reject, preview=None)
+        self._previews[reject.reason] += reject.preview is not None
+        self.rows.append(reject)
+
+    def reasons(self) -> Counter[Reason]:
+        return Counter(reject.reason for reject in self.rows)
 
     def write(self, path: Path) -> None:
-        """Write the table; nothing can be added after."""
-        self._flush()
-        self._file.close()
-        content = self._content.getvalue()
-        with atomic_path(path, room=content.size) as temporary:
-            temporary.write_bytes(content)
-
-    def _flush(self) -> None:
-        if self._waiting:
-            columns = zip(*self._waiting, strict=True)
-            arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
-            self._file.write_table(pa.table(arrays, SCHEMA))
-            self._waiting.clear()
+        columns = {name: [getattr(reject, name) for reject in self.rows] for name in SCHEMA.names}
+        with atomic_path(path) as temporary:
+            pq.write_table(pa.table(columns, SCHEMA), temporary, row_group_size=ROWS_AT_ONCE, compression="zstd")

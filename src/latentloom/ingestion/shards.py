@@ -72,7 +72,10 @@ PNG_OPTIONS = {"compress_level": 1, "compress_type": zlib.Z_RLE}
 
 @dataclass(frozen=True)
 class ImageRow:
-    """One prepared image as ``png``; ``width`` and ``height`` are those of the original."""
+    """One prepared image as ``png``; ``width`` and ``height`` are those of the original.
+
+    ``perceptual_hash`` is not written; it is empty where near duplicates are not looked for.
+    """
 
     id: str
     png: bytes
@@ -82,6 +85,7 @@ class ImageRow:
     key: str
     width: int
     height: int
+    perceptual_hash: bytes = b""
 
 
 @dataclass

@@ -42,17 +42,6 @@ class Check:
     advice: str
 
 
-@dataclass(frozen=True)
-class Expected:
-    """What the params, the encoders and the size of the data say, for the tables to agree with."""
-
-    vae_fingerprint: str
-    text_fingerprint: str
-    val_fraction: float
-    latents: int
-    rejected_latents: int
-
-
 def share_bounds(val_fraction: float, images: int, tolerance: float) -> tuple[float, float]:
     """How far the validation share may lie from ``val_fraction``: within the tolerance, or within the noise.
 
@@ -89,15 +78,32 @@ REENCODE_TEXT = "run `dvc repro -f encode_text`"
 OTHER_INGEST = f"the latents are those of an earlier ingest: {REENCODE_IMAGES}"
 
 
-def checks(limits: ValidateParams, expected: Expected) -> list[Check]:
-    """All checks, table by table, in the order in which they are reported."""
+def checks(
+    limits: ValidateParams,
+    *,
+    vae_fingerprint: str,
+    text_fingerprint: str,
+    val_fraction: float,
+    latents: int,
+    rejected_latents: int,
+) -> list[Check]:
+    """All checks, table by table, in the order in which they are reported.
+
+    Args:
+        limits: the bounds in params.
+        vae_fingerprint: of the VAE that params name.
+        text_fingerprint: of the text encoder that params name.
+        val_fraction: the share of validation images that `ingest` was asked for.
+        latents: how many images were encoded.
+        rejected_latents: how many could not be.
+    """
     mean_low, mean_high = limits.latent_mean
     std_low, std_high = limits.latent_std
     shortest, longest = limits.caption_length
     norm_low, norm_high = limits.embedding_norm
-    share_low, share_high = share_bounds(expected.val_fraction, expected.latents, limits.val_fraction_tolerance)
-    fewest_held_out = fewest_validation_images(expected.val_fraction, expected.latents)
-    most_rejected = rejected_bound(expected.latents + expected.rejected_latents)
+    share_low, share_high = share_bounds(val_fraction, latents, limits.val_fraction_tolerance)
+    fewest_held_out = fewest_validation_images(val_fraction, latents)
+    most_rejected = rejected_bound(latents + rejected_latents)
     # fmt: off
     return [
         Check("images_encoded", "images", "encoded", Equals(True),
@@ -170,15 +176,15 @@ def checks(limits: ValidateParams, expected: Expected) -> list[Check]:
             "and why), or set validate.min_train_images",
         ),
         Check("validation_split_not_empty", "dataset", "validation_images", Between(fewest_held_out),
-            requirement=f"at least {fewest_held_out} of {expected.latents} images is in the split validation "
-            f"(ingest.val_fraction = {expected.val_fraction})",
+            requirement=f"at least {fewest_held_out} of {latents} images is in the split validation "
+            f"(ingest.val_fraction = {val_fraction})",
             protects="without held-out images nothing tells a model that generalises from one that memorises",
             advice="if near duplicates moved every held-out image to train, lower ingest.near_duplicate_distance; else "
             "raise ingest.val_fraction, or set it to 0 to train without validation",
         ),
         Check("validation_share_near_fraction", "dataset", "validation_share", Between(share_low, share_high),
             requirement=f"the share of validation images lies in [{share_low:.4f}, {share_high:.4f}], around "
-            f"ingest.val_fraction = {expected.val_fraction}",
+            f"ingest.val_fraction = {val_fraction}",
             protects="too small a share makes val/mae noise; too large a one leaves little to learn from",
             advice=f"the splits were made for another ingest.val_fraction: {REINGEST}, or set "
             "validate.val_fraction_tolerance",
@@ -189,14 +195,14 @@ def checks(limits: ValidateParams, expected: Expected) -> list[Check]:
             advice="data/latents/rejects.parquet names them: when they are sound pictures, the VAE is at fault: choose "
             "another encode_images.vae, or encode_images.precision: fp32",
         ),
-        Check("vae_fingerprint_expected", "dataset", "vae_fingerprint", Equals(expected.vae_fingerprint),
-            requirement=f"the latents were made by the VAE that encode_images.vae names ({expected.vae_fingerprint})",
+        Check("vae_fingerprint_expected", "dataset", "vae_fingerprint", Equals(vae_fingerprint),
+            requirement=f"the latents were made by the VAE that encode_images.vae names ({vae_fingerprint})",
             protects="latents of another VAE train well and decode to noise, which only the first sample shows",
             advice=f"the VAE's weights changed after the latents were made: {REENCODE_IMAGES}",
         ),
-        Check("text_fingerprint_expected", "dataset", "text_fingerprint", Equals(expected.text_fingerprint),
+        Check("text_fingerprint_expected", "dataset", "text_fingerprint", Equals(text_fingerprint),
             requirement="the embeddings were made by the encoder that encode_text.model names "
-            f"({expected.text_fingerprint})",
+            f"({text_fingerprint})",
             protects="prompts would be embedded by another encoder than the one the network was trained with",
             advice=f"the encoder's weights changed after the embeddings were made: {REENCODE_TEXT}",
         ),
