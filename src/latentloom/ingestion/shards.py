@@ -61,10 +61,6 @@ WRITER_OPTIONS = {
 METADATA_COLUMNS = ["id", "captions", "split", "key", "source", "width", "height"]
 
 
-class ShardError(UserError):
-    """A file of ``data/images`` is missing or damaged; the message names it."""
-
-
 # Against level 6 without run lengths, Pillow's default, of 256x256 photographs: 4.3 ms instead of 16.7, 2 % larger;
 # of 128x128 emoji: 0.27 ms instead of 0.51, 3.7 KB instead of 3.2. PNG's row filters do what is worth doing.
 PNG_OPTIONS = {"compress_level": 1, "compress_type": zlib.Z_RLE}
@@ -226,7 +222,7 @@ def read_manifest(folder: Path | str) -> dict[str, Any]:
     manifest = read_json(path)
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
-        raise ShardError(
+        raise UserError(
             f"{path} has format version {version!r}, not {FORMAT_VERSION}: run `dvc repro`, which writes it anew"
         )
     return manifest
@@ -286,12 +282,12 @@ def _open_shards(folder: Path) -> Iterator[tuple[Path, pq.ParquetFile]]:
     for shard in read_manifest(folder)["shards"]:
         path = folder / shard["name"]
         if not path.is_file():
-            raise ShardError(f"{path} is missing, yet {MANIFEST} names it: run `dvc repro`, which writes it anew")
+            raise UserError(f"{path} is missing, yet {MANIFEST} names it: run `dvc repro`, which writes it anew")
         with _naming(path):
             file = pq.ParquetFile(path, page_checksum_verification=True)
         with file:
             if file.metadata.num_rows != shard["rows"]:
-                raise ShardError(
+                raise UserError(
                     f"{path} holds {file.metadata.num_rows} rows, yet {MANIFEST} says {shard['rows']}: "
                     "run `dvc repro`, which writes it anew"
                 )
@@ -304,4 +300,4 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        raise ShardError(f"{path} is damaged ({error}): delete it and run `dvc repro`, which writes it anew") from error
+        raise UserError(f"{path} is damaged ({error}): delete it and run `dvc repro`, which writes it anew") from error

@@ -1,8 +1,8 @@
 """The checks, as a table of rows: what must hold, what breaks downstream when it does not, and what to do.
 
 Each check looks at one column of one table of ``tables``. They are those that data, params or the encoders can break;
-that our own writers count and name rows correctly is for unit tests. Nulls are skipped: where a value cannot be judged
-because another check already fails for its row, the table holds a null, so that one fault is reported once.
+that our own writers count and name rows correctly is for unit tests. NaN is skipped by all but the checks for it, so
+that one fault is reported once.
 """
 
 import math

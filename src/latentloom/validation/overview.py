@@ -83,7 +83,7 @@ def describe(data: Data) -> Overview:
     known = {row.id: row for row in images[images["id"].isin(wanted)].itertuples()}
 
     def tile(image_id: str) -> Tile:
-        return Tile(_address(pictures.get(image_id)), known[image_id].caption, known[image_id].split)
+        return Tile(_address(pictures[image_id]), known[image_id].caption, known[image_id].split)
 
     def rejected(reason: str) -> list[Tile]:
         of_reason = rejects[rejects["reason"] == reason].sort_values("preview", key=pd.isna, kind="stable")
