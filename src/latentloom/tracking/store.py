@@ -122,18 +122,14 @@ def _sqlite_uri(path: Path) -> str:
 def _check_database(uri: str) -> None:
     """Connect once to a database: MLflow tries for minutes, with a page of warnings."""
     scheme = uri.partition(":")[0].partition("+")[0]
-    if scheme not in ("sqlite", "postgresql", "mysql", "mssql"):
+    if scheme not in ("sqlite", "postgresql", "mysql"):
         return
     import sqlalchemy
 
-    options = {"connect_timeout": TIMEOUT} if scheme in ("postgresql", "mysql") else {}
-    engine = sqlalchemy.create_engine(uri, connect_args=options)
-    if scheme == "sqlite" and (path := engine.url.database):
+    if scheme == "sqlite" and (path := sqlalchemy.make_url(uri).database):
         Path(path).parent.mkdir(parents=True, exist_ok=True)  # as MLflow does
-    try:
-        sqlalchemy.inspect(engine).get_table_names()
-    finally:
-        engine.dispose()
+    options = {} if scheme == "sqlite" else {"connect_timeout": TIMEOUT}
+    sqlalchemy.create_engine(uri, connect_args=options, poolclass=sqlalchemy.NullPool).connect().close()
 
 
 def _write_ahead(store: Path) -> None:

@@ -59,7 +59,7 @@ def record_start(
     )
     compared = flatten({section: params[section] for section in COMPARED})
     tracked.log_params({key: value for key, value in compared.items() if key not in NOT_COMPARED})
-    _log_provenance(tracked, provenance)
+    tracked.log_text(json.dumps(provenance, indent=2) + "\n", PROVENANCE)
     if code_diff:
         tracked.log_text(code_diff, CODE_DIFF)
     sources = [source["name"] for source in provenance.get("ingested", {}).get("sources", [])] or ["images"]
@@ -90,15 +90,11 @@ def record_model(
     """
     tracked.set_tags({"model.sha256": model_sha256})
     tracked.log_file(model_folder / "config.json", "model")
-    _log_provenance(tracked, provenance)
+    tracked.log_text(json.dumps(provenance, indent=2) + "\n", PROVENANCE)
     errors = f"train MAE **{metrics['train_mae']:.3f}**"
     if val_mae is not None:
         errors += f", validation MAE **{val_mae:.3f}**"
     tracked.describe(f"{tracked.description}\n\nResult: {errors}. Model `{model_sha256[:12]}`.")
-
-
-def _log_provenance(tracked: TrackedRun, provenance: Mapping[str, Any]) -> None:
-    tracked.log_text(json.dumps(dict(provenance), indent=2) + "\n", PROVENANCE)
 
 
 def _description(
