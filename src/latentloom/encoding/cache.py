@@ -26,6 +26,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,12 +86,10 @@ class RowStore:
     def adopt(self, shards: Iterable[Path]) -> None:
         """Take in shards that another machine wrote; what is no shard of this format is skipped."""
         for path in shards:
-            try:
+            with suppress(DamagedShardError):
                 keys = read_keys(path)
-            except DamagedShardError:
-                continue
-            if not self._path(keys).is_file():
-                self.add(path, keys)
+                if not self._path(keys).is_file():
+                    self.add(path, keys)
 
     def add(self, shard: Path, keys: Sequence[str]) -> None:
         """Take in a shard; a store that cannot take it costs a warning, never the shard."""
@@ -105,14 +104,12 @@ class RowStore:
     def link(self, keys: Sequence[str], target: Path) -> bool:
         """Put the shard of exactly these rows at ``target``; False where it is not there, or damaged."""
         path = self._path(keys)
-        if not path.is_file() or self._load(path) is None:
-            return False
-        try:
+        with _deleting_damaged(path):
+            load_checked(path)
             _link(path, target)
             self._touch(path)
-        except FileNotFoundError:  # the store was deleted in the meantime
-            return target.is_file()
-        return True
+            return True
+        return False
 
     def find(self, keys: Collection[str]) -> dict[str, tuple[Tensors, int]]:
         """Where the known ones of ``keys`` are: the tensors of a stored shard, and the row.
@@ -121,13 +118,11 @@ class RowStore:
         """
         found: dict[str, tuple[Tensors, int]] = {}
         for path in sorted(self.folder.glob(SHARDS)) if keys else ():
-            try:
+            with _deleting_damaged(path):
                 rows = [(key, row) for row, key in enumerate(read_keys(path)) if key in keys and key not in found]
-            except DamagedShardError as error:
-                _drop(path, error)
-                continue
-            if rows and (tensors := self._load(path)) is not None:
-                found |= {key: (tensors, row) for key, row in rows}
+                if rows:
+                    tensors = load_checked(path)
+                    found |= {key: (tensors, row) for key, row in rows}
         return found
 
     def trim(self) -> None:
@@ -147,13 +142,6 @@ class RowStore:
 
     def _path(self, keys: Sequence[str]) -> Path:
         return self.folder / f"{hashlib.sha256(''.join(keys).encode()).hexdigest()}.safetensors"
-
-    def _load(self, path: Path) -> Tensors | None:
-        try:
-            return load_checked(path)
-        except DamagedShardError as error:
-            _drop(path, error)
-            return None
 
     def _touch(self, path: Path) -> None:
         """Mark a shard as used now, by its access time: another modification time would make DVC hash it again."""
@@ -290,10 +278,17 @@ def _rows(batches: Iterable[Tensors]) -> Iterator[tuple[Tensors, int]]:
             yield batch, row
 
 
-def _drop(path: Path, error: DamagedShardError) -> None:
-    if path.exists():
-        warnings.warn(f"{path} will not be used: {error}. Its rows are computed again.", stacklevel=3)
-        path.unlink(missing_ok=True)
+@contextmanager
+def _deleting_damaged(path: Path) -> Iterator[None]:
+    """Leave the block when the stored shard is damaged, which is deleted, or missing: its rows are computed again."""
+    try:
+        yield
+    except FileNotFoundError:
+        return  # the store was deleted in the meantime
+    except DamagedShardError as error:
+        if path.exists():
+            warnings.warn(f"{path} will not be used: {error}. Its rows are computed again.", stacklevel=4)
+            path.unlink(missing_ok=True)
 
 
 def _link(source: Path, target: Path) -> None:

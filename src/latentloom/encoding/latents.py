@@ -13,6 +13,7 @@ Standardising is not applied here, so another scale never invalidates the cache.
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -147,13 +148,8 @@ def _encode_batch(vae: Vae, images: np.ndarray, precision: str) -> Tensors:
 
 
 def _batches(images: Path, wanted: set[str]) -> Iterator[np.ndarray]:
-    batch = []
-    for _, pixels in iterate_images(images, wanted=wanted):
-        batch.append(pixels)
-        if len(batch) == BATCH_SIZE:
-            yield np.stack(batch)
-            batch = []
-    if batch:
+    read = iterate_images(images, wanted=wanted)
+    while batch := [pixels for _, pixels in islice(read, BATCH_SIZE)]:
         yield np.stack(batch)
 
 

@@ -17,7 +17,7 @@ from latentloom.devices import autocast_dtype
 from latentloom.diffusion.denoising_error import BINS, bin_name, denoising_error
 from latentloom.encoding.dataset import Caches, LatentDataset
 from latentloom.evaluation.recall import recall_at_1
-from latentloom.evaluation.sheet import Row, Section, render_sheet, save_sheet
+from latentloom.evaluation.sheet import Section, render_sheet, save_sheet
 from latentloom.evaluation.text_to_image import TextToImage
 from latentloom.files import write_json, write_text
 from latentloom.ingestion.shards import iterate_images
@@ -50,11 +50,10 @@ class Evaluation:
     def summary(self) -> str:
         """One line for the end of the stage."""
         recall = f"caption_recall_at_1 {self.metrics['caption_recall_at_1']:.3f}"
-        error = f"val_mae {self.metrics['val_mae']:.3f}" if "val_mae" in self.metrics else NO_VALIDATION
+        error = "no held-out image: val_mae is not measured"
+        if "val_mae" in self.metrics:
+            error = f"val_mae {self.metrics['val_mae']:.3f}"
         return f"{recall}, {error}, see {SAMPLE_SHEET}"
-
-
-NO_VALIDATION = "no held-out image: val_mae is not measured"
 
 
 def evaluate(params: Params, model: TextToImage, caches: Caches, images: Path) -> Evaluation:
@@ -79,8 +78,9 @@ def evaluate(params: Params, model: TextToImage, caches: Caches, images: Path) -
         dtype=autocast_dtype(settings.sampling.precision, model.device),
     )
     prompted = torch.from_numpy(model.text_encoder.encode(settings.prompts))
-    known = _first(caches.train, settings.recall_captions)
-    held_out = _first(caches.validation, settings.held_out_captions)
+    # The first by id: as good as random, and the same in each run.
+    known = caches.train.take(settings.recall_captions)
+    held_out = caches.validation.take(settings.held_out_captions)
     embeddings = torch.cat([prompted, *(data.primary_embeddings().cpu() for data in (known, held_out))])
     names = [*(f"prompt {prompt}" for prompt in settings.prompts), *known.ids, *held_out.ids]
     latents = model.latents(embeddings, names, settings.sampling, seed=params.seed)
@@ -112,25 +112,20 @@ def _sections(
     images: Path,
 ) -> list[Section]:
     of_prompts, of_known, of_held_out = samples
-    shown = known.take(min(SHOWN_TRAINING_CAPTIONS, len(known)))
+    shown = known.take(SHOWN_TRAINING_CAPTIONS)
     real = dict(iterate_images(images, wanted={*shown.ids, *held_out.ids}))
 
     def beside_real(title: str, data: LatentDataset, generated: np.ndarray) -> Section:
         originals = np.stack([real[image_id] for image_id in data.ids])
-        return Section(title, data.primary_texts(), [Row("real", originals), Row("sample", generated)])
+        return Section(title, data.primary_texts(), {"real": originals, "sample": generated})
 
     sections = [
-        Section("Prompts", settings.prompts, [Row("sample", of_prompts)]),
+        Section("Prompts", settings.prompts, {"sample": of_prompts}),
         beside_real("Captions of training images", shown, of_known[: len(shown)]),
     ]
     if len(held_out):
         sections.append(beside_real("Captions held out: the model never saw these images", held_out, of_held_out))
     return sections
-
-
-def _first(data: LatentDataset, count: int) -> LatentDataset:
-    """The first ``count`` rows by id: as good as random, and the same in each run."""
-    return data.take(min(count, len(data)))
 
 
 def _footer(params: Params, model: TextToImage, metrics: dict[str, float]) -> str:

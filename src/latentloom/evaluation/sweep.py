@@ -46,7 +46,7 @@ def sweep(model: TextToImage, train: LatentDataset, settings: EvaluateParams, se
     """
     if settings.sweep is None:
         return []
-    known = train.take(min(settings.recall_captions, len(train)))
+    known = train.take(settings.recall_captions)
     embeddings, (own, _) = known.primary_embeddings(), known.latents_at(slice(0, len(known)))
     points = []
     for steps in sorted(set(settings.sweep.diffusion_steps)):
