@@ -11,7 +11,6 @@ import sqlite3
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit, urlunsplit
 
 from latentloom.files import atomic_path
 
@@ -22,6 +21,7 @@ EXPERIMENT = "latentloom"
 # So that the UI opens on runs, charts and image grids; without it, it assumes a project of language-model prompts.
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 TIMEOUT = 10  # seconds
+_CREDENTIALS = re.compile(r"://[^/\s]*@")
 
 # MLflow reads these when it is imported. Its usage statistics are off unless the user turns them on. A server that is
 # away costs seconds, not the minutes that MLflow would retry for. MLflow would also send a request again whose answer
@@ -48,16 +48,13 @@ def ui_address(server: str, experiment_id: str) -> str:
 
 def without_credentials(uri: str) -> str:
     """An address as it may be shown: no user, no password, no query."""
-    parts = urlsplit(uri)
-    if "@" not in parts.netloc and not parts.query:
-        return uri
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return _CREDENTIALS.sub("://", uri).partition("?")[0]
 
 
 def first_line(error: Exception) -> str:
     """An error in one line, without the user and password of an address in it."""
     line = next(iter(str(error).strip().splitlines()), "")
-    return re.sub(r"://[^/@\s]*@", "://", f"{type(error).__name__}: {line}")
+    return _CREDENTIALS.sub("://", f"{type(error).__name__}: {line}")
 
 
 def current_target() -> str | None:
