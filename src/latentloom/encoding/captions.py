@@ -51,8 +51,8 @@ def encode_captions(encoder: TextEncoder, images: Path, out: Path, store: RowSto
             "text": pairs["captions"],
         }
     )
-    texts = pairs.drop_duplicates("caption_id")["text"].tolist()
-    ids = [caption_id(text) for text in texts]
+    distinct = pairs.drop_duplicates("caption_id")
+    texts, ids = distinct["text"].tolist(), distinct["caption_id"].tolist()
     keys = [row_key(own_id, encoder.fingerprint, encoder.pooling, str(encoder.max_tokens), DTYPES) for own_id in ids]
     if not ids:
         raise UserError(f"{images} holds no captions: run `dvc repro ingest`")

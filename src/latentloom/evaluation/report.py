@@ -3,13 +3,12 @@
 `metrics.json`, `plots/mae_by_noise.csv` and the sheet `samples.png` are what it leaves.
 """
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
 
@@ -39,11 +38,9 @@ class Evaluation:
         """Write the metrics, the sheet, and the errors by noise level: a table without rows where there are none."""
         scalars = {name: value for name, value in self.metrics.items() if name not in BY_NOISE}
         write_json(EVALUATE_METRICS, scalars)
-        write_table(
-            EVALUATE_PLOTS / "mae_by_noise.csv",
-            ["noise_level", "val_mae"],
-            [[level, self.metrics[name]] for name, level in BY_NOISE.items() if name in self.metrics],
-        )
+        by_noise = [(level, self.metrics[name]) for name, level in BY_NOISE.items() if name in self.metrics]
+        table = pd.DataFrame(by_noise, columns=["noise_level", "val_mae"])
+        write_text(EVALUATE_PLOTS / "mae_by_noise.csv", table.to_csv(index=False))
         save_sheet(self.sheet, SAMPLE_SHEET)
 
     @property
@@ -94,14 +91,6 @@ def evaluate(params: Params, model: TextToImage, caches: Caches, images: Path) -
     samples = np.split(model.codec.decode(latents), np.cumsum(sizes)[:-1])
     sections = _sections(settings, known, held_out, samples, images)
     return Evaluation(metrics, render_sheet(sections, _footer(params, model, metrics)))
-
-
-def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[float]]) -> None:
-    """Write a small CSV file, atomically; the same rows give the same bytes."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([columns, *rows])
-    write_text(path, text.getvalue())
 
 
 def _sections(

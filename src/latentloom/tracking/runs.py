@@ -125,8 +125,7 @@ def new_run(root: Path, *, name: str | None = None, key: str | None = None) -> I
         name: the name of a new run.
         key: the run of an interrupted training that is resumed. What its journal holds is not logged again.
     """
-    about = {"name": name, "started": _now(), "target": current_target(), "mlflow_run_id": None}
-    with _open(root, key or uuid.uuid4().hex, about, resumed=True) as run:
+    with _open(root, key or uuid.uuid4().hex, resumed=True, name=name, started=_now(), mlflow_run_id=None) as run:
         run.set_status("RUNNING")
         yield run
 
@@ -143,8 +142,7 @@ def reopened_run(root: Path, key: str | None, mlflow_run_id: str | None = None) 
     if not key:
         yield TrackedRun()
         return
-    about = {"name": None, "started": None, "target": current_target(), "mlflow_run_id": mlflow_run_id}
-    with _open(root, key, about, resumed=False) as run:
+    with _open(root, key, resumed=False, name=None, started=None, mlflow_run_id=mlflow_run_id) as run:
         yield run
 
 
@@ -180,10 +178,10 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @contextmanager
-def _open(root: Path, key: str, about: dict[str, Any], *, resumed: bool) -> Iterator[TrackedRun]:
+def _open(root: Path, key: str, *, resumed: bool, **about: Any) -> Iterator[TrackedRun]:
     """A run whose journal is delivered in the background; at the end, all that can be delivered is."""
     try:
-        journal = Journal(journals(root) / key, about)
+        journal = Journal(journals(root) / key, about | {"target": current_target()})
     except (OSError, ValueError) as error:
         warnings.warn(f"nothing of this run is tracked ({first_line(error)})", stacklevel=4)
         yield TrackedRun()

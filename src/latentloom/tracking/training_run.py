@@ -9,18 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from latentloom.layout import LATENTS
-from latentloom.tracking.runs import TrackedRun, flatten
+from latentloom.tracking.runs import TrackedRun
 
 PROVENANCE, CODE_DIFF = "provenance.json", "code.diff"
-# MLflow repeats a run's params above each image, so it gets those that decide the model.
-COMPARED = ("seed", "ingest", "encode_images", "encode_text", "model", "diffusion", "train")
-NOT_COMPARED = (
-    "ingest.max_pixels",
-    "ingest.max_aspect_ratio",
-    "ingest.near_duplicate_distance",
-    "ingest.max_reject_fraction",
-    "train.gradient_accumulation",  # the same model, within rounding
-)
+# MLflow repeats a run's params above each image, so it gets the sections that decide the model.
+SECTIONS = ("seed", "ingest", "encode_images", "encode_text", "model", "diffusion", "train")
 
 
 def record_start(
@@ -57,8 +50,7 @@ def record_start(
             "input.validation": inputs.get("validation"),
         }
     )
-    compared = flatten({section: params[section] for section in COMPARED})
-    tracked.log_params({key: value for key, value in compared.items() if key not in NOT_COMPARED})
+    tracked.log_params({section: params[section] for section in SECTIONS})
     tracked.log_text(json.dumps(provenance, indent=2) + "\n", PROVENANCE)
     if code_diff:
         tracked.log_text(code_diff, CODE_DIFF)
