@@ -12,7 +12,7 @@ what no out has any more. It only saves work: it may be deleted at any time, als
 
 A stage gets its rows in three steps:
 
-    plan = plan_rows(store, out, ids, keys)    link every shard that the store has; find the rows of the others there
+    plan = Plan(store, out, ids, keys)         link every shard that the store has; find the rows of the others there
     batches = ...                              compute the rows ``plan.missing``, in full batches across shards
     for shard in plan.write(batches): ...      assemble the other shards from rows that were found or computed
 
@@ -149,26 +149,32 @@ class RowStore:
         os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
 
 
-@dataclass(frozen=True)
 class Plan:
-    """How the rows of a cache come about; see `plan_rows`.
+    """Where the rows of a cache come from. To make one puts every shard that the store has at its place in ``out``.
+
+    Args:
+        store: the shards of earlier runs.
+        out: the folder for ``00000.safetensors`` and so on.
+        ids: what each row is of, as a hash; they decide where shards end, so that this depends on no encoder.
+        keys: one key per row.
 
     Attributes:
-        out: the cache's folder.
-        keys: one key per row.
-        ranges: the positions of each shard's rows.
-        linked: the numbers of the shards that the store had, which are at their place already.
-        found: the other rows that are known, by key; see `RowStore.find`.
         missing: the positions of the rows that have to be computed, ascending.
     """
 
-    store: RowStore
-    out: Path
-    keys: Sequence[str]
-    ranges: list[range]
-    linked: frozenset[int]
-    found: dict[str, tuple[Tensors, int]]
-    missing: list[int]
+    def __init__(self, store: RowStore, out: Path, ids: Sequence[str], keys: Sequence[str]) -> None:
+        self._store, self._out, self._keys, self._ranges = store, out, keys, shard_ranges(ids)
+        self._linked: set[int] = set()
+        out.mkdir(parents=True, exist_ok=True)
+        wanted: dict[str, int] = {}
+        for number, positions in enumerate(self._ranges):
+            own = keys[positions.start : positions.stop]
+            if store.link(own, _shard_path(out, number)):
+                self._linked.add(number)
+            else:
+                wanted |= dict(zip(own, positions, strict=True))
+        self._found = store.find(wanted.keys())
+        self.missing = [position for key, position in wanted.items() if key not in self._found]
 
     def write(self, batches: Iterable[Tensors]) -> Iterator[Shard]:
         """Write the shards that the store did not have; other shards that are in the folder are deleted at the end.
@@ -183,41 +189,19 @@ class Plan:
             WriteError: when the disk is full, naming the file; the shards before it are kept.
         """
         computed = _rows(batches)
-        for number, positions in enumerate(self.ranges):
-            path = _shard_path(self.out, number)
-            if number not in self.linked:
-                keys = self.keys[positions.start : positions.stop]
-                rows = [self.found.get(key) or next(computed) for key in keys]
+        for number, positions in enumerate(self._ranges):
+            path = _shard_path(self._out, number)
+            if number not in self._linked:
+                keys = self._keys[positions.start : positions.stop]
+                rows = [self._found.get(key) or next(computed) for key in keys]
                 tensors = {name: torch.stack([source[name][row] for source, row in rows]) for name in rows[0][0]}
                 save_shard(path, tensors, keys)
-                self.store.add(path, keys)
+                self._store.add(path, keys)
             yield Shard(path, positions, load_shard(path))
-        written = {_shard_path(self.out, number) for number in range(len(self.ranges))}
-        for path in [*self.out.glob(SHARDS), *self.out.glob(".*.tmp")]:
+        written = {_shard_path(self._out, number) for number in range(len(self._ranges))}
+        for path in [*self._out.glob(SHARDS), *self._out.glob(".*.tmp")]:
             if path not in written:
                 path.unlink()
-
-
-def plan_rows(store: RowStore, out: Path, ids: Sequence[str], keys: Sequence[str]) -> Plan:
-    """Put every shard of ``out`` that ``store`` has at its place, and find which rows of the others are known.
-
-    Args:
-        store: the shards of earlier runs.
-        out: the folder for ``00000.safetensors`` and so on.
-        ids: what each row is of, as a hash; they decide where shards end, so that this depends on no encoder.
-        keys: one key per row.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    ranges, linked, wanted = shard_ranges(ids), set(), {}
-    for number, positions in enumerate(ranges):
-        own = keys[positions.start : positions.stop]
-        if store.link(own, _shard_path(out, number)):
-            linked.add(number)
-        else:
-            wanted |= dict(zip(own, positions, strict=True))
-    found = store.find(wanted.keys())
-    missing = [position for key, position in wanted.items() if key not in found]
-    return Plan(store, out, keys, ranges, frozenset(linked), found, missing)
 
 
 def save_shard(path: Path, tensors: Tensors, keys: Sequence[str]) -> None:
