@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentloom import sharding
-from latentloom.encoding.cache import Plan, RowStore, plan_rows, row_key
+from latentloom.encoding.cache import Plan, RowStore, row_key
 from latentloom.encoding.shard_files import DamagedShardError, load_shard
 
 ENOUGH = 2**30
@@ -49,7 +49,7 @@ def expected(key: str) -> torch.Tensor:
 
 
 def plan_for(folder: Path, store: RowStore, keys) -> Plan:
-    return plan_rows(store, folder, [digest(f"id of {key}").hex() for key in keys], keys)
+    return Plan(store, folder, [digest(f"id of {key}").hex() for key in keys], keys)
 
 
 def run(folder: Path, state: Path, keys, limit=ENOUGH, crash_after=math.inf):

@@ -17,7 +17,7 @@ from latentloom.encoding.dataset import Caches, LatentDataset
 from latentloom.evaluation import report
 from latentloom.evaluation.recall import nearest_rows
 from latentloom.evaluation.report import Evaluation, evaluate
-from latentloom.evaluation.sheet import CELL, Row, Section, render_sheet, save_sheet
+from latentloom.evaluation.sheet import CELL, Section, render_sheet, save_sheet
 from latentloom.evaluation.text_to_image import TextToImage
 from latentloom.ingestion.shards import read_metadata
 from latentloom.model_files import FORMAT_VERSION, EncoderReference, ModelConfig
@@ -216,9 +216,7 @@ def test_the_nearest_training_latent_is_found_as_numpy_finds_it(monkeypatch):
 def test_the_sheet_shows_every_image_whole_and_grows_with_their_number(tmp_path):
     red = np.zeros((9, 32, 32, 3), dtype=np.uint8)
     red[..., 0] = 255
-    section = Section(
-        "Title", [f"a label {i} that is long enough to be wrapped" for i in range(9)], [Row("sample", red)]
-    )
+    section = Section("Title", [f"a label {i} that is long enough to be wrapped" for i in range(9)], {"sample": red})
     sheet = render_sheet([section], "a footer")
     is_red = (np.asarray(sheet) == [255, 0, 0]).all(-1).sum()
     assert is_red == 9 * CELL * CELL

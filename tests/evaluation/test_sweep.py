@@ -14,11 +14,12 @@ from PIL import Image
 
 from latentloom.diffusion import SamplingSettings
 from latentloom.encoding.dataset import LatentDataset
-from latentloom.evaluation.sweep import CHART, TABLE, SweepPoint, render_chart, save_sweep, sweep
+from latentloom.evaluation.sweep import CHART, TABLE, render_chart, save_sweep, sweep
 from latentloom.params import SweepParams, load_params
 
 GUIDANCE, STEPS = [1.0, 3.0, 5.0], [20, 70]
-POINTS = [SweepPoint(w, steps, 1 - 0.1 * w, 0.2 + w / steps) for steps, w in product(STEPS, GUIDANCE)]
+COLUMNS = ["class_guidance", "diffusion_steps", "caption_recall_at_1", "latent_mae"]
+POINTS = pd.DataFrame([(w, n, 1 - 0.1 * w, 0.2 + w / n) for n, w in product(STEPS, GUIDANCE)], columns=COLUMNS)
 
 
 class Drifting:
@@ -64,9 +65,9 @@ def project(tmp_path, monkeypatch):
 
 def test_each_combination_is_measured_once_on_the_recall_captions(train, settings):
     points = sweep(Drifting(), train, settings, seed=7)
-    assert [(point.diffusion_steps, point.class_guidance) for point in points] == list(product(STEPS, GUIDANCE))
+    assert list(points[["diffusion_steps", "class_guidance"]].itertuples(index=False)) == list(product(STEPS, GUIDANCE))
     mixed_up = (LATENTS[1:9] - LATENTS[:8]).numpy()
-    for point in points:
+    for point in points.itertuples():
         shift = point.class_guidance / point.diffusion_steps
         right = point.class_guidance < 4
         assert point.caption_recall_at_1 == (1.0 if right else 0.0)
@@ -75,15 +76,13 @@ def test_each_combination_is_measured_once_on_the_recall_captions(train, setting
 
 
 def test_without_a_sweep_nothing_is_sampled(train, settings):
-    assert sweep(None, train, settings.model_copy(update={"sweep": None}), seed=7) == []
+    assert sweep(None, train, settings.model_copy(update={"sweep": None}), seed=7) is None
 
 
 def test_the_table_has_a_row_per_combination_and_the_chart_a_line_per_step_count():
     chart = save_sweep(POINTS)
     table = pd.read_csv(TABLE)
-    assert list(table) == ["class_guidance", "diffusion_steps", "caption_recall_at_1", "latent_mae"]
-    np.testing.assert_allclose(table["latent_mae"], [point.latent_mae for point in POINTS], rtol=1e-12)
-    assert table["diffusion_steps"].tolist() == [20] * 3 + [70] * 3
+    pd.testing.assert_frame_equal(table, POINTS, rtol=1e-12)
     with Image.open(CHART) as saved:
         np.testing.assert_array_equal(np.asarray(saved), chart)
     colours = {tuple(pixel) for pixel in chart.reshape(-1, 3)}
@@ -104,7 +103,7 @@ def test_the_same_figures_give_the_same_bytes_whatever_the_users_matplotlib_sett
 def test_files_of_an_earlier_sweep_do_not_outlive_it():
     save_sweep(POINTS)
     (CHART.parent / "mae_by_noise.csv").write_text("kept")
-    assert save_sweep([]) is None
+    assert save_sweep(None) is None
     assert [path.name for path in CHART.parent.iterdir()] == ["mae_by_noise.csv"]
 
 

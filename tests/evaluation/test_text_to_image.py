@@ -130,7 +130,7 @@ def test_settings_come_from_the_params_then_from_the_model_then_from_us(sample):
         (("--sampler", "euler"), "sampler = 'euler': must be"),
         (("--guidance-interval", "0.9", "0.1"), "guidance_interval"),
         (("-o", "picture.jpg"), "-o picture.jpg"),
-        (("--model", "models/other"), "models/other holds no model"),
+        (("--model", "models/other"), "there is no params.yaml"),
     ],
 )
 def test_what_cannot_be_generated_is_named_and_leaves_no_file(sample, tmp_path, arguments, message):
@@ -138,7 +138,7 @@ def test_what_cannot_be_generated_is_named_and_leaves_no_file(sample, tmp_path, 
     assert {path.name for path in tmp_path.iterdir()} == {"models"}
 
 
-@pytest.mark.parametrize(("encoder", "name"), [("vae", "the VAE"), ("clip", "the text encoder")])
+@pytest.mark.parametrize(("encoder", "name"), [("vae", "the vae"), ("clip", "the text encoder")])
 def test_an_encoder_that_has_changed_since_the_training_is_rejected(sample, tmp_path, encoder, name):
     vae, clip = save_tiny_vae(tmp_path / "vae"), save_clip(tmp_path / "clip")
     save_tiny_unet(tmp_path / "mine", vae=str(vae), text_encoder=str(clip))

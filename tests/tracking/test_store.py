@@ -42,6 +42,7 @@ def test_the_address_of_the_page_of_runs_has_no_doubled_slash():
 
 def test_neither_addresses_nor_errors_show_passwords():
     assert without_credentials("postgresql://me:secret@host/runs?password=secret") == "postgresql://host/runs"
+    assert without_credentials("http://me:se@cret@host:5000/path") == "http://host:5000/path"
     assert without_credentials("sqlite:///mlflow.db") == "sqlite:///mlflow.db"
     error = OSError("no answer from http://me:secret@host/path\nmore")
     assert first_line(error) == "OSError: no answer from http://host/path"

@@ -71,7 +71,6 @@ def test_the_params_that_decide_the_model_are_there_and_no_others(project_root, 
     assert run.data.params["model.widths"] == str(params["model"]["widths"])
     sections = {name.partition(".")[0] for name in run.data.params}
     assert sections == {"seed", "ingest", "encode_images", "encode_text", "model", "diffusion", "train"}
-    assert "ingest.max_pixels" not in run.data.params
 
 
 def test_both_splits_are_inputs_with_their_sizes(project_root, params):

@@ -12,7 +12,7 @@ what no out has any more. It only saves work: it may be deleted at any time, als
 
 A stage gets its rows in three steps:
 
-    plan = plan_rows(store, out, ids, keys)    link every shard that the store has; find the rows of the others there
+    plan = Plan(store, out, ids, keys)         link every shard that the store has; find the rows of the others there
     batches = ...                              compute the rows ``plan.missing``, in full batches across shards
     for shard in plan.write(batches): ...      assemble the other shards from rows that were found or computed
 
@@ -26,6 +26,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,12 +86,10 @@ class RowStore:
     def adopt(self, shards: Iterable[Path]) -> None:
         """Take in shards that another machine wrote; what is no shard of this format is skipped."""
         for path in shards:
-            try:
+            with suppress(DamagedShardError):
                 keys = read_keys(path)
-            except DamagedShardError:
-                continue
-            if not self._path(keys).is_file():
-                self.add(path, keys)
+                if not self._path(keys).is_file():
+                    self.add(path, keys)
 
     def add(self, shard: Path, keys: Sequence[str]) -> None:
         """Take in a shard; a store that cannot take it costs a warning, never the shard."""
@@ -105,14 +104,12 @@ class RowStore:
     def link(self, keys: Sequence[str], target: Path) -> bool:
         """Put the shard of exactly these rows at ``target``; False where it is not there, or damaged."""
         path = self._path(keys)
-        if not path.is_file() or self._load(path) is None:
-            return False
-        try:
+        with _deleting_damaged(path):
+            load_checked(path)
             _link(path, target)
             self._touch(path)
-        except FileNotFoundError:  # the store was deleted in the meantime
-            return target.is_file()
-        return True
+            return True
+        return False
 
     def find(self, keys: Collection[str]) -> dict[str, tuple[Tensors, int]]:
         """Where the known ones of ``keys`` are: the tensors of a stored shard, and the row.
@@ -121,13 +118,11 @@ class RowStore:
         """
         found: dict[str, tuple[Tensors, int]] = {}
         for path in sorted(self.folder.glob(SHARDS)) if keys else ():
-            try:
+            with _deleting_damaged(path):
                 rows = [(key, row) for row, key in enumerate(read_keys(path)) if key in keys and key not in found]
-            except DamagedShardError as error:
-                _drop(path, error)
-                continue
-            if rows and (tensors := self._load(path)) is not None:
-                found |= {key: (tensors, row) for key, row in rows}
+                if rows:
+                    tensors = load_checked(path)
+                    found |= {key: (tensors, row) for key, row in rows}
         return found
 
     def trim(self) -> None:
@@ -148,39 +143,38 @@ class RowStore:
     def _path(self, keys: Sequence[str]) -> Path:
         return self.folder / f"{hashlib.sha256(''.join(keys).encode()).hexdigest()}.safetensors"
 
-    def _load(self, path: Path) -> Tensors | None:
-        try:
-            return load_checked(path)
-        except DamagedShardError as error:
-            _drop(path, error)
-            return None
-
     def _touch(self, path: Path) -> None:
         """Mark a shard as used now, by its access time: another modification time would make DVC hash it again."""
         self._used.add(path.name)
         os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
 
 
-@dataclass(frozen=True)
 class Plan:
-    """How the rows of a cache come about; see `plan_rows`.
+    """Where the rows of a cache come from. To make one puts every shard that the store has at its place in ``out``.
+
+    Args:
+        store: the shards of earlier runs.
+        out: the folder for ``00000.safetensors`` and so on.
+        ids: what each row is of, as a hash; they decide where shards end, so that this depends on no encoder.
+        keys: one key per row.
 
     Attributes:
-        out: the cache's folder.
-        keys: one key per row.
-        ranges: the positions of each shard's rows.
-        linked: the numbers of the shards that the store had, which are at their place already.
-        found: the other rows that are known, by key; see `RowStore.find`.
         missing: the positions of the rows that have to be computed, ascending.
     """
 
-    store: RowStore
-    out: Path
-    keys: Sequence[str]
-    ranges: list[range]
-    linked: frozenset[int]
-    found: dict[str, tuple[Tensors, int]]
-    missing: list[int]
+    def __init__(self, store: RowStore, out: Path, ids: Sequence[str], keys: Sequence[str]) -> None:
+        self._store, self._out, self._keys, self._ranges = store, out, keys, shard_ranges(ids)
+        self._linked: set[int] = set()
+        out.mkdir(parents=True, exist_ok=True)
+        wanted: dict[str, int] = {}
+        for number, positions in enumerate(self._ranges):
+            own = keys[positions.start : positions.stop]
+            if store.link(own, _shard_path(out, number)):
+                self._linked.add(number)
+            else:
+                wanted |= dict(zip(own, positions, strict=True))
+        self._found = store.find(wanted.keys())
+        self.missing = [position for key, position in wanted.items() if key not in self._found]
 
     def write(self, batches: Iterable[Tensors]) -> Iterator[Shard]:
         """Write the shards that the store did not have; other shards that are in the folder are deleted at the end.
@@ -195,41 +189,19 @@ class Plan:
             WriteError: when the disk is full, naming the file; the shards before it are kept.
         """
         computed = _rows(batches)
-        for number, positions in enumerate(self.ranges):
-            path = _shard_path(self.out, number)
-            if number not in self.linked:
-                keys = self.keys[positions.start : positions.stop]
-                rows = [self.found.get(key) or next(computed) for key in keys]
+        for number, positions in enumerate(self._ranges):
+            path = _shard_path(self._out, number)
+            if number not in self._linked:
+                keys = self._keys[positions.start : positions.stop]
+                rows = [self._found.get(key) or next(computed) for key in keys]
                 tensors = {name: torch.stack([source[name][row] for source, row in rows]) for name in rows[0][0]}
                 save_shard(path, tensors, keys)
-                self.store.add(path, keys)
+                self._store.add(path, keys)
             yield Shard(path, positions, load_shard(path))
-        written = {_shard_path(self.out, number) for number in range(len(self.ranges))}
-        for path in [*self.out.glob(SHARDS), *self.out.glob(".*.tmp")]:
+        written = {_shard_path(self._out, number) for number in range(len(self._ranges))}
+        for path in [*self._out.glob(SHARDS), *self._out.glob(".*.tmp")]:
             if path not in written:
                 path.unlink()
-
-
-def plan_rows(store: RowStore, out: Path, ids: Sequence[str], keys: Sequence[str]) -> Plan:
-    """Put every shard of ``out`` that ``store`` has at its place, and find which rows of the others are known.
-
-    Args:
-        store: the shards of earlier runs.
-        out: the folder for ``00000.safetensors`` and so on.
-        ids: what each row is of, as a hash; they decide where shards end, so that this depends on no encoder.
-        keys: one key per row.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    ranges, linked, wanted = shard_ranges(ids), set(), {}
-    for number, positions in enumerate(ranges):
-        own = keys[positions.start : positions.stop]
-        if store.link(own, _shard_path(out, number)):
-            linked.add(number)
-        else:
-            wanted |= dict(zip(own, positions, strict=True))
-    found = store.find(wanted.keys())
-    missing = [position for key, position in wanted.items() if key not in found]
-    return Plan(store, out, keys, ranges, frozenset(linked), found, missing)
 
 
 def save_shard(path: Path, tensors: Tensors, keys: Sequence[str]) -> None:
@@ -290,10 +262,17 @@ def _rows(batches: Iterable[Tensors]) -> Iterator[tuple[Tensors, int]]:
             yield batch, row
 
 
-def _drop(path: Path, error: DamagedShardError) -> None:
-    if path.exists():
-        warnings.warn(f"{path} will not be used: {error}. Its rows are computed again.", stacklevel=3)
-        path.unlink(missing_ok=True)
+@contextmanager
+def _deleting_damaged(path: Path) -> Iterator[None]:
+    """Leave the block when the stored shard is damaged, which is deleted, or missing: its rows are computed again."""
+    try:
+        yield
+    except FileNotFoundError:
+        return  # the store was deleted in the meantime
+    except DamagedShardError as error:
+        if path.exists():
+            warnings.warn(f"{path} will not be used: {error}. Its rows are computed again.", stacklevel=4)
+            path.unlink(missing_ok=True)
 
 
 def _link(source: Path, target: Path) -> None:

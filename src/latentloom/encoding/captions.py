@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from latentloom.encoding.cache import FORMAT_VERSION, EncodeCounts, RowStore, plan_rows, row_key
+from latentloom.encoding.cache import FORMAT_VERSION, EncodeCounts, Plan, RowStore, row_key
 from latentloom.encoding.shard_files import INDEX, PAIRS, STATS, Tensors
 from latentloom.encoding.text_encoder import TextEncoder
 from latentloom.errors import UserError
@@ -51,12 +51,12 @@ def encode_captions(encoder: TextEncoder, images: Path, out: Path, store: RowSto
             "text": pairs["captions"],
         }
     )
-    texts = pairs.drop_duplicates("caption_id")["text"].tolist()
-    ids = [caption_id(text) for text in texts]
+    distinct = pairs.drop_duplicates("caption_id")
+    texts, ids = distinct["text"].tolist(), distinct["caption_id"].tolist()
     keys = [row_key(own_id, encoder.fingerprint, encoder.pooling, str(encoder.max_tokens), DTYPES) for own_id in ids]
     if not ids:
         raise UserError(f"{images} holds no captions: run `dvc repro ingest`")
-    plan, frames = plan_rows(store, out, ids, keys), []
+    plan, frames = Plan(store, out, ids, keys), []
     encoded = len(plan.missing)
     with tqdm(total=len(ids), initial=len(ids) - encoded, desc="encode_text", unit="caption") as progress:
         for shard in plan.write(_encode(encoder, [texts[position] for position in plan.missing], progress)):

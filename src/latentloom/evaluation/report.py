@@ -3,13 +3,12 @@
 `metrics.json`, `plots/mae_by_noise.csv` and the sheet `samples.png` are what it leaves.
 """
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
 
@@ -17,7 +16,7 @@ from latentloom.devices import autocast_dtype
 from latentloom.diffusion.denoising_error import BINS, bin_name, denoising_error
 from latentloom.encoding.dataset import Caches, LatentDataset
 from latentloom.evaluation.recall import recall_at_1
-from latentloom.evaluation.sheet import Row, Section, render_sheet, save_sheet
+from latentloom.evaluation.sheet import Section, render_sheet, save_sheet
 from latentloom.evaluation.text_to_image import TextToImage
 from latentloom.files import write_json, write_text
 from latentloom.ingestion.shards import iterate_images
@@ -39,22 +38,19 @@ class Evaluation:
         """Write the metrics, the sheet, and the errors by noise level: a table without rows where there are none."""
         scalars = {name: value for name, value in self.metrics.items() if name not in BY_NOISE}
         write_json(EVALUATE_METRICS, scalars)
-        write_table(
-            EVALUATE_PLOTS / "mae_by_noise.csv",
-            ["noise_level", "val_mae"],
-            [[level, self.metrics[name]] for name, level in BY_NOISE.items() if name in self.metrics],
-        )
+        by_noise = [(level, self.metrics[name]) for name, level in BY_NOISE.items() if name in self.metrics]
+        table = pd.DataFrame(by_noise, columns=["noise_level", "val_mae"])
+        write_text(EVALUATE_PLOTS / "mae_by_noise.csv", table.to_csv(index=False))
         save_sheet(self.sheet, SAMPLE_SHEET)
 
     @property
     def summary(self) -> str:
         """One line for the end of the stage."""
         recall = f"caption_recall_at_1 {self.metrics['caption_recall_at_1']:.3f}"
-        error = f"val_mae {self.metrics['val_mae']:.3f}" if "val_mae" in self.metrics else NO_VALIDATION
+        error = "no held-out image: val_mae is not measured"
+        if "val_mae" in self.metrics:
+            error = f"val_mae {self.metrics['val_mae']:.3f}"
         return f"{recall}, {error}, see {SAMPLE_SHEET}"
-
-
-NO_VALIDATION = "no held-out image: val_mae is not measured"
 
 
 def evaluate(params: Params, model: TextToImage, caches: Caches, images: Path) -> Evaluation:
@@ -79,8 +75,9 @@ def evaluate(params: Params, model: TextToImage, caches: Caches, images: Path) -
         dtype=autocast_dtype(settings.sampling.precision, model.device),
     )
     prompted = torch.from_numpy(model.text_encoder.encode(settings.prompts))
-    known = _first(caches.train, settings.recall_captions)
-    held_out = _first(caches.validation, settings.held_out_captions)
+    # The first by id: as good as random, and the same in each run.
+    known = caches.train.take(settings.recall_captions)
+    held_out = caches.validation.take(settings.held_out_captions)
     embeddings = torch.cat([prompted, *(data.primary_embeddings().cpu() for data in (known, held_out))])
     names = [*(f"prompt {prompt}" for prompt in settings.prompts), *known.ids, *held_out.ids]
     latents = model.latents(embeddings, names, settings.sampling, seed=params.seed)
@@ -96,14 +93,6 @@ def evaluate(params: Params, model: TextToImage, caches: Caches, images: Path) -
     return Evaluation(metrics, render_sheet(sections, _footer(params, model, metrics)))
 
 
-def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[float]]) -> None:
-    """Write a small CSV file, atomically; the same rows give the same bytes."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([columns, *rows])
-    write_text(path, text.getvalue())
-
-
 def _sections(
     settings: EvaluateParams,
     known: LatentDataset,
@@ -112,25 +101,20 @@ def _sections(
     images: Path,
 ) -> list[Section]:
     of_prompts, of_known, of_held_out = samples
-    shown = known.take(min(SHOWN_TRAINING_CAPTIONS, len(known)))
+    shown = known.take(SHOWN_TRAINING_CAPTIONS)
     real = dict(iterate_images(images, wanted={*shown.ids, *held_out.ids}))
 
     def beside_real(title: str, data: LatentDataset, generated: np.ndarray) -> Section:
         originals = np.stack([real[image_id] for image_id in data.ids])
-        return Section(title, data.primary_texts(), [Row("real", originals), Row("sample", generated)])
+        return Section(title, data.primary_texts(), {"real": originals, "sample": generated})
 
     sections = [
-        Section("Prompts", settings.prompts, [Row("sample", of_prompts)]),
+        Section("Prompts", settings.prompts, {"sample": of_prompts}),
         beside_real("Captions of training images", shown, of_known[: len(shown)]),
     ]
     if len(held_out):
         sections.append(beside_real("Captions held out: the model never saw these images", held_out, of_held_out))
     return sections
-
-
-def _first(data: LatentDataset, count: int) -> LatentDataset:
-    """The first ``count`` rows by id: as good as random, and the same in each run."""
-    return data.take(min(count, len(data)))
 
 
 def _footer(params: Params, model: TextToImage, metrics: dict[str, float]) -> str:

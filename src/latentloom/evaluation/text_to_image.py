@@ -7,7 +7,7 @@ A sample is a function of the model, its prompt, the seed, its number and the se
 one number start from the same noise whatever their prompt, so prompts can be compared.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -139,10 +139,8 @@ def load_text_to_image(
     """
     device = device or choose_device()
     network, config = load_model(folder, device)
-    vae = load_vae(_reference(folder, "vae", config.vae), device)
-    _check("VAE", folder, config.vae, vae.fingerprint)
-    text_encoder = load_text_encoder(_reference(folder, "text_encoder", config.text_encoder), device)
-    _check("text encoder", folder, config.text_encoder, text_encoder.fingerprint)
+    vae = _encoder(load_vae, folder / "vae", config.vae, device)
+    text_encoder = _encoder(load_text_encoder, folder / "text_encoder", config.text_encoder, device)
     codec = LatentCodec(config.latent_mean, config.latent_std, load_vae=lambda: vae)
     return TextToImage(network, config, codec, text_encoder, model_hash(folder), provenance)
 
@@ -188,14 +186,15 @@ def generating_code() -> str:
     return code_hash(deciding_modules(package / "evaluation" / "text_to_image.py", package), package.parent)
 
 
-def _reference(folder: Path, name: str, wanted: EncoderReference) -> str:
-    return str(folder / name) if (folder / name).is_dir() else wanted.reference
-
-
-def _check(what: str, folder: Path, wanted: EncoderReference, found: str) -> None:
-    if found != wanted.fingerprint:
+def _encoder(load: Callable[..., Any], carried: Path, wanted: EncoderReference, device: torch.device) -> Any:
+    """The encoder in ``carried`` where there is such a folder, else the one that ``wanted`` refers to."""
+    reference = str(carried) if carried.is_dir() else wanted.reference
+    encoder = load(reference, device)
+    if encoder.fingerprint != wanted.fingerprint:
+        what = carried.name.replace("_", " ")
         raise UserError(
-            f"{folder}: the {what} {wanted.reference} is not the one that this model was trained with: its fingerprint "
-            f"is {found[:12]}…, config.json asks for {wanted.fingerprint[:12]}…. Put the files of that {what} back, or "
-            "train on the new one (`dvc repro`)"
+            f"{carried.parent}: the {what} {reference} is not the one that this model was trained with: its "
+            f"fingerprint is {encoder.fingerprint[:12]}…, config.json asks for {wanted.fingerprint[:12]}…. Put the "
+            f"files of that {what} back, or train on the new one (`dvc repro`)"
         )
+    return encoder

@@ -2,7 +2,7 @@
 
     FOLDER/KEY/about.json    the run's name and store, its id there once it has one, and how much the store has
     FOLDER/KEY/events.jsonl  what was logged, one JSON object per line, in order
-    FOLDER/KEY/files/        copies of the files and images that are still to be delivered
+    FOLDER/KEY/files/        copies of the files and images, until the store has all of the run
 
 Events are read back from the disk, so a long run takes no memory. A killed process leaves at worst half a last line,
 which is cut off. One process at a time holds a journal.
@@ -11,7 +11,6 @@ which is cut off. One process at a time holds a journal.
 import json
 import shutil
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from latentloom.files import read_json, write_json
 Event = dict[str, Any]
 
 
-class JournalInUseError(RuntimeError):
+class JournalInUseError(OSError):
     """Another process writes to the journal, or delivers it."""
 
 
@@ -42,7 +41,7 @@ class Journal:
         from filelock import FileLock, Timeout
 
         self.folder, self.key = folder, folder.name
-        (folder / "files").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(folder / "lock")
         try:
             self._lock.acquire(timeout=5 if about is not None else 0)
@@ -50,7 +49,6 @@ class Journal:
             raise JournalInUseError(f"another process uses {folder}") from None
         if not (folder / "about.json").exists():
             write_json(folder / "about.json", dict(about or {}))
-        self._writing = threading.Lock()
         self._file = open(folder / "events.jsonl", "ab")  # noqa: SIM115
         end = max((end for _, end in self.events()), default=0)
         self._file.truncate(end)
@@ -73,34 +71,24 @@ class Journal:
     def append(self, event: Event) -> None:
         """Add an event; the operating system has it when this returns, so a kill does not lose it."""
         # Names from git or the disk that are not UTF-8 come as lone surrogates, which no store takes.
-        line = json.dumps(event, ensure_ascii=False).encode("utf-8", "replace")
-        with self._writing:
-            self._file.write(line + b"\n")
-            self._file.flush()
+        self._file.write(json.dumps(event, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+        self._file.flush()
 
     def events(self, start: int = 0) -> Iterator[tuple[Event, int]]:
         """The events from byte ``start`` of the file on, in order, each with the byte where it ends."""
         with open(self.folder / "events.jsonl", "rb") as file:
             file.seek(start)
             while (line := file.readline()).endswith(b"\n"):  # the last may be half written
-                yield _parsed(line), file.tell()
+                try:
+                    yield json.loads(line), file.tell()
+                except ValueError:
+                    continue  # a power cut broke it
 
-    def mark_delivered(self, events: list[Event], end: int) -> None:
-        """The store has the ``events`` up to byte ``end``: their files are not needed any more."""
-        self.update(delivered=end)
-        for event in events:
-            if "file" in event:
-                shutil.rmtree((self.folder / event["file"]).parent, ignore_errors=True)
-
-    def keep(self, name: str, content: Path | bytes) -> str:
-        """Keep bytes, or a copy of a file or a folder, under ``name``; its path within the journal's folder."""
+    def keep(self, name: str, content: bytes | Path) -> str:
+        """Keep bytes, or a copy of a file, under ``name``; its path within the journal's folder."""
+        (self.folder / "files").mkdir(exist_ok=True)
         kept = Path(tempfile.mkdtemp(dir=self.folder / "files")) / name
-        if isinstance(content, bytes):
-            kept.write_bytes(content)
-        elif content.is_dir():
-            shutil.copytree(content, kept)
-        else:
-            shutil.copyfile(content, kept)
+        kept.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
         return str(kept.relative_to(self.folder))
 
     def update(self, **about: Any) -> None:
@@ -109,17 +97,8 @@ class Journal:
         write_json(self.folder / "about.json", self.about)
 
     def close(self) -> None:
-        """Release the journal; it is deleted when its run has finished and the store has all of it."""
+        """Release the journal. What the store has is deleted: the files, and all when the run has finished."""
         self._file.close()
-        if self.status == "FINISHED" and not self.waiting:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if not self.waiting:
+            shutil.rmtree(self.folder if self.status == "FINISHED" else self.folder / "files", ignore_errors=True)
         self._lock.release()
-
-
-def _parsed(line: bytes) -> Event:
-    """The event of a line; a line that a power cut broke holds nothing."""
-    try:
-        event = json.loads(line)
-    except ValueError:
-        event = None
-    return event if isinstance(event, dict) and "kind" in event else {"kind": "unreadable"}

@@ -8,27 +8,23 @@ A killed training resumes from its last checkpoint, and computes again what it h
 and skips what its journal already holds, so its curves have neither gaps nor doubled steps.
 """
 
-import hashlib
 import io
 import sys
 import time
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from latentloom.tracking.delivery import Delivery
+from latentloom.tracking.delivery import DeliveryThread, deliver
 from latentloom.tracking.journal import Journal, JournalInUseError
 from latentloom.tracking.store import current_target, first_line
 from latentloom.tracking.system_metrics import system_metrics
-
-MAX_PARAM_LENGTH = 500
-MAX_DIGEST_LENGTH = 36  # MLflow's
 
 
 class TrackedRun:
@@ -36,12 +32,12 @@ class TrackedRun:
 
     Args:
         journal: where everything goes.
-        skip: whether to skip params, metrics and images that the journal holds already.
+        resumed: whether to skip params, metrics and images that the journal holds already.
     """
 
-    def __init__(self, journal: Journal | None = None, *, skip: bool = False) -> None:
+    def __init__(self, journal: Journal | None = None, *, resumed: bool = False) -> None:
         self._journal = journal
-        self._held = _held(journal) if journal and skip else set()
+        self._held = _held(journal) if journal and resumed else set()
         self.description = ""
 
     @property
@@ -56,28 +52,23 @@ class TrackedRun:
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log nested params under dotted names; a param that the run holds stays as it is."""
-        values = {key: _shortened(str(value)) for key, value in flatten(params).items()}
-        if new := {key: value for key, value in values.items() if ("param", key) not in self._held}:
-            self._append(kind="params", values=new)
+        self._append_new("params", {key: str(value) for key, value in flatten(params).items()})
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Log all of ``metrics`` at ``step``."""
-        values = {key: float(value) for key, value in metrics.items() if ("metric", key, step) not in self._held}
-        if values:
-            self._append(kind="metrics", step=int(step), values=values)
+        self._append_new("metrics", {key: float(value) for key, value in metrics.items()}, int(step))
 
     def log_image(self, image: np.ndarray, key: str, step: int) -> None:
         """Log an image, uint8 (H, W, 3), to the image grid under ``key``, at ``step``."""
         from PIL import Image
 
-        if self._journal and ("image", key, step) not in self._held:
+        if ("image", key, step) not in self._held:
             png = io.BytesIO()
             Image.fromarray(image).save(png, "PNG")
             self._append(kind="image", key=key, step=int(step), content=("image.png", png.getvalue()))
 
     def log_file(self, path: Path, folder: str | None = None) -> None:
-        """Log a file as it is now, or the files of a folder, as artifacts under ``folder``."""
-        folder = folder or (path.name if path.is_dir() else None)
+        """Log a file as it is now, as an artifact in ``folder``."""
         self._append(kind="file", folder=folder, content=(path.name, path))
 
     def log_text(self, text: str, name: str) -> None:
@@ -86,13 +77,11 @@ class TrackedRun:
 
     def log_dataset(self, *, name: str, source: str, digest: str, rows: int, context: str) -> None:
         """Log a data set as an input of the run: where it is, a hash of its content, and its number of rows."""
-        about = {"name": name, "source": source, "rows": rows, "context": context}
-        self._append(kind="dataset", digest=digest[:MAX_DIGEST_LENGTH], **about)
+        self._append(kind="dataset", name=name, source=source, digest=digest, rows=rows, context=context)
 
     def set_tags(self, tags: Mapping[str, str | None]) -> None:
         """Set tags; those whose value is None are left out."""
-        if values := {key: str(value) for key, value in tags.items() if value is not None}:
-            self._append(kind="tags", values=values)
+        self._append(kind="tags", values={key: str(value) for key, value in tags.items() if value is not None})
 
     def describe(self, text: str) -> None:
         """Set what MLflow shows as the run's description, in Markdown."""
@@ -103,7 +92,11 @@ class TrackedRun:
         """Mark the run as ``RUNNING``, or as ended: ``FINISHED``, ``FAILED`` or ``KILLED``."""
         self._append(kind="status", status=status)
 
-    def _append(self, *, content: tuple[str, Path | bytes] | None = None, **event: Any) -> None:
+    def _append_new(self, kind: str, values: dict[str, Any], step: int | None = None) -> None:
+        if new := {key: value for key, value in values.items() if (kind, key, step) not in self._held}:
+            self._append(kind=kind, values=new, step=step)
+
+    def _append(self, *, content: tuple[str, bytes | Path] | None = None, **event: Any) -> None:
         if self._journal is None:
             return
         try:
@@ -132,8 +125,7 @@ def new_run(root: Path, *, name: str | None = None, key: str | None = None) -> I
         name: the name of a new run.
         key: the run of an interrupted training that is resumed. What its journal holds is not logged again.
     """
-    about = {"name": name, "started": _now(), "target": current_target(), "mlflow_run_id": None}
-    with _open(root, key or uuid.uuid4().hex, about, skip=True) as run:
+    with _open(root, key or uuid.uuid4().hex, resumed=True, name=name, started=_now(), mlflow_run_id=None) as run:
         run.set_status("RUNNING")
         yield run
 
@@ -150,8 +142,7 @@ def reopened_run(root: Path, key: str | None, mlflow_run_id: str | None = None) 
     if not key:
         yield TrackedRun()
         return
-    about = {"name": None, "started": None, "target": current_target(), "mlflow_run_id": mlflow_run_id}
-    with _open(root, key, about, skip=False) as run:
+    with _open(root, key, resumed=False, name=None, started=None, mlflow_run_id=mlflow_run_id) as run:
         yield run
 
 
@@ -167,17 +158,12 @@ def sync(root: Path) -> Iterator[Synced]:
     """
     for folder in sorted(path.parent for path in journals(root).glob("*/about.json")):
         try:
-            journal = Journal(folder)
+            with closing(Journal(folder)) as journal:
+                yield _sync(journal, root)
         except JournalInUseError:
             yield Synced(folder.name, "still running")
-            continue
         except (OSError, ValueError) as error:
             yield Synced(folder.name, f"cannot be read: {first_line(error)}", waits=True)
-            continue
-        try:
-            yield _sync(journal, root)
-        finally:
-            journal.close()
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -192,19 +178,21 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @contextmanager
-def _open(root: Path, key: str, about: dict[str, Any], *, skip: bool) -> Iterator[TrackedRun]:
+def _open(root: Path, key: str, *, resumed: bool, **about: Any) -> Iterator[TrackedRun]:
     """A run whose journal is delivered in the background; at the end, all that can be delivered is."""
     try:
-        journal = Journal(journals(root) / key, about)
-    except (OSError, ImportError, ValueError, JournalInUseError) as error:
+        journal = Journal(journals(root) / key, about | {"target": current_target()})
+    except (OSError, ValueError) as error:
         warnings.warn(f"nothing of this run is tracked ({first_line(error)})", stacklevel=4)
         yield TrackedRun()
         return
     if journal.about["target"] != current_target():  # a resumed run, and all of it, goes to the present store
         journal.update(target=current_target(), mlflow_run_id=None, delivered=0)
-    run, delivery = TrackedRun(journal, skip=skip), Delivery(journal, root)
-    started = (journal.about["started"] or _now()) / 1000
-    delivery.start(measure=lambda: run.log_metrics(system_metrics(), int(time.time() - started)))
+    run, started = TrackedRun(journal, resumed=resumed), journal.about["started"] or _now()
+    delivery = DeliveryThread(
+        journal, root, measure=lambda: run.log_metrics(system_metrics(), (_now() - started) // 1000)
+    )
+    delivery.start()
     status = "FAILED"
     try:
         yield run
@@ -235,32 +223,19 @@ def _sync(journal: Journal, root: Path) -> Synced:
     if not waiting:
         return Synced(journal.key, "nothing to deliver")
     try:
-        Delivery(journal, root).deliver()
+        deliver(journal, root)
     except Exception as error:
         return Synced(journal.key, f"{journal.waiting} entries still wait: {first_line(error)}", waits=True)
     return Synced(journal.key, f"delivered {waiting} entries")
 
 
-def _held(journal: Journal) -> set[tuple]:
-    """What the journal of a resumed run holds already."""
-    held: set[tuple] = set()
-    for event, _ in journal.events():
-        match event["kind"]:
-            case "metrics":
-                held.update(("metric", key, event["step"]) for key in event["values"])
-            case "params":
-                held.update(("param", key) for key in event["values"])
-            case "image":
-                held.add(("image", event["key"], event["step"]))
-    return held
-
-
-def _shortened(value: str) -> str:
-    """A param as MLflow shows it; of a long one the start, and a hash that tells it from others."""
-    if len(value) <= MAX_PARAM_LENGTH:
-        return value
-    digest = hashlib.sha256(value.encode("utf-8", "replace")).hexdigest()[:16]
-    return f"{value[: MAX_PARAM_LENGTH - len(digest) - 1]}…{digest}"
+def _held(journal: Journal) -> set[tuple[str, str, int | None]]:
+    """What the journal of a resumed run holds already: kind, name, step."""
+    return {
+        (event["kind"], name, event.get("step"))
+        for event, _ in journal.events()
+        for name in event.get("values", [event.get("key")])
+    }
 
 
 def _now() -> int:

@@ -11,7 +11,6 @@ import sqlite3
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit, urlunsplit
 
 from latentloom.files import atomic_path
 
@@ -22,6 +21,7 @@ EXPERIMENT = "latentloom"
 # So that the UI opens on runs, charts and image grids; without it, it assumes a project of language-model prompts.
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 TIMEOUT = 10  # seconds
+_CREDENTIALS = re.compile(r"://[^/\s]*@")
 
 # MLflow reads these when it is imported. Its usage statistics are off unless the user turns them on. A server that is
 # away costs seconds, not the minutes that MLflow would retry for. MLflow would also send a request again whose answer
@@ -48,16 +48,13 @@ def ui_address(server: str, experiment_id: str) -> str:
 
 def without_credentials(uri: str) -> str:
     """An address as it may be shown: no user, no password, no query."""
-    parts = urlsplit(uri)
-    if "@" not in parts.netloc and not parts.query:
-        return uri
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return _CREDENTIALS.sub("://", uri).partition("?")[0]
 
 
 def first_line(error: Exception) -> str:
     """An error in one line, without the user and password of an address in it."""
     line = next(iter(str(error).strip().splitlines()), "")
-    return re.sub(r"://[^/@\s]*@", "://", f"{type(error).__name__}: {line}")
+    return _CREDENTIALS.sub("://", f"{type(error).__name__}: {line}")
 
 
 def current_target() -> str | None:
@@ -122,18 +119,14 @@ def _sqlite_uri(path: Path) -> str:
 def _check_database(uri: str) -> None:
     """Connect once to a database: MLflow tries for minutes, with a page of warnings."""
     scheme = uri.partition(":")[0].partition("+")[0]
-    if scheme not in ("sqlite", "postgresql", "mysql", "mssql"):
+    if scheme not in ("sqlite", "postgresql", "mysql"):
         return
     import sqlalchemy
 
-    options = {"connect_timeout": TIMEOUT} if scheme in ("postgresql", "mysql") else {}
-    engine = sqlalchemy.create_engine(uri, connect_args=options)
-    if scheme == "sqlite" and (path := engine.url.database):
+    if scheme == "sqlite" and (path := sqlalchemy.make_url(uri).database):
         Path(path).parent.mkdir(parents=True, exist_ok=True)  # as MLflow does
-    try:
-        sqlalchemy.inspect(engine).get_table_names()
-    finally:
-        engine.dispose()
+    options = {} if scheme == "sqlite" else {"connect_timeout": TIMEOUT}
+    sqlalchemy.create_engine(uri, connect_args=options, poolclass=sqlalchemy.NullPool).connect().close()
 
 
 def _write_ahead(store: Path) -> None:

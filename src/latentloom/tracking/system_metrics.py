@@ -1,4 +1,6 @@
-"""How busy the machine is, under the names of MLflow's page of system metrics: CPU, memory, disk and GPUs."""
+"""How busy the machine is, under the names of MLflow's page of system metrics: CPU, memory, disk and NVIDIA GPUs."""
+
+from contextlib import suppress
 
 import psutil
 
@@ -14,25 +16,16 @@ def system_metrics() -> dict[str, float]:
         "system_memory_usage_percentage": memory.percent,
         "disk_usage_percentage": psutil.disk_usage(".").percent,
     }
-    return {f"system/{name}": value for name, value in (metrics | _gpu_metrics()).items()}
-
-
-def _gpu_metrics() -> dict[str, float]:
-    """Of each NVIDIA GPU; empty without one, or without NVIDIA's library for Python."""
-    try:
+    with suppress(ImportError):
         import pynvml
-    except ImportError:
-        return {}
-    metrics = {}
-    try:
-        pynvml.nvmlInit()
-        for number in range(pynvml.nvmlDeviceGetCount()):
-            gpu = pynvml.nvmlDeviceGetHandleByIndex(number)
-            memory = pynvml.nvmlDeviceGetMemoryInfo(gpu)
-            metrics[f"gpu_{number}_memory_usage_megabytes"] = memory.used / MB
-            metrics[f"gpu_{number}_memory_usage_percentage"] = 100 * memory.used / memory.total
-            metrics[f"gpu_{number}_utilization_percentage"] = pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu
-            metrics[f"gpu_{number}_power_usage_watts"] = pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000
-    except pynvml.NVMLError:  # no driver, or a GPU that does not measure this
-        return metrics
-    return metrics
+
+        with suppress(pynvml.NVMLError):  # no driver, or a GPU that does not measure this
+            pynvml.nvmlInit()
+            for number in range(pynvml.nvmlDeviceGetCount()):
+                gpu = pynvml.nvmlDeviceGetHandleByIndex(number)
+                memory = pynvml.nvmlDeviceGetMemoryInfo(gpu)
+                metrics[f"gpu_{number}_memory_usage_megabytes"] = memory.used / MB
+                metrics[f"gpu_{number}_memory_usage_percentage"] = 100 * memory.used / memory.total
+                metrics[f"gpu_{number}_utilization_percentage"] = pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu
+                metrics[f"gpu_{number}_power_usage_watts"] = pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000
+    return {f"system/{name}": value for name, value in metrics.items()}

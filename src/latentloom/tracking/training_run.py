@@ -9,18 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from latentloom.layout import LATENTS
-from latentloom.tracking.runs import TrackedRun, flatten
+from latentloom.tracking.runs import TrackedRun
 
 PROVENANCE, CODE_DIFF = "provenance.json", "code.diff"
-# MLflow repeats a run's params above each image, so it gets those that decide the model.
-COMPARED = ("seed", "ingest", "encode_images", "encode_text", "model", "diffusion", "train")
-NOT_COMPARED = (
-    "ingest.max_pixels",
-    "ingest.max_aspect_ratio",
-    "ingest.near_duplicate_distance",
-    "ingest.max_reject_fraction",
-    "train.gradient_accumulation",  # the same model, within rounding
-)
+# MLflow repeats a run's params above each image, so it gets the sections that decide the model.
+SECTIONS = ("seed", "ingest", "encode_images", "encode_text", "model", "diffusion", "train")
 
 
 def record_start(
@@ -57,9 +50,8 @@ def record_start(
             "input.validation": inputs.get("validation"),
         }
     )
-    compared = flatten({section: params[section] for section in COMPARED})
-    tracked.log_params({key: value for key, value in compared.items() if key not in NOT_COMPARED})
-    _log_provenance(tracked, provenance)
+    tracked.log_params({section: params[section] for section in SECTIONS})
+    tracked.log_text(json.dumps(provenance, indent=2) + "\n", PROVENANCE)
     if code_diff:
         tracked.log_text(code_diff, CODE_DIFF)
     sources = [source["name"] for source in provenance.get("ingested", {}).get("sources", [])] or ["images"]
@@ -90,15 +82,11 @@ def record_model(
     """
     tracked.set_tags({"model.sha256": model_sha256})
     tracked.log_file(model_folder / "config.json", "model")
-    _log_provenance(tracked, provenance)
+    tracked.log_text(json.dumps(provenance, indent=2) + "\n", PROVENANCE)
     errors = f"train MAE **{metrics['train_mae']:.3f}**"
     if val_mae is not None:
         errors += f", validation MAE **{val_mae:.3f}**"
     tracked.describe(f"{tracked.description}\n\nResult: {errors}. Model `{model_sha256[:12]}`.")
-
-
-def _log_provenance(tracked: TrackedRun, provenance: Mapping[str, Any]) -> None:
-    tracked.log_text(json.dumps(dict(provenance), indent=2) + "\n", PROVENANCE)
 
 
 def _description(
