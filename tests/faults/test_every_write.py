@@ -9,7 +9,6 @@ import pytest
 from stages import ROWS_PER_SHARD, end, start_script
 
 pytestmark = pytest.mark.fault
-SHARED_NOTHING = True
 
 TESTS = Path(__file__).parents[1]
 # Every step of the stages that make data and model. The many pages of the Data Docs are written alike: a few will do.
