@@ -9,29 +9,43 @@ import numpy as np
 import pytest
 from projects import finished, first_run, made_once, make_project  # noqa: F401 (fixtures)
 
-TESTS = Path(__file__).parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("LATENTLOOM_TESTS_PID", str(os.getpid()))  # of pytest itself: its processes inherit it
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest comes first, so that short tests fill the gaps at the end, and what belongs together stays so.
+# Files of tests that share no more than the projects that are made once for all processes.
+SPREAD = {f"tests/faults/test_{name}.py" for name in ("corruption", "every_write", "full_disk", "kills")}
 
-    A file's tests run in one process, since they share what the file's fixtures make. A file of whole pipelines or
-    faults that shares nothing (``SHARED_NOTHING``) is spread over the processes, test by test.
-    """
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest comes first, so that short tests fill the gaps at the end."""
     kinds: dict[str, list[Path]] = {"service": [], "pipeline": [], "fault": []}
     for item in items:
         for kind, files in kinds.items():
             if item.get_closest_marker(kind) and item.path not in files:
                 files.append(item.path)
-        if not getattr(item.module, "SHARED_NOTHING", False):
-            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(TESTS).as_posix()))
     # In turns, since the first of each kind makes a project that the others of its kind wait for.
     turns = {path: turn for files in kinds.values() for turn, path in enumerate(files)}
     items.sort(key=lambda item: turns.get(item.path, math.inf))  # stable: a file's tests stay in their order
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """With ``--dist loadfile``, a file's tests run in one process, since they share what the file's fixtures make.
+
+    Those of `SPREAD` are handed out one by one. (xdist 3.8's own groups have no effect with pytest 9.2.)
+    """
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return nodeid if file in SPREAD else file
+
+    return Files(config, log)
 
 
 @pytest.fixture

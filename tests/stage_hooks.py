@@ -5,7 +5,7 @@ import functools
 import os
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +31,16 @@ def rows_per_shard(count: int) -> None:
 
 
 def die_at_write(number: int) -> None:
-    """End the process before the ``number``-th step of any write to the disk, and clean nothing up."""
-    _at_write(number, lambda: os._exit(DIED))
+    """End the process before the ``number``-th new name of any file, and clean nothing up."""
+    _at_write(number, NAMES, lambda: os._exit(DIED))
 
 
 def fail_at_write(number: int) -> None:
     """Let the ``number``-th step of any write fail, as on a full disk; those after it succeed."""
-    _at_write(number, _no_room)
+    _at_write(number, (*NAMES, "fsync"), _no_room)
 
 
-STEPS = ("fsync", "replace", "rename", "link")
+NAMES = ("replace", "rename", "link")  # what another process sees; a flush that follows shows it nothing new
 
 
 def _no_room() -> None:
@@ -57,7 +57,7 @@ NOT_COUNTED = (".state/tracking", "mlartifacts", "mlflow.db")
 _done = 0
 
 
-def _at_write(number: int, act: Callable[[], None]) -> None:
+def _at_write(number: int, steps: Sequence[str], act: Callable[[], None]) -> None:
     root = os.path.realpath(".")
 
     def counted(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,5 +77,5 @@ def _at_write(number: int, act: Callable[[], None]) -> None:
 
         return wrapper
 
-    for step in STEPS:
+    for step in steps:
         setattr(os, step, counted(getattr(os, step)))

@@ -1,11 +1,11 @@
 """Runs a stage again and again, and breaks it at another step of its writing each time.
 
 ``every_write.py STAGE FAULT REFERENCE STRIDE`` is started by the server of stages in a copy of a finished project. It
-makes the stage's imports once and forks each run, so that a run costs the stage's own work alone. A step is a call
-after which another process sees something else: a rename, a link, or the flush of a folder that follows. The faults are
+makes the stage's imports once and forks each run, so that a run costs the stage's own work alone: MLflow is not there,
+whose delivery has tests of its own. The faults are
 
-- ``die``: the process ends right before it, and cleans nothing up;
-- ``full``: the step fails with "No space left on device".
+- ``die``: the process ends right before a file gets its final name, and cleans nothing up;
+- ``full``: the renaming, or the flush of the folder that follows it, fails with "No space left on device".
 
 After each fault the outs must be whole or missing, and the rerun must end with the bytes of the ``REFERENCE`` project.
 """
@@ -28,6 +28,7 @@ PRINTED = Path("../printed_by_run.txt")
 
 def main(stage: str, fault: str, reference: Path, stride: int) -> None:
     """Break the stage at steps 1, 1 + stride, ...; print what a test asserts on as JSON: its steps, and what it met."""
+    sys.modules["mlflow.tracking"] = None  # as where it is not installed
     script = runpy.run_path(f"pipelines/{stage}.py", run_name="stage")
     project = Project(Path.cwd())
     whole = read_outs(Project(reference), stage)

@@ -7,7 +7,6 @@ import pytest
 from stages import end, start
 
 pytestmark = pytest.mark.fault
-SHARED_NOTHING = True
 
 
 @pytest.mark.parametrize(

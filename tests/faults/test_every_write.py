@@ -9,11 +9,10 @@ import pytest
 from stages import ROWS_PER_SHARD, end, start_script
 
 pytestmark = pytest.mark.fault
-SHARED_NOTHING = True
 
 TESTS = Path(__file__).parents[1]
 # Every step of the stages that make data and model. The many pages of the Data Docs are written alike: a few will do.
-STRIDES = {"ingest": 1, "encode_images": 1, "encode_text": 1, "validate": 40, "train": 1, "evaluate": 1}
+STRIDES = {"ingest": 1, "encode_images": 1, "encode_text": 1, "validate": 20, "train": 1, "evaluate": 1}
 
 
 def break_at_steps(uninterrupted, project, stage: str, fault: str, stride: int) -> dict:
@@ -31,13 +30,13 @@ def test_a_stage_that_dies_at_any_step_of_its_writing_leaves_whole_files_and_rer
 ):
     met = break_at_steps(uninterrupted, project, stage, "die", STRIDES[stage])
     assert met["wrong"] == []
-    assert met["steps"] >= 2 * 3  # three files at the least: renamed, and their folder flushed
+    assert met["steps"] >= 3
 
 
 @pytest.mark.parametrize("stage", ["ingest", "encode_images", "encode_text", "train"])
 def test_a_disk_that_is_full_at_any_write_ends_the_stage_with_the_files_name_and_the_rerun_with_the_same_bytes(
     uninterrupted, project, stage
 ):
-    met = break_at_steps(uninterrupted, project, stage, "full", 2)
+    met = break_at_steps(uninterrupted, project, stage, "full", 3)  # odd: renames and flushes of folders take turns
     assert met["wrong"] == []
     assert met["statuses"].get("1", 0) >= 3

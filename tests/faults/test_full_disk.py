@@ -13,7 +13,6 @@ from projects import Project
 from stages import copy_project, end, finish, is_whole, read_outs, remove_outs, start
 
 pytestmark = pytest.mark.fault
-SHARED_NOTHING = True
 
 MESSAGE = re.compile(
     r"could not write (\S+): .*(No space left on device|File too large).*; "

@@ -13,7 +13,6 @@ from safetensors import safe_open
 from stages import end, finish, is_whole, kill, kill_when, read_outs, remove_outs, start
 
 pytestmark = pytest.mark.fault
-SHARED_NOTHING = True
 
 EARLIER = b"what an earlier run left"
 
