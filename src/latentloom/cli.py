@@ -241,13 +241,9 @@ def _figure(value: float | None) -> str:
 
 def _store_message(error: Exception) -> str:
     """What to do about a database that is damaged, away or on a full disk."""
+    store = "the database that MLFLOW_TRACKING_URI names" if os.environ.get("MLFLOW_TRACKING_URI") else "mlflow.db"
     cause = str(getattr(error, "orig", None) or error).splitlines()[0]
-    if os.environ.get("MLFLOW_TRACKING_URI"):
-        return f"the database that MLFLOW_TRACKING_URI names cannot be used: {cause}"
-    return (
-        f"mlflow.db cannot be used: {cause}. Make room if the disk is full. If the file is damaged, put a copy back or "
-        "move it away; the next run creates a new one"
-    )
+    return f"{store} cannot be used: {cause}. Make room if the disk is full; put a copy back if the file is damaged"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -32,14 +31,6 @@ class Place(StrEnum):
     UNKNOWN = "not known"
 
 
-@dataclass(frozen=True)
-class Location:
-    """Where an out is, and in words what was found there, or why it is not known."""
-
-    place: Place
-    message: str
-
-
 def out_hash(path: Path) -> str:
     """The hash that DVC gives a file, 32 hexadecimal digits, or a folder: 32 digits and ``.dir``."""
     if path.is_file():
@@ -56,35 +47,33 @@ def locked_outs(lock: bytes | str | None) -> dict[str, str]:
     return {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", []) if "md5" in out}
 
 
-def locate(root: Path, outs: Iterable[str]) -> dict[str, Location]:
-    """Where all bytes of each out are, by its hash. Nothing is raised: what cannot be asked is not known.
+def locate(root: Path, outs: Iterable[str]) -> dict[str, tuple[Place, str]]:
+    """Where all bytes of each out are, by its hash, and in words what was found there, or why it is not known.
 
     The one place that asks DVC's own classes: its commands miss that a folder in the remote has lost a file.
     """
-    found: dict[str, Location] = {}
+    found: dict[str, tuple[Place, str]] = {}
     wanted = set(outs)
     try:
         from dvc.config import NoRemoteError
         from dvc.repo import Repo
 
         with Repo(str(root)) as repo:
-            found |= {out: Location(Place.HERE, "DVC's cache") for out in wanted if _holds(repo.cache.local, out)}
+            found |= {out: (Place.HERE, "DVC's cache") for out in wanted if _holds(repo.cache.local, out)}
             missing = wanted - found.keys()
             try:
                 remote = repo.cloud.get_remote_odb() if missing else None
             except NoRemoteError:
-                return found | dict.fromkeys(
-                    missing, Location(Place.LOST, "not in DVC's cache, and there is no remote")
-                )
-            found |= {out: Location(Place.REMOTE, "DVC's remote") for out in missing if _holds(remote, out)}
+                return found | dict.fromkeys(missing, (Place.LOST, "not in DVC's cache, and there is no remote"))
+            found |= {out: (Place.REMOTE, "DVC's remote") for out in missing if _holds(remote, out)}
             missing -= found.keys()
             # Some kinds of remote say of each file that it is not there when they are away.
             if missing and not remote.fs.exists(address := remote.path.removesuffix("files/md5")):
                 raise ConnectionError(f"nothing is at {address.rpartition('@')[2]}")  # without a password
-            return found | dict.fromkeys(missing, Location(Place.LOST, "neither in DVC's cache nor in its remote"))
+            return found | dict.fromkeys(missing, (Place.LOST, "neither in DVC's cache nor in its remote"))
     except Exception as error:  # DVC is not installed, this is no project of it, or the remote has errors of its own
         message = f"DVC does not find it: {_last_line(str(error))}"
-        return dict.fromkeys(wanted, Location(Place.UNKNOWN, message)) | found
+        return dict.fromkeys(wanted, (Place.UNKNOWN, message)) | found
 
 
 def bring(root: Path, out: str, path: Path) -> None:

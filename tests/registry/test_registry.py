@@ -19,7 +19,7 @@ from latentloom.evaluation.text_to_image import load_text_to_image, stored_setti
 from latentloom.model_files import model_hash, read_config
 from latentloom.registry import packing, registry
 from latentloom.registry.models import find_model
-from latentloom.registry.registry import Figures, PromotionRejected, worse
+from latentloom.registry.registry import Figures, worse
 from latentloom.tracking.store import open_client
 
 ROOT = Path(__file__).parents[2]
@@ -191,7 +191,7 @@ def test_a_worse_model_is_rejected_unless_someone_says_why(project_root, train, 
     train(tiny_unets[1], recall=0.8)
     promote(tiny_unets[0])
     for alias in ("champion", "candidate"):
-        with pytest.raises(PromotionRejected, match=r"0\.8, worse than the champion's 0\.9(.|\n)*--force --why"):
+        with pytest.raises(UserError, match=r"0\.8, worse than the champion's 0\.9(.|\n)*--force --why"):
             promote(tiny_unets[1], alias)
     assert (aliases(project_root), versions(project_root)) == ({"champion": "1"}, ["1"])
     assert promote(tiny_unets[1], force=True, why="the hands are right") == "2"
@@ -202,14 +202,14 @@ def test_a_worse_model_is_rejected_unless_someone_says_why(project_root, train, 
 
 def test_a_model_of_data_that_failed_its_validation_is_rejected(project_root, train, promote, tiny_unets):
     train(tiny_unets[0], failed_checks=("latents are finite",))
-    with pytest.raises(PromotionRejected, match="validation of its data failed: latents are finite"):
+    with pytest.raises(UserError, match="validation of its data failed: latents are finite"):
         promote(tiny_unets[0])
     assert aliases(project_root) == {}
 
 
 def test_a_model_whose_validation_is_not_known_is_rejected(project_root, train, promote, tiny_unets):
     train(tiny_unets[0], failed_checks=None)
-    with pytest.raises(PromotionRejected, match="is not known"):
+    with pytest.raises(UserError, match="is not known"):
         promote(tiny_unets[0])
 
 

@@ -6,9 +6,9 @@ picture -> model -> run -> params -> code and local changes -> packages
 
 import hashlib
 import json
+import os
 import re
 import shlex
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 
 import latentloom
-from latentloom.dvc_outs import Location, Place, locate, out_hash
-from latentloom.encoding.pretrained import fingerprint, text_folder, vae_folder
+from latentloom.dvc_outs import Place, locate, out_hash
+from latentloom.encoding.pretrained import fingerprint
 from latentloom.evaluation.metadata import generate_command
 from latentloom.evaluation.text_to_image import generating_code
 from latentloom.files import sha256_file
@@ -41,7 +41,7 @@ DATA = {  # DVC's outs, by the link that each is
 }
 AT_HAND = (Place.HERE, Place.REMOTE)
 AGAIN = "again.png"
-PRESENT_CODE = Path(latentloom.__file__).parents[1]
+PRESENT_CODE = Path(latentloom.__file__).parents[1]  # an earlier commit's cannot bring outs back
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def gather(subject: Subject, root: Path) -> tuple[Link, ...]:
         *_around_the_code(subject, root),
         *data,
         *(_source(listing, subject, needed=not images_are_there) for listing in known.sources),
-        _encoder("VAE", "vae", ("encode_images", "vae"), vae_folder, subject, root),
-        _encoder("text encoder", "text_encoder", ("encode_text", "model"), text_folder, subject, root),
+        _encoder("VAE", "vae", ("encode_images", "vae"), subject, root),
+        _encoder("text encoder", "text_encoder", ("encode_text", "model"), subject, root),
     )
 
 
@@ -109,7 +109,7 @@ def _picture(subject: Subject) -> Link:
     return Link("picture", name, sha256_file(subject.image), Place.HERE, str(subject.image), command="\n".join(lines))
 
 
-def _model(subject: Subject, found: dict[str, Location], root: Path) -> Link:
+def _model(subject: Subject, found: dict[str, tuple[Place, str]], root: Path) -> Link:
     """The model: in DVC, in a folder, or in the registry."""
     sha256 = subject.sha256
     if str(MODEL) in subject.provenance.outs:
@@ -117,9 +117,11 @@ def _model(subject: Subject, found: dict[str, Location], root: Path) -> Link:
     else:
         ended = f"the run is {subject.run.info.status.lower()}" if subject.run else "neither in a folder nor in DVC"
         link = Link("model", "no model", None, Place.LOST, ended)
-    if sha256 is None or link.place is Place.HERE:
-        return replace(link, name=f"sha256 {sha256[:12]}", hash=sha256) if sha256 else link
+    if sha256 is None:
+        return link
     link = replace(link, name=f"sha256 {sha256[:12]}", hash=sha256)
+    if link.place is Place.HERE:
+        return link
     for folder in (subject.folder, root / ".state" / "models" / sha256):
         if is_model(folder, sha256):
             return replace(link, place=Place.HERE, where=str(folder), command=_copy(folder, MODEL))
@@ -186,7 +188,7 @@ def _around_the_code(subject: Subject, root: Path) -> list[Link]:
     return links
 
 
-def _out(link: str, path: str, subject: Subject, found: dict[str, Location], root: Path) -> Link:
+def _out(link: str, path: str, subject: Subject, found: dict[str, tuple[Place, str]], root: Path) -> Link:
     """One of DVC's outs: in its cache or remote, or in the project's folder alone."""
     out, ingested = subject.provenance.outs.get(path), subject.provenance.ingested
     if out is None:
@@ -194,11 +196,11 @@ def _out(link: str, path: str, subject: Subject, found: dict[str, Location], roo
     name = f"{path} {out[:12]}"
     if link == "images" and ingested:
         name += f": {ingested['kept']:,} images ({ingested['train']:,} train, {ingested['validation']:,} validation)"
-    location, local = found[out], root / path
+    (place, where), local = found[out], root / path
     bring = f"PYTHONPATH={shlex.quote(str(PRESENT_CODE))} python -m latentloom.dvc_outs {out}={shlex.quote(path)}"
-    if location.place not in AT_HAND and local.exists() and out_hash(local) == out:
+    if place not in AT_HAND and local.exists() and out_hash(local) == out:
         return Link(link, name, out, Place.HERE, f"{path} of this folder alone", command=_copy(local, path))
-    return Link(link, name, out, location.place, location.message, command=bring)
+    return Link(link, name, out, place, where, command=bring)
 
 
 def _source(then: dict[str, Any], subject: Subject, *, needed: bool) -> Link:
@@ -211,21 +213,13 @@ def _source(then: dict[str, Any], subject: Subject, *, needed: bool) -> Link:
     try:
         # A Parquet source's columns say nothing about its files.
         (now,) = fingerprint_sources([SourceParams(source=kind, path=path)], Path("/nonexistent"))
+        place, where = (Place.HERE, "as it was") if now == then else (Place.LOST, "it has changed since")
     except (ValueError, OSError) as error:
         place, where = Place.UNKNOWN, f"not on this machine: {first_line(error)}"
-    else:
-        if now == then:
-            place, where = Place.HERE, "as it was"
-        elif kind == "openmoji":
-            place, where = Place.REMOTE, "PyPI: other versions are installed now"
-        else:
-            place, where = Place.LOST, f"changed since: {then['files']:,} files then, {now['files']:,} now"
     return Link("source", name, then.get("fingerprint"), place, where, needed)
 
 
-def _encoder(
-    link: str, key: str, param: tuple[str, str], folder_of: Callable[[str], Path], subject: Subject, root: Path
-) -> Link:
+def _encoder(link: str, key: str, param: tuple[str, str], subject: Subject, root: Path) -> Link:
     """The VAE or the text encoder, compared by fingerprint with what its name stands for here."""
     if encoder := subject.provenance.encoders.get(key):
         reference, wanted = encoder["reference"], encoder["fingerprint"]
@@ -233,23 +227,18 @@ def _encoder(
         params = yaml.safe_load(Git(root).read(subject.commit or "HEAD", PARAMS) or b"") or {}
         reference = params.get(param[0], {}).get(param[1], "bundled")
         wanted = getattr(subject.metadata, key) if subject.metadata else None
-    name, folder = f"{reference} {(wanted or '')[:12]}".strip(), root / reference
+    name, folder = f"{reference} {(wanted or '')[:12]}".strip(), root / Path(reference).expanduser()
+    if reference == "bundled":
+        return Link(link, name, wanted, Place.HERE, "the package, and its requirements.lock")
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", reference) and not folder.is_dir():
         return Link(link, name, wanted, Place.REMOTE, "the Hugging Face hub; compared when it is loaded")
     try:
-        here = fingerprint(folder_of(str(folder) if folder.is_dir() else reference))
+        same = wanted in (fingerprint(folder), None)
+        place, where = (Place.HERE, reference) if same else (Place.LOST, f"{reference} holds another one now")
     except (ValueError, OSError):  # it cannot be read, or is not there
-        here = None
-    if here and wanted in (here, None):
-        is_ours = folder.is_dir() and not Path(reference).is_absolute()
-        command = _copy(folder, reference) if is_ours else ""
-        where = "the package" if reference == "bundled" else reference
-        return Link(link, name, wanted, Place.HERE, where, command=command)
-    if reference == "bundled":
-        return Link(link, name, wanted, Place.HERE, "the package of the commit, or of its requirements.lock")
-    if here:
-        return Link(link, name, wanted, Place.LOST, f"{reference} holds another one now")
-    return Link(link, name, wanted, Place.UNKNOWN, f"the folder {reference} is not on this machine")
+        place, where = Place.UNKNOWN, f"the folder {reference} is not on this machine"
+    outside = reference.startswith(("/", "~"))
+    return Link(link, name, wanted, place, where, command="" if outside else _copy(folder, reference))
 
 
 def _store_place(root: Path) -> Place:
@@ -257,9 +246,9 @@ def _store_place(root: Path) -> Place:
 
 
 def _downloaded(root: Path, run_id: str, name: str) -> str:
-    """In a command, the path of a run's file, which MLflow downloads; a server's address stays in the environment."""
-    uri = tracking_uri(root)
-    store = "" if uri.startswith("http") else f"MLFLOW_TRACKING_URI={shlex.quote(without_credentials(uri))} "
+    """In a command, the path of a run's file, once MLflow has downloaded it."""
+    in_environment = os.environ.get("MLFLOW_TRACKING_URI")  # it may hold a password
+    store = "" if in_environment else f"MLFLOW_TRACKING_URI={shlex.quote(tracking_uri(root))} "
     return f'"$({store}{_join("mlflow", "artifacts", "download", "-r", run_id, "-a", name)} | tail -1)"'
 
 

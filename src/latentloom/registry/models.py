@@ -29,7 +29,7 @@ NAME = "latentloom"  # of the registered model
 HASH_TAG = "model.sha256"
 SERVED = "served"  # where the training's run holds the files of a registered version
 PACKED_MODEL = f"{SERVED}/artifacts/model"
-REGISTERED = re.compile(r"(?:models:/)?latentloom[@:/](?P<name>.+)|(?P<alias>champion|candidate)")
+REGISTERED = r"^(models:/)?latentloom[@:/]"
 
 
 @dataclass(frozen=True)
@@ -84,16 +84,14 @@ def look_up(client: "MlflowClient", reference: str) -> "tuple[Run | None, ModelV
     Raises:
         UserError: when it names neither, or several runs.
     """
-    registered = REGISTERED.fullmatch(reference)
-    name = registered["name"] or registered["alias"] if registered else reference
+    name = re.sub(REGISTERED, "", reference)
     get_version = client.get_model_version if name.isdigit() else client.get_model_version_by_alias
-    if version := _or_none(get_version, NAME, name):
-        if HASH_TAG not in version.tags:
-            raise UserError(f"version {version.version} of {NAME} was not made by `latentloom promote`: promote a run")
-        return (_or_none(client.get_run, version.run_id) if version.run_id else None), version
-    if registered:
-        raise UserError(f"{name} is nothing in the registry yet: `latentloom promote RUN --to champion` puts it there")
-    return find_run(client, reference.removeprefix("runs:/")), None
+    version = _or_none(get_version, NAME, name)
+    if version is None:
+        return find_run(client, reference.removeprefix("runs:/")), None
+    if HASH_TAG not in version.tags:
+        raise UserError(f"version {version.version} of {NAME} was not made by `latentloom promote`: promote a run")
+    return _or_none(client.get_run, version.run_id), version
 
 
 def find_run(client: "MlflowClient", reference: str) -> "Run":
@@ -109,8 +107,8 @@ def find_run(client: "MlflowClient", reference: str) -> "Run":
     runs = [run for run in named if HASH_TAG in run.data.tags] or named
     if not runs:
         raise UserError(
-            f"{reference} names no folder, no version or alias of the registry, and no run of this store; `make ui` "
-            "shows the runs with their names and ids, `latentloom history` the registry"
+            f"{reference} names no folder, no version or alias of the registry (`latentloom promote RUN --to champion` "
+            "makes one), and no run of this store (`make ui` shows their names and ids)"
         )
     if len(runs) > 1:
         shown = ", ".join(f"{run.info.run_id} ({run.info.run_name})" for run in runs)

@@ -6,7 +6,7 @@ created whole before an alias moves, so an interrupted promotion leaves the alia
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,12 +37,8 @@ if TYPE_CHECKING:
 
 Alias = Literal["champion", "candidate"]
 RECALL, VAL_MAE = "evaluate/caption_recall_at_1", "evaluate/val_mae"
-PROMOTED, TAKEN_BACK = "promoted", "taken_back"
+PROMOTED, TAKEN_BACK = ".promoted", ".taken_back"  # behind the alias, in names of tags
 DESCRIPTION = "Prompts in, PNG images out: `mlflow models serve -m models:/latentloom@champion --env-manager local`"
-
-
-class PromotionRejected(UserError):
-    """The model is not good enough, or it is not known whether it is; the message says why, and how to promote it."""
 
 
 @dataclass(frozen=True)
@@ -73,18 +69,33 @@ class Figures:
         return cls(**json.loads(version.tags.get("figures", "{}")))
 
 
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
 @dataclass(frozen=True)
 class Move:
     """One change of an alias, from ``previous`` to ``version``, with the figures of that; None: it named nothing."""
 
-    when: str
     alias: str
-    taken_back: bool
     version: str | None
     previous: str | None
-    why: str | None
-    by: str | None
     figures: Figures
+    why: str | None
+    taken_back: bool = False
+    by: str | None = field(default_factory=user_name)
+    when: str = field(default_factory=_now)
+
+    def save(self, client: "MlflowClient") -> None:
+        """Write it down, as a tag of the version that was promoted or taken back."""
+        version, kind = (self.previous, TAKEN_BACK) if self.taken_back else (self.version, PROMOTED)
+        client.set_model_version_tag(NAME, version, self.alias + kind, json.dumps(asdict(self)))
+
+    @classmethod
+    def of_tag(cls, value: str) -> "Move":
+        """The reverse of `save`."""
+        values = json.loads(value)
+        return cls(**values | {"figures": Figures(**values["figures"])})
 
 
 def promote(
@@ -96,9 +107,8 @@ def promote(
         The version, and whether the alias moved: not where it named that version already.
 
     Raises:
-        PromotionRejected: when its data's validation failed, or it is worse than the champion, or either is not known,
-            unless ``force``.
-        UserError: when the store has no run of the model.
+        UserError: when the store has no run of the model; unless ``force``, when its data's validation failed, or it is
+            worse than the champion, or either is not known.
         mlflow.exceptions.MlflowException: when the store cannot be reached; the alias has not moved then.
     """
     client = open_client(root)
@@ -113,16 +123,22 @@ def promote(
     number = str(known.version) if known else None
     if number and aliases.get(alias) == number:
         return number, False
-    objections = [_validation_objection(provenance)]
-    if (champion := aliases.get("champion")) and champion != number:
-        objections.append(worse(figures, Figures.of_version(client.get_model_version(NAME, champion))))
-    if not force and any(objections):
-        listed = "\n".join(f"- {objection}" for objection in objections if objection)
-        raise PromotionRejected(f'not promoted:\n{listed}\nTo promote it all the same: --force --why "..."')
+    objections, failed = [], provenance.get("failed_checks")
+    if failed is None:
+        objections.append("the result of its data's validation is not known: the run does not hold it")
+    elif failed:
+        objections.append(f"the validation of its data failed: {', '.join(failed)}")
+    champion = aliases.get("champion")
+    if champion not in (None, number):
+        why_not = worse(figures, Figures.of_version(client.get_model_version(NAME, champion)))
+        objections += [why_not] if why_not else []
+    if objections and not force:
+        listed = "\n".join(f"- {objection}" for objection in objections)
+        raise UserError(f'not promoted:\n{listed}\nTo promote it all the same: --force --why "..."')
     number = number or _register(client, root, found, run, provenance)
     client.set_model_version_tag(NAME, number, "figures", json.dumps(asdict(figures)))
     client.set_registered_model_alias(NAME, alias, number)
-    _note(client, number, alias, PROMOTED, previous=aliases.get(alias), why=why)
+    Move(alias, number, aliases.get(alias), figures, why).save(client)
     return number, True
 
 
@@ -144,7 +160,8 @@ def demote(alias: Alias, root: Path, *, why: str | None = None) -> tuple[str, st
             standing.pop(move.previous if move.taken_back else move.version, None)
             standing |= {} if move.taken_back else {move.version: None}
     previous = next((version for version in reversed(standing) if version != now), None)
-    _note(client, now, alias, TAKEN_BACK, version=previous, why=why)
+    figures = Figures.of_version(client.get_model_version(NAME, previous)) if previous else Figures()
+    Move(alias, previous, now, figures, why, taken_back=True).save(client)
     if previous is None:
         client.delete_registered_model_alias(NAME, alias)
     else:
@@ -154,20 +171,9 @@ def demote(alias: Alias, root: Path, *, why: str | None = None) -> tuple[str, st
 
 def history(root: Path) -> list[Move]:
     """The last promotion of each version to each alias, and its demotion, the oldest first."""
-    moves = []
-    versions = {str(own.version): own for own in open_client(root).search_model_versions(f"name = '{NAME}'")}
-    for number, version in versions.items():
-        for key, note in version.tags.items():
-            alias, _, kind = key.partition(".")
-            if kind == PROMOTED:
-                end = {"version": number} | json.loads(note)
-            elif kind == TAKEN_BACK:
-                end = {"previous": number} | json.loads(note)
-            else:
-                continue
-            figures = Figures.of_version(versions[end["version"]]) if end["version"] in versions else Figures()
-            moves.append(Move(alias=alias, taken_back=kind == TAKEN_BACK, figures=figures, **end))
-    return sorted(moves, key=lambda move: move.when)
+    tags = [own.tags for own in open_client(root).search_model_versions(f"name = '{NAME}'")]
+    notes = [value for each in tags for key, value in each.items() if key.endswith((PROMOTED, TAKEN_BACK))]
+    return sorted(map(Move.of_tag, notes), key=lambda move: move.when)
 
 
 def current(root: Path) -> dict[str, str]:
@@ -199,13 +205,6 @@ def _lower(name: str, value: float, champions: float) -> str:
     return f"{name} is {value:.4g}, worse than the champion's {champions:.4g}"
 
 
-def _validation_objection(provenance: dict[str, Any]) -> str | None:
-    failed = provenance.get("failed_checks")
-    if failed is None:
-        return "the result of its data's validation is not known: the run does not hold it"
-    return f"the validation of its data failed: {', '.join(failed)}" if failed else None
-
-
 def _register(client: "MlflowClient", root: Path, found: FoundModel, run: "Run", provenance: dict[str, Any]) -> str:
     """Log the model's files to its run, and create a version of them; none where the logging breaks off.
 
@@ -216,7 +215,13 @@ def _register(client: "MlflowClient", root: Path, found: FoundModel, run: "Run",
     run_id, tags = run.info.run_id, version_tags(found)
     with TemporaryDirectory() as temporary:
         path = Path(temporary) / SERVED
-        settings = _settings(client, run, found, root)
+        # Those that the run's figures were measured with, else those of the project.
+        measured = read_artifact(client, run, SETTINGS_FILE)
+        settings = (
+            SamplingSettings.from_dict(json.loads(measured))
+            if measured
+            else default_settings(found.folder, root / PARAMS)
+        )
         save_served_model(path, found.folder, settings, tags, image_provenance(provenance))
         client.log_artifacts(run_id, str(path), SERVED)
     try:
@@ -226,18 +231,3 @@ def _register(client: "MlflowClient", root: Path, found: FoundModel, run: "Run",
             raise
     source = f"{run.info.artifact_uri.rstrip('/')}/{SERVED}"
     return str(client.create_model_version(NAME, source, run_id, tags=tags).version)
-
-
-def _settings(client: "MlflowClient", run: "Run", found: FoundModel, root: Path) -> SamplingSettings:
-    """The settings that the run's figures were measured with, else those of the project."""
-    if written := read_artifact(client, run, SETTINGS_FILE):
-        return SamplingSettings.from_dict(json.loads(written))
-    return default_settings(found.folder, root / PARAMS)
-
-
-def _note(client: "MlflowClient", version: str, alias: str, kind: str, /, **note: str | None) -> None:
-    """Write down a move of an alias, as a tag of the version."""
-    when = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-    client.set_model_version_tag(
-        NAME, version, f"{alias}.{kind}", json.dumps({"when": when, "by": user_name(), **note})
-    )
