@@ -299,6 +299,16 @@ def test_in_a_clone_that_has_not_pulled_the_models_folder_is_known_by_its_hash(l
     assert (link(found, "model").place, link(found, "model").hash) == (Place.REMOTE, oid)
 
 
+def test_a_picture_of_a_model_that_nothing_tells_of_does_not_get_the_commit_of_another_model(lab, trained, tiny_unets):
+    trained()
+    commit("Results")
+    sample = ["sample", "a red apple", "--model", str(tiny_unets[1]), "--steps", "2", "-o", "foreign.png"]
+    assert CliRunner().invoke(app, sample).exit_code == 0
+    found = trace("foreign.png", lab)
+    assert (link(found, "code").place, link(found, "model").place) == (Place.LOST, Place.LOST)
+    assert found.steps == ()
+
+
 def test_changes_that_were_not_committed_are_shown_and_applied(lab, trained):
     Path("src/latentloom/devices.py").write_text("# other code\r\n")
     Path("src/latentloom/new.py").write_text("# new\n")

@@ -16,7 +16,15 @@ from latentloom.layout import DVC_LOCK, MODEL
 from latentloom.lineage.git import Git
 from latentloom.lineage.provenance import Provenance, read_run_record
 from latentloom.model_files import MODEL_FILES, model_hash
-from latentloom.registry.models import HASH_TAG, look_up, read_artifact, run_of_model, run_provenance, version_of
+from latentloom.registry.models import (
+    HASH_TAG,
+    is_model,
+    look_up,
+    read_artifact,
+    run_of_model,
+    run_provenance,
+    version_of,
+)
 from latentloom.tracking.store import first_line, open_client, tracking_uri, without_credentials
 from latentloom.tracking.training_run import CODE_DIFF
 
@@ -121,6 +129,7 @@ def _known_here(subject: Subject, root: Path, results: dict[str, str]) -> Proven
     if subject.metadata and subject.metadata.provenance:
         return Provenance.from_dict(subject.metadata.provenance)
     folder, out = subject.folder, results.get(str(MODEL))
-    if out and not subject.run and (subject.sha256 is None or (folder.is_dir() and out_hash(folder) == out)):
+    is_here = subject.sha256 and is_model(folder, subject.sha256) and out_hash(folder) == out
+    if out and not subject.run and (subject.sha256 is None or is_here):
         return Provenance(commit=Git(root).commit(), dirty=False, outs=results)
     return Provenance()
