@@ -45,14 +45,14 @@ def test_a_file_and_a_folder_have_the_hash_that_dvc_gives_them(project):
 
 def test_an_out_is_here_then_in_the_remote_then_lost_as_a_whole(project):
     outs = [added("folder"), added("file")]
-    assert {found.place for found in locate(project, outs).values()} == {Place.HERE}
+    assert {place for place, _ in locate(project, outs).values()} == {Place.HERE}
     dvc("push", "-q")
     one = out_hash(project / "folder/a/x")
     (project / ".dvc/cache/files/md5" / one[:2] / one[2:]).unlink()
     found = locate(project, outs)
-    assert [found[own].place for own in outs] == [Place.REMOTE, Place.HERE]
+    assert [found[own][0] for own in outs] == [Place.REMOTE, Place.HERE]
     (project.parent / "remote/files/md5" / one[:2] / one[2:]).unlink()
-    assert locate(project, outs)[outs[0]].place is Place.LOST
+    assert locate(project, outs)[outs[0]][0] is Place.LOST
 
 
 @pytest.mark.parametrize("url", ["../gone", "http://127.0.0.1:9/store"])
@@ -60,15 +60,15 @@ def test_what_a_remote_holds_that_is_away_is_not_known(project, url):
     out = added("folder")
     dvc("remote", "modify", "-q", "local", "url", url)
     shutil.rmtree(".dvc/cache")
-    assert locate(project, [out])[out].place is Place.UNKNOWN
+    assert locate(project, [out])[out][0] is Place.UNKNOWN
 
 
 def test_without_a_remote_or_dvc_nothing_is_raised(project, tmp_path):
     out = added("folder")
     dvc("remote", "remove", "-q", "local")
     shutil.rmtree(".dvc/cache")
-    assert locate(project, [out])[out].place is Place.LOST
-    assert locate(tmp_path, [out])[out].place is Place.UNKNOWN
+    assert locate(project, [out])[out][0] is Place.LOST
+    assert locate(tmp_path, [out])[out][0] is Place.UNKNOWN
 
 
 def test_an_out_is_brought_back_by_its_hash_alone_from_the_cache_or_the_remote(project):

@@ -1,16 +1,15 @@
-"""The command `latentloom`."""
+"""The command `latentloom`. Each command imports what it needs, so that `--help` answers at once."""
 
 import json
 import os
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
 from latentloom.errors import UserError
 from latentloom.layout import EVALUATE_METRICS, MODEL, PARAMS, SAMPLE_SHEET, TRAIN_METRICS, project_root
@@ -18,14 +17,36 @@ from latentloom.params import load_params
 
 MODEL_HELP = "A model folder, champion, candidate, a version of the registry, or an MLflow run (id or name)."
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train your own text-to-image model: see README.md.")
+
+class Commands(TyperGroup):
+    """Ends with the message alone where the user can fix the cause; anything else is a bug and shows its traceback."""
+
+    def invoke(self, context: typer.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except UserError as error:
+            sys.exit(str(error))
+        except Exception as error:
+            library = type(error).__module__.partition(".")[0]
+            if library in ("sqlalchemy", "sqlite3"):
+                sys.exit(_store_message(error))
+            if library != "mlflow":
+                raise
+            sys.exit(f"MLflow: {error}")
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    help="Train your own text-to-image model: see README.md.",
+)
 
 
 @app.command()
 def check(params: Annotated[Path, typer.Argument(help="A params file.")] = PARAMS) -> None:
     """Check a params file: every key and value, before any work."""
-    with _user_errors_shown():
-        load_params(params)
+    load_params(params)
 
 
 @app.command()
@@ -47,11 +68,10 @@ def summary() -> None:
 @app.command()
 def ui(port: Annotated[int, typer.Option(min=1, max=65535, help="Of the address on this machine.")] = 5000) -> None:
     """Serve MLflow's pages of all runs (images, curves, figures) on this machine until Ctrl-C, and print where."""
-    with _user_errors_shown():
-        from latentloom.tracking.store import experiment_id, open_client, tracking_uri, ui_address, without_credentials
+    from latentloom.tracking.store import experiment_id, open_client, tracking_uri, ui_address, without_credentials
 
-        root = _own_project()
-        store, experiment = tracking_uri(root), experiment_id(open_client(root), root)
+    root = _own_project()
+    store, experiment = tracking_uri(root), experiment_id(open_client(root), root)
     if store.startswith(("http://", "https://")):
         print(f"MLflow: {ui_address(without_credentials(store), experiment)}")
         return
@@ -100,44 +120,42 @@ def sample(
     folder = output.endswith("/") or Path(output).is_dir()
     if not folder and Path(output).suffix.lower() != ".png":
         sys.exit(f"-o {output}: give FILE.png, or FOLDER/ for one PNG per sample")
-    with _user_errors_shown():
-        from latentloom.evaluation.metadata import save_image
-        from latentloom.evaluation.text_to_image import default_settings, load_text_to_image, prompt_grid
-        from latentloom.lineage.provenance import read_run_record
-        from latentloom.registry.models import find_model, image_provenance
+    from latentloom.evaluation.metadata import save_image
+    from latentloom.evaluation.text_to_image import default_settings, load_text_to_image, prompt_grid
+    from latentloom.lineage.provenance import read_run_record
+    from latentloom.registry.models import find_model, image_provenance
 
-        root = project_root() if Path(model).expanduser().is_dir() else _own_project()
-        found = find_model(model, root)
-        provenance = found.provenance
-        if provenance is None and (record := read_run_record(root, found.sha256)):
-            provenance = record.to_dict()
-        given = {
-            "diffusion_steps": steps,
-            "class_guidance": guidance,
-            "sampler": sampler,
-            "guidance_interval": guidance_interval,
-            "guidance_rescale": guidance_rescale,
-            "precision": precision,
-        }
-        try:
-            settings = default_settings(found.folder).changed(**given)
-            if threshold is not None:
-                settings = replace(settings, threshold_percentile=None if threshold == "none" else float(threshold))
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        loaded = load_text_to_image(found.folder, provenance=provenance and image_provenance(provenance))
-        images = loaded.generate(prompts, settings, seed=seed, count=count, first=first)
-        if not folder:
-            metadata = loaded.metadata(prompts, settings, seed=seed, count=count, first=first)
-            save_image(Path(output), prompt_grid(images), metadata)
-            print(output)
-            return
-        for row, (prompt, samples) in enumerate(zip(prompts, images, strict=True), start=1):
-            words = re.sub(r"[^\w]+", "-", prompt).strip("-")[:60]
-            for number, image in enumerate(samples, start=first):
-                path = Path(output) / f"{row:02d}-{words}-{number}.png"
-                save_image(path, image, loaded.metadata([prompt], settings, seed=seed, first=number))
-                print(path)
+    root = project_root() if Path(model).expanduser().is_dir() else _own_project()
+    found = find_model(model, root)
+    provenance = found.provenance
+    if provenance is None and (record := read_run_record(root, found.sha256)):
+        provenance = record.to_dict()
+    try:
+        settings = default_settings(found.folder).changed(
+            diffusion_steps=steps,
+            class_guidance=guidance,
+            sampler=sampler,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
+            precision=precision,
+        )
+        if threshold is not None:
+            settings = replace(settings, threshold_percentile=None if threshold == "none" else float(threshold))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    loaded = load_text_to_image(found.folder, provenance=provenance and image_provenance(provenance))
+    images = loaded.generate(prompts, settings, seed=seed, count=count, first=first)
+    if not folder:
+        metadata = loaded.metadata(prompts, settings, seed=seed, count=count, first=first)
+        save_image(Path(output), prompt_grid(images), metadata)
+        print(output)
+        return
+    for row, (prompt, samples) in enumerate(zip(prompts, images, strict=True), start=1):
+        words = re.sub(r"[^\w]+", "-", prompt).strip("-")[:60]
+        for number, image in enumerate(samples, start=first):
+            path = Path(output) / f"{row:02d}-{words}-{number}.png"
+            save_image(path, image, loaded.metadata([prompt], settings, seed=seed, first=number))
+            print(path)
 
 
 @app.command()
@@ -150,12 +168,11 @@ def promote(
     """Register a model and call it the champion or the candidate; rejected where it is worse than the champion."""
     if force and not why:
         sys.exit('--force needs a reason that others will read: --why "..."')
-    with _user_errors_shown():
-        from latentloom.registry import registry
-        from latentloom.registry.models import find_model
+    from latentloom.registry import registry
+    from latentloom.registry.models import find_model
 
-        root = _own_project()
-        version, moved = registry.promote(find_model(model, root), to, root, force=force, why=why)
+    root = _own_project()
+    version, moved = registry.promote(find_model(model, root), to, root, force=force, why=why)
     print(f"version {version} of latentloom is the {to}" + ("" if moved else " already"))
 
 
@@ -165,32 +182,25 @@ def demote(
     why: Annotated[str | None, typer.Option(help="Kept in the history.")] = None,
 ) -> None:
     """Take a promotion back: the one before is the champion (or the candidate) again."""
-    with _user_errors_shown():
-        from latentloom.registry import registry
+    from latentloom.registry import registry
 
-        was, now = registry.demote(alias, _own_project(), why=why)
+    was, now = registry.demote(alias, _own_project(), why=why)
     print(f"version {was} of latentloom is no longer the {alias}; " + (f"version {now} is" if now else "none is"))
 
 
 @app.command()
 def history() -> None:
     """Show which model was the champion or the candidate, since when, why, and how good it was."""
-    with _user_errors_shown():
-        from latentloom.registry import registry
+    from latentloom.registry import registry
 
-        root = _own_project()
-        moves, current = registry.history(root), registry.current(root)
+    root = _own_project()
+    moves, current = registry.history(root), registry.current(root)
     row = "{:<20}  {:<9}  {:<7}  {:<10}  {:<10}  {:<7}  {:<10}  {}".format
     print(row("when", "alias", "version", "instead of", "by", "recall", "val_mae", "why"))
     for move in moves:
-        why = move.why or ("taken back" if move.taken_back else "")
+        names = (f"{move.when[:19]}Z", move.alias, move.version or "none", move.previous or "none", move.by or "")
         figures = (_figure(move.figures.recall), _figure(move.figures.val_mae))
-        when = f"{move.when[:19]}Z"
-        print(
-            row(
-                when, move.alias, move.version or "none", move.previous or "none", move.by or "", *figures, why
-            ).rstrip()
-        )
+        print(row(*names, *figures, move.why or ("taken back" if move.taken_back else "")).rstrip())
     print("now: " + (", ".join(f"{alias} is version {version}" for alias, version in current.items()) or "nothing"))
 
 
@@ -205,10 +215,9 @@ def lineage(
 
     Exit status 1 where something that is needed for it is lost, or not known.
     """
-    with _user_errors_shown():
-        from latentloom.lineage.lineage import render, to_json, trace
+    from latentloom.lineage.lineage import render, to_json, trace
 
-        found = trace(of, _own_project())
+    found = trace(of, _own_project())
     print(to_json(found) if as_json else render(found))
     if found.missing:
         raise typer.Exit(1)
@@ -232,29 +241,9 @@ def _figure(value: float | None) -> str:
 
 def _store_message(error: Exception) -> str:
     """What to do about a database that is damaged, away or on a full disk."""
+    store = "the database that MLFLOW_TRACKING_URI names" if os.environ.get("MLFLOW_TRACKING_URI") else "mlflow.db"
     cause = str(getattr(error, "orig", None) or error).splitlines()[0]
-    if os.environ.get("MLFLOW_TRACKING_URI"):
-        return f"the database that MLFLOW_TRACKING_URI names cannot be used: {cause}"
-    return (
-        f"mlflow.db cannot be used: {cause}. Make room if the disk is full. If the file is damaged, put a copy back or "
-        "move it away; the next run creates a new one"
-    )
-
-
-@contextmanager
-def _user_errors_shown() -> Iterator[None]:
-    """End with the message alone where the user can fix the cause; anything else is a bug and shows its traceback."""
-    try:
-        yield
-    except UserError as error:
-        sys.exit(str(error))
-    except Exception as error:
-        library = type(error).__module__.partition(".")[0]
-        if library in ("sqlalchemy", "sqlite3"):
-            sys.exit(_store_message(error))
-        if library != "mlflow":
-            raise
-        sys.exit(f"MLflow: {error}")
+    return f"{store} cannot be used: {cause}. Make room if the disk is full; put a copy back if the file is damaged"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """DVC's outs by their hash: computing it, finding whether its bytes are here or in the remote, bringing them back.
 
-DVC names a file by its MD5, and a folder by the MD5 of the list of its files' MD5s, with ``.dir`` behind it. Its cache
-keeps each under ``files/md5/XX/YYYY...``, and a remote has the same layout.
+DVC names a file by its MD5, and a folder by the MD5 of the list of its files' MD5s, with ``.dir`` behind it.
 """
 
 import hashlib
@@ -10,10 +9,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,8 @@ from typing import Any
 import yaml
 
 from latentloom.errors import UserError
+
+CONNECTIONS = 16  # to a remote, at a time
 
 
 class Place(StrEnum):
@@ -30,14 +29,6 @@ class Place(StrEnum):
     REMOTE = "in the remote"
     LOST = "lost"
     UNKNOWN = "not known"
-
-
-@dataclass(frozen=True)
-class Location:
-    """Where an out is, and in words what was found there, or why it is not known."""
-
-    place: Place
-    message: str
 
 
 def out_hash(path: Path) -> str:
@@ -56,19 +47,33 @@ def locked_outs(lock: bytes | str | None) -> dict[str, str]:
     return {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", []) if "md5" in out}
 
 
-def locate(root: Path, hashes: Iterable[str]) -> dict[str, Location]:
-    """Where all bytes of each out are; of a folder, all its files must be there.
+def locate(root: Path, outs: Iterable[str]) -> dict[str, tuple[Place, str]]:
+    """Where all bytes of each out are, by its hash, and in words what was found there, or why it is not known.
 
-    Nothing is raised: what a remote that does not answer holds is not known.
+    The one place that asks DVC's own classes: its commands miss that a folder in the remote has lost a file.
     """
-    wanted = list(dict.fromkeys(hashes))
-    cache = cache_folder(root)
-    if cache is None:
-        return dict.fromkeys(wanted, Location(Place.UNKNOWN, "DVC is not installed, or this is no project of it"))
-    here = {own for own in wanted if _is_complete(own, *_reader(cache))}
-    found = dict.fromkeys(here, Location(Place.HERE, "DVC's cache"))
-    missing = [own for own in wanted if own not in here]
-    return found | (_locate_in_remote(root, missing) if missing else {})
+    found: dict[str, tuple[Place, str]] = {}
+    wanted = set(outs)
+    try:
+        from dvc.config import NoRemoteError
+        from dvc.repo import Repo
+
+        with Repo(str(root)) as repo:
+            found |= {out: (Place.HERE, "DVC's cache") for out in wanted if _holds(repo.cache.local, out)}
+            missing = wanted - found.keys()
+            try:
+                remote = repo.cloud.get_remote_odb() if missing else None
+            except NoRemoteError:
+                return found | dict.fromkeys(missing, (Place.LOST, "not in DVC's cache, and there is no remote"))
+            found |= {out: (Place.REMOTE, "DVC's remote") for out in missing if _holds(remote, out)}
+            missing -= found.keys()
+            # Some kinds of remote say of each file that it is not there when they are away.
+            if missing and not remote.fs.exists(address := remote.path.removesuffix("files/md5")):
+                raise ConnectionError(f"nothing is at {address.rpartition('@')[2]}")  # without a password
+            return found | dict.fromkeys(missing, (Place.LOST, "neither in DVC's cache nor in its remote"))
+    except Exception as error:  # DVC is not installed, this is no project of it, or the remote has errors of its own
+        message = f"DVC does not find it: {_last_line(str(error))}"
+        return dict.fromkeys(wanted, (Place.UNKNOWN, message)) | found
 
 
 def bring(root: Path, out: str, path: Path) -> None:
@@ -80,7 +85,8 @@ def bring(root: Path, out: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix="dvc-pull-") as folder:
         (Path(folder) / "out.dvc").write_text(yaml.safe_dump({"outs": [{"md5": out, "hash": "md5", "path": "out"}]}))
-        result = _dvc(root, "pull", "-q", "--force", str(Path(folder) / "out.dvc"))
+        pull = [sys.executable, "-m", "dvc", "pull", "-q", "--force", str(Path(folder) / "out.dvc")]
+        result = subprocess.run(pull, cwd=root, capture_output=True, text=True)
         pulled = Path(folder) / "out"
         if result.returncode or not pulled.exists():
             raise UserError(f"DVC does not have {out}: {_last_line(result.stderr)}")
@@ -90,81 +96,19 @@ def bring(root: Path, out: str, path: Path) -> None:
         (shutil.copytree if pulled.is_dir() else shutil.copyfile)(pulled, path)
 
 
-def cache_folder(root: Path) -> Path | None:
-    """The folder of DVC's cache; None where DVC is not installed, or ``root`` is no project of it."""
-    result = _dvc(root, "cache", "dir")
-    return Path(result.stdout.strip()) if result.returncode == 0 else None
-
-
-def _reader(cache: Path) -> tuple[Callable[[str], bytes | None], Callable[[Collection[str]], bool]]:
-    def path(name: str) -> Path:
-        return cache / "files" / "md5" / name[:2] / name[2:]
-
-    def read(name: str) -> bytes | None:
-        return path(name).read_bytes() if path(name).is_file() else None
-
-    return read, lambda names: all(path(name).is_file() for name in names)
-
-
-def _is_complete(out: str, read: Callable[[str], bytes | None], has_all: Callable[[Collection[str]], bool]) -> bool:
+def _holds(store: Any, out: str) -> bool:
+    """Whether DVC's cache or remote holds all of an out: of a folder, the list of its files and each of them."""
+    if not store.exists(out):
+        return False
     if not out.endswith(".dir"):
-        return has_all([out])
-    listing = read(out)
-    return listing is not None and has_all([entry["md5"] for entry in json.loads(listing)])
-
-
-def _locate_in_remote(root: Path, outs: list[str]) -> dict[str, Location]:
-    """The one place that asks DVC's own classes: its commands miss that a folder in the remote has lost a file."""
-    try:
-        from dvc.config import NoRemoteError
-        from dvc.repo import Repo
-
-        with Repo(str(root)) as repo:
-            try:
-                remote = repo.cloud.get_remote_odb()
-            except NoRemoteError:
-                return dict.fromkeys(outs, Location(Place.LOST, "not in DVC's cache, and there is no remote"))
-            if away := _address_if_away(remote):
-                return dict.fromkeys(outs, Location(Place.UNKNOWN, f"not in DVC's cache; no answer from {away}"))
-
-            def read(name: str) -> bytes | None:
-                place = remote.oid_to_path(name)
-                return remote.fs.cat_file(place) if remote.fs.exists(place) else None
-
-            held = {own for own in outs if _is_complete(own, read, lambda names: _holds_all(remote, names))}
-    except Exception as error:  # each kind of remote has its own
-        message = f"not in DVC's cache; the remote does not answer: {_last_line(str(error))}"
-        return dict.fromkeys(outs, Location(Place.UNKNOWN, message))
-    lost = Location(Place.LOST, "neither in DVC's cache nor in its remote")
-    return {own: Location(Place.REMOTE, "DVC's remote") if own in held else lost for own in outs}
-
-
-def _holds_all(remote: Any, names: Collection[str]) -> bool:
-    return set(remote.oids_exist(list(names))) == set(names)
-
-
-def _address_if_away(remote: Any) -> str | None:
-    """The address of a remote that is away, of those kinds that then say that no file is there."""
-    if remote.fs.protocol == "local":
-        folder = Path(remote.path).parents[1]  # around files/md5
-        return None if folder.exists() else str(folder)
-    if "http" in remote.fs.protocol:
-        try:
-            urllib.request.urlopen(remote.path, timeout=10).close()
-        except urllib.error.HTTPError:  # an answer
-            return None
-        except OSError:
-            return remote.path.rpartition("@")[2]  # without a password
-    return None
-
-
-def _dvc(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=root, capture_output=True, text=True)
+        return True
+    files = {entry["md5"] for entry in json.loads(store.fs.cat_file(store.oid_to_path(out)))}
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        return all(pool.map(store.exists, files))
 
 
 def _last_line(message: str) -> str:
-    lines = message.strip().splitlines()
-    return lines[-1] if lines else "no message"
+    return next(iter(message.strip().splitlines()[-1:]), "no message")
 
 
 def _md5(data: bytes = b""):

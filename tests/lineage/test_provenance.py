@@ -98,17 +98,16 @@ def test_the_record_of_a_model_is_read_back_by_its_hash(repository):
     assert Provenance.from_dict(later) == finished
 
 
-def test_the_first_commit_that_names_a_hash_is_found_and_what_git_does_not_have_is_none(repository):
+def test_commits_of_the_same_code_are_known_and_what_git_does_not_have_is_none(repository):
+    earlier = git("rev-parse", "HEAD")
     Path("dvc.lock").write_text("md5: abc\n")
     git("commit", "-q", "-a", "-m", "Results")
-    results = git("rev-parse", "HEAD")
+    results, found = git("rev-parse", "HEAD"), Git(repository)
+    assert found.same_code(earlier, results)
     Path("src/a.py").write_text("a = 3\n")
     git("commit", "-q", "-a", "-m", "Later")
-    found = Git(repository)
-    assert found.first_naming("md5: abc", "dvc.lock") == results
-    assert found.first_naming("md5: other", "dvc.lock") is None
-    assert (found.subject(results), found.branches(results)) == ("Results", ["main"])
-    assert found.read(results, "dvc.lock") == b"md5: abc\n"
-    assert (found.has(results), found.has("0" * 40), found.has_remotes()) == (True, False, False)
+    assert not found.same_code(earlier, "HEAD")
+    assert (found.branches(results), found.read(results, "dvc.lock")) == (["main"], b"md5: abc\n")
+    assert (found.has(results), found.has("0" * 40)) == (True, False)
     shutil.rmtree(".git")
     assert found.commit() is None

@@ -39,21 +39,13 @@ class Git:
                     return b""
             return self._run("diff", "--cached", "--binary", "HEAD", "--", *paths, **index) or b""
 
-    def code_between(self, earlier: str, later: str) -> bytes | None:
-        """How code and params differ between two commits, in the form of `code_diff`."""
-        return self._run("diff", "--binary", earlier, later, "--", *CODE)
+    def same_code(self, earlier: str, later: str) -> bool:
+        """Whether two commits have the same code and params."""
+        return self._run("diff", "--quiet", earlier, later, "--", *CODE) is not None
 
     def has(self, commit: str) -> bool:
         """Whether the commit is in this clone."""
         return self._run("cat-file", "-e", f"{commit}^{{commit}}") is not None
-
-    def has_remotes(self) -> bool:
-        """Whether there is another clone to fetch from."""
-        return bool(self._line("remote"))
-
-    def subject(self, commit: str) -> str | None:
-        """The first line of a commit's message."""
-        return self._line("log", "-1", "--format=%s", commit)
 
     def branches(self, commit: str) -> list[str]:
         """The branches and tags that hold a commit; git deletes one that none holds, in time."""
@@ -63,11 +55,6 @@ class Git:
     def read(self, commit: str, path: str | Path) -> bytes | None:
         """A file of a commit, by its path below the root."""
         return self._run("show", f"{commit}:./{path}")
-
-    def first_naming(self, text: str, path: str | Path) -> str | None:
-        """The first commit, of any branch, tag or DVC experiment, whose ``path`` has ``text`` in it."""
-        commits = self._line("log", "--all", "--reverse", "--format=%H", "-S", text, "--", str(path))
-        return commits.split()[0] if commits else None
 
     def _line(self, *arguments: str) -> str | None:
         output = self._run(*arguments)

@@ -1,8 +1,9 @@
 """`latentloom lineage`: what an image, a run, a registered version or a model came from, and the way back to it.
 
-    reference -> subject and its provenance -> one link per thing, and where its bytes are -> commands
+    reference -> subject and its provenance -> one link per thing: where its bytes are, and the command for them
 
-Nothing is fetched or changed.
+The commands are for a shell, one after the other, and work in a new clone beside the project. Nothing is fetched or
+changed before.
 """
 
 import json
@@ -10,12 +11,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from latentloom.dvc_outs import Place
-from latentloom.lineage.commands import Step, commands
-from latentloom.lineage.links import Link, gather
+from latentloom.lineage.links import AT_HAND, DATA, Link, gather
 from latentloom.lineage.subject import find_subject
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 WIDEST = 72  # characters of a name, for the places to stand in a column
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, and what it is for."""
+
+    why: str
+    command: str
 
 
 @dataclass(frozen=True)
@@ -25,17 +33,32 @@ class Lineage:
     Attributes:
         of: what was asked for, as it was written.
         links: from there to the sources.
-        steps: the commands that bring it back, one after the other.
     """
 
     of: str
     links: tuple[Link, ...]
-    steps: tuple[Step, ...]
 
     @property
     def missing(self) -> tuple[Link, ...]:
         """The links that are needed, and lost or not known."""
-        return tuple(link for link in self.links if link.needed and link.place in (Place.LOST, Place.UNKNOWN))
+        return tuple(link for link in self.links if link.needed and link.place not in AT_HAND)
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The commands that bring it back, one after the other, as far as it can be."""
+        (code,) = [link for link in self.links if link.link == "code"]
+        if code.place is not Place.HERE:
+            return (Step("fetch the commit, then ask again", code.command),) if code.command else ()
+        steps = {link.link: Step(link.link, link.command) for link in self.links if link.place in AT_HAND}
+        first, last = steps.pop("code"), steps.pop("picture", None)
+        ordered = [first, *steps.values()]
+        lost = {link.link for link in self.links if link.place is Place.LOST} & {"model", *DATA}
+        if lost:
+            again = "dvc repro train" if "model" in lost else "dvc repro validate"
+            ordered.append(Step("what is lost, computed again: on the same machine's CPU, the same bytes", again))
+        if last:
+            ordered.append(Step("picture; no output means the same bytes", last.command))
+        return tuple(step for step in ordered if step.command)
 
 
 def trace(reference: str, root: Path) -> Lineage:
@@ -50,9 +73,7 @@ def trace(reference: str, root: Path) -> Lineage:
         mlflow.exceptions.MlflowException: when it names a run or a version, and the store cannot be reached.
     """
     root = root.resolve()
-    subject = find_subject(reference, root)
-    links = gather(subject, root)
-    return Lineage(reference, links, commands(subject, links, root))
+    return Lineage(reference, gather(find_subject(reference, root), root))
 
 
 def render(lineage: Lineage) -> str:
@@ -65,8 +86,7 @@ def render(lineage: Lineage) -> str:
     if lineage.steps:
         lines += ["", "To bring this state back:", ""]
         for step in lineage.steps:
-            lines += [f"# {step.why}"] if step.why else []
-            lines.append(step.command)
+            lines += [f"# {step.why}", step.command]
     if lineage.missing:
         missing = ", ".join(f"{link.link} ({link.place})" for link in lineage.missing)
         lines += ["", f"Not all of it can be brought back: {missing}"]
@@ -75,6 +95,11 @@ def render(lineage: Lineage) -> str:
 
 def to_json(lineage: Lineage) -> str:
     """A lineage for machines, as docs/lineage.md describes it."""
-    document = {"format_version": FORMAT_VERSION, "of": lineage.of, "complete": not lineage.missing}
-    parts = {key: value for key, value in asdict(lineage).items() if key in ("links", "steps")}
-    return json.dumps(document | parts, indent=2, ensure_ascii=False)
+    document = {
+        "format_version": FORMAT_VERSION,
+        "of": lineage.of,
+        "complete": not lineage.missing,
+        "links": [asdict(link) for link in lineage.links],
+        "steps": [asdict(step) for step in lineage.steps],
+    }
+    return json.dumps(document, indent=2, ensure_ascii=False)

@@ -50,7 +50,6 @@ class Provenance:
         dirty: whether files differed from it; the difference is in the run, as ``code.diff``.
         branch: of the commit.
         experiment: the name of the DVC experiment that ran the training.
-        baseline: the commit that the experiment began from.
         user: who trained.
         settings: of the training, as far as `latentloom lineage` shows them; all are in params.yaml of the commit.
         code_hash: of the modules that decide the weights, see `source_code.code_hash`.
@@ -70,7 +69,6 @@ class Provenance:
     dirty: bool | None = None
     branch: str | None = None
     experiment: str | None = None
-    baseline: str | None = None
     user: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     code_hash: str | None = None
@@ -119,7 +117,6 @@ def collect(root: Path, params: Params, code_hash: str) -> Provenance:
         dirty=git.is_dirty(),
         branch=git.branch(),
         experiment=os.environ.get("DVC_EXP_NAME"),
-        baseline=os.environ.get("DVC_EXP_BASELINE_REV"),
         user=user_name(),
         settings={
             "seed": params.seed,

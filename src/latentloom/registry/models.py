@@ -17,7 +17,7 @@ from latentloom.dvc_outs import bring
 from latentloom.errors import UserError
 from latentloom.layout import MODEL
 from latentloom.model_files import MODEL_FILES, model_hash
-from latentloom.tracking.store import experiment_id, open_client, tracking_uri
+from latentloom.tracking.store import open_client
 from latentloom.tracking.training_run import PROVENANCE
 
 if TYPE_CHECKING:
@@ -26,11 +26,10 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 NAME = "latentloom"  # of the registered model
-ALIASES = ("champion", "candidate")
-HASH_TAG, COMMIT_TAG = "model.sha256", "mlflow.source.git.commit"
-PACKED_MODEL = "artifacts/model"  # where a registered version holds the model folder
-REGISTERED = re.compile(r"(?:models:/)?latentloom[@:/](?P<name>.+)")
-SHOWN_RUNS = 5
+HASH_TAG = "model.sha256"
+SERVED = "served"  # where the training's run holds the files of a registered version
+PACKED_MODEL = f"{SERVED}/artifacts/model"
+REGISTERED = r"^(models:/)?latentloom[@:/]"
 
 
 @dataclass(frozen=True)
@@ -59,97 +58,75 @@ def find_model(reference: str, root: Path) -> FoundModel:
     folder = Path(reference).expanduser()
     if all((folder / name).is_file() for name in MODEL_FILES):
         return FoundModel(folder, model_hash(folder))
-    is_uri = REGISTERED.fullmatch(reference) or reference.startswith("runs:/")
+    is_uri = reference.startswith(("models:/", "runs:/"))
     if not is_uri and (folder.is_dir() or "/" in reference or reference.startswith(".")):
         raise UserError(
             f"{reference} holds no model ({', '.join(MODEL_FILES)}): run `dvc pull` or `dvc repro`, or name a run, a "
             "version, champion or candidate"
         )
     client = open_client(root)
-    run, version = look_up(client, root, reference)
+    run, version = look_up(client, reference)
     sha256 = version.tags[HASH_TAG] if version else run.data.tags.get(HASH_TAG)
     if sha256 is None:
         raise UserError(
-            f"the run {run.info.run_id} ({run.info.run_name}) has no model: it is {run.info.status.lower()}, or older "
-            "than the tag model.sha256; train again (`dvc repro --force train`)"
+            f"the run {run.info.run_id} ({run.info.run_name}) has no model: it is {run.info.status.lower()}; train "
+            "again (`dvc repro --force train`)"
         )
     version = version or version_of(client, sha256)
-    provenance = run_provenance(client, run) if run else None  # the run of a version may be deleted
-    folder = _fetch(client, root, sha256, provenance or {}, version)
-    run_id = run.info.run_id if run else None
-    return FoundModel(folder, sha256, run_id, number_of(version) if version else None, provenance)
+    provenance = run_provenance(client, run) if run else {}  # the run of a version may be deleted
+    folder = _fetch(client, root, sha256, provenance, version)
+    return FoundModel(folder, sha256, run and run.info.run_id, version and str(version.version), provenance or None)
 
 
-def look_up(client: "MlflowClient", root: Path, reference: str) -> "tuple[Run | None, ModelVersion | None]":
+def look_up(client: "MlflowClient", reference: str) -> "tuple[Run | None, ModelVersion | None]":
     """What ``reference`` names in the store: a version that `latentloom promote` made and its run, else a run alone.
 
     Raises:
         UserError: when it names neither, or several runs.
     """
-    registered = REGISTERED.fullmatch(reference)
-    name = registered["name"] if registered else reference
-    if version := _version(client, name):
-        if HASH_TAG not in version.tags:
-            raise UserError(f"version {version.version} of {NAME} was not made by `latentloom promote`: promote a run")
-        return (_or_none(client.get_run, version.run_id) if version.run_id else None), version
-    if registered or reference in ALIASES:
-        raise UserError(f"{name} is nothing in the registry yet: `latentloom promote RUN --to champion` puts it there")
-    return find_run(client, root, reference.removeprefix("runs:/")), None
+    name = re.sub(REGISTERED, "", reference)
+    get_version = client.get_model_version if name.isdigit() else client.get_model_version_by_alias
+    version = _or_none(get_version, NAME, name)
+    if version is None:
+        return find_run(client, reference.removeprefix("runs:/")), None
+    if HASH_TAG not in version.tags:
+        raise UserError(f"version {version.version} of {NAME} was not made by `latentloom promote`: promote a run")
+    return _or_none(client.get_run, version.run_id), version
 
 
-def find_run(client: "MlflowClient", root: Path, reference: str) -> "Run":
-    """The run of our experiment with that id, beginning of an id, or name; of several, the one that has a model.
+def find_run(client: "MlflowClient", reference: str) -> "Run":
+    """The run with that id, beginning of an id, or name; of several, the one that has a model.
 
     Raises:
         UserError: when there is none, or more than one.
     """
-    if re.fullmatch(r"[0-9a-f]{32}", reference) and (run := _or_none(client.get_run, reference)):
-        return run
     quoted = reference.replace("'", "_")  # in LIKE, any one character: a filter knows no other way
-    found = {
-        run.info.run_id: run
-        for attribute, pattern in (("run_id", f"{quoted}%"), ("run_name", quoted))
-        for run in client.search_runs(
-            [experiment_id(client, root)], f"attributes.{attribute} LIKE '{pattern}'", max_results=100
-        )
-        if run.info.run_id.startswith(reference) or run.info.run_name == reference
-    }
-    runs = [run for run in found.values() if HASH_TAG in run.data.tags] or list(found.values())
+    filters = (f"attributes.run_id LIKE '{quoted}%'", f"attributes.run_name LIKE '{quoted}'")
+    found = {run.info.run_id: run for each in filters for run in _search(client, each)}
+    named = [run for own, run in found.items() if own.startswith(reference) or run.info.run_name == reference]
+    runs = [run for run in named if HASH_TAG in run.data.tags] or named
     if not runs:
         raise UserError(
-            f"{reference} names no folder, no version or alias of the registry, and no run of this store; `make ui` "
-            "shows the runs with their names and ids, `latentloom history` the registry"
+            f"{reference} names no folder, no version or alias of the registry (`latentloom promote RUN --to champion` "
+            "makes one), and no run of this store (`make ui` shows their names and ids)"
         )
     if len(runs) > 1:
-        shown = ", ".join(f"{run.info.run_id} ({run.info.run_name})" for run in runs[:SHOWN_RUNS])
+        shown = ", ".join(f"{run.info.run_id} ({run.info.run_name})" for run in runs)
         raise UserError(f"{reference} names {len(runs)} runs: {shown}; give more of the id")
     return runs[0]
 
 
 def run_of_model(client: "MlflowClient", sha256: str, run_id: str | None = None) -> "Run | None":
     """The run that trained the model with that hash: ``run_id`` if it did, else the newest of any experiment."""
-    run = _or_none(client.get_run, run_id) if run_id else None
-    if run and run.data.tags.get(HASH_TAG) == sha256:
-        return run
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    return next(iter(client.search_runs(experiments, f"tags.`{HASH_TAG}` = '{sha256}'", max_results=1)), None)
+    runs = _search(client, f"tags.`{HASH_TAG}` = '{sha256}'")
+    return next((run for run in runs if run.info.run_id == run_id), next(iter(runs), None))
 
 
 def run_provenance(client: "MlflowClient", run: "Run") -> dict[str, Any]:
-    """What the training wrote down of its code, data and model; of runs without the artifact, what their tags say."""
-    tags = run.data.tags
-    if (written := read_artifact(client, run, PROVENANCE)) is not None:
-        known = json.loads(written)
-    else:
-        known = {
-            "commit": tags.get(COMMIT_TAG),
-            "dirty": {"true": True, "false": False}.get(tags.get("git.dirty")),
-            "branch": tags.get("git.branch"),
-            "experiment": tags.get("dvc.experiment"),
-            "inputs": {key.removeprefix("input."): tags[key] for key in tags if key.startswith("input.")},
-            "outs": {key.removeprefix("dvc."): tags[key] for key in tags if key.startswith("dvc.") and "/" in key},
-        }
-    return known | {"model_sha256": tags.get(HASH_TAG), "mlflow_run_id": run.info.run_id}
+    """What the training wrote down of its code, data and model; empty where the run does not hold it."""
+    written = read_artifact(client, run, PROVENANCE)
+    found = {"model_sha256": run.data.tags.get(HASH_TAG), "mlflow_run_id": run.info.run_id}
+    return json.loads(written) | found if written is not None else {}
 
 
 def image_provenance(provenance: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,19 +156,15 @@ def version_of(client: "MlflowClient", sha256: str) -> "ModelVersion | None":
     return max(versions, key=lambda version: int(version.version), default=None)
 
 
-def number_of(version: "ModelVersion") -> str:
-    """A version's number; MLflow gives it as an integer from a database and as text from a server."""
-    return str(version.version)
-
-
 def is_model(folder: Path, sha256: str) -> bool:
     """Whether ``folder`` holds the model with that hash."""
     return all((folder / name).is_file() for name in MODEL_FILES) and model_hash(folder) == sha256
 
 
-def _version(client: "MlflowClient", name: str) -> "ModelVersion | None":
-    get = client.get_model_version if name.isdigit() else client.get_model_version_by_alias
-    return _or_none(get, NAME, name)
+def _search(client: "MlflowClient", condition: str) -> "list[Run]":
+    """Runs of all experiments, the newest first."""
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return client.search_runs(experiments, condition, max_results=100)
 
 
 def _or_none(get: Callable[..., Any], *names: str) -> Any:
@@ -221,28 +194,22 @@ def _fetch(
         except UserError as error:
             tried = f" ({error})"
     if version and not is_model(fetched, sha256):
-        _download(client, root, version, fetched)
+        _download(client, version, fetched)
     if not is_model(fetched, sha256):
-        commit = provenance.get("commit")
-        again = f"train it again: `git checkout {commit[:12]} && dvc repro`" if commit else "train it again"
+        again = (
+            f"`git checkout {provenance['commit'][:12]} && dvc repro`" if provenance.get("commit") else "`dvc repro`"
+        )
         raise UserError(
             f"the model {sha256[:12]}… is not in {MODEL}, in DVC's cache or remote, or in the registry{tried}: "
-            f"{again}, or `dvc push` it from where it was trained"
+            f"train it again ({again}), or `dvc push` it from where it was trained"
         )
     return fetched
 
 
-def _download(client: "MlflowClient", root: Path, version: "ModelVersion", folder: Path) -> None:
+def _download(client: "MlflowClient", version: "ModelVersion", folder: Path) -> None:
     """The files of a registered version, with the encoders that it carries."""
-    import mlflow.artifacts
-
-    place = client.get_model_version_download_uri(NAME, version.version)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix=".") as temporary:
-        downloaded = mlflow.artifacts.download_artifacts(
-            artifact_uri=f"{place.rstrip('/')}/{PACKED_MODEL}",
-            dst_path=temporary,
-            tracking_uri=tracking_uri(root),
-        )
+        files = client.download_artifacts(version.run_id, PACKED_MODEL, temporary)
         shutil.rmtree(folder, ignore_errors=True)  # a damaged copy: a whole one would have been used
-        Path(downloaded).rename(folder)
+        Path(files).rename(folder)

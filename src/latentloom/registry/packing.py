@@ -18,7 +18,6 @@ from latentloom.model_files import MODEL_FILES, read_config
 from latentloom.registry.models import HASH_TAG, FoundModel
 
 if TYPE_CHECKING:
-    from mlflow.entities import LoggedModel
     from mlflow.models import ModelSignature
 
 SERVED = Path(__file__).with_name("served_model.py")
@@ -41,12 +40,7 @@ def version_tags(found: FoundModel) -> dict[str, str]:
 
 
 def save_served_model(
-    path: Path,
-    model: Path,
-    settings: SamplingSettings,
-    logged: "LoggedModel",
-    tags: Mapping[str, str],
-    provenance: Mapping[str, Any],
+    path: Path, model: Path, settings: SamplingSettings, tags: Mapping[str, str], provenance: Mapping[str, Any]
 ) -> None:
     """Write what `mlflow models serve` and `mlflow.pyfunc.load_model` take, into the new folder ``path``.
 
@@ -54,56 +48,40 @@ def save_served_model(
         path: where to.
         model: the model folder.
         settings: those that a request which names none gets.
-        logged: MLflow's record of the model, which knows its id.
         tags: what MLflow shows of the model.
         provenance: what goes into the images' metadata.
     """
-    import pandas as pd
-    from mlflow.models import Model
-
     packed = path.parent / "model"
     _pack(model, packed, settings)
-    entry = Model(
-        artifact_path=logged.artifact_location,
-        model_uuid=logged.model_id,
-        model_id=logged.model_id,
-        run_id=logged.source_run_id,
-        metadata={**tags, "config": read_config(model).model_dump(mode="json")},
-    )
     with warnings.catch_warnings(record=True):  # that type hints are missing; a filter would come too late
         import mlflow.pyfunc
 
         logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)
         mlflow.pyfunc.save_model(
             str(path),
-            mlflow_model=entry,
             python_model=str(SERVED),
             artifacts={"model": str(packed)},
             code_paths=[str(Path(latentloom.__file__).parent)],
             signature=signature(settings),
-            input_example=(pd.DataFrame({"prompt": ["a red apple"]}), {"seed": 1, "steps": settings.diffusion_steps}),
             pip_requirements=requirements(model),
             model_config={"provenance": json.dumps(dict(provenance))},  # as text: MLflow would sort its keys
+            metadata={**tags, "config": read_config(model).model_dump(mode="json")},
         )
 
 
 def signature(settings: SamplingSettings) -> "ModelSignature":
     """Prompts in, PNG bytes out; the seed, and what may differ from the stored settings, as params."""
     from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
-    outputs = (("prompt", DataType.string), ("number", DataType.long), ("png", DataType.binary))
-    params = (
-        ("seed", DataType.long, 0),
-        ("count", DataType.long, 1),
-        ("steps", DataType.long, settings.diffusion_steps),
-        ("guidance", DataType.double, settings.class_guidance),
-    )
-    return ModelSignature(
-        inputs=Schema([ColSpec(DataType.string, "prompt")]),
-        outputs=Schema([ColSpec(kind, name) for name, kind in outputs]),
-        params=ParamSchema([ParamSpec(*param) for param in params]),
-    )
+    outputs = [ColSpec("string", "prompt"), ColSpec("long", "number"), ColSpec("binary", "png")]
+    params = [
+        ParamSpec("seed", "long", 0),
+        ParamSpec("count", "long", 1),
+        ParamSpec("steps", "long", settings.diffusion_steps),
+        ParamSpec("guidance", "double", settings.class_guidance),
+    ]
+    return ModelSignature(Schema([ColSpec("string", "prompt")]), Schema(outputs), ParamSchema(params))
 
 
 def requirements(model: Path) -> list[str]:

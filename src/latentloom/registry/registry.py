@@ -1,27 +1,26 @@
 """The model registry: which model is the champion, which the candidate, who made it so, when and why.
 
-MLflow's registry holds all of it: a version per model, the aliases, and on each version, as tags such as
-``champion.when``, how it came to an alias and whether it was taken back. A version is created whole before an alias
-moves, so an interrupted promotion leaves the aliases as they were.
+MLflow's registry holds all of it: a version per model, the aliases, and on each version the figures it was promoted
+with and, as the tags ``champion.promoted`` and ``champion.taken_back``, its last promotion and demotion. A version is
+created whole before an alias moves, so an interrupted promotion leaves the aliases as they were.
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from latentloom.diffusion.sampling_settings import SamplingSettings
 from latentloom.errors import UserError
-from latentloom.evaluation.text_to_image import default_settings
+from latentloom.evaluation.text_to_image import SETTINGS_FILE, default_settings
+from latentloom.layout import PARAMS
 from latentloom.registry.models import (
     NAME,
+    SERVED,
     FoundModel,
     image_provenance,
-    number_of,
     read_artifact,
     run_of_model,
     run_provenance,
@@ -38,12 +37,8 @@ if TYPE_CHECKING:
 
 Alias = Literal["champion", "candidate"]
 RECALL, VAL_MAE = "evaluate/caption_recall_at_1", "evaluate/val_mae"
-SAMPLING = "sampling.json"  # the artifact of a run's evaluation
+PROMOTED, TAKEN_BACK = ".promoted", ".taken_back"  # behind the alias, in names of tags
 DESCRIPTION = "Prompts in, PNG images out: `mlflow models serve -m models:/latentloom@champion --env-manager local`"
-
-
-class PromotionRejected(UserError):
-    """The model is not good enough, or it is not known whether it is; the message says why, and how to promote it."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +59,9 @@ class Figures:
 
     @classmethod
     def of_run(cls, run: "Run") -> "Figures":
-        params = run.data.params
-        noise = [params.get(f"diffusion.{name}") for name in ("schedule", "noise_levels")]
-        return cls(
-            run.data.metrics.get(RECALL),
-            run.data.metrics.get(VAL_MAE),
-            run.data.tags.get("input.latents") or run.data.tags.get("dvc.data/latents"),
-            "/".join(noise) if all(noise) else None,
-        )
+        metrics, params = run.data.metrics, run.data.params
+        noise = f"{params.get('diffusion.schedule')}/{params.get('diffusion.noise_levels')}"
+        return cls(metrics.get(RECALL), metrics.get(VAL_MAE), run.data.tags.get("input.latents"), noise)
 
     @classmethod
     def of_version(cls, version: "ModelVersion") -> "Figures":
@@ -79,18 +69,33 @@ class Figures:
         return cls(**json.loads(version.tags.get("figures", "{}")))
 
 
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
 @dataclass(frozen=True)
 class Move:
     """One change of an alias, from ``previous`` to ``version``, with the figures of that; None: it named nothing."""
 
-    when: str
     alias: str
-    taken_back: bool
     version: str | None
     previous: str | None
-    why: str | None
-    by: str | None
     figures: Figures
+    why: str | None
+    taken_back: bool = False
+    by: str | None = field(default_factory=user_name)
+    when: str = field(default_factory=_now)
+
+    def save(self, client: "MlflowClient") -> None:
+        """Write it down, as a tag of the version that was promoted or taken back."""
+        version, kind = (self.previous, TAKEN_BACK) if self.taken_back else (self.version, PROMOTED)
+        client.set_model_version_tag(NAME, version, self.alias + kind, json.dumps(asdict(self)))
+
+    @classmethod
+    def of_tag(cls, value: str) -> "Move":
+        """The reverse of `save`."""
+        values = json.loads(value)
+        return cls(**values | {"figures": Figures(**values["figures"])})
 
 
 def promote(
@@ -102,39 +107,43 @@ def promote(
         The version, and whether the alias moved: not where it named that version already.
 
     Raises:
-        PromotionRejected: when its data's validation failed, or it is worse than the champion, or either is not known,
-            unless ``force``.
-        UserError: when the store has no run of the model.
+        UserError: when the store has no run of the model; unless ``force``, when its data's validation failed, or it is
+            worse than the champion, or either is not known.
         mlflow.exceptions.MlflowException: when the store cannot be reached; the alias has not moved then.
     """
-    with _locked_client(root) as client:
-        run = run_of_model(client, found.sha256, found.run_id)
-        if run is None:
-            raise UserError(
-                f"this store has no run of the model {found.sha256[:12]}…, so its figures are not known: `latentloom "
-                "sync` delivers runs that a server missed; else train it here (`dvc repro`)"
-            )
-        figures, version, aliases = Figures.of_run(run), version_of(client, found.sha256), _aliases(client)
-        if version and aliases.get(alias) == number_of(version):
-            return number_of(version), False
-        objections = [_validation_objection(client, run)]
-        champion = aliases.get("champion")
-        if champion and not (version and number_of(version) == champion):
-            objections.append(worse(figures, Figures.of_version(client.get_model_version(NAME, champion))))
-        if not force and any(objections):
-            listed = "\n".join(f"- {objection}" for objection in objections if objection)
-            raise PromotionRejected(f'not promoted:\n{listed}\nTo promote it all the same: --force --why "..."')
-        number = number_of(version or _register(client, root, found, run))
-        tags = {"figures": json.dumps(asdict(figures))}
-        tags |= {f"{alias}.by": user_name(), f"{alias}.why": why, f"{alias}.previous": aliases.get(alias)}
-        _set_tags(client, number, tags)
-        client.set_registered_model_alias(NAME, alias, number)
-        _set_tags(client, number, {f"{alias}.when": _now(), f"{alias}.taken_back": None})
-        return number, True
+    client = open_client(root)
+    run = run_of_model(client, found.sha256, found.run_id)
+    if run is None:
+        raise UserError(
+            f"this store has no run of the model {found.sha256[:12]}…, so its figures are not known: `latentloom sync` "
+            "delivers runs that a server missed; else train it here (`dvc repro`)"
+        )
+    provenance, figures, aliases = run_provenance(client, run), Figures.of_run(run), current(root)
+    known = version_of(client, found.sha256)
+    number = str(known.version) if known else None
+    if number and aliases.get(alias) == number:
+        return number, False
+    objections, failed = [], provenance.get("failed_checks")
+    if failed is None:
+        objections.append("the result of its data's validation is not known: the run does not hold it")
+    elif failed:
+        objections.append(f"the validation of its data failed: {', '.join(failed)}")
+    champion = aliases.get("champion")
+    if champion not in (None, number):
+        why_not = worse(figures, Figures.of_version(client.get_model_version(NAME, champion)))
+        objections += [why_not] if why_not else []
+    if objections and not force:
+        listed = "\n".join(f"- {objection}" for objection in objections)
+        raise UserError(f'not promoted:\n{listed}\nTo promote it all the same: --force --why "..."')
+    number = number or _register(client, root, found, run, provenance)
+    client.set_model_version_tag(NAME, number, "figures", json.dumps(asdict(figures)))
+    client.set_registered_model_alias(NAME, alias, number)
+    Move(alias, number, aliases.get(alias), figures, why).save(client)
+    return number, True
 
 
 def demote(alias: Alias, root: Path, *, why: str | None = None) -> tuple[str, str | None]:
-    """Let ``alias`` name again what it named before; where that is nothing, it names nothing.
+    """Let ``alias`` name the version that was promoted before and not taken back; where there is none, nothing.
 
     Returns:
         The version that it named, and the one that it names now.
@@ -142,43 +151,35 @@ def demote(alias: Alias, root: Path, *, why: str | None = None) -> tuple[str, st
     Raises:
         UserError: when ``alias`` names nothing.
     """
-    with _locked_client(root) as client:
-        now = _aliases(client).get(alias)
-        if now is None:
-            raise UserError(f"there is no {alias} to take back: `latentloom history` shows what there was")
-        previous = _previous(client, alias, now)
-        record = {"when": _now(), "by": user_name(), "why": why, "version": previous}
-        _set_tags(client, now, {f"{alias}.taken_back": json.dumps(record)})
-        if previous is None:
-            client.delete_registered_model_alias(NAME, alias)
-        else:
-            client.set_registered_model_alias(NAME, alias, previous)
-        return now, previous
+    now, client = current(root).get(alias), open_client(root)
+    if now is None:
+        raise UserError(f"there is no {alias} to take back: `latentloom history` shows what there was")
+    standing: dict[str, None] = {}  # versions that were promoted and not taken back, in that order
+    for move in history(root):
+        if move.alias == alias:
+            standing.pop(move.previous if move.taken_back else move.version, None)
+            standing |= {} if move.taken_back else {move.version: None}
+    previous = next((version for version in reversed(standing) if version != now), None)
+    figures = Figures.of_version(client.get_model_version(NAME, previous)) if previous else Figures()
+    Move(alias, previous, now, figures, why, taken_back=True).save(client)
+    if previous is None:
+        client.delete_registered_model_alias(NAME, alias)
+    else:
+        client.set_registered_model_alias(NAME, alias, previous)
+    return now, previous
 
 
 def history(root: Path) -> list[Move]:
     """The last promotion of each version to each alias, and its demotion, the oldest first."""
-    versions, moves = _versions(open_client(root)), []
-    for number, version in versions.items():
-        tags = version.tags
-        for alias in (key.removesuffix(".when") for key in tags if key.endswith(".when")):
-            promotion = {key: tags.get(f"{alias}.{key}") for key in ("when", "previous", "why", "by")}
-            moves.append(
-                Move(alias=alias, taken_back=False, version=number, figures=Figures.of_version(version), **promotion)
-            )
-            if f"{alias}.taken_back" in tags:
-                demotion = json.loads(tags[f"{alias}.taken_back"])
-                back = demotion.pop("version")
-                figures = Figures.of_version(versions[back]) if back in versions else Figures()
-                moves.append(
-                    Move(alias=alias, taken_back=True, version=back, previous=number, figures=figures, **demotion)
-                )
-    return sorted(moves, key=lambda move: move.when)
+    tags = [own.tags for own in open_client(root).search_model_versions(f"name = '{NAME}'")]
+    notes = [value for each in tags for key, value in each.items() if key.endswith((PROMOTED, TAKEN_BACK))]
+    return sorted(map(Move.of_tag, notes), key=lambda move: move.when)
 
 
 def current(root: Path) -> dict[str, str]:
     """The version that each alias names now."""
-    return _aliases(open_client(root))
+    found = open_client(root).search_registered_models(f"name = '{NAME}'")
+    return {alias: str(version) for model in found for alias, version in model.aliases.items()}
 
 
 def worse(figures: Figures, champion: Figures) -> str | None:
@@ -204,97 +205,29 @@ def _lower(name: str, value: float, champions: float) -> str:
     return f"{name} is {value:.4g}, worse than the champion's {champions:.4g}"
 
 
-def _validation_objection(client: "MlflowClient", run: "Run") -> str | None:
-    failed = run_provenance(client, run).get("failed_checks")
-    if failed is None and (report := read_artifact(client, run, "validation.json")):  # of an earlier version's run
-        failed = [name for name, check in json.loads(report)["checks"].items() if not check["success"]]
-    if failed is None:
-        return "the result of its data's validation is not known: the run does not hold it"
-    return f"the validation of its data failed: {', '.join(failed)}" if failed else None
-
-
-def _register(client: "MlflowClient", root: Path, found: FoundModel, run: "Run") -> "ModelVersion":
-    """Log the model's files, and create a version of them; nothing is registered when the logging breaks off.
+def _register(client: "MlflowClient", root: Path, found: FoundModel, run: "Run", provenance: dict[str, Any]) -> str:
+    """Log the model's files to its run, and create a version of them; none where the logging breaks off.
 
     By the client's calls: `mlflow.pyfunc.log_model` would reopen the training's run, in the process's one global store.
     """
-    from mlflow.entities import LoggedModelOutput
     from mlflow.exceptions import MlflowException
 
     run_id, tags = run.info.run_id, version_tags(found)
-    logged = client.create_logged_model(run.info.experiment_id, NAME, source_run_id=run_id, tags=tags)
-    try:
-        with TemporaryDirectory() as temporary:
-            path, provenance = Path(temporary) / "served", image_provenance(run_provenance(client, run))
-            save_served_model(path, found.folder, _settings(client, run, found, root), logged, tags, provenance)
-            client.log_model_artifacts(logged.model_id, str(path))
-        client.finalize_logged_model(logged.model_id, "READY")
-    except BaseException:
-        with suppress(Exception):
-            client.finalize_logged_model(logged.model_id, "FAILED")
-        raise
-    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    with TemporaryDirectory() as temporary:
+        path = Path(temporary) / SERVED
+        # Those that the run's figures were measured with, else those of the project.
+        measured = read_artifact(client, run, SETTINGS_FILE)
+        settings = (
+            SamplingSettings.from_dict(json.loads(measured))
+            if measured
+            else default_settings(found.folder, root / PARAMS)
+        )
+        save_served_model(path, found.folder, settings, tags, image_provenance(provenance))
+        client.log_artifacts(run_id, str(path), SERVED)
     try:
         client.create_registered_model(NAME, description=DESCRIPTION)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    return client.create_model_version(
-        NAME, source=logged.artifact_location, run_id=run_id, model_id=logged.model_id, tags=tags
-    )
-
-
-def _settings(client: "MlflowClient", run: "Run", found: FoundModel, root: Path) -> SamplingSettings:
-    """The settings that the run's figures were measured with, else those of the project."""
-    if written := read_artifact(client, run, SAMPLING):
-        return SamplingSettings.from_dict(json.loads(written))
-    return default_settings(found.folder, root / "params.yaml")
-
-
-def _previous(client: "MlflowClient", alias: str, now: str) -> str | None:
-    """What an alias named before ``now``: the version noted then, else the last one promoted and not taken back."""
-    versions = _versions(client)
-    kept = {
-        number: version.tags
-        for number, version in versions.items()
-        if number != now and f"{alias}.taken_back" not in version.tags
-    }
-    noted = versions[now].tags.get(f"{alias}.previous")
-    if noted in kept:
-        return noted
-    promoted = [number for number in kept if f"{alias}.when" in kept[number]]
-    return max(promoted, key=lambda number: kept[number][f"{alias}.when"], default=None)
-
-
-@contextmanager
-def _locked_client(root: Path) -> "Iterator[MlflowClient]":
-    """A client, for one change of the registry at a time on this machine."""
-    from filelock import FileLock
-
-    client = open_client(root)
-    (root / ".state").mkdir(exist_ok=True)
-    with FileLock(root / ".state" / "registry.lock"):
-        yield client
-
-
-def _versions(client: "MlflowClient") -> "dict[str, ModelVersion]":
-    return {number_of(version): version for version in client.search_model_versions(f"name = '{NAME}'")}
-
-
-def _aliases(client: "MlflowClient") -> dict[str, str]:
-    found = client.search_registered_models(f"name = '{NAME}'")
-    return {alias: str(version) for model in found for alias, version in model.aliases.items()}
-
-
-def _set_tags(client: "MlflowClient", version: str, tags: dict[str, str | None]) -> None:
-    """Set tags of a version; one whose value is None is deleted."""
-    held = client.get_model_version(NAME, version).tags
-    for key, value in tags.items():
-        if value is not None:
-            client.set_model_version_tag(NAME, version, key, value)
-        elif key in held:
-            client.delete_model_version_tag(NAME, version, key)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+    source = f"{run.info.artifact_uri.rstrip('/')}/{SERVED}"
+    return str(client.create_model_version(NAME, source, run_id, tags=tags).version)
