@@ -6,8 +6,10 @@ created whole before an alias moves, so an interrupted promotion leaves the alia
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import wraps
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from latentloom.diffusion.sampling_settings import SamplingSettings
 from latentloom.errors import UserError
 from latentloom.evaluation.text_to_image import SETTINGS_FILE, default_settings
-from latentloom.layout import PARAMS
+from latentloom.layout import PARAMS, state_folder
 from latentloom.registry.models import (
     NAME,
     SERVED,
@@ -98,6 +100,22 @@ class Move:
         return cls(**values | {"figures": Figures(**values["figures"])})
 
 
+def _one_at_a_time(change: Callable[..., Any]) -> Callable[..., Any]:
+    """Let one process of this machine at a time compare with the champion and move an alias."""
+
+    @wraps(change)
+    def locked(*args: Any, **settings: Any) -> Any:
+        from filelock import FileLock
+
+        lock = state_folder("registry.lock")
+        lock.parent.mkdir(exist_ok=True)
+        with FileLock(lock):
+            return change(*args, **settings)
+
+    return locked
+
+
+@_one_at_a_time
 def promote(
     found: FoundModel, alias: Alias, root: Path, *, force: bool = False, why: str | None = None
 ) -> tuple[str, bool]:
@@ -142,6 +160,7 @@ def promote(
     return number, True
 
 
+@_one_at_a_time
 def demote(alias: Alias, root: Path, *, why: str | None = None) -> tuple[str, str | None]:
     """Let ``alias`` name the version that was promoted before and not taken back; where there is none, nothing.
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from latentloom.layout import LATENTS
+from latentloom.layout import LATENTS, PARAMS, VALIDATION_REPORT
 from latentloom.tracking.runs import TrackedRun
 
 PROVENANCE, CODE_DIFF = "provenance.json", "code.diff"
@@ -58,6 +58,9 @@ def record_start(
     for split, rows in images.items():
         name = f"{'+'.join(sources)}-{split}"
         tracked.log_dataset(name=name, source=str(LATENTS), digest=digest[split], rows=rows, context=split)
+    for path in (PARAMS, VALIDATION_REPORT):
+        if path.exists():
+            tracked.log_file(path)
     tracked.describe(_description(params, provenance, images, sources))
 
 
