@@ -67,10 +67,13 @@ def _imports(file: Path, package: Path) -> tuple[Path, ...]:
 
 
 def _resolve(module: str, name: str | None, package: Path) -> list[Path]:
-    """The files behind ``from module import name``: the module, the packages around it, and what ``name`` is."""
+    """The files behind ``from module import name``: the module, the packages around it, and what ``name`` is.
+
+    An empty ``__init__`` decides nothing, and DVC warns of empty files.
+    """
     parts = module.split(".")[1:]
     around = [package.joinpath(*parts[:depth], "__init__.py") for depth in range(1, len(parts) + 1)]
-    files = [path for path in around if path.is_file()]
+    files = [path for path in around if path.is_file() and path.stat().st_size]
     place = package.joinpath(*parts)
     if place.with_suffix(".py").is_file():
         return [*files, place.with_suffix(".py")]
