@@ -118,7 +118,7 @@ def team(make_project, tmp_path_factory) -> Iterator[Team]:
         for name in ("ada", "grace"):
             account = {"MLFLOW_TRACKING_USERNAME": name, "MLFLOW_TRACKING_PASSWORD": secrets[f"password of {name}"]}
             where = homes[name] / "project"
-            people[name] = Person(where, name, keys | account | {"MLFLOW_TRACKING_URI": server.address})
+            people[name] = Person(where, name=name, own=keys | account | {"MLFLOW_TRACKING_URI": server.address})
         team = Team(people, server, database, store, secrets)
         project = make_project("team")
         project.set_params(
@@ -130,13 +130,13 @@ def team(make_project, tmp_path_factory) -> Iterator[Team]:
 
 def make_accounts(team: Team) -> None:
     create, change = commands("curl")
-    admin = Person(team.people["ada"].folder, "admin", team.server.admin)
+    admin = Person(team.people["ada"].folder, name="admin", own=team.server.admin)
     for name, first in PASSWORDS.items():
         admin.shell(create.replace("grace", name).replace("the-first-password", first))
         own = team.server.admin | {"MLFLOW_TRACKING_USERNAME": name, "MLFLOW_TRACKING_PASSWORD": first}
         changed = change.replace("grace", name).replace("the-first-password", first)
         changed = changed.replace("nobody-else-knows", team.secrets[f"password of {name}"])
-        Person(team.people["ada"].folder, name, own).shell(changed)
+        Person(team.people["ada"].folder, name=name, own=own).shell(changed)
 
 
 @pytest.fixture(scope="module")
@@ -202,9 +202,7 @@ def test_two_people_train_at_the_same_time_and_both_runs_arrive_whole(trained):
         ]
         assert "evaluate/caption_recall_at_1" in {metric["key"] for metric in run["data"]["metrics"]}
         listed = ask(trained, f"artifacts/list?run_id={run['info']['run_id']}")["files"]
-        assert {"params.yaml", "dvc.lock", "validation.json", "samples.png", "images"} <= {
-            file["path"] for file in listed
-        }
+        assert {"provenance.json", "dvc.lock", "samples.png", "images"} <= {file["path"] for file in listed}
     assert trained.people["ada"].folder != trained.people["grace"].folder
     models = {run_of(person)["model_sha256"] for person in trained.people.values()}
     assert len(models) == 2
@@ -315,7 +313,7 @@ def test_the_errors_of_the_page_are_what_one_sees(team):
 def test_a_backup_brings_back_runs_accounts_and_artifacts(champion, tmp_path):
     before = in_store(champion.store)
     run_id = run_of(champion.people["ada"])["mlflow_run_id"]
-    person = Person(tmp_path, "admin", champion.database | champion.store.environment)
+    person = Person(tmp_path, name="admin", own=champion.database | champion.store.environment)
     programs = f'PATH="{postgres_programs()}:$PATH"; '
     dump, restore = [line.removeprefix(IN_CONTAINER) for line in commands("docker") if line.startswith(IN_CONTAINER)]
     _, get_artifacts, get_data, put_artifacts, put_data = commands("python")

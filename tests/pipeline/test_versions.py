@@ -1,8 +1,10 @@
 """docs/versioning.md, run from top to bottom on a small project, with a git remote and an S3 server; and what the page
-claims. The page is one story: each fixture is a step of it and asks for those before, so that any test runs alone.
+claims. The page is one story: each fixture is a step of it, asks for those before, and notes what a later step
+changes, so that the tests run alone and in any order.
 """
 
 import csv
+import hashlib
 import html
 import io
 import json
@@ -76,13 +78,12 @@ def blocks_of(task):
     return re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
 
 
-def is_a_copy(clone, project):
-    """Whether a clone has all that DVC keeps of a project, byte for byte."""
-    outs = [out for stage in lock(project)["stages"].values() for out in stage["outs"]]
-    kept = [project.folder / out["path"] for out in outs if out["path"].startswith(("data/", "models/", "reports/"))]
-    files = [path for out in kept for path in ([out] if out.is_file() else out.rglob("*")) if path.is_file()]
+def outs(project):
+    """All that DVC keeps of a project: path -> bytes."""
+    listed = [project.folder / out["path"] for stage in lock(project)["stages"].values() for out in stage["outs"]]
+    files = [path for out in listed for path in ([out] if out.is_file() else out.rglob("*")) if path.is_file()]
     assert len(files) > 15
-    return all((clone.folder / path.relative_to(project.folder)).read_bytes() == path.read_bytes() for path in files)
+    return {str(path.relative_to(project.folder)): path.read_bytes() for path in files}
 
 
 def lock(project):
@@ -94,34 +95,36 @@ def weights(folder):
 
 
 @pytest.fixture(scope="module")
-def kept(project, run) -> Project:
-    """The project when it has been pushed."""
+def kept(project, run) -> dict[str, bytes]:
+    """The project has been pushed; its outs."""
     run(blocks_of("I want to keep what I have now"))
-    return project
+    return outs(project)
 
 
 @pytest.fixture(scope="module")
-def second(kept, run) -> tuple[Project, str]:
+def second(project, kept, run) -> tuple[Project, str]:
     """A clone that pulled everything from the default remote, and what that printed."""
-    printed = run(blocks_of("I want it all in another clone"), kept.folder.parent)
-    return replace(kept, folder=kept.folder.parent / "second"), printed
+    printed = run(blocks_of("I want it all in another clone"), project.folder.parent)
+    return replace(project, folder=project.folder.parent / "second"), printed
 
 
 @pytest.fixture(scope="module")
 def enlarged(second) -> tuple[Project, str]:
-    """That clone with four more images, encoded; and what that printed."""
-    clone, _ = second
+    """A copy of that clone with four more images, encoded; and what that printed."""
+    folder = second[0].folder.parent / "enlarged"
+    clone = replace(second[0], folder=shutil.copytree(second[0].folder, folder, symlinks=True))
     clone.set_params(ingest__limit=44)
     return clone, clone.run("dvc", "repro", "encode_images", "encode_text").stdout
 
 
 @pytest.fixture(scope="module")
-def third(kept, run) -> tuple[Project, str]:
-    """A clone that pulled everything from S3, and what that printed."""
+def third(project, second, run) -> tuple[Project, str, dict[str, bytes]]:
+    """A clone that pulled everything from S3, what that printed, and its outs."""
     configure, push, clone_again = blocks_of("I want data and models in S3")
     run([configure, push])
-    printed = run([clone_again], kept.folder.parent)
-    return replace(kept, folder=kept.folder.parent / "third"), printed
+    printed = run([clone_again], project.folder.parent)
+    clone = replace(project, folder=project.folder.parent / "third")
+    return clone, printed, outs(clone)
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,7 @@ class Tried:
     """What the experiment of the page printed and gave, and the figures and weights before it."""
 
     printed: str
+    columns: list[str]
     compared: str
     before: dict[str, float]
     after: dict[str, float]
@@ -142,8 +146,10 @@ def tried(project, third, run) -> Tried:
     try_it, compare = blocks_of("I want to try something and see whether it is better")
     before, first = figures(project), weights(project.folder / "models/unet")
     printed = run([try_it])
+    table = project.run("dvc", "exp", "show", "--csv", "--only-changed", "--drop", ".*/").stdout
+    columns = next(csv.reader(io.StringIO(table)))
     after, gentle = figures(project), weights(project.folder / "models/unet")
-    tried = Tried(printed, run([compare]), before, after, first, gentle)
+    tried = Tried(printed, columns, run([compare]), before, after, first, gentle)
     go_to_main(project)
     return tried
 
@@ -159,18 +165,17 @@ def taken_over(project, tried, run) -> str:
     return project.run("git", "show", "lower-rate:dvc.lock").stdout
 
 
-def test_a_pushed_project_is_in_its_default_remote_with_no_set_up(kept):
-    project = kept
+def test_a_pushed_project_is_in_its_default_remote_with_no_set_up(project, kept):
+    oid = hashlib.md5(kept["models/unet/model.safetensors"]).hexdigest()
     remote = project.folder.parent / "latentloom-dvc-remote"
-    oid = next(out["md5"] for out in lock(project)["stages"]["train"]["outs"] if out["path"] == "models/unet")
     assert (remote / "files" / "md5" / oid[:2] / oid[2:]).is_file()
 
 
-def test_a_second_clone_pulls_everything_and_has_nothing_to_do(project, second):
+def test_a_second_clone_pulls_everything_and_has_nothing_to_do(kept, second):
     clone, output = second
     assert "Running stage 'find_sources'" in output
     assert output.count("Running stage") == 1
-    assert is_a_copy(clone, project)
+    assert outs(clone) == kept
     assert clone.run("git", "status", "--porcelain").stdout == ""
     assert not (clone.folder / ".state").exists()
 
@@ -181,24 +186,22 @@ def test_in_a_clone_that_pulled_only_what_is_added_is_encoded(enlarged):
     assert "reused 0" not in output
 
 
-def test_a_clone_pulls_everything_from_s3_and_no_file_of_the_project_holds_the_keys(project, store, third):
-    clone, output = third
+def test_a_clone_pulls_everything_from_s3_and_no_file_of_the_project_holds_the_keys(project, store, kept, third):
+    clone, output, pulled = third
     for folder in (".dvc", ".git"):
         for path in (project.folder / folder).rglob("*"):
             assert not path.is_file() or store.secret.encode() not in path.read_bytes(), path
     assert clone.run("dvc", "remote", "list").stdout.split()[-3:] == ["store", "s3://your-bucket/loom", "(default)"]
     assert output.count("Running stage") == 1
-    assert is_a_copy(clone, project)
+    assert pulled == kept
 
 
-def test_an_experiment_is_compared_in_tables_with_few_columns_and_few_digits(project, tried):
+def test_an_experiment_is_compared_in_tables_with_few_columns_and_few_digits(tried):
     before, after = tried.before, tried.after
     table = tried.printed.partition("Experiment results have been applied to your workspace.")[2]
     assert "gentle" in table
-    given = project.run("dvc", "exp", "show", "--csv", "--only-changed", "--drop", ".*/").stdout
-    columns = next(csv.reader(io.StringIO(given)))
-    assert set(columns) <= {"Experiment", "rev", "typ", "Created", "parent", "train.learning_rate", *before}
-    assert {"train_mae", "val_mae", "train.learning_rate"} <= set(columns)
+    assert set(tried.columns) <= {"Experiment", "rev", "typ", "Created", "parent", "train.learning_rate", *before}
+    assert {"train_mae", "val_mae", "train.learning_rate"} <= set(tried.columns)
 
     printed = tried.compared
     assert re.search(r"train.learning_rate +0.001 +0.0005", printed)
@@ -282,7 +285,7 @@ def browse(page, folder, *options):
 
 def test_an_experiment_is_taken_over_made_a_branch_and_given_to_a_colleague(project, tried, taken_over, third, run):
     assert taken_over == (project.folder / "dvc.lock").read_text()
-    clone, _ = third
+    clone, *_ = third
     assert weights(clone.folder / "models/unet") == tried.first
     run(blocks_of("I want to take one of the experiments over")[3:], clone.folder)
     assert weights(clone.folder / "models/unet") == tried.gentle
@@ -359,7 +362,8 @@ def test_every_task_of_the_page_is_run_here():
     assert sum(len(blocks_of(heading)) for heading, _ in TASKS) == PAGE.count("```sh")
 
 
-def test_an_experiment_from_the_queue_runs_elsewhere_and_reuses_what_this_machine_encoded(project):
+def test_an_experiment_from_the_queue_runs_elsewhere_and_reuses_what_this_machine_encoded(project, kept, tmp_path):
+    project = project.copied(tmp_path / "project")
     before = figures(project)
     project.run("dvc", "exp", "run", "--queue", "-n", "queued", "-S", "encode_images.flip=true", "encode_images")
     printed = project.run("dvc", "exp", "run", "--run-all").stdout
