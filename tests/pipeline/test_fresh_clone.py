@@ -20,11 +20,13 @@ def committed(finished, tmp_path_factory) -> Project:
 
 @pytest.fixture(scope="module")
 def clone(committed, tmp_path_factory) -> tuple[Project, list[str]]:
-    """A clone in which the whole pipeline ran from nothing, and the stages that ran."""
+    """A clone in which `dvc repro` ran from nothing, then the evaluation by force; and the stages that ran at first."""
     folder = tmp_path_factory.mktemp("clone") / "project"
     committed.run("git", "clone", "-q", str(committed.folder), str(folder))
     project = Project(folder, cold=True)
-    return project, project.repro()
+    ran = project.repro()
+    project.run("dvc", "repro", "--force", "--single-item", "evaluate")
+    return project, ran
 
 
 def changes(project: Project) -> list[str]:
@@ -39,7 +41,9 @@ def bytes_of(project: Project, *folders: str) -> dict[str, bytes]:
 
 def test_the_whole_pipeline_runs_in_a_clone_and_changes_nothing_that_git_tracks(clone):
     project, ran = clone
-    assert ran == list(STAGES)
+    assert ran == [
+        stage for stage in STAGES if stage != "evaluate"
+    ]  # whose results are in git, and its inputs the same
     assert changes(project) == []
 
 
