@@ -1,7 +1,7 @@
 """``params.yaml`` as typed sections, one section a stage.
 
 Nothing here has a default: the file is the whole truth about a run, so DVC, which compares the file, sees every change
-that matters. An unknown key, a missing one or a wrong value is refused before any work starts.
+that matters. An unknown key, a missing one or a wrong value is rejected before any work starts.
 """
 
 import difflib

@@ -76,7 +76,10 @@ class Journal:
 
     def events(self, start: int = 0) -> Iterator[tuple[Event, int]]:
         """The events from byte ``start`` of the file on, in order, each with the byte where it ends."""
-        with open(self.folder / "events.jsonl", "rb") as file:
+        path = self.folder / "events.jsonl"
+        if not path.exists():  # `.state` may be deleted at any time
+            return
+        with open(path, "rb") as file:
             file.seek(start)
             while (line := file.readline()).endswith(b"\n"):  # the last may be half written
                 try:
