@@ -122,14 +122,10 @@ def sample(
         sys.exit(f"-o {output}: give FILE.png, or FOLDER/ for one PNG per sample")
     from latentloom.evaluation.metadata import save_image
     from latentloom.evaluation.text_to_image import default_settings, load_text_to_image, prompt_grid
-    from latentloom.lineage.provenance import read_run_record
-    from latentloom.registry.models import find_model, image_provenance
+    from latentloom.registry.models import find_model
 
     root = project_root() if Path(model).expanduser().is_dir() else _own_project()
     found = find_model(model, root)
-    provenance = found.provenance
-    if provenance is None and (record := read_run_record(root, found.sha256)):
-        provenance = record.to_dict()
     try:
         settings = default_settings(found.folder).changed(
             diffusion_steps=steps,
@@ -143,7 +139,7 @@ def sample(
             settings = replace(settings, threshold_percentile=None if threshold == "none" else float(threshold))
     except ValueError as error:
         raise UserError(str(error)) from error
-    loaded = load_text_to_image(found.folder, provenance=provenance and image_provenance(provenance))
+    loaded = load_text_to_image(found.folder, provenance=found.provenance and found.provenance.in_images())
     images = loaded.generate(prompts, settings, seed=seed, count=count, first=first)
     if not folder:
         metadata = loaded.metadata(prompts, settings, seed=seed, count=count, first=first)

@@ -29,9 +29,9 @@ from latentloom.evaluation.text_to_image import (
     store_settings,
     stored_settings,
 )
-from latentloom.lineage.provenance import Provenance, save_run_record
 from latentloom.model_files import load_model, model_hash
 from latentloom.randomness import generator
+from latentloom.tracking.provenance import Provenance, save_run_record
 
 ROOT = Path(__file__).parents[2]
 QUICK = ("--steps", "3", "--precision", "fp32")

@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from latentloom.dvc_outs import Place
-from latentloom.lineage.links import AT_HAND, DATA, Link, gather
+from latentloom.lineage.links import AT_HAND, Link, gather
 from latentloom.lineage.subject import find_subject
+from latentloom.tracking.provenance import DATA
 
 FORMAT_VERSION = 2
 WIDEST = 72  # characters of a name, for the places to stand in a column

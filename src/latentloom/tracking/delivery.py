@@ -14,56 +14,41 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentloom.tracking.journal import Event, Journal
-from latentloom.tracking.store import experiment_id, first_line, open_client
+from latentloom.tracking.store import experiment_id, first_line, has_error_code, open_client
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 KEY_TAG = "latentloom.key"
 EVERY = 10.0  # seconds between two deliveries
-PATIENCE = 60.0  # seconds without a delivered event after which the end of a run stops waiting
+PATIENCE = 60.0  # seconds that the end of a run waits for the last delivery
 LARGEST_BATCH = 100  # events or entries per request: MLflow takes no more tags or params, and ten times as many metrics
 
 
-class DeliveryThread(threading.Thread):
-    """Delivers a journal every few seconds, and once more when it is stopped.
+def deliver_until(stopping: threading.Event, journal: Journal, root: Path, measure: Callable[[], None]) -> None:
+    """Deliver the journal every few seconds, and once more after ``stopping`` is set.
 
     Args:
+        stopping: set when nothing more is logged.
         journal: what was logged.
         root: the project's root, for the store.
         measure: called between two deliveries.
     """
-
-    def __init__(self, journal: Journal, root: Path, measure: Callable[[], None]) -> None:
-        super().__init__(name="tracking", daemon=True)
-        self._journal, self._root, self._measure = journal, root, measure
-        self._stopping = threading.Event()
-
-    def run(self) -> None:
-        last = warned = False
-        while not last:
-            last = self._stopping.is_set()
-            try:
-                deliver(self._journal, self._root)
-            except Exception as error:
-                if not warned:
-                    warnings.warn(
-                        f"MLflow could not be written to ({first_line(error)}). The run continues; what it logs waits "
-                        f"in {self._journal.folder}",
-                        stacklevel=1,
-                    )
-                warned = True
-            if not self._stopping.wait(EVERY):
-                self._measure()
-
-    def stop(self) -> bool:
-        """Wait for the last delivery; False when a store hangs and the thread is left to itself."""
-        self._stopping.set()
-        delivered = None
-        while self.is_alive() and self._journal.about["delivered"] != delivered:
-            delivered = self._journal.about["delivered"]
-            self.join(PATIENCE)
-        return not self.is_alive()
+    last = warned = False
+    while not last:
+        last = stopping.is_set()
+        try:
+            deliver(journal, root)
+        except Exception as error:
+            if not warned:
+                warnings.warn(
+                    f"MLflow could not be written to ({first_line(error)}). The run continues; what it logs waits in "
+                    f"{journal.folder}",
+                    stacklevel=1,
+                )
+            warned = True
+        if not stopping.wait(EVERY):
+            measure()
 
 
 def deliver(journal: Journal, root: Path) -> None:
@@ -81,7 +66,7 @@ def deliver(journal: Journal, root: Path) -> None:
             if run_id is not None:
                 _send(client, run_id, batch, journal.folder)
         except Exception as error:
-            if getattr(error, "error_code", None) not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
+            if not has_error_code(error, "INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
                 raise
             warnings.warn(f"MLflow rejected {batch[0]['kind']} ({first_line(error)}); they are left out", stacklevel=2)
         journal.update(delivered=end)
@@ -106,12 +91,10 @@ def _run_id(client: "MlflowClient", journal: Journal, root: Path) -> str | None:
 
 
 def _is_there(client: "MlflowClient", run_id: str) -> bool:
-    from mlflow.exceptions import MlflowException
-
     try:
         return client.get_run(run_id).info.lifecycle_stage == "active"
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+    except Exception as error:
+        if not has_error_code(error, "RESOURCE_DOES_NOT_EXIST"):
             raise
         return False
 

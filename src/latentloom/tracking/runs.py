@@ -10,19 +10,21 @@ and skips what its journal already holds, so its curves have neither gaps nor do
 
 import io
 import sys
+import threading
 import time
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 
-from latentloom.tracking.delivery import DeliveryThread, deliver
-from latentloom.tracking.journal import Journal, JournalInUseError
+from latentloom.tracking import delivery
+from latentloom.tracking.journal import Journal
 from latentloom.tracking.store import current_target, first_line
 from latentloom.tracking.system_metrics import system_metrics
 
@@ -130,20 +132,15 @@ def new_run(root: Path, *, name: str | None = None, key: str | None = None) -> I
         yield run
 
 
-@contextmanager
-def reopened_run(root: Path, key: str | None, mlflow_run_id: str | None = None) -> Iterator[TrackedRun]:
+def reopened_run(root: Path, key: str, mlflow_run_id: str | None) -> AbstractContextManager[TrackedRun]:
     """Open a finished run to add to it, whatever it holds; where the store does not have it, warn and keep nothing.
 
     Args:
         root: where the journals are, and the store, unless the environment names another.
-        key: the run's; None keeps nothing.
+        key: the run's.
         mlflow_run_id: MLflow's id, where it is known.
     """
-    if not key:
-        yield TrackedRun()
-        return
-    with _open(root, key, resumed=False, name=None, started=None, mlflow_run_id=mlflow_run_id) as run:
-        yield run
+    return _open(root, key, resumed=False, name=None, started=None, mlflow_run_id=mlflow_run_id)
 
 
 def journals(root: Path) -> Path:
@@ -160,7 +157,7 @@ def sync(root: Path) -> Iterator[Synced]:
         try:
             with closing(Journal(folder)) as journal:
                 yield _sync(journal, root)
-        except JournalInUseError:
+        except filelock.Timeout:
             yield Synced(folder.name, "still running")
         except (OSError, ValueError) as error:
             yield Synced(folder.name, f"cannot be read: {first_line(error)}", waits=True)
@@ -181,7 +178,7 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _open(root: Path, key: str, *, resumed: bool, **about: Any) -> Iterator[TrackedRun]:
     """A run whose journal is delivered in the background; at the end, all that can be delivered is."""
     try:
-        journal = Journal(journals(root) / key, about | {"target": current_target()})
+        journal = Journal(journals(root) / key, wait=5, target=current_target(), **about)
     except (OSError, ValueError) as error:
         warnings.warn(f"nothing of this run is tracked ({first_line(error)})", stacklevel=4)
         yield TrackedRun()
@@ -189,10 +186,10 @@ def _open(root: Path, key: str, *, resumed: bool, **about: Any) -> Iterator[Trac
     if journal.about["target"] != current_target():  # a resumed run, and all of it, goes to the present store
         journal.update(target=current_target(), mlflow_run_id=None, delivered=0)
     run, started = TrackedRun(journal, resumed=resumed), journal.about["started"] or _now()
-    delivery = DeliveryThread(
-        journal, root, measure=lambda: run.log_metrics(system_metrics(), (_now() - started) // 1000)
-    )
-    delivery.start()
+    stopping = threading.Event()
+    work = (stopping, journal, root, lambda: run.log_metrics(system_metrics(), (_now() - started) // 1000))
+    thread = threading.Thread(target=delivery.deliver_until, args=work, name="tracking", daemon=True)
+    thread.start()
     status = "FAILED"
     try:
         yield run
@@ -202,14 +199,15 @@ def _open(root: Path, key: str, *, resumed: bool, **about: Any) -> Iterator[Trac
         raise
     finally:
         run.set_status(status)
-        stopped = delivery.stop()
+        stopping.set()
+        thread.join(delivery.PATIENCE)
         if waiting := journal.waiting:
             print(
                 f"tracking: {waiting} entries of this run wait in {journal.folder}; `latentloom sync` delivers them",
                 file=sys.stderr,
                 flush=True,
             )
-        if stopped:
+        if not thread.is_alive():  # else the store hangs, and the thread is left to itself
             journal.close()
 
 
@@ -223,7 +221,7 @@ def _sync(journal: Journal, root: Path) -> Synced:
     if not waiting:
         return Synced(journal.key, "nothing to deliver")
     try:
-        deliver(journal, root)
+        delivery.deliver(journal, root)
     except Exception as error:
         return Synced(journal.key, f"{journal.waiting} entries still wait: {first_line(error)}", waits=True)
     return Synced(journal.key, f"delivered {waiting} entries")
