@@ -44,7 +44,7 @@ def training_run(model_sha256: str) -> AbstractContextManager[TrackedRun]:
     """The run that trained the model, on this machine or by its hash in MLflow; else one that keeps nothing."""
     root = project_root()
     if (record := read_run_record(root, model_sha256)) and record.run_key:
-        return reopened_run(root, record.run_key, record.mlflow_run_id)
+        return reopened_run(root, record.run_key)
     try:
         run = stored_model(open_client(root), model_sha256).run
     except Exception as error:  # MLflow is away or not installed, which must not fail an evaluation
@@ -54,7 +54,7 @@ def training_run(model_sha256: str) -> AbstractContextManager[TrackedRun]:
     if run is None:
         print(f"evaluate: nothing is logged to MLflow: {why}", file=sys.stderr, flush=True)
         return nullcontext(TrackedRun())
-    return reopened_run(root, run.data.tags.get(KEY_TAG, run.info.run_id), run.info.run_id)
+    return reopened_run(root, run.data.tags[KEY_TAG])
 
 
 if __name__ == "__main__":

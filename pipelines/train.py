@@ -85,7 +85,7 @@ def _train_tracked(
             )
             result = train(checkpoints=checkpoints, resumed=resumed, logger=tracked)
             provenance = provenance.with_model(MODEL, model_hash(MODEL), tracked.key)
-            record_model(tracked, provenance, MODEL, train_mae=result.metrics["train_mae"], val_mae=result.val_mae)
+            record_model(tracked, provenance, MODEL)
         write_json(TRAIN_METRICS, result.metrics)
         save_run_record(project_root(), replace(provenance, mlflow_run_id=tracked.id))  # MLflow has answered by now
         checkpoints.end({"run": tracked.key, "finished_steps": params.train.steps})

@@ -308,7 +308,7 @@ def test_a_picture_of_a_model_that_nothing_tells_of_does_not_get_the_commit_of_a
     assert CliRunner().invoke(app, sample).exit_code == 0
     found = trace("foreign.png", lab)
     assert (link(found, "code").place, link(found, "model").place) == (Place.LOST, Place.UNKNOWN)
-    assert found.steps == ()
+    assert not found.steps
 
 
 def test_changes_that_were_not_committed_are_shown_and_applied(lab, trained):

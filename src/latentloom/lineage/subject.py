@@ -4,7 +4,7 @@ The provenance is read in the MLflow run, else on this machine (`.state/runs`), 
 the commit that is checked out.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from latentloom.dvc_outs import locked_outs, out_hash
@@ -14,7 +14,6 @@ from latentloom.layout import DVC_LOCK, MODEL
 from latentloom.model_files import model_hash
 from latentloom.registry.models import (
     StoredModel,
-    existing_store,
     is_model,
     look_up,
     read_artifact,
@@ -23,7 +22,7 @@ from latentloom.registry.models import (
 )
 from latentloom.tracking.git import Git
 from latentloom.tracking.provenance import CODE_DIFF, Provenance, read_run_record
-from latentloom.tracking.store import first_line, tracking_uri, without_credentials
+from latentloom.tracking.store import existing_store, first_line, tracking_uri, without_credentials
 
 
 @dataclass
@@ -43,7 +42,7 @@ class Subject:
     folder: Path
     image: Path | None = None
     metadata: ImageMetadata | None = None
-    provenance: Provenance = Provenance()
+    provenance: Provenance = field(default_factory=Provenance)
     code_diff: bytes | None = None
     message: str = ""
 

@@ -5,7 +5,6 @@ in `.state/models` (what was fetched before), in DVC's cache and remote, and in 
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from latentloom.errors import UserError
 from latentloom.layout import MODEL
 from latentloom.model_files import MODEL_FILES, model_hash
 from latentloom.tracking.provenance import HASH_TAG, PROVENANCE, Provenance, read_run_record
-from latentloom.tracking.store import has_error_code, open_client
+from latentloom.tracking.store import existing_store, has_error_code
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -73,7 +72,7 @@ def find_model(reference: str, root: Path) -> FoundModel:
             f"the run {run.info.run_id} ({run.info.run_name}) has no model: it is {run.info.status.lower()}; train "
             "again (`dvc repro --force train`)"
         )
-    client = open_client(root)
+    client = existing_store(root)
     provenance = run_provenance(client, run) if run else None  # the run of a version may be deleted
     folder = _fetch(client, root, stored, provenance or Provenance())
     return FoundModel(folder, stored.sha256, run and run.info.run_id, version and str(version.version), provenance)
@@ -94,8 +93,8 @@ def look_up(reference: str, root: Path) -> StoredModel:
     """
     if "/" in reference or Path(reference).is_dir():
         raise UserError(
-            f"{reference} holds no model ({', '.join(MODEL_FILES)}): run `dvc pull` or `dvc repro`, or name a run, a "
-            "version, champion or candidate"
+            f"{reference} holds no model ({', '.join(MODEL_FILES)}): run `dvc pull` or `dvc repro` in the project's "
+            "root, or name a run, a version, champion or candidate"
         )
     client = existing_store(root)
     get_version = client.get_model_version if reference.isdigit() else client.get_model_version_by_alias
@@ -117,13 +116,6 @@ def look_up(reference: str, root: Path) -> StoredModel:
         raise UserError(f"{reference} names {len(runs)} runs: {shown}; give the id")
     sha256 = runs[0].data.tags.get(HASH_TAG)
     return StoredModel(sha256, runs[0], stored_model(client, sha256).version if sha256 else None)
-
-
-def existing_store(root: Path) -> "MlflowClient":
-    """A client of the store, which is not created to look something up; raises `UserError` where there is none."""
-    if not os.environ.get("MLFLOW_TRACKING_URI") and not (root / "mlflow.db").exists():
-        raise UserError("this project has no MLflow store (mlflow.db) yet; a server's is named by MLFLOW_TRACKING_URI")
-    return open_client(root)
 
 
 def stored_model(client: "MlflowClient", sha256: str, run_id: str | None = None) -> StoredModel:

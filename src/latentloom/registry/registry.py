@@ -23,7 +23,7 @@ from latentloom.model_files import read_config
 from latentloom.registry.models import NAME, SERVED, FoundModel, read_artifact, run_provenance, stored_model
 from latentloom.registry.packing import save_served_model
 from latentloom.tracking.provenance import HASH_TAG, Provenance
-from latentloom.tracking.store import has_error_code, open_client
+from latentloom.tracking.store import existing_store, has_error_code
 from latentloom.user import user_name
 
 if TYPE_CHECKING:
@@ -103,8 +103,8 @@ def promote(
             worse than the champion, or either is not known.
         mlflow.exceptions.MlflowException: when the store cannot be reached; the alias has not moved then.
     """
+    client = existing_store(root)
     with _one_at_a_time():
-        client = open_client(root)
         stored, aliases = stored_model(client, found.sha256, found.run_id), current(root)
         if stored.run is None:
             raise UserError(
@@ -138,8 +138,9 @@ def demote(alias: Alias, root: Path, *, why: str | None = None) -> tuple[str, st
     Raises:
         UserError: when ``alias`` names nothing.
     """
+    client = existing_store(root)
     with _one_at_a_time():
-        now, client = current(root).get(alias), open_client(root)
+        now = current(root).get(alias)
         if now is None:
             raise UserError(f"there is no {alias} to take back: `latentloom history` shows what there was")
         standing: dict[str, None] = {}  # versions that were promoted and not taken back, in that order
@@ -159,14 +160,14 @@ def demote(alias: Alias, root: Path, *, why: str | None = None) -> tuple[str, st
 
 def history(root: Path) -> list[Move]:
     """The last promotion of each version to each alias, and its demotion, the oldest first."""
-    tags = [own.tags for own in open_client(root).search_model_versions(f"name = '{NAME}'")]
+    tags = [own.tags for own in existing_store(root).search_model_versions(f"name = '{NAME}'")]
     notes = [value for each in tags for key, value in each.items() if key.endswith((PROMOTED, TAKEN_BACK))]
     return sorted(map(Move.of_tag, notes), key=lambda move: move.when)
 
 
 def current(root: Path) -> dict[str, str]:
     """The version that each alias names now."""
-    found = open_client(root).search_registered_models(f"name = '{NAME}'")
+    found = existing_store(root).search_registered_models(f"name = '{NAME}'")
     return {alias: str(version) for model in found for alias, version in model.aliases.items()}
 
 

@@ -28,7 +28,7 @@ class Journal:
     Args:
         folder: the run's own, ``FOLDER/KEY``; made where it is not there.
         wait: seconds, for another process that writes to it or delivers it.
-        about: for a new journal: ``name``, ``started`` (milliseconds since 1970), ``target`` and ``mlflow_run_id``.
+        about: of a new journal: ``name`` and ``started`` (milliseconds since 1970; None to add to a finished run).
 
     Raises:
         filelock.Timeout: when another process holds it.
@@ -46,7 +46,9 @@ class Journal:
         self._file = open(folder / "events.jsonl", "ab")  # noqa: SIM115
         end = max((end for _, end in self.events()), default=0)
         self._file.truncate(end)
-        self.about: dict[str, Any] = {"delivered": 0} | read_json(folder / "about.json")
+        self.about: dict[str, Any] = {"target": None, "mlflow_run_id": None, "delivered": 0} | read_json(
+            folder / "about.json"
+        )
         self.about["delivered"] = min(self.about["delivered"], end)  # bytes of events.jsonl; a power cut may lose some
 
     @property

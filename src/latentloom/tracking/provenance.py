@@ -32,7 +32,7 @@ from latentloom.tracking.runs import TrackedRun
 from latentloom.user import user_name
 
 PROVENANCE, CODE_DIFF = "provenance.json", "code.diff"
-HASH_TAG = "model.sha256"
+HASH_TAG, NOTE = "model.sha256", "mlflow.note.content"  # MLflow shows the latter as the run's description
 DATA = {  # DVC's outs before the training, by what `latentloom lineage` calls each
     "latents": str(LATENTS),
     "text": str(TEXT),
@@ -170,26 +170,14 @@ def record_start(
     for path in (PARAMS, VALIDATION_REPORT):
         if path.exists():
             tracked.log_file(path)
-    tracked.describe(_description(params, provenance, images, sources))
+    tracked.set_tags({NOTE: _description(params, provenance, images, sources)})
 
 
-def record_model(
-    tracked: TrackedRun, provenance: Provenance, folder: Path, *, train_mae: float, val_mae: float | None
-) -> None:
-    """After the last step: record the model's hash and config, and add its errors to the description.
-
-    Args:
-        tracked: the training's run.
-        provenance: as `record_start` got it, with the model.
-        folder: where the model is.
-        train_mae: the model's error on the training split.
-        val_mae: that on the validation split; None without one.
-    """
+def record_model(tracked: TrackedRun, provenance: Provenance, folder: Path) -> None:
+    """After the last step: record the model in ``folder``, and its hash with the provenance."""
     tracked.set_tags({HASH_TAG: provenance.model_sha256})
     tracked.log_file(folder / "config.json", "model")
     tracked.log_text(json.dumps(asdict(provenance), indent=2) + "\n", PROVENANCE)
-    errors = f"train MAE **{train_mae:.3f}**" + ("" if val_mae is None else f", validation MAE **{val_mae:.3f}**")
-    tracked.describe(f"{tracked.description}\n\nResult: {errors}. Model `{provenance.model_sha256[:12]}`.")
 
 
 def save_run_record(root: Path, provenance: Provenance) -> None:

@@ -12,6 +12,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from latentloom.errors import UserError
 from latentloom.files import atomic_path
 
 if TYPE_CHECKING:
@@ -95,6 +96,20 @@ def open_client(root: Path) -> "MlflowClient":
         client = MlflowClient(tracking_uri(root))
         client.search_experiments(max_results=1)
     return client
+
+
+def existing_store(root: Path) -> "MlflowClient":
+    """`open_client`, of a store that is there: no store is created to look something up.
+
+    Raises:
+        UserError: when the project has no store, or there is no project, and the environment names no store.
+    """
+    if not os.environ.get("MLFLOW_TRACKING_URI") and not (root / "mlflow.db").exists():
+        raise UserError(
+            f"{root} has no MLflow store (mlflow.db): run this in the project's root, after a training, or set "
+            "MLFLOW_TRACKING_URI"
+        )
+    return open_client(root)
 
 
 def experiment_id(client: "MlflowClient", root: Path) -> str:
