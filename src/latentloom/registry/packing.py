@@ -5,7 +5,7 @@ import logging
 import shutil
 import warnings
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,6 @@ import pandas as pd
 
 import latentloom
 from latentloom.diffusion.sampling_settings import SamplingSettings
-from latentloom.encoding.pretrained import text_folder, vae_folder
-from latentloom.errors import UserError
 from latentloom.evaluation.text_to_image import store_settings
 from latentloom.model_files import read_config
 
@@ -53,19 +51,12 @@ def save_served_model(path: Path, model: Path, settings: SamplingSettings, prove
 
 
 def requirements() -> list[str]:
-    """What generating needs, at the versions that are installed, as ``NAME==VERSION``.
-
-    Raises:
-        UserError: naming a package that is not installed.
-    """
+    """What generating needs, at the versions that are installed, as ``NAME==VERSION``."""
     from packaging.requirements import Requirement
 
     own = [Requirement(line) for line in requires("latentloom") or []]
     names = {requirement.name for requirement in own if "extra" not in str(requirement.marker)} | set(GENERATING)
-    try:
-        return [f"{name}=={version(name).partition('+')[0]}" for name in sorted(names)]  # torch's +cpu is on no index
-    except PackageNotFoundError as error:
-        raise UserError(f"promoting needs the package {error.name}: install requirements.lock") from error
+    return [f"{name}=={version(name).partition('+')[0]}" for name in sorted(names)]  # torch's +cpu is on no index
 
 
 def _signature(settings: SamplingSettings) -> "ModelSignature":
@@ -83,9 +74,7 @@ def _pack(model: Path, packed: Path, settings: SamplingSettings) -> None:
     shutil.copytree(model, packed)
     store_settings(packed, settings)
     config = read_config(model)
-    for name, reference, folder_of in (
-        ("vae", config.vae.reference, vae_folder),
-        ("text_encoder", config.text_encoder.reference, text_folder),
-    ):
-        if reference != "bundled" and Path(reference).expanduser().is_dir() and not (packed / name).exists():
-            shutil.copytree(folder_of(reference), packed / name)
+    for name, encoder in (("vae", config.vae), ("text_encoder", config.text_encoder)):
+        folder = Path(encoder.reference).expanduser()
+        if encoder.reference != "bundled" and folder.is_dir() and not (packed / name).exists():
+            shutil.copytree(folder, packed / name)

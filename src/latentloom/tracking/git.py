@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CODE = ("src", "pipelines", "params.yaml", "dvc.yaml", "requirements.lock", "pyproject.toml")
-WRITTEN_BY_THE_PIPELINE = (":!dvc.lock", ":!reports")
 
 
 @dataclass(frozen=True)
@@ -23,11 +22,6 @@ class Git:
     def branch(self) -> str | None:
         """The branch that is checked out; ``HEAD`` where it is none."""
         return self._line("rev-parse", "--abbrev-ref", "HEAD")
-
-    def is_dirty(self) -> bool | None:
-        """Whether files that git knows differ from the commit, besides the pipeline's own results."""
-        changed = self._run("status", "--porcelain", "--untracked-files=no", "--", ".", *WRITTEN_BY_THE_PIPELINE)
-        return None if changed is None else bool(changed)
 
     def code_diff(self) -> str:
         """How code and params differ from the commit, new files included, for ``git apply``; often empty."""

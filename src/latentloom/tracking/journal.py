@@ -46,9 +46,8 @@ class Journal:
         self._file = open(folder / "events.jsonl", "ab")  # noqa: SIM115
         end = max((end for _, end in self.events()), default=0)
         self._file.truncate(end)
-        self.about: dict[str, Any] = {"target": None, "mlflow_run_id": None, "delivered": 0} | read_json(
-            folder / "about.json"
-        )
+        unknown = {"target": None, "mlflow_run_id": None, "delivered": 0}
+        self.about: dict[str, Any] = unknown | read_json(folder / "about.json")
         self.about["delivered"] = min(self.about["delivered"], end)  # bytes of events.jsonl; a power cut may lose some
 
     @property

@@ -60,7 +60,7 @@ class Provenance:
 
     Attributes:
         commit: what was checked out when the training began.
-        dirty: whether files differed from it; the difference is in the run, as ``code.diff``.
+        dirty: whether code or params differed from it; the difference is in the run, as ``code.diff``.
         branch: of the commit.
         experiment: the name of the DVC experiment that ran the training.
         user: who trained.
@@ -109,11 +109,12 @@ class Provenance:
 def collect(root: Path) -> Provenance:
     """What a training that begins now in ``root`` comes from."""
     git, lock = Git(root), root / DVC_LOCK
+    commit = git.commit()
     outs = locked_outs(lock.read_bytes() if lock.exists() else None)
     checks = _read(root / VALIDATION_REPORT, {}).get("checks")
     return Provenance(
-        commit=git.commit(),
-        dirty=git.is_dirty(),
+        commit=commit,
+        dirty=bool(git.code_diff()) if commit else None,
         branch=git.branch(),
         experiment=os.environ.get("DVC_EXP_NAME"),
         user=user_name(),
