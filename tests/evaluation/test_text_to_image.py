@@ -130,7 +130,7 @@ def test_settings_come_from_the_params_then_from_the_model_then_from_us(sample):
         (("--sampler", "euler"), "sampler = 'euler': must be"),
         (("--guidance-interval", "0.9", "0.1"), "guidance_interval"),
         (("-o", "picture.jpg"), "-o picture.jpg"),
-        (("--model", "models/other"), "there is no params.yaml"),
+        (("--model", "models/other"), "models/other holds no model"),
     ],
 )
 def test_what_cannot_be_generated_is_named_and_leaves_no_file(sample, tmp_path, arguments, message):
