@@ -23,7 +23,7 @@ STEPS = range(16)  # 12 of 32 rows each: six epochs
 
 def both_ways(folders) -> tuple[Caches, Caches]:
     held, streamed = load_caches(*folders), load_caches(*folders, memory_share=0.0)
-    assert (held.streamed, streamed.streamed) == (False, True)
+    assert (held.train.streamed, streamed.train.streamed) == (False, True)
     return held, streamed
 
 
@@ -155,7 +155,7 @@ def test_only_streamed_data_are_prefetched_by_a_thread(write_caches):
         steps = batches(caches.train, steps=STEPS, parts=PARTS, **SETTINGS)
         next(steps)
         running = [thread for thread in threading.enumerate() if thread.name.startswith(PREFETCH_THREAD)]
-        assert len(running) == caches.streamed
+        assert len(running) == caches.train.streamed
         steps.close()
 
 
@@ -163,9 +163,9 @@ def test_data_are_streamed_where_they_need_more_than_their_share_of_the_free_mem
     folders = write_caches(ROWS)
     needed = ROWS * 4 * 4 * 8 * 8 * 2 + 2 * ROWS * 12 * 2  # mean and std, mirrored as well, and the embeddings
     monkeypatch.setattr("latentloom.encoding.dataset.free_memory", lambda device: 2 * needed)
-    assert not load_caches(*folders, memory_share=0.5).streamed
+    assert not load_caches(*folders, memory_share=0.5).train.streamed
     caches = load_caches(*folders, memory_share=0.499)
-    assert caches.streamed
+    assert caches.train.streamed
     assert caches.placement == (
         "0.1 MiB of latents and embeddings are streamed from the disk to cpu: 0.1 MiB allowed, "
         "0.499 of the 0.2 MiB free"

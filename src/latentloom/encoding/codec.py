@@ -40,11 +40,7 @@ class LatentCodec:
 
     @cached_property
     def vae(self) -> PixelCodec:
-        """The VAE, loaded when it is first needed.
-
-        Raises:
-            ValueError: when the codec was made without one.
-        """
+        """The VAE, loaded when it is first needed; `ValueError` where the codec was made without one."""
         if self._load_vae is None:
             raise ValueError("this codec was made without a VAE: it can standardise alone")
         return self._load_vae()

