@@ -26,7 +26,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,11 +105,11 @@ class RowStore:
     def link(self, keys: Sequence[str], target: Path) -> bool:
         """Put the shard of exactly these rows at ``target``; False where it is not there, or damaged."""
         path = self._path(keys)
-        with _deleting_damaged(path):
-            _compare(path, *_open(path))
-            _link(path, target)
-            self._touch(path)
-            return True
+        if self._read(path, set(keys)):
+            with suppress(FileNotFoundError):  # the store was deleted in the meantime
+                _link(path, target)
+                self._touch(path)
+                return True
         return False
 
     def find(self, keys: Collection[str]) -> dict[str, Row]:
@@ -118,13 +118,11 @@ class RowStore:
         The tensors are memory maps: they can be read even if the store is deleted later.
         """
         found: dict[str, Row] = {}
-        for path in sorted(self.folder.glob(SHARDS)) if keys else ():
-            with _deleting_damaged(path):
-                tensors, own_keys, checksum = _open(path)
-                rows = {key: (tensors, row) for row, key in enumerate(own_keys) if key in keys and key not in found}
-                if rows:
-                    _compare(path, tensors, own_keys, checksum)
-                    found |= rows
+        wanted = set(keys)
+        for path in sorted(self.folder.glob(SHARDS)) if wanted else ():
+            rows = self._read(path, wanted)
+            found |= rows
+            wanted -= rows.keys()
         return found
 
     def trim(self) -> None:
@@ -139,6 +137,20 @@ class RowStore:
             room -= status.st_size
             if room < 0:
                 path.unlink(missing_ok=True)
+
+    def _read(self, path: Path, keys: Collection[str]) -> dict[str, Row]:
+        """Those rows of a stored shard that are asked for; a damaged shard is deleted: its rows are computed again."""
+        try:
+            tensors, own_keys, checksum = _open(path)
+            rows = {key: (tensors, row) for row, key in enumerate(own_keys) if key in keys}
+            if rows and checksum != _checksum(tensors):
+                raise DamagedShardError("its checksum is another")
+            return rows
+        except DamagedShardError as error:
+            if path.exists():
+                warnings.warn(f"{path} will not be used: {error}. Its rows are computed again.", stacklevel=3)
+                path.unlink(missing_ok=True)
+            return {}
 
     def _path(self, keys: Sequence[str]) -> Path:
         return self.folder / f"{hashlib.sha256(''.join(keys).encode()).hexdigest()}.safetensors"
@@ -182,8 +194,7 @@ class Plan:
 
         Args:
             batches: the rows ``missing``, in order, in batches of any size, as tensors (rows, ...).
-            stage: the progress bar's title.
-            unit: what a row is of.
+            stage, unit: for the progress bar: its title, and what a row is of.
 
         Yields:
             Every shard in order, once its file is complete under its final name.
@@ -243,11 +254,6 @@ def _open(path: Path) -> tuple[Tensors, list[str], str]:
     return tensors, header["keys"], header["checksum"]
 
 
-def _compare(path: Path, tensors: Tensors, _: Sequence[str], checksum: str) -> None:
-    if checksum != _checksum(tensors):
-        raise DamagedShardError(f"{path} is damaged (its checksum is another)")
-
-
 def _checksum(tensors: Tensors) -> str:
     """The SHA-256 of names, shapes, dtypes and bytes."""
     digest = hashlib.sha256()
@@ -255,19 +261,6 @@ def _checksum(tensors: Tensors) -> str:
         digest.update(f"{name}:{list(tensor.shape)}:{tensor.dtype};".encode())
         digest.update(tensor.numpy().data)
     return digest.hexdigest()
-
-
-@contextmanager
-def _deleting_damaged(path: Path) -> Iterator[None]:
-    """Leave the block when the stored shard is damaged, which is deleted, or missing: its rows are computed again."""
-    try:
-        yield
-    except FileNotFoundError:
-        return  # the store was deleted in the meantime
-    except DamagedShardError as error:
-        if path.exists():
-            warnings.warn(f"{path} will not be used: {error}. Its rows are computed again.", stacklevel=4)
-            path.unlink(missing_ok=True)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -37,14 +37,9 @@ NOT_FINITE = "latent_not_finite"
 
 
 def encode_images(vae: Vae, images: Path, out: Path, store: RowStore, *, flip: bool = False) -> EncodeCounts:
-    """Encode every prepared image into ``out``; rows that ``store`` knows are not computed again.
+    """Encode every prepared image into ``out``, with ``flip`` its mirror image too; rows of ``store`` are not computed.
 
-    Args:
-        vae: the VAE to encode with; it is loaded when there is a row to compute.
-        images: the folder that the ingest stage wrote.
-        out: the folder for the cache.
-        store: rows of earlier runs.
-        flip: encode the mirrored images as well.
+    The VAE is loaded when there is a row to compute.
 
     Raises:
         UserError: when there is no image, none in the training split, or a file of ``images`` is damaged.
@@ -117,12 +112,17 @@ def _encode(vae: Vae, images: Path, wanted: set[str], *, mirrored: bool) -> Iter
     """Encode the images of ``wanted``, in the order they are stored; the next batch is decoded while one is encoded."""
     if not wanted:
         return
+    read = iterate_images(images, wanted=wanted)
+
+    def next_batch() -> list[np.ndarray]:
+        return [pixels for _, pixels in islice(read, BATCH_SIZE)]
+
     with ThreadPoolExecutor(1) as reader:
-        batches = _batches(images, wanted)
-        following = reader.submit(next, batches, None)
-        while (batch := following.result()) is not None:
-            following = reader.submit(next, batches, None)
-            yield _encode_batch(vae, batch[:, :, ::-1] if mirrored else batch, vae.precision)
+        following = reader.submit(next_batch)
+        while batch := following.result():
+            following = reader.submit(next_batch)
+            pixels = np.stack(batch)
+            yield _encode_batch(vae, pixels[:, :, ::-1] if mirrored else pixels, vae.precision)
 
 
 def _encode_batch(vae: Vae, images: np.ndarray, precision: str) -> Tensors:
@@ -136,12 +136,6 @@ def _encode_batch(vae: Vae, images: np.ndarray, precision: str) -> Tensors:
         for name, tensor in _encode_batch(vae, images[overflown], "fp32").items():
             tensors[name][torch.from_numpy(overflown)] = tensor
     return tensors
-
-
-def _batches(images: Path, wanted: set[str]) -> Iterator[np.ndarray]:
-    read = iterate_images(images, wanted=wanted)
-    while batch := [pixels for _, pixels in islice(read, BATCH_SIZE)]:
-        yield np.stack(batch)
 
 
 def _finite(tensors: Tensors) -> torch.Tensor:

@@ -69,9 +69,8 @@ class StreamedRows:
         first = load_shard(folders[0] / names[0])
         self.device = device
         self.shapes, self._dtypes = _form(first)
-        opened = [
-            self._open(folder / name, rows) for folder in folders for name, rows in zip(names, fewest, strict=True)
-        ]
+        paths = [folder / name for folder in folders for name in names]
+        opened = [self._open(path, rows) for path, rows in zip(paths, np.tile(fewest, len(folders)), strict=True)]
         self._flat = {name: [shard[name].flatten(1).numpy() for shard in opened] for name in first}
         self._shards = np.concatenate([codes + len(names) * number for number in range(len(folders))], dtype=np.int32)
         self._places = np.tile(places, len(folders))
