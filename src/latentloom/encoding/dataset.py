@@ -138,16 +138,12 @@ class Caches:
 
 
 def load_caches(latents: Path, text: Path, *, device: torch.device | str = "cpu", memory_share: float = 1.0) -> Caches:
-    """Open both caches as training and validation sets, each ordered by id.
+    """Open the caches that `encode_images` and `encode_text` wrote as training and validation sets, ordered by id.
 
     Ordering by id makes a run independent of the order of files in the source. Where the rows are changes no batch.
 
-    Args:
-        latents: the folder that the stage `encode_images` wrote.
-        text: the folder that the stage `encode_text` wrote.
-        device: where batches are needed.
-        memory_share: raw rows that need more than this share of the device's free memory are streamed from the disk;
-            0 streams always.
+    Raw rows that need more than ``memory_share`` of the device's free memory are streamed from the disk; 0 streams
+    always.
 
     Raises:
         UserError: when a file is missing or damaged, an image has no caption, or the training split is empty.

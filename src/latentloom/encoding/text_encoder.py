@@ -66,26 +66,23 @@ class TextEncoder:
         named = read_json(path).get("model_max_length") if path.is_file() else None
         return min(named or self.tokenizer.model_max_length, self._setting("max_position_embeddings"))
 
-    @property
+    @cached_property
     def tokenizer(self) -> Any:
-        return self._loaded[0]
-
-    @property
-    def model(self) -> torch.nn.Module:
-        return self._loaded[1]
+        return self._load("AutoTokenizer")
 
     @cached_property
-    def _loaded(self) -> tuple[Any, torch.nn.Module]:
+    def model(self) -> torch.nn.Module:
+        model = self._load(CLIP_CLASS if self._is_clip else "AutoModel", dtype=torch.float32)
+        return model.eval().requires_grad_(False).to(self.device)
+
+    def _load(self, name: str, **options: Any) -> Any:
         import transformers
 
         transformers.utils.logging.disable_progress_bar()  # the stage shows its own
-        loader = getattr(transformers, CLIP_CLASS if self._is_clip else "AutoModel")
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
-            model = loader.from_pretrained(self._folder, dtype=torch.float32, local_files_only=True)
+            return getattr(transformers, name).from_pretrained(self._folder, local_files_only=True, **options)
         except (OSError, KeyError, ValueError, SafetensorError) as error:
             raise UserError(f"encode_text.model: {self.reference} cannot be loaded ({error})") from error
-        return tokenizer, model.eval().requires_grad_(False).to(self.device)
 
     def _setting(self, name: str) -> int:
         return self._config[name] if name in self._config else getattr(self.model.config, name)
@@ -124,5 +121,5 @@ class TextEncoder:
 def load_text_encoder(reference: str, device: torch.device | str = "cpu") -> TextEncoder:
     """A `TextEncoder` that is loaded at once, so that what is wrong with its files is said now."""
     encoder = TextEncoder(reference, device)
-    _ = encoder.model
+    _ = encoder.model, encoder.tokenizer
     return encoder
