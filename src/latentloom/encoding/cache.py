@@ -237,7 +237,7 @@ def _rows(batches: Iterable[Tensors], progress: tqdm) -> Iterator[Row]:
 
 
 def _stack(rows: Sequence[Row]) -> Tensors:
-    """The tensors of a shard: those of its rows, one above the other."""
+    """The tensors of a shard, put together from those of its rows; all rows of a tensor have one shape."""
     return {name: torch.stack([tensors[name][row] for tensors, row in rows]) for name in rows[0][0]}
 
 

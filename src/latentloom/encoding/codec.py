@@ -21,7 +21,8 @@ class LatentCodec:
     Args:
         mean: per channel (C,), of the raw training latents.
         std: per channel (C,), likewise.
-        load_vae: gives the `latentloom.encoding.vae.Vae`; called once, at the first `encode` or `decode`. Standardising needs none.
+        load_vae: gives the `latentloom.encoding.vae.Vae`; called once, at the first `encode` or `decode`.
+            Standardising needs none.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], load_vae: Callable[[], Any] | None = None) -> None:
