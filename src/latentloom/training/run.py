@@ -10,17 +10,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 
 from latentloom.devices import autocast_dtype
 from latentloom.encoding.dataset import Caches
 from latentloom.errors import UserError
-from latentloom.layout import LATENTS
 from latentloom.model_files import FORMAT_VERSION, EncoderReference, ModelConfig, save_model
 from latentloom.params import Params, TrainParams
 from latentloom.training.checkpoints import Checkpoint, Checkpoints
 from latentloom.training.interruption import StopRequest, TrainingStopped
-from latentloom.training.loop import Step, TrainingState, learning_rate_at, open_ended_steps, train
+from latentloom.training.loop import Step, TrainingState, open_ended_steps, train
 from latentloom.training.monitor import Curves, Logger, TrainingMonitor
 
 
@@ -42,7 +41,7 @@ def run_training(
     resumed: Checkpoint | None,
     model_folder: Path,
     curves_folder: Path,
-    logger: Logger,
+    logger: Logger | None,
 ) -> TrainingResult:
     """Train on ``caches`` and write the averaged weights to ``model_folder``. Every process of a job calls this.
 
@@ -54,7 +53,7 @@ def run_training(
         resumed: what to resume from, in the main process; None starts anew.
         model_folder: for ``config.json`` and ``model.safetensors``.
         curves_folder: for the curves' CSV files; what it holds is replaced.
-        logger: gets metrics and preview grids by step.
+        logger: gets metrics and preview grids by step; None in all processes but the main one.
 
     Raises:
         TrainingDivergedError: when the training has diverged; the checkpoints from before are kept.
@@ -88,8 +87,7 @@ def run_training(
             tensors = state.tensors() | monitor.tensors()
             if accelerator.is_main_process:
                 metadata = {"schedule": _schedule(settings), "monitor": monitor.metadata()}
-                pinned = step == open_ended_steps(settings)
-                checkpoints.save(step, tensors, metadata, curves=curves_folder, pinned=pinned)
+                checkpoints.save(step, tensors, metadata, curves_folder)
 
     steps = train(
         state,
@@ -117,16 +115,17 @@ def run_training(
                     "from there",
                     signal,
                 )
-        monitor.finish(learning_rate_at(settings.steps - 1, settings))
+        monitor.finish()
     if accelerator.is_main_process:
         save_model(model_folder, monitor.model, config)
+    figures = monitor.figures
     metrics = {
-        "train_mae": round(monitor.train_mae, 4),
+        "train_mae": round(figures.train_mae, 4),
         "parameters": sum(p.numel() for p in network.parameters()),
     }
-    if monitor.best_val_mae is not None:
-        metrics |= {"best_val_mae": round(monitor.best_val_mae, 4), "best_step": monitor.best_step}
-    return TrainingResult(metrics, monitor.val_mae, settings.steps * settings.batch_size / monitor.seconds)
+    if figures.best_val_mae is not None:
+        metrics |= {"best_val_mae": round(figures.best_val_mae, 4), "best_step": figures.best_step}
+    return TrainingResult(metrics, figures.val_mae, settings.steps * settings.batch_size / figures.seconds)
 
 
 def usable_checkpoint(checkpoints: Checkpoints, params: Params) -> Checkpoint | None:
@@ -168,22 +167,18 @@ def _resume(
     checkpoint: Checkpoint | None, state: TrainingState, monitor: TrainingMonitor, accelerator: Accelerator
 ) -> None:
     """Load the main process's checkpoint in every process; when this returns, nothing holds its tensors any more."""
+
+    def shared(value: Any) -> Any:  # so that only the main process needs to reach the files
+        return broadcast_object_list([value])[0]
+
     tensors = checkpoint.load_tensors() if checkpoint else {}
-    described = [None]
-    if checkpoint:
-        kinds = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-        described = [(checkpoint.step, checkpoint.metadata["monitor"], kinds)]
-    if accelerator.num_processes > 1:  # so that only the main process needs to reach the files
-        broadcast_object_list(described)
-    if described[0] is None:
+    saved = shared((checkpoint.step, checkpoint.metadata["monitor"], list(tensors)) if checkpoint else None)
+    if saved is None:
         return
-    step, metadata, kinds = described[0]
-    if accelerator.num_processes > 1:
-        for name, (shape, dtype) in kinds.items():  # one at a time on the device
-            tensor = tensors[name] if checkpoint else torch.empty(shape, dtype=dtype)
-            tensors[name] = broadcast(tensor.to(accelerator.device)).cpu()
+    step, metadata, names = saved
+    tensors = {name: shared(tensors.get(name)) for name in names}  # one at a time, as they pass through the device
     state.load(tensors, step)
-    monitor.load(tensors, metadata, step)
+    monitor.load(tensors, metadata)
 
 
 def _asked_to_stop(request: StopRequest, accelerator: Accelerator, step: Step, every: int) -> int:
@@ -209,11 +204,9 @@ def model_config(params: Params, caches: Caches) -> ModelConfig:
     """What the model is and needs, from the params and from what made its caches.
 
     Raises:
-        UserError: when the latents' size does not suit ``model.widths``, or their cache is of an older version.
+        UserError: when the latents' size does not suit ``model.widths``.
     """
     latents, text = caches.latent_statistics, caches.text_statistics
-    if "bound" not in latents:
-        raise UserError(f"{LATENTS} is of an older version: its stats.json has no bound; run `dvc repro`")
     shape = caches.train.latent_shape
     halvings = len(params.model.widths) - 1
     if shape[1] != shape[2] or shape[1] % 2**halvings:
