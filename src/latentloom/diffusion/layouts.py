@@ -16,7 +16,7 @@ import torch
 Array: TypeAlias = torch.Tensor | np.ndarray
 Layout: TypeAlias = Literal["nchw", "nhwc"]
 
-LAYOUTS: tuple[Layout, ...] = ("nchw", "nhwc")
+CHANNEL_AXIS: dict[Layout, int] = {"nhwc": 3, "nchw": 1}
 
 
 def detect_layout(shape: tuple[int, ...], latent_channels: int = 4, layout: Layout | None = None) -> Layout:
@@ -25,20 +25,12 @@ def detect_layout(shape: tuple[int, ...], latent_channels: int = 4, layout: Layo
     Where both ends fit (such as `(B, 4, 4, 4)`), `"nhwc"` wins: it is what the arguments are named after.
     Pass `layout` to say otherwise. Raises `ValueError` if the shape is not that of a batch of latents.
     """
-    shape = tuple(shape)
-    if layout is not None and layout not in LAYOUTS:
-        raise ValueError(f"unknown layout {layout!r}: allowed are {', '.join(LAYOUTS)}, or None to detect it")
-    if len(shape) != 4:
-        raise ValueError(f"latents need 4 axes, (B, H, W, C) or (B, C, H, W), but the shape is {shape}")
-    fits = {"nhwc": shape[3] == latent_channels, "nchw": shape[1] == latent_channels}
-    for candidate in (layout,) if layout else ("nhwc", "nchw"):
-        if fits[candidate]:
+    for candidate, axis in CHANNEL_AXIS.items():
+        if len(shape) == 4 and shape[axis] == latent_channels and layout in (None, candidate):
             return candidate
-    where = {"nhwc": "the last axis", "nchw": "axis 1", None: "neither axis 1 nor the last axis"}[layout]
-    verb = "has" if layout is None else "does not have"
     raise ValueError(
-        f"{where} of shape {shape} {verb} the {latent_channels} latent channels; "
-        f"pass latent_channels= if the latents have another number"
+        f"{tuple(shape)} is no batch of latents of {latent_channels} channels as {layout or 'nhwc or nchw'}; pass "
+        "latent_channels= if the latents have another number"
     )
 
 

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
-from tqdm import tqdm
 
 from latentloom.diffusion.denoising_error import denoising_error
 from latentloom.encoding.dataset import Caches
@@ -109,17 +108,9 @@ class TrainingMonitor:
     """Monitors one training. All processes measure; the main one alone shows, logs and writes.
 
     Args:
-        params: the whole params.
-        config: of the model.
-        caches: both splits, on the device.
-        average: the averaged weights that the training updates.
-        accelerator: of this process.
-        curves: the curves' files.
-        logger: gets metrics and preview grids by step; None in all processes but the main one.
+        average: the averaged weights, which the training updates.
+        logger: None in all processes but the main one.
         dtype: for autocast; None computes in fp32.
-
-    Attributes:
-        figures: what it has measured.
     """
 
     def __init__(
@@ -135,8 +126,7 @@ class TrainingMonitor:
         dtype: torch.dtype | None,
     ) -> None:
         self.figures = Figures()
-        self._settings, self._monitor, self._diffusion = params.train, params.monitor, params.diffusion
-        self._validation = caches.validation
+        self._params, self._validation = params, caches.validation
         self._average, self._accelerator = average, accelerator
         self._best = copy.deepcopy(average) if params.train.keep == "best" else None
         self._curves, self._logger, self._dtype = curves, logger, dtype
@@ -153,20 +143,6 @@ class TrainingMonitor:
             (params.monitor.sample_every, self._preview),
         )
         self._clock = time.monotonic()
-        self._progress = tqdm(
-            total=params.train.steps * params.train.batch_size,
-            desc="train",
-            unit="image",
-            unit_scale=True,
-            disable=None if accelerator.is_main_process else True,
-        )
-
-    def __enter__(self) -> "TrainingMonitor":
-        self._clock = time.monotonic()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.close()
 
     @property
     def model(self) -> nn.Module:
@@ -183,8 +159,8 @@ class TrainingMonitor:
     def finish(self) -> None:
         """After the last step, and after its checkpoint, from which a longer run resumes: do what is not due then."""
         for every, action in self._actions:
-            if self._settings.steps % every:
-                action(self._settings.steps)
+            if self._params.train.steps % every:
+                action(self._params.train.steps)
 
     def check_divergence(self, step: int) -> None:
         """Check the steps since the last check, the last of which is ``step``.
@@ -214,7 +190,7 @@ class TrainingMonitor:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
-        """Copy in what `tensors` and `metadata` gave; the curves have been restarted already."""
+        """Copy in what `tensors` and `metadata` gave, before the first step; the curves have been restarted already."""
         self.figures = Figures(**metadata)
         self._history = tensors["history"].clone()
         if self._best is not None:
@@ -223,7 +199,7 @@ class TrainingMonitor:
         if self._logger:
             for row in self._curves.rows():  # the logger may have lost them
                 self._logger.log_metrics(_as_metrics(row), row["step"])
-        self._progress.update(self.figures.logged_step * self._settings.batch_size)
+        self._clock = time.monotonic()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -240,31 +216,28 @@ class TrainingMonitor:
     def _log(self, step: int) -> None:
         self.check_divergence(step)
         with self.paused():
-            figures = self.figures
+            figures, settings = self.figures, self._params.train
             steps, seconds = step - figures.logged_step, figures.seconds - figures.logged_seconds
-            images = steps * self._settings.batch_size
             loss, figures.train_mae, _ = self._history[-steps:].mean(0).tolist()
             figures.logged_step, figures.logged_seconds = step, figures.seconds
-            rate = learning_rate_at(step - 1, self._settings)
+            rate = learning_rate_at(step - 1, settings)
             row = {"step": step, "train_mae": figures.train_mae, "train_learning_rate": rate}
-            if self._settings.loss != "mae":
+            if settings.loss != "mae":
                 row["train_loss"] = loss
-            others = {
+            more = {
                 "train/gradient_norm": float(self._history[-1, 2]),
-                "train/images_per_second": images / seconds,
+                "train/images_per_second": steps * settings.batch_size / seconds,
             }
-            self._record("train", row, others)
-            self._progress.set_postfix(mae=f"{figures.train_mae:.3f}", refresh=False)
-            self._progress.update(images)
+            self._record("train", row, more)
 
     def _validate(self, step: int) -> None:
         with self.paused():
             error = denoising_error(
                 self._average,
                 self._validation,
-                schedule=self._diffusion.schedule,
-                noise_levels=self._diffusion.noise_levels,
-                images=self._monitor.validation_images,
+                schedule=self._params.diffusion.schedule,
+                noise_levels=self._params.diffusion.noise_levels,
+                images=self._params.monitor.validation_images,
                 dtype=self._dtype,
                 accelerator=self._accelerator,
             )
@@ -276,7 +249,7 @@ class TrainingMonitor:
                 figures.best_step, figures.best_val_mae = step, figures.val_mae
                 if self._best is not None:
                     self._best.load_state_dict(self._average.state_dict())
-            self._record("validation", {"step": step} | {f"val_{name}": mae for name, mae in error.items()})
+            self._record("validation", {"step": step} | {f"val_{name}": mae for name, mae in error.items()}, {})
 
     def _preview(self, step: int) -> None:
         if self._logger and self._previews:
@@ -285,11 +258,11 @@ class TrainingMonitor:
                 if image is not None:
                     self._logger.log_image(image, "samples", step)
 
-    def _record(self, curve: str, row: Mapping[str, float], others: Mapping[str, float] | None = None) -> None:
-        """Add a row to a curve, and log it with ``others``, which depend on the machine."""
+    def _record(self, curve: str, row: Mapping[str, float], more: Mapping[str, float]) -> None:
+        """Add a row to a curve; log it, and ``more`` that is no part of the curve."""
         if self._logger:
             self._curves.add(curve, row)
-            self._logger.log_metrics(_as_metrics(row) | (others or {}), row["step"])
+            self._logger.log_metrics(_as_metrics(row) | more, row["step"])
 
     def _attempt(self, what: str, action: Callable[[], Result]) -> Result | None:
         """What ``action`` gives; None and a warning where it fails: hours of training are worth more than a preview."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from tqdm import tqdm
 
 from latentloom.devices import autocast_dtype
 from latentloom.encoding.dataset import Caches
@@ -46,14 +47,12 @@ def run_training(
     """Train on ``caches`` and write the averaged weights to ``model_folder``. Every process of a job calls this.
 
     Args:
-        params: the whole params.
-        caches: both splits, on this process's device.
-        accelerator: of this process; the main one alone writes.
-        checkpoints: where the state is saved on the way; None in all processes but the main one.
+        caches: on this process's device.
+        checkpoints: where the state is saved on the way; None in all processes but the main one, which alone writes.
         resumed: what to resume from, in the main process; None starts anew.
         model_folder: for ``config.json`` and ``model.safetensors``.
         curves_folder: for the curves' CSV files; what it holds is replaced.
-        logger: gets metrics and preview grids by step; None in all processes but the main one.
+        logger: None in all processes but the main one.
 
     Raises:
         TrainingDivergedError: when the training has diverged; the checkpoints from before are kept.
@@ -99,9 +98,19 @@ def run_training(
         accelerator=accelerator,
         compiled=params.machine.compile,
     )
-    with monitor, StopRequest() as request:
-        for step in steps:
+    progress = tqdm(
+        steps,
+        desc="train",
+        initial=state.step,
+        total=settings.steps,
+        unit="image",
+        unit_scale=settings.batch_size,
+        disable=None if accelerator.is_main_process else True,
+    )
+    with progress, StopRequest() as request:
+        for step in progress:
             monitor.step(step)
+            progress.set_postfix(mae=monitor.figures.train_mae, refresh=False)
             signal = _asked_to_stop(request, accelerator, step, params.monitor.log_every)
             if (
                 signal
