@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from latentloom.diffusion.layouts import Array, Layout, to_nchw
+from latentloom.diffusion.layouts import Array, Layout, home_of, to_nchw
 
 
 def decode_latents(
@@ -27,8 +27,7 @@ def decode_latents(
     `(b, C, h, w)` and gives images in [-1, 1], as a tensor `(b, 3, H, W)` or with that as its `.sample`; it
     is called with at most `batch_size` latents at once. Raises `ValueError` if a decoded image is not finite.
     """
-    parameter = next(iter(vae.parameters()), None) if hasattr(vae, "parameters") else None
-    device, dtype = (None, torch.float32) if parameter is None else (parameter.device, parameter.dtype)
+    device, dtype = home_of(vae)
     z, _ = to_nchw(latents, latent_channels=latent_channels, layout=layout, device=device, dtype=torch.float32)
     std, mean = (torch.as_tensor(value).to(z).reshape(-1, 1, 1) for value in (std_latent, mean_latent))
     z = (z * std + mean).to(dtype)

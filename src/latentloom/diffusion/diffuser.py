@@ -12,7 +12,7 @@ from contextlib import nullcontext
 
 import torch
 
-from latentloom.diffusion.layouts import Array, Layout, to_nchw, to_tensor
+from latentloom.diffusion.layouts import Array, Layout, home_of, to_nchw, to_tensor
 from latentloom.diffusion.noise import Schedule, dynamic_thresholding, get_schedule, sampling_levels
 from latentloom.diffusion.samplers import SAMPLERS
 from latentloom.diffusion.sampling_settings import SamplingSettings
@@ -114,15 +114,10 @@ class Diffuser:
     def _to_device(
         self, latents: Array, labels: Array, layout: Layout | None
     ) -> tuple[torch.Tensor, torch.Tensor, Callable[[torch.Tensor], Array]]:
-        """Latents and labels on the denoiser's device in its precision (float32 at least), and the way back.
-
-        A denoiser without parameters takes them as they come.
-        """
-        parameters = getattr(self.denoiser, "parameters", lambda: iter(()))()
-        parameter = next((p for p in parameters if p.is_floating_point()), None)
-        device, dtype = None, None
-        if parameter is not None:
-            device, dtype = parameter.device, torch.promote_types(parameter.dtype, torch.float32)
+        """Latents and labels on the denoiser's device in its precision (float32 at least), and the way back."""
+        device, dtype = home_of(self.denoiser)
+        if dtype:
+            dtype = torch.promote_types(dtype, torch.float32)
         x, restore = to_nchw(latents, latent_channels=self.latent_channels, layout=layout, device=device, dtype=dtype)
         text, _ = to_tensor(labels, device=x.device, dtype=dtype)
         if text.ndim != 2 or text.shape[0] != x.shape[0]:

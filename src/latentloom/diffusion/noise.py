@@ -210,8 +210,6 @@ def dynamic_thresholding(img: Array, perc: float = 99.5, bound: float = 1.0) -> 
     if not bound > 0:
         raise ValueError(f"bound must be above 0, not {bound}")
     x, restore = to_tensor(img)
-    if x.ndim < 2:
-        raise ValueError(f"dynamic thresholding needs a batch (B, ...), but the shape is {tuple(x.shape)}")
     s = quantile(x.abs().flatten(1), perc / 100)
     s = s.clamp(min=bound).reshape(-1, *[1] * (x.ndim - 1))
     return restore(x.clamp(-s, s) * (bound / s))

@@ -18,7 +18,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,25 +36,22 @@ FORMAT_VERSION = 3
 
 @dataclass(frozen=True)
 class CodeVersion:
-    """The code of a training: the hash of the modules that decide its weights, and the git commit, where known."""
+    """The code of a training: the hash of the modules that decide its weights, the git commit, where known, and torch.
+
+    Two are equal where they compute the same: another commit may have changed something else.
+    """
 
     hash: str
-    commit: str | None = None
+    commit: str | None = field(default=None, compare=False)
+    torch: str = torch.__version__
 
     def __str__(self) -> str:
-        return f"commit {(self.commit or 'unknown')[:12]}, code {self.hash[:12]}"
+        return f"commit {(self.commit or 'unknown')[:12]}, code {self.hash[:12]}, torch {self.torch}"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint on the disk.
-
-    Attributes:
-        step: steps done.
-        metadata: what was saved with the tensors, as JSON holds it.
-        code: that wrote it.
-        folder: of its files.
-    """
+    """A whole checkpoint on the disk: after ``step`` steps, with the ``metadata`` that was saved beside the tensors."""
 
     step: int
     metadata: dict[str, Any]
@@ -117,11 +114,7 @@ class Checkpoints:
     def save(self, step: int, tensors: Mapping[str, torch.Tensor], metadata: dict[str, Any], curves: Path) -> None:
         """Write the checkpoint after ``step`` steps, then delete those that are one too many.
 
-        Args:
-            step: steps done.
-            tensors: by name, on any device.
-            metadata: what JSON can hold.
-            curves: a folder of CSV files to copy.
+        ``metadata`` is what JSON can hold, ``curves`` a folder whose CSV files are copied.
 
         Raises:
             WriteError: when it cannot be written, naming the file and the room it needs; older checkpoints are kept.
@@ -135,9 +128,7 @@ class Checkpoints:
             state = {
                 "format_version": FORMAT_VERSION,
                 "sha256": sha256_file(folder / "state.safetensors"),
-                "torch": torch.__version__,
-                "code": self.code.hash,
-                "commit": self.code.commit,
+                "code": asdict(self.code),
                 "metadata": metadata,
             }
             write_json(folder / "state.json", state)
@@ -156,19 +147,12 @@ class Checkpoints:
                 continue
             try:
                 state = _read_state(path)
-                found = Checkpoint(_step(path), state["metadata"], CodeVersion(state["code"], state["commit"]), path)
+                found = Checkpoint(_step(path), state["metadata"], CodeVersion(**state["code"]), path)
             except (ValueError, KeyError, OSError) as error:
                 warnings.warn(f"{path} cannot be used and is skipped ({error})", stacklevel=2)
                 continue
-            if not usable(found.step, found.metadata):
-                continue
-            if state["torch"] != torch.__version__:
-                warnings.warn(
-                    f"{path} was written with torch {state['torch']}, this is {torch.__version__}: the training "
-                    "resumes, but will not end with the same bytes",
-                    stacklevel=2,
-                )
-            return found
+            if usable(found.step, found.metadata):
+                return found
         return None
 
     def read_run(self) -> dict[str, Any]:

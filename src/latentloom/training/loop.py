@@ -178,7 +178,6 @@ def train(
 
     Args:
         state: on the same device as ``data``.
-        data: the training split.
         seed: every random number is a function of it, the step and the position in the global batch.
         dtype: for autocast; None computes in fp32.
         accelerator: of this process; None: the only one.

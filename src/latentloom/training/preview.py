@@ -26,12 +26,7 @@ class Previews:
 
     Half of the images have captions of the training split, half of validation (or as many as there are): the first ones
     by id. The VAE's files are fetched here, which may be a long download; its weights are loaded for the first grid.
-
-    Args:
-        params: the whole params.
-        config: of the model.
-        caches: whose captions are used.
-        dtype: for autocast; None computes in fp32.
+    ``dtype`` is for autocast; None computes in fp32.
     """
 
     def __init__(self, params: Params, config: ModelConfig, caches: Caches, dtype: torch.dtype | None) -> None:

@@ -1,5 +1,6 @@
 """One whole training: from the caches, or from a checkpoint, to the model's folder."""
 
+import math
 import shutil
 import sys
 import warnings
@@ -57,8 +58,8 @@ def run_training(
     Raises:
         TrainingDivergedError: when the training has diverged; the checkpoints from before are kept.
         TrainingStopped: after SIGTERM or Ctrl-C, when the state is saved.
-        UserError: when ``train.batch_size`` does not divide over the processes, ``train.keep`` is ``best`` without a
-            validation split, or no compiler is there.
+        UserError: when ``train.batch_size`` does not divide over the processes, the latents' size does not suit
+            ``model.widths``, ``train.keep`` is ``best`` without a validation split, or no compiler is there.
     """
     settings, device = params.train, accelerator.device
     _check_settings(params, caches)
@@ -67,7 +68,12 @@ def run_training(
     dtype = autocast_dtype(settings.precision, device)
     torch.manual_seed(params.seed)
     config = model_config(params, caches)
-    network = config.build().to(device, memory_format=torch.channels_last)
+    try:
+        network = config.build().to(device, memory_format=torch.channels_last)
+    except ValueError as error:
+        raise UserError(
+            f"model.widths = {params.model.widths}: {error}; use fewer widths or another ingest.image_size"
+        ) from error
     network.gradient_checkpointing = params.machine.gradient_checkpointing
     state = TrainingState.start(network, settings)
     curves = Curves(curves_folder)
@@ -79,14 +85,6 @@ def run_training(
         if resumed:
             _announce(resumed, checkpoints, settings.steps, logger)
     _resume(resumed, state, monitor, accelerator)
-
-    def save(step: int) -> None:
-        monitor.check_divergence(step)
-        with monitor.paused():
-            tensors = state.tensors() | monitor.tensors()
-            if accelerator.is_main_process:
-                metadata = {"schedule": _schedule(settings), "monitor": monitor.metadata()}
-                checkpoints.save(step, tensors, metadata, curves_folder)
 
     steps = train(
         state,
@@ -110,14 +108,15 @@ def run_training(
     with progress, StopRequest() as request:
         for step in progress:
             monitor.step(step)
-            progress.set_postfix(mae=monitor.figures.train_mae, refresh=False)
+            progress.set_postfix(mae=monitor.figures.train_mae or math.nan, refresh=False)
             signal = _asked_to_stop(request, accelerator, step, params.monitor.log_every)
-            if (
-                signal
-                or step.step % params.machine.checkpoint_every == 0
-                or step.step in (open_ended_steps(settings), settings.steps)
-            ):
-                save(step.step)
+            due = step.step % params.machine.checkpoint_every == 0
+            if due or signal or step.step in (open_ended_steps(settings), settings.steps):
+                monitor.check_divergence(step.step)
+                with monitor.paused():
+                    if checkpoints:
+                        metadata = {"schedule": _schedule(settings), "monitor": monitor.metadata()}
+                        checkpoints.save(step.step, state.tensors() | monitor.tensors(), metadata, curves_folder)
             if signal:
                 raise TrainingStopped(
                     f"stopped at step {step.step} of {settings.steps}; the state is saved, the same command resumes "
@@ -163,10 +162,11 @@ def _schedule(settings: TrainParams) -> dict[str, int]:
 
 def _announce(resumed: Checkpoint, checkpoints: Checkpoints, steps: int, logger: Logger) -> None:
     print(f"train: resuming from step {resumed.step} of {steps}", file=sys.stderr, flush=True)
-    if resumed.code.hash != checkpoints.code.hash:
+    if resumed.code != checkpoints.code:
         warnings.warn(
             f"the checkpoint was written by other code ({resumed.code}) than the present ({checkpoints.code}): the "
-            f"training resumes, and the run is tagged. To start anew instead, delete {checkpoints.folder}",
+            f"training resumes, the run is tagged, and other bytes may come out. To start anew instead, delete "
+            f"{checkpoints.folder}",
             stacklevel=3,
         )
         logger.set_tags({"resumed.other_code": "true"})
@@ -210,22 +210,11 @@ def _check_settings(params: Params, caches: Caches) -> None:
 
 
 def model_config(params: Params, caches: Caches) -> ModelConfig:
-    """What the model is and needs, from the params and from what made its caches.
-
-    Raises:
-        UserError: when the latents' size does not suit ``model.widths``.
-    """
+    """What the model is and needs, from the params and from what made its caches."""
     latents, text = caches.latent_statistics, caches.text_statistics
-    shape = caches.train.latent_shape
-    halvings = len(params.model.widths) - 1
-    if shape[1] != shape[2] or shape[1] % 2**halvings:
-        raise UserError(
-            f"model.widths = {params.model.widths}: so many widths halve the latent {halvings} times, but latents "
-            f"are {shape[1]}x{shape[2]}; use fewer widths or another ingest.image_size"
-        )
     return ModelConfig(
         format_version=FORMAT_VERSION,
-        latent_shape=shape,
+        latent_shape=caches.train.latent_shape,
         widths=params.model.widths,
         block_depth=params.model.block_depth,
         emb_size=params.model.emb_size,
