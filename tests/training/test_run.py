@@ -194,18 +194,6 @@ def test_a_training_resumes_with_other_code_and_says_so_once(run, tmp_path, logg
         run(params, code="after", resumed=usable_checkpoint(kept(tmp_path), params))
 
 
-def test_with_the_same_code_nothing_is_said_of_it(run, tmp_path, logger, stop_after):
-    params = quick(steps=12)
-    stop_after(8)
-    with pytest.raises(TrainingStopped):
-        run(params)
-    stop_after(0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="the checkpoint was written by other code")
-        run(params, resumed=usable_checkpoint(kept(tmp_path), params))
-    assert logger.tags == {}
-
-
 def test_once_it_is_loaded_nothing_holds_a_checkpoints_tensors(run, tmp_path, monkeypatch, stop_after):
     params = quick(keep="best", steps=12)
     stop_after(6)
