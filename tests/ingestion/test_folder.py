@@ -159,7 +159,7 @@ def test_metadata_rows_that_name_no_file_of_the_folder_are_rejected(corpus):
     corpus.ingest()
     assert corpus.captions() == {"sub/a.png": ["a caption"]}
     assert corpus.reasons() == {
-        "../../secret.png": "outside_folder",
+        "../secret.png": "outside_folder",
         str(corpus.path.parent / "secret.png"): "outside_folder",
         "sub/gone.png": "missing_file",
         "a.png": "missing_file",
@@ -261,6 +261,13 @@ def test_parquet_without_the_columns_is_an_error(corpus):
     [
         ("metadata.parquet", b"not parquet", "cannot be read (Parquet magic bytes"),
         ("metadata.csv", b"\xff\xfef\0i\0", "UTF-16"),
+        ("metadata.csv", b"file_name,text,text\na.png,x,y\n", "two columns 'text'"),
+        (
+            "metadata.csv",
+            b'file_name,text\na.png,fine\nb.png,"a 5"" tall cat\nc.png,lost\n',
+            "after line 2 (unexpected",
+        ),
+        ("metadata.csv", 'file_name,text\na.png,"a cat\u201d\nb.png,"lost"\n'.encode(), "',' expected after"),
         ("metadata.csv", b"file_name,text\na.png,fine\na.png," + b"x" * 200_000, "cannot be read after line 2 ("),
         ("metadata.csv", b"file_name,text\na.png," + b"x" * 200_000, "cannot be read (field larger than field limit"),
     ],
@@ -295,9 +302,8 @@ def test_any_csv_that_python_writes_is_read_back(tmp_path, rows):
     path = tmp_path / "metadata.csv"
     with open(path, "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("file_name", "text"), *rows])
-    read = [(row.file_name, row.captions) for row in read_metadata_rows(path)]
-    assert [name for name, _ in read] == [name.strip() for name, _ in rows]
-    assert [[text.strip() for text in captions] for _, captions in read] == [[text.strip()] for _, text in rows]
+    read = [(row["file_name"].strip(), row["text"].strip()) for _, row in read_metadata_rows(path)]
+    assert read == [(name.strip(), text.strip()) for name, text in rows]
 
 
 def test_a_metadata_file_that_cannot_be_read_is_named(corpus):

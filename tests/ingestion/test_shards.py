@@ -218,13 +218,6 @@ def test_only_wanted_images_are_decoded(filled, small_shards, monkeypatch):
     assert list(iterate_images(filled.images, wanted=set())) == []
 
 
-@pytest.mark.parametrize("batch_rows", [1, 2, 100])
-def test_batches_of_any_size_give_the_same_images(filled, small_shards, batch_rows):
-    filled.ingest()
-    ids = read_metadata(filled.images)["id"].tolist()
-    assert [own_id for own_id, _ in iterate_images(filled.images, batch_rows=batch_rows)] == ids
-
-
 def test_a_missing_manifest_or_shard_is_reported_by_name(filled):
     with pytest.raises(UserError, match=r"manifest\.json.*dvc repro"):
         read_metadata(filled.images)

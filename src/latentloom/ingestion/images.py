@@ -7,14 +7,15 @@ as sRGB.
 
 import hashlib
 import io
+import math
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from latentloom.ingestion.rejects import Reason, RejectedSample
 
@@ -24,19 +25,8 @@ EXTENSIONS = {".apng", ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".ico"
 EXTENSIONS |= {".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
 MAX_BYTES = 2**30
 LARGEST_ENLARGEMENT = 4
-
+PREVIEW_SIZE = 64
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
-
-ORIENTATION = 0x0112
-UPRIGHT = {  # EXIF orientation -> what turns the stored pixels upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 @dataclass(frozen=True)
@@ -67,7 +57,9 @@ def prepare_image(data: bytes, size: int, *, max_pixels: int, max_aspect_ratio: 
             f"{width}x{height} pixels; the shorter side must have at least {smallest}, "
             f"1/{LARGEST_ENLARGEMENT} of ingest.image_size",
         )
-    image = _on_white(_centred_square(image))
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    image = _on_white(image.crop((left, top, left + side, top + side)))
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.LANCZOS)
     return PreparedImage(np.asarray(image), width, height)
@@ -79,14 +71,27 @@ def image_id(pixels: np.ndarray) -> str:
     return hashlib.sha256(f"{shape}:".encode() + np.ascontiguousarray(pixels, np.uint8).tobytes()).hexdigest()
 
 
+def preview(data: bytes, max_pixels: float = math.inf) -> bytes | None:
+    """A PNG, at most 64 pixels per side, of an image file's first frame; None where it cannot be decoded."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > max_pixels:
+            return None
+        image.thumbnail((PREVIEW_SIZE, PREVIEW_SIZE))
+        buffer = io.BytesIO()
+        _on_white(_upright(image)).save(buffer, "PNG")
+        return buffer.getvalue()
+    except Exception:  # damaged bytes raise nearly anything, and the file is rejected already
+        return None
+
+
 @contextmanager
 def pillow_settings(max_pixels: int) -> Iterator[None]:
     """Pillow as an ingestion needs it: images of ``max_pixels`` allowed, no warnings of odd but readable files.
 
     Both are settings of the process, so they are made around all workers, and restored at the end.
     """
-    limit = Image.MAX_IMAGE_PIXELS  # Pillow rejects an image of more than twice as many
-    Image.MAX_IMAGE_PIXELS = None if limit is None else max(limit, -(-max_pixels // 2))
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels  # beyond twice as many, Pillow stops
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")
@@ -120,8 +125,7 @@ def _decode(data: bytes, max_pixels: int, max_aspect_ratio: float) -> Image.Imag
         message = re.sub(r"0x[0-9a-f]+", "", str(error))
         reason = Reason.TRUNCATED if isinstance(error, EOFError) or "truncated" in message else Reason.UNREADABLE
         raise RejectedSample(reason, f"{type(error).__name__}: {message}") from error
-    turn = UPRIGHT.get(_orientation(image))
-    return image if turn is None else image.transpose(turn)
+    return _upright(image)
 
 
 def _check_bounds(width: int, height: int, max_pixels: int, max_aspect_ratio: float) -> None:
@@ -133,18 +137,11 @@ def _check_bounds(width: int, height: int, max_pixels: int, max_aspect_ratio: fl
         raise RejectedSample(Reason.TOO_EXTREME_ASPECT, detail)
 
 
-def _orientation(image: Image.Image) -> int | None:
-    try:
-        return image.getexif().get(ORIENTATION)
-    except Exception:  # damaged EXIF beside sound pixels: the picture is shown as it is stored, as viewers do
-        return None
-
-
-def _centred_square(image: Image.Image) -> Image.Image:
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    return image if width == height else image.crop((left, top, left + side, top + side))
+def _upright(image: Image.Image) -> Image.Image:
+    """The image itself, turned as its EXIF says; with damaged EXIF as it is stored, as viewers show it."""
+    with suppress(Exception):  # which reading damaged EXIF raises, nearly any
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 def _on_white(image: Image.Image) -> Image.Image:

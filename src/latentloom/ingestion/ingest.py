@@ -28,7 +28,7 @@ from latentloom.ingestion.openmoji import OpenMojiSource
 from latentloom.ingestion.parallel import ordered_map, worker_count
 from latentloom.ingestion.parquet import ParquetSource
 from latentloom.ingestion.preprocess import preprocess_sample
-from latentloom.ingestion.rejects import Reject
+from latentloom.ingestion.rejects import Reject, RejectTable
 from latentloom.ingestion.shards import ImageRow, Manifest, SourceCount, move_to_train, write_manifest, write_shards
 from latentloom.ingestion.source_files import resolve_source_path
 from latentloom.ingestion.sources import IngestError, Sample, Source
@@ -56,18 +56,13 @@ class IngestReport:
     near_duplicates: int
     moved_to_train: int
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     def __str__(self) -> str:
         pairs = f", {self.near_duplicates} pairs of near duplicates" if self.near_duplicates else ""
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.reasons.items())
-        line = (
-            f"{self.kept} images ({self.train} train, {self.validation} validation){pairs}, "
-            f"{self.rejected} rejected{f' ({reasons})' if reasons else ''}"
-        )
+        warning = "; no held-out image: training can neither validate nor keep the best"
         return (
-            line if self.validation else f"{line}; no held-out image: training can neither validate nor keep the best"
+            f"{self.kept} images ({self.train} train, {self.validation} validation){pairs}, "
+            f"{self.rejected} rejected{f' ({reasons})' if reasons else ''}{'' if self.validation else warning}"
         )
 
 
@@ -115,10 +110,11 @@ def ingest(
         shards = write_shards(islice(deduplicator.kept(shown), params.limit), images_folder)
     deduplicator.rejects.write(rejects_path)
     written = sum(shard["rows"] for shard in shards)
-    found, rejected = deduplicator.found, deduplicator.rejected
+    found, rejected = sum(count.found for count in counts.values()), len(deduplicator.rejects.rows)
     if found != written + rejected:
         raise RuntimeError(f"{found} samples found, but {written} kept and {rejected} rejected: one was lost")
-    _check_rejects(deduplicator, params.max_reject_fraction, rejects_path)
+    if rejected == found or rejected > params.max_reject_fraction * found:
+        raise IngestError(_too_many_rejects(deduplicator.rejects, found, params.max_reject_fraction, rejects_path))
     pairs, moved = _keep_near_duplicates_together(deduplicator, params.near_duplicate_distance, near_duplicates_path)
     move_to_train(images_folder, shards, moved)
     train = int(deduplicator.in_train().sum()) + len(moved)
@@ -176,17 +172,15 @@ def _expected(sources: Iterable[Source], limit: int | None) -> int | None:
     return min((bound for bound in (total, limit) if bound is not None), default=None)
 
 
-def _check_rejects(deduplicator: Deduplicator, most: float, rejects_path: Path) -> None:
-    found, rejected, rejects = deduplicator.found, deduplicator.rejected, deduplicator.rejects
-    if rejected < found and rejected <= most * found:
-        return
+def _too_many_rejects(rejects: RejectTable, found: int, most: float, rejects_path: Path) -> str:
+    rejected = len(rejects.rows)
     examples = {reject.reason: f"{reject.source}: {reject.key}" for reject in reversed(rejects.rows)}
     reasons = "".join(
         f"\n  {count} {reason.value}, such as {examples[reason]}"
         for reason, count in sorted(rejects.reasons().items(), key=lambda item: (-item[1], item[0]))
     )
     bound = "no image is left" if rejected == found else f"ingest.max_reject_fraction allows {most:.1%}"
-    raise IngestError(
+    return (
         f"{rejected} of {found} samples ({rejected / max(found, 1):.1%}) were rejected, and {bound}:{reasons}\n"
         f"{rejects_path} gives the reason for each. Fix the data, or raise ingest.max_reject_fraction to accept it."
     )
