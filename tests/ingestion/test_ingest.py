@@ -124,17 +124,6 @@ def test_limit_keeps_the_first_usable_images_in_sorted_order(corpus):
     assert (report.found, report.kept, report.rejected) == (3, 2, 1)
 
 
-def test_two_runs_give_the_same_bytes(corpus, new_corpus, contents, tmp_path):
-    for number in range(5):
-        corpus.add(f"{number}.jpg", f"picture {number}")
-    corpus.add("bad.jpg", "broken", b"\xff\xd8\xff\xe0 not really")
-    corpus.ingest()
-    first = contents(corpus.out)
-    corpus.out = tmp_path / "again"
-    corpus.ingest()
-    assert contents(corpus.out) == first
-
-
 def test_the_source_is_never_written_to(corpus, contents):
     corpus.add("a.png", "a picture")
     corpus.add("bad.png", "broken", b"junk")

@@ -264,15 +264,16 @@ def test_a_manifest_of_another_format_is_rejected(filled):
 
 UNDER_A_LIMIT = """
 import resource, signal, sys
+from pathlib import Path
 from latentloom.ingestion.ingest import ingest
 from latentloom.params import IngestParams
 if limit := int(sys.argv[3]):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-out = sys.argv[2]
+out = Path(sys.argv[2])
 try:
-    ingest(IngestParams.model_validate_json(sys.argv[1]), out + "/images", out + "/rejects.parquet",
-           out + "/near_duplicates.parquet", progress=False)
+    ingest(IngestParams.model_validate_json(sys.argv[1]), out / "images", out / "rejects.parquet",
+           out / "near_duplicates.parquet", progress=False)
 except OSError as error:
     sys.exit(str(error))
 """

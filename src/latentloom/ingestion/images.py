@@ -42,21 +42,14 @@ def prepare_image(data: bytes, size: int, *, max_pixels: int, max_aspect_ratio: 
     """Decode an image file and prepare its pixels at ``size`` by ``size``.
 
     Args:
-        max_pixels: the most that the image may have; checked before it is decoded.
-        max_aspect_ratio: the most that its longer side may be of its shorter one; checked before it is decoded.
+        max_pixels: the most that the image may have.
+        max_aspect_ratio: the most that its longer side may be of its shorter one.
 
     Raises:
         RejectedSample: with the reason, where the bytes are no image that can be used.
     """
-    image = _decode(data, max_pixels, max_aspect_ratio)
+    image = _decode(data, size, max_pixels, max_aspect_ratio)
     width, height = image.size
-    smallest = -(-size // LARGEST_ENLARGEMENT)
-    if min(width, height) < smallest:
-        raise RejectedSample(
-            Reason.TOO_SMALL,
-            f"{width}x{height} pixels; the shorter side must have at least {smallest}, "
-            f"1/{LARGEST_ENLARGEMENT} of ingest.image_size",
-        )
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
     image = _on_white(image.crop((left, top, left + side, top + side)))
@@ -100,7 +93,7 @@ def pillow_settings(max_pixels: int) -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def _decode(data: bytes, max_pixels: int, max_aspect_ratio: float) -> Image.Image:
+def _decode(data: bytes, size: int, max_pixels: int, max_aspect_ratio: float) -> Image.Image:
     """The first frame, upright, in whatever mode the file has."""
     if not data:
         raise RejectedSample(Reason.EMPTY_FILE, "the file holds no bytes")
@@ -108,7 +101,7 @@ def _decode(data: bytes, max_pixels: int, max_aspect_ratio: float) -> Image.Imag
         raise RejectedSample(Reason.TOO_MANY_BYTES, f"{len(data):,} bytes; at most {MAX_BYTES:,}")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        _check_bounds(*image.size, max_pixels, max_aspect_ratio)
+        _check_bounds(*image.size, size, max_pixels, max_aspect_ratio)
         image.load()
     except (RejectedSample, MemoryError):
         raise
@@ -116,9 +109,8 @@ def _decode(data: bytes, max_pixels: int, max_aspect_ratio: float) -> Image.Imag
         raise RejectedSample(Reason.TOO_MANY_PIXELS, f"more than {max_pixels:,} pixels (ingest.max_pixels)") from None
     except UnidentifiedImageError:
         if data.startswith(SIGNATURES):
-            raise RejectedSample(
-                Reason.UNREADABLE, "begins as an image, but its header is damaged or cut off"
-            ) from None
+            detail = "begins as an image, but its header is damaged or cut off"
+            raise RejectedSample(Reason.UNREADABLE, detail) from None
         detail = f"begins with the bytes {data[:12]!r}, as none of these does: {', '.join(FORMATS)}"
         raise RejectedSample(Reason.NOT_AN_IMAGE, detail) from None
     except Exception as error:  # a decoder meets damaged bytes with nearly any exception: each rejects this file alone
@@ -128,13 +120,17 @@ def _decode(data: bytes, max_pixels: int, max_aspect_ratio: float) -> Image.Imag
     return _upright(image)
 
 
-def _check_bounds(width: int, height: int, max_pixels: int, max_aspect_ratio: float) -> None:
+def _check_bounds(width: int, height: int, size: int, max_pixels: int, max_aspect_ratio: float) -> None:
     if width * height > max_pixels:
         detail = f"{width}x{height} pixels; at most {max_pixels:,} in all (ingest.max_pixels)"
         raise RejectedSample(Reason.TOO_MANY_PIXELS, detail)
     if max(width, height) > max_aspect_ratio * min(width, height):
         detail = f"{width}x{height} pixels; at most {max_aspect_ratio:g} to 1 (ingest.max_aspect_ratio)"
         raise RejectedSample(Reason.TOO_EXTREME_ASPECT, detail)
+    smallest = -(-size // LARGEST_ENLARGEMENT)
+    if min(width, height) < smallest:
+        least = f"at least {smallest}, 1/{LARGEST_ENLARGEMENT} of ingest.image_size"
+        raise RejectedSample(Reason.TOO_SMALL, f"{width}x{height} pixels; the shorter side must have {least}")
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -68,9 +68,9 @@ class IngestReport:
 
 def ingest(
     params: IngestParams,
-    images_folder: Path | str,
-    rejects_path: Path | str,
-    near_duplicates_path: Path | str,
+    images_folder: Path,
+    rejects_path: Path,
+    near_duplicates_path: Path,
     progress: bool = True,
 ) -> IngestReport:
     """Bring the sources of ``params`` into ``images_folder``; write what was rejected, and which images look alike.
@@ -80,10 +80,8 @@ def ingest(
             is rejected than ``max_reject_fraction`` allows: then the rejects are written, but no manifest of images.
         WriteError: when a file cannot be written, naming it.
     """
-    outputs = Path(images_folder), Path(rejects_path), Path(near_duplicates_path)
-    images_folder, rejects_path, near_duplicates_path = outputs
     for entry in params.sources:
-        _check_outputs_outside_source(entry, outputs)
+        _check_outputs_outside_source(entry, (images_folder, rejects_path, near_duplicates_path))
     sources = {entry.label: open_source(entry, params.image_size) for entry in params.sources}
     counts = {
         entry.label: SourceCount(entry.label, entry.source, entry.weight, source.attribution, source.licence)
