@@ -238,9 +238,6 @@ class Params(Section):
     evaluate: EvaluateParams
 
 
-BEHIND_A_UNION: dict[str, type[BaseModel]] = {"source": SourceParams, "sweep": SweepParams}
-
-
 def load_params(path: Path | str = "params.yaml") -> Params:
     """Read and check a whole params file.
 
@@ -256,7 +253,7 @@ def load_params(path: Path | str = "params.yaml") -> Params:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ParamsError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ParamsError(f"{path} must hold sections ({', '.join(_allowed_keys(Params))}), not {content!r}")
+        raise ParamsError(f"{path} must hold sections ({', '.join(ALLOWED_KEYS[''])}), not {content!r}")
     try:
         return Params.model_validate(content)
     except ValidationError as error:
@@ -267,8 +264,12 @@ def _explain(error: dict[str, Any]) -> str:
     location = [str(part) for part in error["loc"] if part not in ("one source", "several sources")]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
-        allowed = _allowed_keys(_section_at(location[:-1]))
-        close = _sections_with(location[-1]) or difflib.get_close_matches(location[-1], allowed, n=1)
+        *section, name = location
+        allowed = ALLOWED_KEYS[".".join(part for part in section if not part.isdigit())]
+        elsewhere = [
+            f"{other}.{name}".lstrip(".") for other, keys in ALLOWED_KEYS.items() if name in keys and "." not in other
+        ]
+        close = elsewhere or difflib.get_close_matches(name, allowed, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         return f"  {key} = {error['input']!r}: unknown key{hint}; allowed here: {', '.join(allowed)}"
     if error["type"] == "missing":
@@ -280,21 +281,12 @@ def _explain(error: dict[str, Any]) -> str:
     return f"  {key}{value}: {message[0].lower()}{message[1:]}"
 
 
-def _sections_with(key: str) -> list[str]:
-    """``SECTION.KEY`` of each section that has the key."""
-    sections = [name for name in _allowed_keys(Params) if name != "seed"]
-    return [f"{name}.{key}" for name in sections if key in _allowed_keys(_section_at([name]))]
+def _allowed_keys() -> dict[str, list[str]]:
+    """The keys of each section, by the section's name; of the file itself under no name."""
+    models = {field.alias or name: field.annotation for name, field in Params.model_fields.items() if name != "seed"}
+    models |= {"": Params, "ingest.source": SourceParams, "evaluate.sweep": SweepParams}
+    keys = {name: [own.alias or key for key, own in model.model_fields.items()] for name, model in models.items()}
+    return keys | {"evaluate": [*SETTING_NAMES, *keys["evaluate"][1:]]}
 
 
-def _allowed_keys(section: type[BaseModel]) -> list[str]:
-    names = [field.alias or name for name, field in section.model_fields.items()]
-    return [*SETTING_NAMES, *names[1:]] if section is EvaluateParams else names
-
-
-def _section_at(location: list[str]) -> type[BaseModel]:
-    section: type[BaseModel] = Params
-    for key in location:
-        if key in BEHIND_A_UNION:
-            return BEHIND_A_UNION[key]
-        section = next(f.annotation for n, f in section.model_fields.items() if (f.alias or n) == key)
-    return section
+ALLOWED_KEYS = _allowed_keys()

@@ -9,8 +9,6 @@ from collections.abc import Iterable
 
 from latentloom.ingestion.rejects import Reason, RejectedSample, printable
 
-BYTE_ORDER_MARK = "\ufeff"
-
 
 def clean_caption(text: str) -> str:
     """One caption in Unicode's composed form (NFC), control characters and runs of white space as one space.
@@ -23,7 +21,7 @@ def clean_caption(text: str) -> str:
     except UnicodeEncodeError:
         detail = f"not UTF-8: {printable(text)[:80]!r}; save the captions as UTF-8"
         raise RejectedSample(Reason.CAPTION_NOT_UTF8, detail) from None
-    text = unicodedata.normalize("NFC", text.replace(BYTE_ORDER_MARK, ""))
+    text = unicodedata.normalize("NFC", text.replace("\ufeff", ""))
     return " ".join("".join(" " if unicodedata.category(char) == "Cc" else char for char in text).split())
 
 

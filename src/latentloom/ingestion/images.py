@@ -53,9 +53,7 @@ def prepare_image(data: bytes, size: int, *, max_pixels: int, max_aspect_ratio: 
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
     image = _on_white(image.crop((left, top, left + side, top + side)))
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.LANCZOS)
-    return PreparedImage(np.asarray(image), width, height)
+    return PreparedImage(np.asarray(image.resize((size, size), Image.Resampling.LANCZOS)), width, height)
 
 
 def image_id(pixels: np.ndarray) -> str:

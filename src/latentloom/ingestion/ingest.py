@@ -12,7 +12,7 @@ puts it into a split; at the end, near duplicates of training images follow thos
 import sys
 from collections.abc import Iterable
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from latentloom.ingestion.parallel import ordered_map, worker_count
 from latentloom.ingestion.parquet import ParquetSource
 from latentloom.ingestion.preprocess import preprocess_sample
 from latentloom.ingestion.rejects import Reject, RejectTable
-from latentloom.ingestion.shards import ImageRow, Manifest, SourceCount, move_to_train, write_manifest, write_shards
+from latentloom.ingestion.shards import ImageRow, SourceCount, move_to_train, write_manifest, write_shards
 from latentloom.ingestion.source_files import resolve_source_path
 from latentloom.ingestion.sources import IngestError, Sample, Source
 from latentloom.ingestion.splits import linked_to_train
@@ -116,19 +116,7 @@ def ingest(
     pairs, moved = _keep_near_duplicates_together(deduplicator, params.near_duplicate_distance, near_duplicates_path)
     move_to_train(images_folder, shards, moved)
     train = int(deduplicator.in_train().sum()) + len(moved)
-    manifest = Manifest(
-        image_size=params.image_size,
-        found=found,
-        rejected=rejected,
-        images=written,
-        train=train,
-        validation=written - train,
-        sources=list(counts.values()),
-        attribution=_joined(count.attribution for count in counts.values() if count.kept),
-        licence=_joined(count.licence for count in counts.values() if count.kept),
-        shards=shards,
-    )
-    write_manifest(images_folder, manifest)
+    manifest = write_manifest(images_folder, params.image_size, train, counts.values(), shards)
     return IngestReport(
         found=found,
         kept=written,
@@ -138,8 +126,8 @@ def ingest(
         validation=written - train,
         captions=deduplicator.captions,
         sources=[
-            {name: value for name, value in asdict(count).items() if name not in ("attribution", "licence")}
-            for count in counts.values()
+            {name: value for name, value in source.items() if name not in ("attribution", "licence")}
+            for source in manifest["sources"]
         ],
         near_duplicates=pairs,
         moved_to_train=len(moved),
@@ -193,10 +181,6 @@ def _keep_near_duplicates_together(
     pairs = find_near_duplicates(hashes if distance is None else hashes[order], distance or 0)
     write_near_duplicates(path, ids[order], pairs)
     return len(pairs), order[linked_to_train(pairs, in_train[order])]
-
-
-def _joined(texts: Iterable[str | None]) -> str | None:
-    return "; ".join(dict.fromkeys(text for text in texts if text)) or None
 
 
 def _check_outputs_outside_source(entry: SourceParams, outputs: Iterable[Path]) -> None:

@@ -97,23 +97,6 @@ class SourceCount:
     rejected: int = 0
 
 
-@dataclass(kw_only=True)
-class Manifest:
-    """What ``manifest.json`` says; ``attribution`` and ``licence`` are of all sources that gave images."""
-
-    format_version: int = FORMAT_VERSION
-    image_size: int
-    found: int
-    rejected: int
-    images: int
-    train: int
-    validation: int
-    sources: list[SourceCount]
-    attribution: str | None
-    licence: str | None
-    shards: list[dict[str, Any]]
-
-
 def encode(pixels: np.ndarray) -> bytes:
     """Pixels, uint8 ``(H, W, 3)``, as PNG."""
     buffer = io.BytesIO()
@@ -161,13 +144,42 @@ def move_to_train(folder: Path, shards: list[dict[str, Any]], rows: np.ndarray) 
             _rewrite_shard(folder / shard["name"], is_moved)
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Finish the folder: what earlier runs left goes, then the manifest comes."""
-    names = {shard["name"] for shard in manifest.shards}
+def write_manifest(
+    folder: Path, image_size: int, train: int, sources: Collection[SourceCount], shards: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Finish the folder: what earlier runs left goes, then the manifest comes, which is returned.
+
+    Args:
+        folder: what ``write_shards`` left.
+        image_size: pixels per side.
+        train: how many of the images are in the training split.
+        sources: what came of each; thanks go to those that gave images.
+        shards: what ``write_shards`` gave.
+    """
+    images = sum(shard["rows"] for shard in shards)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "image_size": image_size,
+        "found": sum(source.found for source in sources),
+        "rejected": sum(source.rejected for source in sources),
+        "images": images,
+        "train": train,
+        "validation": images - train,
+        "sources": [asdict(source) for source in sources],
+        "attribution": _joined(source.attribution for source in sources if source.kept),
+        "licence": _joined(source.licence for source in sources if source.kept),
+        "shards": shards,
+    }
+    names = {shard["name"] for shard in shards}
     for path in [*folder.glob(SHARDS), *folder.glob(".*.tmp")]:
         if path.name not in names:
             path.unlink()
-    write_json(folder / MANIFEST, asdict(manifest))
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def _joined(texts: Iterable[str | None]) -> str | None:
+    return "; ".join(dict.fromkeys(filter(None, texts))) or None
 
 
 def _write_shard(path: Path, rows: Iterator[ImageRow], room: int) -> int:
@@ -208,7 +220,7 @@ def _rewrite_shard(path: Path, is_moved: np.ndarray) -> None:
 
 
 def read_manifest(folder: Path | str) -> dict[str, Any]:
-    """The manifest, as ``Manifest`` has it.
+    """The manifest, as ``write_manifest`` has it.
 
     Raises:
         UserError: when there is none, since no ingestion has ended there; when it is damaged, or of a format version
@@ -216,8 +228,7 @@ def read_manifest(folder: Path | str) -> dict[str, Any]:
     """
     path = Path(folder) / MANIFEST
     manifest = read_json(path)
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if version != FORMAT_VERSION:
+    if (version := manifest.get("format_version")) != FORMAT_VERSION:
         raise UserError(
             f"{path} has format version {version!r}, not {FORMAT_VERSION}: run `dvc repro`, which writes it anew"
         )
