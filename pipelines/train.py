@@ -26,7 +26,7 @@ from latentloom.stage import run_stage
 from latentloom.tracking.runs import new_run
 from latentloom.tracking.training_run import record_model, record_start
 from latentloom.training.checkpoints import Checkpoints, CodeVersion, training_fingerprint
-from latentloom.training.monitor import NullLogger
+from latentloom.training.loop import open_ended_steps
 from latentloom.training.processes import launch, make_accelerator
 from latentloom.training.run import TrainingResult, run_training, usable_checkpoint
 
@@ -39,7 +39,7 @@ def main(params: Params) -> str | None:
         run_training, params, caches, accelerator=accelerator, model_folder=MODEL, curves_folder=TRAIN_PLOTS
     )
     if not accelerator.is_main_process:
-        train(checkpoints=None, resumed=None, logger=NullLogger())
+        train(checkpoints=None, resumed=None, logger=None)
         accelerator.end_training()
         return None
     print(f"train: {caches.placement}", file=sys.stderr, flush=True)
@@ -62,10 +62,10 @@ def _train_tracked(
     inputs = {name: digest for name, digest in provenance.inputs.items() if name != "validation"}
     precision = str(autocast_dtype(params.train.precision, accelerator.device))
     checkpoints = Checkpoints(
-        state_folder("checkpoints"),
-        training_fingerprint(params, inputs, precision),
+        state_folder("checkpoints") / training_fingerprint(params, inputs, precision),
         code=CodeVersion(code, provenance.commit),
         keep=params.machine.checkpoints_kept,
+        pinned=open_ended_steps(params.train),
         limit=state_limit(),
     )
     images = {"training": len(caches.train), "validation": len(caches.validation)}
