@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from latentloom.ingestion.captions import clean_captions
 from latentloom.ingestion.images import FORMATS, image_id, prepare_image
-from latentloom.ingestion.near_duplicates import perceptual_hash
+from latentloom.ingestion.near_duplicates import signature
 from latentloom.ingestion.rejects import Reason, Reject, RejectedSample, printable
 from latentloom.ingestion.shards import ImageRow, encode
 from latentloom.ingestion.sources import Sample
@@ -45,7 +45,7 @@ def preprocess_sample(
         key=sample.key,
         width=image.width,
         height=image.height,
-        perceptual_hash=b"" if params.near_duplicate_distance is None else perceptual_hash(image.pixels),
+        signature=b"" if params.near_duplicate_distance is None else signature(image.pixels),
     )
 
 
