@@ -38,7 +38,7 @@ SKIN_TONES = {
     "\U0001f3ff": "dark skin tone",
 }
 TONE_IN_NAME = re.compile("(_person_person)?_?(medium-)?(light|medium|dark)_skin_tone")  # as `emoji` writes it
-PICTURES_OF_ONE_PERSON = 1 + len(SKIN_TONES)
+ONE_PERSON = 1 + len(SKIN_TONES)  # pictures in its family; of two people, 26
 REGIONAL_INDICATORS = frozenset(map(chr, range(0x1F1E6, 0x1F200)))
 BLACK_FLAG, TAGS = "\U0001f3f4", frozenset(map(chr, range(0xE0020, 0xE0080)))
 FEWEST_LETTERS = 3
@@ -52,8 +52,9 @@ class OpenMojiSource(Source):
 
     Args:
         skin_tones: how many emoji come in every skin tone; None: all that there are in tones.
-        limit: the most images that are wanted. The first family that would go beyond it is left out, and so is all
-            that would follow; other emoji are not counted, since some are equal to others and will be rejected.
+        limit: the most images that are wanted. A family that would go beyond it is left out, if it is not the
+            first, and so is all that would follow. Once all families are in, others follow without end, since a few equal pictures will
+            be rejected.
     """
 
     image_size: int
@@ -72,7 +73,7 @@ class OpenMojiSource(Source):
         yellow, families = _yellow_and_families()
         chosen: Family = {}
         for family in families[: self.skin_tones]:
-            if self.limit is not None and len(chosen) + len(family) > self.limit:
+            if self.limit is not None and chosen and len(chosen) + len(family) > self.limit:
                 return chosen
             chosen |= family
         return chosen | yellow
@@ -101,32 +102,28 @@ def render(key: str, size: int) -> bytes:
 
 
 def _yellow_and_families() -> tuple[Family, list[Family]]:
-    """All emoji without a skin tone; and those of them that there are in tones, each before its toned pictures."""
+    """All emoji without a skin tone; and the families of skin tones, each with its yellow one first."""
     import emoji
 
     named = {_bare(sequence): entry for sequence, entry in emoji.EMOJI_DATA.items()}
-    sequences = {key: _bare("".join(chr(int(point, 16)) for point in key.split("-"))) for key in _file_keys()}
-    tones = {
-        key: tuple(char for char in sequence if char in SKIN_TONES)
-        for key, sequence in sequences.items()
-        if sequence in named
-    }
-    names = {key: named[sequences[key]]["en"] for key in tones}
+    all_sequences = {key: _bare("".join(chr(int(point, 16)) for point in key.split("-"))) for key in _file_keys()}
+    sequences = {key: sequence for key, sequence in all_sequences.items() if sequence in named}
+    names = {key: named[sequence]["en"] for key, sequence in sequences.items()}
+    tones = {key: tuple(filter(SKIN_TONES.__contains__, sequence)) for key, sequence in sequences.items()}
     yellow = _disambiguated(
         {
             key: _names(sequences[key], names[key], named[sequences[key]].get("alias") or [])
-            for key in sorted(tones, key=_place)
+            for key in sorted(sequences, key=_place)
             if not tones[key]
         }
     )
     key_of = {names[key]: key for key in yellow}
     families: dict[str | None, Family] = {}
-    for key in sorted(tones.keys() - yellow.keys(), key=lambda key: (len(set(tones[key])), tones[key], key)):
-        own = key_of.get(TONE_IN_NAME.sub("", names[key]))  # None: the tone itself, a coloured square
-        family = families.setdefault(own, {own: yellow[own]} if own else {})
-        family[key] = [_with_tones(caption, tones[key]) for caption in (yellow[own] if own else [""])]
-    in_order = sorted(families.values(), key=lambda own: (len(own) > PICTURES_OF_ONE_PERSON, _place(next(iter(own)))))
-    return yellow, in_order
+    for key in sorted(sequences.keys() - yellow.keys(), key=lambda key: (len(set(tones[key])), tones[key], key)):
+        base = key_of.get(TONE_IN_NAME.sub("", names[key]))  # None for the tone itself, a coloured square
+        family = families.setdefault(base, {base: yellow[base]} if base else {})
+        family[key] = [_with_tones(caption, tones[key]) for caption in (yellow[base] if base else [""])]
+    return yellow, sorted(families.values(), key=lambda family: (len(family) > ONE_PERSON, _place(next(iter(family)))))
 
 
 def _place(key: str) -> bytes:
