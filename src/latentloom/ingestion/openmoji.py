@@ -52,9 +52,9 @@ class OpenMojiSource(Source):
 
     Args:
         skin_tones: how many emoji come in every skin tone; None: all that there are in tones.
-        limit: the most images that are wanted. A family that would go beyond it is left out, if it is not the
-            first, and so is all that would follow. Once all families are in, others follow without end, since a few equal pictures will
-            be rejected.
+        limit: the most images that are wanted. A family that would go beyond it is left out, unless it is the first,
+            and so is all that would follow. Once all families are in, others follow without end, since some pictures
+            are equal and will be rejected.
     """
 
     image_size: int
