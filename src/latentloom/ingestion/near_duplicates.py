@@ -36,6 +36,7 @@ BRIGHTNESS_RATIO = 1.25  # the most by which pictures may differ in brightness, 
 WORD_BITS = 64
 ROWS_AT_ONCE = 2**16
 COLOURS_AT_ONCE = 2**12
+CENTRE = slice(27, 37, 9)  # two of the 8x8 parts
 
 SRGB_TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]], np.float32)
 SRGB_TO_XYZ_OF_WHITE = (SRGB_TO_XYZ / SRGB_TO_XYZ.sum(axis=1, keepdims=True)).T  # white: 1, 1, 1
@@ -81,9 +82,10 @@ def find_near_duplicates(signatures: np.ndarray, distance: int) -> Pairs:
     others = order[~is_first]
     found = [(firsts[np.cumsum(is_first) - 1][~is_first], others, np.zeros(len(others), np.int32))]
     hashes, colours = signatures[firsts, :HASH_BYTES], signatures[:, HASH_BYTES:]
+    brightness = _brightness(colours)
     for one, other, differing in _close_pairs(hashes, distance):
         one, other = firsts[one], firsts[other]
-        alike = _colours_are_close(colours, one, other)
+        alike = _colours_are_close(colours, brightness, one, other)
         one, other = one[alike], other[alike]
         found.append((np.minimum(one, other), np.maximum(one, other), differing[alike]))
     first, second, differing = (np.concatenate(column) for column in zip(*found, strict=True))
@@ -100,22 +102,35 @@ def write_near_duplicates(path: Path, ids: np.ndarray, pairs: Pairs) -> None:
             writer.write_table(pa.table(columns, SCHEMA))
 
 
-def _colours_are_close(colours: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+def _brightness(colours: np.ndarray) -> np.ndarray:
+    """Of each picture as a whole, never 0: float32 ``(N,)``."""
+    pieces = [
+        colours[start : start + ROWS_AT_ONCE].astype(np.float32) for start in range(0, len(colours), ROWS_AT_ONCE)
+    ]
+    return np.concatenate([np.sqrt(np.square(piece).sum(axis=1) + 1) for piece in pieces] or [np.ones(0, np.float32)])
+
+
+def _colours_are_close(colours: np.ndarray, brightness: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Whether two pictures' parts have about the same colours, bool ``(P,)``.
 
     Args:
         colours: sRGB of all pictures, uint8 ``(N, 192)``.
+        brightness: of all pictures, ``(N,)``.
         one, other: positions in them, each ``(P,)``.
     """
-    alike = np.zeros(len(one), bool)
-    for start in range(0, len(one), COLOURS_AT_ONCE):
-        part = slice(start, start + COLOURS_AT_ONCE)
-        a, b = (colours[rows[part]].reshape(-1, COLOUR_SIDE**2, 3).astype(np.float32) for rows in (one, other))
-        ratio = np.sqrt((b * b).sum((1, 2), keepdims=True) + 1) / np.sqrt((a * a).sum((1, 2), keepdims=True) + 1)
-        to_middle = np.sqrt(ratio.clip(1 / BRIGHTNESS_RATIO, BRIGHTNESS_RATIO))
-        difference = np.linalg.norm(_cielab(a * to_middle) - _cielab(b / to_middle), axis=-1)
-        alike[part] = difference.max(axis=-1) <= COLOUR_TOLERANCE
-    return alike
+    parts = colours.reshape(-1, COLOUR_SIDE**2, 3)
+    alike = np.arange(len(one))
+    for places in (CENTRE, slice(None)):  # the centre rules out most, at a thirtieth of the time
+        close = np.zeros(len(alike), bool)
+        for start in range(0, len(alike), COLOURS_AT_ONCE):
+            rows = alike[start : start + COLOURS_AT_ONCE]
+            ratio = (brightness[other[rows]] / brightness[one[rows]]).clip(1 / BRIGHTNESS_RATIO, BRIGHTNESS_RATIO)
+            to_middle = np.sqrt(ratio)[:, None, None]
+            a, b = (parts[own[rows], places].astype(np.float32) for own in (one, other))
+            difference = np.linalg.norm(_cielab(a * to_middle) - _cielab(b / to_middle), axis=-1)
+            close[start : start + COLOURS_AT_ONCE] = difference.max(axis=-1) <= COLOUR_TOLERANCE
+        alike = alike[close]
+    return np.isin(np.arange(len(one)), alike, assume_unique=True)
 
 
 def _cielab(srgb: np.ndarray) -> np.ndarray:
