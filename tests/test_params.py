@@ -39,6 +39,8 @@ def refused(tmp_path, change) -> str:
         ("train", "precision", "fp8", "train.precision = 'fp8': input should be 'auto', 'fp32' or 'bf16'"),
         ("diffusion", "schedule", "cosine", "diffusion.schedule = 'cosine': input should be 'vp' or 'linear'"),
         ("diffusion", "label_dropout", 1.0, "diffusion.label_dropout = 1.0: input should be less than 1"),
+        ("ingest", "skin_tones", -1, "ingest.skin_tones = -1: input should be greater than or equal to 0"),
+        ("ingest", "skin_tones", True, "ingest.skin_tones = True: input should be a valid integer"),
         ("ingest", "source", "imagenet", "ingest.source = 'imagenet': input should be 'openmoji', 'folder'"),
         ("ingest", "source", "parquet", "source: parquet needs path, a Parquet file"),
         ("ingest", "source", "folder", "source: folder needs path"),

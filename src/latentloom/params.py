@@ -86,6 +86,7 @@ class IngestParams(Section):
     path: StrictStr | None
     image_size: Annotated[StrictInt, Field(ge=32, le=1024, multiple_of=8)]
     limit: Count | None
+    skin_tones: Annotated[StrictInt, Field(ge=0)] | None
     val_fraction: Fraction
     max_pixels: Count
     max_aspect_ratio: Annotated[float, Field(ge=1.0, allow_inf_nan=False)]
