@@ -57,7 +57,7 @@ def summary() -> None:
         if not path.exists():
             sys.exit(f"{path} does not exist yet: run `make repro`")
         figures |= json.loads(path.read_text(encoding="utf-8"))
-    shown = ("caption_recall_at_1", "val_mae", "train_mae")
+    shown = ("held_out_recall_at_1", "held_out_recall_at_5", "memorisation_recall", "val_mae", "train_mae")
     print(f"\nSamples   {SAMPLE_SHEET}")
     print("Figures   " + ", ".join(f"{name} {figures[name]:.4g}" for name in shown if name in figures))
     print(f"Model     {MODEL}")
@@ -199,7 +199,7 @@ def history() -> None:
     print(row("when", "alias", "version", "instead of", "by", "recall", "val_mae", "why"))
     for move in moves:
         names = (f"{move.when[:19]}Z", move.alias, move.version or "none", move.previous or "none", move.by or "")
-        figures = (_figure(move.figures.recall), _figure(move.figures.val_mae))
+        figures = (_figure(move.figures.held_out_recall), _figure(move.figures.val_mae))
         print(row(*names, *figures, move.why or ("taken back" if move.taken_back else "")).rstrip())
     print("now: " + (", ".join(f"{alias} is version {version}" for alias, version in current.items()) or "nothing"))
 

@@ -216,7 +216,7 @@ class EvaluateParams(Section):
     sampling: SamplingSettings  # its settings are keys of the section itself
     prompts: Annotated[list[Annotated[StrictStr, Field(min_length=1)]], Field(min_length=1)]
     held_out_captions: Annotated[StrictInt, Field(ge=0)]
-    recall_captions: Count
+    training_captions: Count
     sweep: SweepParams | None
 
     @model_validator(mode="before")
@@ -251,6 +251,8 @@ MOVED = {
     **{f"train.{key}": f"monitor.{key}" for key in ("sample_count", "sample_guidance")},
     **{f"train.{key}": f"machine.{key}" for key in ("gradient_checkpointing", "compile")},
 }
+
+RENAMED = {"recall_captions": "training_captions"}  # what a key of the same meaning is called now
 
 BEHIND_A_UNION: dict[str, type[BaseModel]] = {"source": SourceParams, "sweep": SweepParams}
 
@@ -305,7 +307,7 @@ def _explain(error: dict[str, Any]) -> str:
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
         allowed = _allowed_keys(_section_at(location[:-1]))
-        close = difflib.get_close_matches(location[-1], allowed, n=1)
+        close = difflib.get_close_matches(RENAMED.get(location[-1], location[-1]), allowed, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         return f"  {key} = {error['input']!r}: unknown key{hint}; allowed here: {', '.join(allowed)}"
     if error["type"] == "missing":
