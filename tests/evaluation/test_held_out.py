@@ -77,6 +77,7 @@ def test_the_share_of_copies_is_that_of_samples_nearer_than_the_5_percent_quanti
     figures = measure(samples, caches.validation, caches).figures
     assert 0 < figures["copied_share"] < 1
     assert figures["copied_share"] == pytest.approx((near < np.quantile(limit, 0.05)).mean())
+    assert figures["copied_limit"] == pytest.approx(np.quantile(limit, 0.05) / 8, abs=1e-4)  # of 64 = 8² numbers
 
 
 def test_any_image_of_the_caption_is_right():
@@ -92,8 +93,8 @@ def test_any_image_of_the_caption_is_right():
 def test_any_caption_of_an_image_makes_it_right():
     data = split(["a", "b"], ["a", "b"], 0)
     both = TensorDataset(**{**data.__dict__, "captions": torch.tensor([[0, 1], [1, 1]])})
-    found = nearest(data.mean[[0, 1]], [both])
-    assert recalled(found, [both], torch.tensor([1, 0])).tolist() == [True, False]
+    rows, _ = nearest(data.mean[[0, 1]], [both])
+    assert recalled(rows, [both], torch.tensor([1, 0])).tolist() == [True, False]
 
 
 def test_captions_with_a_word_of_no_training_caption_are_counted_apart():
@@ -145,9 +146,9 @@ def test_the_nearest_of_several_data_sets_are_found_as_numpy_finds_them_whatever
     first.mean[13] = first.mean[2]  # of two alike, the first
     samples = torch.randn(6, 4, 4, 4, generator=torch.Generator().manual_seed(2))
     samples[0] = first.mean[13]
-    found = nearest(samples, [first, second], 5)
+    rows, near = nearest(samples, [first, second], 5)
     references = torch.cat([first.mean, second.mean]).flatten(1).numpy()
     distances = np.linalg.norm(samples.flatten(1).numpy()[:, None] - references[None], axis=2)
-    np.testing.assert_array_equal(found.rows, distances.argsort(1, kind="stable")[:, :5])
-    np.testing.assert_allclose(found.distances, np.sort(distances, 1)[:, :5], rtol=1e-5)
-    assert nearest(samples, [first], 50).rows.shape == (6, 20)
+    np.testing.assert_array_equal(rows, distances.argsort(1, kind="stable")[:, :5])
+    np.testing.assert_allclose(near, np.sort(distances, 1)[:, :5], rtol=1e-5)
+    assert nearest(samples, [first], 50)[0].shape == (6, 20)

@@ -4,6 +4,7 @@ Held-out captions are of two kinds. A *combination* has only words that training
 part, and has to put them together. One with *new words* asks for what no training caption names.
 """
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -46,23 +47,25 @@ def measure(samples: torch.Tensor, held_out: LatentDataset, caches: Caches) -> H
     combinations, ``new_words_recall_at_1`` and ``_at_5`` of the other captions: the share whose sample has an image of
     the caption among the nearest, or the nearest five, of all images of the data set. ``copied_share``: the share of
     all that are nearer to a training image than all but `COPY_QUANTILE` of the real images are; after Somepalli et al.
-    2023 and Carlini et al. 2023. ``held_out_combinations`` and ``new_words_captions`` count.
+    2023 and Carlini et al. 2023. ``copied_limit`` is that distance, as the root of the mean square difference.
+    ``held_out_combinations`` and ``new_words_captions`` count.
     """
     combination = combinations(held_out.primary_texts(), caches.train)
     everything = [caches.train, caches.validation]
-    found, figures = nearest(samples, everything, 5), {}
+    (rows, _), figures = nearest(samples, everything, 5), {}
     for name, chosen in (("held_out", combination), ("new_words", ~combination)):
         for among in (1, 5):
-            right = recalled(found, everything, held_out.captions[:, 0], among)
+            right = recalled(rows[:, :among], everything, held_out.captions[:, 0])
             figures |= with_interval(f"{name}_recall_at_{among}", right[chosen])
     counts = {"held_out_combinations": int(combination.sum()), "new_words_captions": int((~combination).sum())}
     real = held_out.latents_at(slice(0, len(held_out)))[0]
-    of_samples, of_real = nearest(samples, [caches.train]), nearest(real, [caches.train])
+    (nearest_rows, distances), (_, of_real) = nearest(samples, [caches.train]), nearest(real, [caches.train])
     if len(held_out):
-        limit = of_real.distances.quantile(COPY_QUANTILE)
-        figures |= with_interval("copied_share", (of_samples.distances[:, 0] < limit).numpy())
+        limit = of_real.quantile(COPY_QUANTILE)
+        figures |= with_interval("copied_share", (distances[:, 0] < limit).numpy())
+        counts["copied_limit"] = round(float(limit) / math.sqrt(real[0].numel()), 4)
     error = (samples - real).flatten(1).norm(dim=1).cpu().numpy()
-    nearest_ids = [caches.train.ids[row] for row in of_samples.rows[:, 0].tolist()]
+    nearest_ids = [caches.train.ids[row] for row in nearest_rows[:, 0].tolist()]
     return HeldOut(held_out, samples, combination, nearest_ids, error, figures | counts)
 
 

@@ -4,7 +4,6 @@ Distances are Euclidean, between standardised latents. A caption that several im
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,23 +13,16 @@ from latentloom.encoding.dataset import LatentDataset
 PART = 8192  # latents compared at a time
 
 
-@dataclass(frozen=True)
-class Nearest:
-    """The images nearest to each sample, the nearest first; of two equally near, the first.
-
-    Attributes:
-        rows: (B, k), int64: numbers of images, counted through the data sets one after the other.
-        distances: (B, k), float32, in standard deviations of a latent's element, summed as squares.
-    """
-
-    rows: torch.Tensor
-    distances: torch.Tensor
-
-
-def nearest(samples: torch.Tensor, datasets: Sequence[LatentDataset], count: int = 1) -> Nearest:
+def nearest(
+    samples: torch.Tensor, datasets: Sequence[LatentDataset], count: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The ``count`` images nearest to each sample (B, C, h, w) among all of ``datasets``; all, where there are fewer.
 
     Only `PART` latents are in memory at a time.
+
+    Returns:
+        Numbers of images (B, count), counted through the data sets one after the other, the nearest first; of two
+        equally near, the first. And their distances (B, count). Both on the CPU.
     """
     queries, exact = samples.flatten(1).float(), "donot_use_mm_for_euclid_dist"
     distances = queries.new_empty(len(queries), 0)
@@ -44,25 +36,25 @@ def nearest(samples: torch.Tensor, datasets: Sequence[LatentDataset], count: int
             rows = torch.cat([rows, numbers.expand(len(rows), -1)], 1).gather(1, order[:, :count])
             distances = distances[:, :count]
         start += len(data)
-    return Nearest(rows.cpu(), distances.cpu())
+    return rows.cpu(), distances.cpu()
 
 
-def recalled(found: Nearest, datasets: Sequence[LatentDataset], captions: torch.Tensor, among: int = 1) -> np.ndarray:
-    """Which samples (B), bool, have an image of their caption among the ``among`` nearest.
+def recalled(rows: torch.Tensor, datasets: Sequence[LatentDataset], captions: torch.Tensor) -> np.ndarray:
+    """Which samples (B), bool, have an image of their caption among those nearest to them.
 
     Args:
-        found: the nearest images of ``datasets``.
+        rows: of the nearest images (B, k), as `nearest` numbers them.
         datasets: with a common table of captions.
         captions: the samples' captions, as rows of that table (B).
     """
     captions_of = torch.cat([data.captions.cpu() for data in datasets])  # (N, K)
-    own = captions_of[found.rows[:, :among]]  # (B, among, K)
+    own = captions_of[rows]  # (B, k, K)
     return (own == captions.cpu()[:, None, None]).any(-1).any(-1).numpy()
 
 
 def memorisation_recall(samples: torch.Tensor, known: LatentDataset, train: LatentDataset) -> np.ndarray:
     """Of samples of the captions of training images ``known``, which are nearest to an image of their caption (B)."""
-    return recalled(nearest(samples, [train]), [train], known.captions[:, 0])
+    return recalled(nearest(samples, [train])[0], [train], known.captions[:, 0])
 
 
 def with_interval(name: str, hits: np.ndarray) -> dict[str, float]:

@@ -106,14 +106,13 @@ def _sections(
     images: Path,
 ) -> tuple[list[Section], list[Section]]:
     """Those of the sheet of samples, and those of the sheet of extremes."""
-    combinations, others = np.flatnonzero(held_out.combination), np.flatnonzero(~held_out.combination)
+    combinations = np.flatnonzero(held_out.combination)[: 2 * SHOWN]
+    new_words = np.flatnonzero(~held_out.combination)[:SHOWN]
     by_error = np.argsort(held_out.error, kind="stable")
     best, worst = np.split(by_error, [(len(by_error) + 1) // 2])
     first = {
-        "Held-out combinations: images never trained on, in words that training captions have": combinations[
-            : SHOWN * 2
-        ],
-        "Held-out captions with new words, which no training caption has": others[:SHOWN],
+        "Held-out combinations: images never trained on, in words that training captions have": combinations,
+        "Held-out captions with new words, which no training caption has": new_words,
     }
     extremes = {
         f"The farthest from their real images, of {len(by_error)} held-out samples": worst[::-1][:SHOWN],

@@ -56,7 +56,7 @@ def sweep(model: TextToImage, caches: Caches, settings: EvaluateParams, seed: in
     for steps, guidance in product(sorted(set(swept.diffusion_steps)), sorted(set(swept.class_guidance))):
         sampling = settings.sampling.changed(class_guidance=guidance, diffusion_steps=steps)
         latents = model.latents(embeddings, ids, sampling, seed=seed)
-        recall = float(recalled(nearest(latents, among), among, captions).mean())
+        recall = float(recalled(nearest(latents, among)[0], among, captions).mean())
         points.append({"class_guidance": guidance, "diffusion_steps": steps, name: recall})
         points[-1]["latent_mae"] = float((latents - own).abs().mean())
     return pd.DataFrame(points)
