@@ -75,6 +75,7 @@ def refused(tmp_path, change) -> str:
         ("train", "lr_schedule", "linear", "train.lr_schedule = 'linear': input should be 'cosine', 'constant' or"),
         ("machine", "data_memory_share", 2, "machine.data_memory_share = 2: input should be less than or equal to 1"),
         ("evaluate", "prompts", [], "evaluate.prompts = []"),
+        ("evaluate", "recall_captions", 64, "recall_captions = 64: unknown key (did you mean training_captions?)"),
         ("evaluate", "guidance_interval", [0.9, 0.1], "must be [lowest, highest] noise level with lowest < highest"),
         ("evaluate", "sweep", {"class_guidance": [], "diffusion_steps": [20]}, "evaluate.sweep.class_guidance = []"),
         ("evaluate", "sweep", {"class_guidanc": [1]}, "unknown key (did you mean class_guidance?"),
