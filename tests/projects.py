@@ -157,7 +157,7 @@ def tiny_params() -> dict[str, Any]:
         "diffusion_steps": 4,
         "prompts": ["red apple", "snowman"],
         "held_out_captions": 2,
-        "recall_captions": 4,
+        "training_captions": 4,
     }
     return params
 

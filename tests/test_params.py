@@ -73,6 +73,7 @@ def refused(tmp_path, change) -> str:
         ("train", "lr_schedule", "linear", "train.lr_schedule = 'linear': input should be 'cosine', 'constant' or"),
         ("machine", "data_memory_share", 2, "machine.data_memory_share = 2: input should be less than or equal to 1"),
         ("evaluate", "prompts", [], "evaluate.prompts = []"),
+        ("evaluate", "recall_captions", 64, "recall_captions = 64: unknown key (did you mean training_captions?)"),
         ("evaluate", "sampler", "euler", "evaluate.sampler = 'euler'"),
         ("evaluate", "diffusion_steps", 1, "evaluate.diffusion_steps = 1"),
         ("evaluate", "smapler", "ddim", "evaluate.smapler = 'ddim': unknown key (did you mean sampler?"),
