@@ -24,6 +24,8 @@ from latentloom.training.interruption import StopRequest, TrainingStopped
 from latentloom.training.loop import Step, TrainingState, open_ended_steps, train
 from latentloom.training.monitor import Curves, Logger, TrainingMonitor
 
+WHITENED_CAPTIONS = 10_000  # at most so many are measured
+
 
 @dataclass(frozen=True)
 class TrainingResult:
@@ -74,8 +76,10 @@ def run_training(
         raise UserError(
             f"model.widths = {params.model.widths}: {error}; use fewer widths or another ingest.image_size"
         ) from error
+    fitted = torch.linspace(0, len(caches.train) - 1, min(len(caches.train), WHITENED_CAPTIONS)).long()
+    network.text_whitening.fit(caches.train.embeddings_at(caches.train.captions[fitted.to(device), 0]))
     network.gradient_checkpointing = params.machine.gradient_checkpointing
-    state = TrainingState.start(network, settings)
+    state = TrainingState.start(network, settings, dtype)
     curves = Curves(curves_folder)
     monitor = TrainingMonitor(
         params, config, caches, state.average, accelerator=accelerator, curves=curves, logger=logger, dtype=dtype
