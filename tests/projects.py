@@ -31,7 +31,8 @@ class Project:
 
     Attributes:
         folder: its root.
-        cold: whether stages are started from a new interpreter, as a user's are, rather than by the server of stages.
+        cold: whether stages and DVC are started from a new interpreter, as a user's are, rather than by the server of
+            stages.
     """
 
     folder: Path
@@ -103,11 +104,15 @@ case "$PYTHONPATH $1" in
 *) exec {python} "$@" ;;
 esac
 """
+DVC = """#!/bin/sh
+# The tests' dvc, by the same server.
+exec {python} -SI {client} {socket} dvc "$@"
+"""
 
 
 @functools.cache
 def stage_socket() -> Path:
-    """The socket of the server of stages, which the first who asks starts; beside it lies the tests' ``python``.
+    """The socket of the server of stages, which the first who asks starts; beside it lie the tests' ``python`` and ``dvc``.
 
     All processes of one run of pytest share the server: it ends with the first of them.
     """
@@ -119,7 +124,7 @@ def stage_socket() -> Path:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             names = {"python": sys.executable, "client": tests / "stage_client.py", "socket": folder / "socket"}
-            script = PYTHON.format(**{name: shlex.quote(str(value)) for name, value in names.items()})
+            quoted = {name: shlex.quote(str(value)) for name, value in names.items()}
             own = (*OTHERS, "PYTHONPATH")
             environment = {key: value for key, value in os.environ.items() if not key.startswith(own)}
             with open(folder / "server.log", "w") as log:
@@ -131,8 +136,9 @@ def stage_socket() -> Path:
                     stderr=log,
                     start_new_session=True,
                 )
-            (folder / "python").write_text(script)
-            (folder / "python").chmod(0o755)
+            for name, script in (("dvc", DVC), ("python", PYTHON)):
+                (folder / name).write_text(script.format(**quoted))
+                (folder / name).chmod(0o755)
     return folder / "socket"
 
 
@@ -168,7 +174,7 @@ def new_project(folder: Path) -> Project:
     for part in PARTS:
         source = ROOT / part
         if source.is_dir():
-            shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+            shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("*.egg-info"))
         else:
             shutil.copy2(source, folder / part)
     for part in (".gitignore", "config", "plots/page.html"):
