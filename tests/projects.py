@@ -1,6 +1,7 @@
 """A whole project on tiny data: the checkout's files in a temporary folder with a git and a DVC of its own."""
 
 import functools
+import json
 import os
 import shlex
 import shutil
@@ -33,10 +34,12 @@ class Project:
         folder: its root.
         cold: whether stages and DVC are started from a new interpreter, as a user's are, rather than by the server of
             stages.
+        rows_per_shard: at the fewest, so that tiny data has several shards; None leaves it at the package's own.
     """
 
     folder: Path
     cold: bool = False
+    rows_per_shard: int | None = None
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a command as a user would, in the project's environment; fail with its output."""
@@ -91,10 +94,8 @@ class Project:
         programs = [str(Path(sys.executable).parent), environment["PATH"]]
         if not self.cold:
             programs.insert(0, str(stage_socket().parent))
-        return environment | {
-            "PATH": os.pathsep.join(programs),
-            **OFFLINE,
-        }
+        hooks = {} if self.rows_per_shard is None else {"rows_per_shard": self.rows_per_shard}
+        return environment | OFFLINE | {"PATH": os.pathsep.join(programs), "STAGE_HOOKS": json.dumps(hooks)}
 
 
 PYTHON = """#!/bin/sh
@@ -112,7 +113,7 @@ exec {python} -SI {client} {socket} dvc "$@"
 
 @functools.cache
 def stage_socket() -> Path:
-    """The socket of the server of stages, which the first who asks starts; beside it lie the tests' ``python`` and ``dvc``.
+    """The socket of the server of stages, which the first who asks starts. Beside it lie the tests' own programs.
 
     All processes of one run of pytest share the server: it ends with the first of them.
     """

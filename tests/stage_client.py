@@ -54,10 +54,14 @@ def read_number(server: socket.socket) -> int:
 
 
 def main() -> None:
-    """``stage_client.py SOCKET SCRIPT...``: run the script and end with its exit status, or by its signal."""
+    """``stage_client.py SOCKET SCRIPT...``: run the script and end with its exit status, or by its signal.
+
+    ``STAGE_HOOKS`` in the environment has hooks as JSON.
+    """
     server = connect(sys.argv[1])
     environment = dict(os.environ)
-    pid = request(server, [0, 1, 2], argv=sys.argv[2:], folder=str(Path.cwd()), environment=environment, hooks={})
+    hooks = json.loads(environment.get("STAGE_HOOKS", "{}"))
+    pid = request(server, [0, 1, 2], argv=sys.argv[2:], folder=str(Path.cwd()), environment=environment, hooks=hooks)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda received, _: os.kill(pid, received))
     status = read_number(server)

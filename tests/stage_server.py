@@ -24,7 +24,7 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 # What the stages import, at their top or on their way.
 PRELOADED = (
@@ -46,7 +46,13 @@ PRELOADED = (
     "mlflow.tracking",
     "mlflow.store.tracking.sqlalchemy_store",
     "dvc.cli.parser",
-    "dvc.repo",
+    "dvc.repo.index",
+    "dvc.repo.open_repo",
+    "dvc.repo.plots",
+    "dvc.repo.reproduce",
+    "dvc.rwlock",
+    "dvc.scm",
+    "dulwich.repo",
     "great_expectations",
     "imagehash",
     "scipy.fftpack",
@@ -72,15 +78,14 @@ def main(folder: Path, owner: int) -> None:
     gc.freeze()
     request = _serve(folder, owner)
     if request:
-        for name, value in request["hooks"].items():
-            getattr(stage_hooks, name)(value)
         if request["argv"][0] == "dvc":
             _run_dvc(request["argv"][1:])
-        else:
-            runpy.run_path(request["argv"][0], run_name="__main__")
+        for name, value in request["hooks"].items():
+            getattr(stage_hooks, name)(value)
+        runpy.run_path(request["argv"][0], run_name="__main__")
 
 
-def _run_dvc(arguments: list[str]) -> None:
+def _run_dvc(arguments: list[str]) -> NoReturn:
     from dvc.cli import main
 
     sys.exit(main(arguments))

@@ -1,7 +1,8 @@
 """Stages of a test's project, started in a moment by the server of stages (`stage_server.py`).
 
 Two ways lead to it. Where a test runs ``dvc repro`` or ``python pipelines/STAGE.py``, the ``dvc`` and the ``python`` on
-its path are small scripts that hand both over. Where a test limits, kills or breaks a stage, ``start`` asks for one directly.
+its path are small scripts that hand both over. Where a test limits, kills or breaks a stage, ``start`` asks for one
+directly.
 """
 
 import io

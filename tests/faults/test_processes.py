@@ -1,5 +1,4 @@
-"""Several processes train what one would; one that dies ends the job, and a job that was stopped resumes with any number
-of processes."""
+"""Several processes train what one would; one that dies ends the job; a stopped job resumes with any number of them."""
 
 import os
 import shutil
@@ -87,9 +86,7 @@ def test_two_processes_have_the_losses_of_one_step_by_step(compared):
 @pytest.mark.parametrize("name", ["noisy", "levels", "labels"])
 def test_two_processes_train_on_the_very_batches_of_one(compared, name):
     whole = compared.alone[name].unflatten(0, (STEPS, -1)).flatten(1, 2)  # (steps, batch, ...)
-    joined = torch.cat(
-        [process[name].unflatten(0, (STEPS, -1)).flatten(1, 2) for process in compared.together], dim=1
-    )
+    joined = torch.cat([process[name].unflatten(0, (STEPS, -1)).flatten(1, 2) for process in compared.together], dim=1)
     assert torch.equal(joined, whole)
 
 

@@ -144,8 +144,8 @@ def test_settings_of_an_accelerate_config_change_no_bit_of_a_training(tmp_path):
         "ACCELERATE_TORCH_DEVICE": "meta",
     }
     train_in_processes.main(tmp_path / "plain")
-    environ = environment(PYTHONPATH=SRC, **config)
-    subprocess.run([sys.executable, train_in_processes.__file__, tmp_path / "config"], env=environ, check=True, timeout=300)
+    command = [sys.executable, train_in_processes.__file__, tmp_path / "config"]
+    subprocess.run(command, env=environment(PYTHONPATH=SRC, **config), check=True, timeout=300)
     plain, configured = (load_file(tmp_path / name / "0.safetensors") for name in ("plain", "config"))
     assert plain.keys() == configured.keys()
     assert all(torch.equal(tensor, configured[name]) for name, tensor in plain.items())

@@ -226,6 +226,9 @@ def test_once_it_is_loaded_nothing_holds_a_checkpoints_tensors(run, tmp_path, mo
         loaded.extend(map(weakref.ref, tensors.values()))
         return tensors
 
+    gc.collect()
+    gc.freeze()  # what is there already holds none of them, and to look through it takes a second each time
+
     def look(request, accelerator, step, every) -> int:
         gc.collect()
         alive.append(sum(tensor() is not None for tensor in loaded))
@@ -233,7 +236,10 @@ def test_once_it_is_loaded_nothing_holds_a_checkpoints_tensors(run, tmp_path, mo
 
     monkeypatch.setattr(Checkpoint, "load_tensors", load)
     monkeypatch.setattr(run_module, "_asked_to_stop", look)
-    run(params, resumed=usable_checkpoint(kept(tmp_path), params))
+    try:
+        run(params, resumed=usable_checkpoint(kept(tmp_path), params))
+    finally:
+        gc.unfreeze()
     assert len(loaded) > 100
     assert alive == [0] * 6
 

@@ -190,7 +190,7 @@ def _fetch(
     tried = ""
     if out := provenance.get("outs", {}).get(str(MODEL)):
         try:
-            bring(root, out, fetched)
+            bring(root, {out: fetched})
         except UserError as error:
             tried = f" ({error})"
     if version and not is_model(fetched, sha256):
