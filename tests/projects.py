@@ -1,5 +1,6 @@
 """A whole project on tiny data: the checkout's files in a temporary folder with a git and a DVC of its own."""
 
+import compileall
 import functools
 import json
 import os
@@ -175,9 +176,10 @@ def new_project(folder: Path) -> Project:
     for part in PARTS:
         source = ROOT / part
         if source.is_dir():
-            shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("*.egg-info"))
+            shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
         else:
             shutil.copy2(source, folder / part)
+    compileall.compile_dir(folder / "src", quiet=2)  # once, not in each of its stages
     for part in (".gitignore", "config", "plots/page.html"):
         copy = folder / ".dvc" / part
         copy.parent.mkdir(parents=True, exist_ok=True)
