@@ -144,7 +144,7 @@ def test_a_wrong_param_is_rejected_at_once_and_changes_nothing(project, name, va
         monkeypatch.chdir(project.folder)
         checked = CliRunner().invoke(app, ["check"])
         assert checked.exit_code == 1
-        assert expected in checked.stderr
+        assert expected in checked.output
     finally:
         (project.folder / "params.yaml").write_text(params)
     project.repro()
