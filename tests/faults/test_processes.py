@@ -120,14 +120,14 @@ def test_a_job_asked_to_stop_saves_its_state_once_and_resumes_with_any_number_of
     finish(undisturbed, "train")
 
     job = launch(2, "pipelines/train.py", folder=project.folder)
-    while not list(project.folder.glob(".state/checkpoints/*/step-*")):
+    while not list(project.folder.glob(".state/checkpoints/*/step-*/state.json")):
         assert job.poll() is None, printed_by(job)
         time.sleep(0.01)
     job.send_signal(signal.SIGTERM)
     printed = printed_by(job, A_MINUTE)
     assert f"of {STAGE_STEPS}; the state is saved, the same command resumes from there" in printed
     step = int(printed.split("stopped at step ")[1].split()[0])
-    assert list(project.folder.glob(f".state/checkpoints/*/step-{step:06d}"))
+    assert list(project.folder.glob(f".state/checkpoints/*/step-{step:06d}/state.json"))
     remove_outs(project, "train")
     by_one = copy_project(project, tmp_path / "by one" / "project")
     shutil.copytree(project.folder / ".state", by_one.folder / ".state")
