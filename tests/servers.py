@@ -115,7 +115,7 @@ class Server:
         self._signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """Let its time go on."""
+        """Let its time continue."""
         self._signal(signal.SIGCONT)
 
     def stop(self, number: int = signal.SIGTERM) -> None:
