@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-PATIENCE = 120  # seconds until the server must have made its imports
+PATIENCE = 300  # seconds until the server must have made its imports, which the first run ever compiles
 
 
 def connect(path: str) -> socket.socket:
