@@ -120,9 +120,10 @@ def test_two_runs_from_nothing_write_the_same_bytes(clip, prepare_images, tmp_pa
 def test_an_encoder_that_leads_nowhere_is_explained(tmp_path):
     with pytest.raises(ValueError, match=r"encode_text\.model: '\./nowhere' is neither a folder here"):
         load_text_encoder("./nowhere")
-    (tmp_path / "config.json").write_text("{}")
+    folder = tiny_models.save_bert(tmp_path / "bert")
+    (folder / "model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(ValueError, match=r"encode_text\.model: .* cannot be loaded"):
-        load_text_encoder(str(tmp_path))
+        load_text_encoder(str(folder))
 
 
 @pytest.mark.slow
