@@ -12,7 +12,7 @@ from latentloom.stage import run_stage
 
 
 def main(params: Params) -> str:
-    encoder = TextEncoder(params.encode_text.model, choose_device())
+    encoder = TextEncoder(params.encode_text.model, choose_device(), params.encode_text.max_tokens)
     store = RowStore(state_folder("text"), state_limit())
     store.adopt(pulled_shards(TEXT))
     counts = encode_captions(encoder, IMAGES, TEXT, store)
@@ -20,12 +20,15 @@ def main(params: Params) -> str:
         ENCODE_TEXT_REPORT,
         {
             "captions": counts.rows,
+            "cut": counts.cut,
             "dim": encoder.dim,
             "encoder": encoder.reference,
             "encoder_fingerprint": encoder.fingerprint,
+            "max_tokens": encoder.max_tokens,
         },
     )
-    return f"{counts.rows} captions: encoded {counts.encoded}, reused {counts.reused}"
+    cut = f"; {counts.cut} cut at {encoder.max_tokens} tokens" if counts.cut else ""
+    return f"{counts.rows} captions: encoded {counts.encoded}, reused {counts.reused}{cut}"
 
 
 if __name__ == "__main__":

@@ -94,6 +94,17 @@ def test_the_stored_rows_are_the_encoders_and_the_index_describes_them(clip, pre
     np.testing.assert_allclose(index["norm"], np.linalg.norm(embeddings.float().numpy(), axis=1), rtol=1e-5)
 
 
+def test_captions_that_are_cut_are_counted_also_when_none_is_encoded(clip, prepare_images, tmp_path):
+    images = prepare_images(range(6))
+    encoder = TextEncoder(clip.reference, max_tokens=len("picture 1") + 2)  # a token for each letter, and two marks
+    for encoded in (9, 0):
+        counts = encode_captions(encoder, images, tmp_path / "text", RowStore(tmp_path / "state", 2**30))
+        assert (counts.encoded, counts.cut) == (encoded, 3)  # "noise of kind 0" and so on
+    index, _, statistics = read_cache(tmp_path / "text")
+    assert index["tokens"].tolist() == [len(text) + 2 for text in index["text"]]
+    assert statistics["max_tokens"] == len("picture 1") + 2
+
+
 def test_new_captions_alone_are_embedded(clip, prepare_images, tmp_path):
     encode_captions(clip, prepare_images(range(6), name="a"), tmp_path / "a", RowStore(tmp_path / "state", 2**30))
     counts = encode_captions(

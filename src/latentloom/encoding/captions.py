@@ -1,13 +1,15 @@
 """The text cache: distinct captions -> embeddings.
 
 data/images/*.parquet -> data/text/NNNNN.safetensors   `embedding` (M, dim), fp16, one row per distinct caption
-                         data/text/index.parquet       one row per caption: its text, its row, statistics
+                         data/text/index.parquet       one row per caption: its text, its tokens before any were cut,
+                                                       its row, statistics
                          data/text/pairs.parquet       which image has which caption; position 0 is the primary one
                          data/text/stats.json          what made it
 """
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,15 +27,22 @@ DTYPES = "float32->float16"
 CAPTIONS_AT_ONCE = 256
 
 
+@dataclass(frozen=True)
+class CaptionCounts(EncodeCounts):
+    """Also how many captions are longer than what the encoder reads of them."""
+
+    cut: int = 0
+
+
 def caption_id(text: str) -> str:
     """The id of a caption: the SHA-256 of its text."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def encode_captions(encoder: TextEncoder, images: Path, out: Path, store: RowStore) -> EncodeCounts:
+def encode_captions(encoder: TextEncoder, images: Path, out: Path, store: RowStore) -> CaptionCounts:
     """Embed every distinct caption of ``images`` into ``out``; rows that ``store`` knows are not computed again.
 
-    The encoder is loaded when there is a row to compute.
+    The encoder is loaded when there is a row to compute; its tokenizer always, to count what is cut.
 
     Raises:
         UserError: when there is no caption, or a file of ``images`` is damaged.
@@ -57,13 +66,16 @@ def encode_captions(encoder: TextEncoder, images: Path, out: Path, store: RowSto
         raise UserError(f"{images} holds no captions: run `dvc repro ingest`")
     plan = Plan(store, out, ids, keys)
     batches = _encode(encoder, [texts[position] for position in plan.missing])
-    index = [
-        _index(ids[shard.rows], texts[shard.rows], keys[shard.rows], shard)
-        for shard in plan.write(batches, "encode_text", "caption")
-    ]
+    index = pd.concat(
+        [
+            _index(encoder, ids[shard.rows], texts[shard.rows], keys[shard.rows], shard)
+            for shard in plan.write(batches, "encode_text", "caption")
+        ],
+        ignore_index=True,
+    )
     store.trim()
     with atomic_path(out / INDEX) as temporary:
-        pd.concat(index, ignore_index=True).to_parquet(temporary, index=False)
+        index.to_parquet(temporary, index=False)
     with atomic_path(out / PAIRS) as temporary:
         pairs.drop(columns="text").to_parquet(temporary, index=False)
     write_json(
@@ -76,10 +88,11 @@ def encode_captions(encoder: TextEncoder, images: Path, out: Path, store: RowSto
                 "fingerprint": encoder.fingerprint,
             },
             "dim": encoder.dim,
+            "max_tokens": encoder.max_tokens,
             "rows": len(ids),
         },
     )
-    return EncodeCounts(len(ids), len(plan.missing))
+    return CaptionCounts(len(ids), len(plan.missing), cut=int((index["tokens"] > encoder.max_tokens).sum()))
 
 
 def _encode(encoder: TextEncoder, texts: Sequence[str]) -> Iterator[Tensors]:
@@ -89,11 +102,12 @@ def _encode(encoder: TextEncoder, texts: Sequence[str]) -> Iterator[Tensors]:
         yield {"embedding": torch.from_numpy(embeddings).half()}
 
 
-def _index(ids: list[str], texts: list[str], keys: list[str], shard: Shard) -> pd.DataFrame:
+def _index(encoder: TextEncoder, ids: list[str], texts: list[str], keys: list[str], shard: Shard) -> pd.DataFrame:
     values = shard.tensors["embedding"].float()
     columns = {
         "id": ids,
         "text": texts,
+        "tokens": encoder.count_tokens(texts),
         "key": keys,
         "shard": shard.path.name,
         "row": np.arange(len(values), dtype=np.int32),
