@@ -140,7 +140,15 @@ def save_bert(
     return Path(folder)
 
 
-def save_tiny_unet(folder: Path | str, *, seed: int = 0, vae: str = "bundled", text_encoder: str = "bundled") -> Path:
+def save_tiny_unet(
+    folder: Path | str,
+    *,
+    seed: int = 0,
+    vae: str = "bundled",
+    text_encoder: str = "bundled",
+    tokens: bool = False,
+    max_tokens: int | None = None,
+) -> Path:
     """A model folder as a training leaves it: 64x64 pictures, random weights, the encoders that are named."""
     from latentloom.encoding.text_encoder import load_text_encoder
     from latentloom.encoding.vae import load_vae
@@ -154,6 +162,8 @@ def save_tiny_unet(folder: Path | str, *, seed: int = 0, vae: str = "bundled", t
         block_depth=1,
         emb_size=16,
         text_dim=loaded_text.dim,
+        token_dim=loaded_text.token_dim if tokens else None,
+        max_tokens=max_tokens,
         schedule="vp",
         latent_mean=(0.1,) * 4,
         latent_std=(0.9,) * 4,

@@ -149,6 +149,7 @@ class ModelParams(Section):
     widths: Annotated[list[Annotated[StrictInt, Field(ge=16, multiple_of=16)]], Field(min_length=1, max_length=6)]
     block_depth: Count
     emb_size: Annotated[StrictInt, Field(ge=8)]
+    text: Literal["pooled", "tokens"]
 
 
 class DiffusionParams(Section):
@@ -257,6 +258,7 @@ ADDED = {
     "ingest.skin_tones": 0,
     "encode_text.max_tokens": None,
     "validate.max_cut_captions": 1.0,
+    "model.text": "pooled",
     "train.optimizer": "adamw",
     "monitor.validation_images": 96,
     "evaluate.precision": "auto",

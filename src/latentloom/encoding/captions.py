@@ -1,6 +1,8 @@
 """The text cache: distinct captions -> embeddings.
 
-data/images/*.parquet -> data/text/NNNNN.safetensors   `embedding` (M, dim), fp16, one row per distinct caption
+data/images/*.parquet -> data/text/NNNNN.safetensors   `embedding` (M, dim), fp16, one row per distinct caption;
+                                                       where asked for, `tokens` (S, token_dim), fp16: the states of
+                                                       the tokens of all captions, without padding, and `tokens_ends`
                          data/text/index.parquet       one row per caption: its text, its tokens before any were cut,
                                                        its row, statistics
                          data/text/pairs.parquet       which image has which caption; position 0 is the primary one
@@ -17,7 +19,7 @@ import pandas as pd
 import torch
 
 from latentloom.encoding.cache import FORMAT_VERSION, EncodeCounts, Plan, RowStore, Shard, row_key
-from latentloom.encoding.shard_files import INDEX, PAIRS, STATS, Tensors
+from latentloom.encoding.shard_files import ENDS, INDEX, PAIRS, STATS, TOKENS, Tensors, ragged
 from latentloom.encoding.text_encoder import TextEncoder
 from latentloom.errors import UserError
 from latentloom.files import atomic_path, write_json
@@ -39,8 +41,12 @@ def caption_id(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def encode_captions(encoder: TextEncoder, images: Path, out: Path, store: RowStore) -> CaptionCounts:
+def encode_captions(
+    encoder: TextEncoder, images: Path, out: Path, store: RowStore, *, tokens: bool = False
+) -> CaptionCounts:
     """Embed every distinct caption of ``images`` into ``out``; rows that ``store`` knows are not computed again.
+
+    With ``tokens``, the states of each caption's tokens are stored too. Rows with them have keys of their own.
 
     The encoder is loaded when there is a row to compute; its tokenizer always, to count what is cut.
 
@@ -61,11 +67,12 @@ def encode_captions(encoder: TextEncoder, images: Path, out: Path, store: RowSto
     )
     distinct = pairs.drop_duplicates("caption_id")
     texts, ids = distinct["text"].tolist(), distinct["caption_id"].tolist()
-    keys = [row_key(own_id, encoder.fingerprint, encoder.pooling, str(encoder.max_tokens), DTYPES) for own_id in ids]
+    made_by = [encoder.fingerprint, encoder.pooling, str(encoder.max_tokens), DTYPES, *([TOKENS] if tokens else [])]
+    keys = [row_key(own_id, *made_by) for own_id in ids]
     if not ids:
         raise UserError(f"{images} holds no captions: run `dvc repro ingest`")
     plan = Plan(store, out, ids, keys)
-    batches = _encode(encoder, [texts[position] for position in plan.missing])
+    batches = _encode(encoder, [texts[position] for position in plan.missing], tokens)
     index = pd.concat(
         [
             _index(encoder, ids[shard.rows], texts[shard.rows], keys[shard.rows], shard)
@@ -88,6 +95,7 @@ def encode_captions(encoder: TextEncoder, images: Path, out: Path, store: RowSto
                 "fingerprint": encoder.fingerprint,
             },
             "dim": encoder.dim,
+            "token_dim": encoder.token_dim if tokens else None,
             "max_tokens": encoder.max_tokens,
             "rows": len(ids),
         },
@@ -95,15 +103,21 @@ def encode_captions(encoder: TextEncoder, images: Path, out: Path, store: RowSto
     return CaptionCounts(len(ids), len(plan.missing), cut=int((index["tokens"] > encoder.max_tokens).sum()))
 
 
-def _encode(encoder: TextEncoder, texts: Sequence[str]) -> Iterator[Tensors]:
+def _encode(encoder: TextEncoder, texts: Sequence[str], tokens: bool) -> Iterator[Tensors]:
     """What the cache stores of each caption, a batch at a time: a row of every tensor, fp16."""
     for start in range(0, len(texts), CAPTIONS_AT_ONCE):
-        embeddings = encoder.encode(texts[start : start + CAPTIONS_AT_ONCE])
-        yield {"embedding": torch.from_numpy(embeddings).half()}
+        encoded = encoder.encode_tokens(texts[start : start + CAPTIONS_AT_ONCE], states=tokens)
+        states = ragged([torch.from_numpy(own).half() for own in encoded.states], TOKENS) if tokens else {}
+        yield {"embedding": torch.from_numpy(encoded.pooled).half(), **states}
 
 
 def _index(encoder: TextEncoder, ids: list[str], texts: list[str], keys: list[str], shard: Shard) -> pd.DataFrame:
     values = shard.tensors["embedding"].float()
+    finite = values.isfinite().all(1).numpy()
+    if TOKENS in shard.tensors:
+        broken = (~shard.tensors[TOKENS].isfinite().all(1)).cumsum(0)
+        up_to = broken[shard.tensors[TOKENS + ENDS] - 1]
+        finite &= up_to.diff(prepend=up_to.new_zeros(1)).eq(0).numpy()
     columns = {
         "id": ids,
         "text": texts,
@@ -114,7 +128,7 @@ def _index(encoder: TextEncoder, ids: list[str], texts: list[str], keys: list[st
         "mean": values.mean(1).numpy(),
         "std": values.std(1, correction=0).numpy(),
         "norm": torch.linalg.vector_norm(values, dim=1).numpy(),
-        "finite": values.isfinite().all(1).numpy(),
+        "finite": finite,
         "dim": np.int32(values.shape[1]),
     }
     return pd.DataFrame(columns)

@@ -15,7 +15,10 @@ from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from latentloom.devices import autocast_dtype
-from latentloom.encoding.dataset import Caches
+from latentloom.diffusion.text import Labels, pooled
+from latentloom.diffusion.unet import UNet
+from latentloom.encoding.dataset import Caches, LatentDataset
+from latentloom.encoding.shard_files import TOKENS
 from latentloom.errors import UserError
 from latentloom.model_files import FORMAT_VERSION, EncoderReference, ModelConfig, save_model
 from latentloom.params import Params, TrainParams
@@ -25,6 +28,7 @@ from latentloom.training.loop import Step, TrainingState, open_ended_steps, trai
 from latentloom.training.monitor import Curves, Logger, TrainingMonitor
 
 WHITENED_CAPTIONS = 10_000  # at most so many are measured
+WHITENED_TOKENS = 50_000  # with their padding
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,7 @@ def run_training(
         raise UserError(
             f"model.widths = {params.model.widths}: {error}; use fewer widths or another ingest.image_size"
         ) from error
-    fitted = torch.linspace(0, len(caches.train) - 1, min(len(caches.train), WHITENED_CAPTIONS)).long()
-    network.text_whitening.fit(caches.train.embeddings_at(caches.train.captions[fitted.to(device), 0]))
+    _fit_whitening(network, caches.train)
     network.gradient_checkpointing = params.machine.gradient_checkpointing
     state = TrainingState.start(network, settings, dtype)
     curves = Curves(curves_folder)
@@ -138,6 +141,22 @@ def run_training(
     if figures.best_val_mae is not None:
         metrics |= {"best_val_mae": round(figures.best_val_mae, 4), "best_step": figures.best_step}
     return TrainingResult(metrics, figures.val_mae, settings.steps * settings.batch_size / figures.seconds)
+
+
+def _fit_whitening(network: UNet, data: LatentDataset) -> None:
+    """Measure what the network's text features are whitened by, on captions from all over ``data``."""
+
+    def captions(at_most: int) -> Labels:
+        rows = torch.linspace(0, len(data) - 1, min(len(data), at_most)).long()
+        return data.embeddings_at(data.captions[rows.to(data.device), 0])
+
+    if network.token_dim is None:
+        network.text_whitening.fit(pooled(captions(WHITENED_CAPTIONS)))
+        return
+    longest = data.text.shapes[TOKENS][0]
+    text = captions(max(WHITENED_TOKENS // longest, 1))
+    network.text_whitening.fit(text.pooled)
+    network.token_whitening.fit(text.tokens[text.mask])
 
 
 def usable_checkpoint(checkpoints: Checkpoints, params: Params) -> Checkpoint | None:
@@ -209,6 +228,8 @@ def _check_settings(params: Params, caches: Caches) -> None:
             "train.keep = best: the validation split is empty, so no weights can be called the best; raise "
             "ingest.val_fraction, or set it to last"
         )
+    if params.model.text == "tokens" and not caches.text_statistics["token_dim"]:
+        raise UserError("model.text = tokens: the text cache has no token states; run `dvc repro encode_text`")
     if params.machine.compile and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise UserError("machine.compile = True: torch.compile needs a C++ compiler; install g++, or set it to false")
 
@@ -223,6 +244,8 @@ def model_config(params: Params, caches: Caches) -> ModelConfig:
         block_depth=params.model.block_depth,
         emb_size=params.model.emb_size,
         text_dim=text["dim"],
+        token_dim=text["token_dim"] if params.model.text == "tokens" else None,
+        max_tokens=text["max_tokens"],
         schedule=params.diffusion.schedule,
         latent_mean=latents["mean"],
         latent_std=latents["std"],
