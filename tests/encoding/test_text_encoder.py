@@ -133,6 +133,15 @@ def test_tokens_are_counted_before_the_cut(tmp_path):
     assert encoder.count_tokens(["a red apple", "a", "", "x" * 100]).tolist() == [13, 3, 2, 102]
 
 
+@pytest.mark.parametrize("reference", ["bundled", "clip", "t5", "bert"])
+def test_tokens_are_counted_as_transformers_does(reference, tmp_path):
+    save = {"clip": tiny_models.save_clip, "t5": tiny_models.save_t5, "bert": tiny_models.save_bert}
+    encoder = TextEncoder(str(save[reference](tmp_path)) if reference in save else reference)
+    captions = [*CAPTIONS, "Ünïcödé ﷺ 猫 🧑\u200d🚀", "word " * 1000]
+    expected = [len(encoder.tokenizer(caption, verbose=False)["input_ids"]) for caption in captions]
+    assert encoder.count_tokens(captions).tolist() == expected
+
+
 def test_states_do_not_depend_on_the_neighbours(tmp_path):
     encoder = TextEncoder(str(tiny_models.save_bert(tmp_path)))
     captions = [f"{'very ' * (i % 6)}{i}" for i in range(20)]

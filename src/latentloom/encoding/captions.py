@@ -48,7 +48,7 @@ def encode_captions(
 
     With ``tokens``, the states of each caption's tokens are stored too. Rows with them have keys of their own.
 
-    The encoder is loaded when there is a row to compute; its tokenizer always, to count what is cut.
+    The encoder is loaded when there is a row to compute; what is cut is counted in any case.
 
     Raises:
         UserError: when there is no caption, or a file of ``images`` is damaged.

@@ -28,6 +28,7 @@ CLIP_CLASS = "CLIPTextModelWithProjection"
 T5_CLASSES = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
 OFFSET_TYPES = ("camembert", "mpnet", "roberta", "xlm-roberta")  # their positions begin after that of the padding
 BERT_TYPES = (*OFFSET_TYPES, "albert", "bert", "deberta", "deberta-v2", "distilbert", "electra", "modernbert")
+TOKENIZER = "tokenizer.json"
 RELATIVE_POSITIONS = 512  # tokens read by a model that sets no limit
 CPU_BATCH, ACCELERATOR_BATCH = 8, 128
 PADDING_STEP = 8
@@ -141,7 +142,24 @@ class TextEncoder:
 
     def count_tokens(self, captions: Sequence[str]) -> np.ndarray:
         """How many tokens (N,) each caption has in full; of those with more than ``max_tokens`` the rest is cut."""
-        return np.array([len(own) for own in self.tokenizer(list(captions), verbose=False)["input_ids"]], np.int32)
+        if self._bare_tokenizer:
+            tokens = self._bare_tokenizer.encode_batch_fast(list(captions))
+        else:
+            tokens = self.tokenizer(list(captions), verbose=False)["input_ids"]
+        return np.array([len(own) for own in tokens], np.int32)
+
+    @cached_property
+    def _bare_tokenizer(self) -> Any:
+        """The tokenizer without transformers, which takes seconds to import; None where there is no file for it."""
+        path = self._folder / TOKENIZER
+        if not path.is_file():
+            return None
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
 
     def encode(self, captions: Sequence[str]) -> np.ndarray:
         """The pooled embeddings (N, dim), fp32, of ``captions``, as `encode_tokens` computes them."""
