@@ -86,6 +86,7 @@ def ours(settings: Settings) -> Contender:
 
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     changed = {"steps": 10**9, "batch_size": settings.batch, "gradient_accumulation": 1}
+    changed["optimizer"] = "adamw"  # as the others have it
     torch.manual_seed(0)
     network = get_network(SIZE, settings.depth, 256, CHANNELS, widths=settings.widths, text_dim=TEXT_DIM)
     network = network.to(settings.device, memory_format=torch.channels_last)
