@@ -174,7 +174,7 @@ def _measure_step(
 def _step_rate(job: Job, settings: Settings, contender: Contender) -> dict[str, Any]:
     device = settings.device
     ours = contender.name == "ours"
-    gflop = _our_gflop(settings.widths, settings.depth) if ours else train_step.gflops(contender)[1]
+    gflop = _our_gflop(settings.widths, settings.depth, device) if ours else train_step.gflops(contender)[1]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()
@@ -198,11 +198,10 @@ def _step_rate(job: Job, settings: Settings, contender: Contender) -> dict[str, 
 
 
 @cache
-def _our_gflop(widths: tuple[int, ...], depth: int) -> float:
+def _our_gflop(widths: tuple[int, ...], depth: int, device: torch.device) -> float:
     """GFLOP an image, of the network in its usual form: forms that take more of them are no better used for it."""
-    cpu = torch.device("cpu")
-    network = train_step.our_network(Settings(widths, depth, 2, None, cpu, False))
-    example = train_step.latents(2, cpu), torch.rand(2), train_step.texts(2, cpu)
+    network = train_step.our_network(Settings(widths, depth, 2, None, device, False))
+    example = train_step.latents(2, device), torch.rand(2, device=device), train_step.texts(2, device)
     usual, fast.ENABLED = fast.ENABLED, True
     try:
         return train_step.gflops(Contender("ours", network, example, int))[1]

@@ -15,7 +15,7 @@ from latentloom.errors import UserError
 from latentloom.files import write_json
 from latentloom.model_files import load_model, save_tensors
 
-PART_BYTES = 15 * 2**20 + 2**19
+PART_BYTES = 63 * 2**18  # 15.75 MiB
 NAME = "unet.fp16.safetensors"
 
 
