@@ -38,7 +38,7 @@ Sample = Callable[[int], torch.Tensor]
 
 
 def our_network(widths: Sequence[int], depth: int, device: torch.device) -> UNet:
-    network = get_network(SIDE, depth, TOKEN_DIM, CHANNELS, widths=widths, text_dim=TEXT_DIM, text_tokens=TOKENS)
+    network = get_network(SIDE, depth, TOKEN_DIM, CHANNELS, widths=widths, text_dim=TEXT_DIM)
     return network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 

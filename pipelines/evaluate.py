@@ -2,7 +2,7 @@
 
 import json
 import sys
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 
 import numpy as np
@@ -12,11 +12,11 @@ from latentloom.evaluation.report import evaluate
 from latentloom.evaluation.sweep import CHART, TABLE, save_sweep, sweep
 from latentloom.evaluation.text_to_image import SETTINGS_FILE, load_text_to_image
 from latentloom.layout import DVC_LOCK, IMAGES, LATENTS, MODEL, SAMPLE_SHEET, TEXT, project_root
-from latentloom.lineage.provenance import read_run_record
 from latentloom.params import Params
-from latentloom.registry.models import run_of_model
+from latentloom.registry.models import stored_model
 from latentloom.stage import run_stage
 from latentloom.tracking.delivery import KEY_TAG
+from latentloom.tracking.provenance import read_run_record
 from latentloom.tracking.runs import TrackedRun, reopened_run
 from latentloom.tracking.store import first_line, open_client
 
@@ -43,18 +43,18 @@ def main(params: Params) -> str:
 def training_run(model_sha256: str) -> AbstractContextManager[TrackedRun]:
     """The run that trained the model, on this machine or by its hash in MLflow; else one that keeps nothing."""
     root = project_root()
-    if record := read_run_record(root, model_sha256):
-        return reopened_run(root, record.run_key, record.mlflow_run_id)
+    if (record := read_run_record(root, model_sha256)) and record.run_key:
+        return reopened_run(root, record.run_key)
     try:
-        run = run_of_model(open_client(root), model_sha256)
+        run = stored_model(open_client(root), model_sha256).run
     except Exception as error:  # MLflow is away or not installed, which must not fail an evaluation
         run, why = None, first_line(error)
     else:
         why = "no run has its hash"
     if run is None:
         print(f"evaluate: nothing is logged to MLflow: {why}", file=sys.stderr, flush=True)
-        return reopened_run(root, None)
-    return reopened_run(root, run.data.tags.get(KEY_TAG, run.info.run_id), run.info.run_id)
+        return nullcontext(TrackedRun())
+    return reopened_run(root, run.data.tags[KEY_TAG])
 
 
 if __name__ == "__main__":

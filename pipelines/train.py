@@ -18,15 +18,15 @@ from latentloom.devices import autocast_dtype, choose_device
 from latentloom.encoding.dataset import Caches, load_caches
 from latentloom.files import write_json
 from latentloom.layout import LATENTS, MODEL, TEXT, TRAIN_METRICS, TRAIN_PLOTS, project_root, state_folder, state_limit
-from latentloom.lineage.provenance import code_diff, collect, save_run_record
 from latentloom.model_files import model_hash
 from latentloom.params import Params
 from latentloom.source_code import code_hash, deciding_modules
 from latentloom.stage import run_stage
+from latentloom.tracking.git import Git
+from latentloom.tracking.provenance import collect, record_model, record_start, save_run_record
 from latentloom.tracking.runs import new_run
-from latentloom.tracking.training_run import record_model, record_start
 from latentloom.training.checkpoints import Checkpoints, CodeVersion, training_fingerprint
-from latentloom.training.monitor import NullLogger
+from latentloom.training.loop import open_ended_steps
 from latentloom.training.processes import launch, make_accelerator
 from latentloom.training.run import TrainingResult, run_training, usable_checkpoint
 
@@ -39,7 +39,7 @@ def main(params: Params) -> str | None:
         run_training, params, caches, accelerator=accelerator, model_folder=MODEL, curves_folder=TRAIN_PLOTS
     )
     if not accelerator.is_main_process:
-        train(checkpoints=None, resumed=None, logger=NullLogger())
+        train(checkpoints=None, resumed=None, logger=None)
         accelerator.end_training()
         return None
     print(f"train: {caches.placement}", file=sys.stderr, flush=True)
@@ -58,14 +58,14 @@ def _train_tracked(
     train: Callable[..., TrainingResult], params: Params, caches: Caches, accelerator: Accelerator, code: str
 ) -> TrainingResult:
     """The training in the main process, which alone reads checkpoints, writes files and logs."""
-    provenance = collect(Path.cwd(), params, code)
+    provenance = collect(Path.cwd())
     inputs = {name: digest for name, digest in provenance.inputs.items() if name != "validation"}
     precision = str(autocast_dtype(params.train.precision, accelerator.device))
     checkpoints = Checkpoints(
-        state_folder("checkpoints"),
-        training_fingerprint(params, inputs, precision),
+        state_folder("checkpoints") / training_fingerprint(params, inputs, precision),
         code=CodeVersion(code, provenance.commit),
         keep=params.machine.checkpoints_kept,
+        pinned=open_ended_steps(params.train),
         limit=state_limit(),
     )
     images = {"training": len(caches.train), "validation": len(caches.validation)}
@@ -76,24 +76,16 @@ def _train_tracked(
             checkpoints.begin({"run": tracked.key}, resumed)
             record_start(
                 tracked,
-                params.model_dump(mode="json", by_alias=True),
-                provenance.to_dict(),
+                params,
+                provenance,
                 images=images,
-                digest=caches.digests,
+                digests=caches.digests,
                 device=str(accelerator.device),
-                code_diff=code_diff(Path.cwd()),
+                code_diff=Git(Path.cwd()).code_diff(),
             )
             result = train(checkpoints=checkpoints, resumed=resumed, logger=tracked)
-            sha256 = model_hash(MODEL)
-            provenance = provenance.with_model(model_sha256=sha256, run_key=tracked.key)
-            record_model(
-                tracked,
-                metrics=result.metrics,
-                val_mae=result.val_mae,
-                model_folder=MODEL,
-                model_sha256=sha256,
-                provenance=provenance.to_dict(),
-            )
+            provenance = provenance.with_model(MODEL, model_hash(MODEL), tracked.key)
+            record_model(tracked, provenance, MODEL)
         write_json(TRAIN_METRICS, result.metrics)
         save_run_record(project_root(), replace(provenance, mlflow_run_id=tracked.id))  # MLflow has answered by now
         checkpoints.end({"run": tracked.key, "finished_steps": params.train.steps})

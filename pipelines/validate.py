@@ -7,11 +7,12 @@ continues.
 import sys
 
 from latentloom.encoding.pretrained import fingerprint, text_folder, vae_folder
+from latentloom.errors import UserError
 from latentloom.files import write_text
 from latentloom.layout import DATA_DOCS, IMAGES, VALIDATION_REPORT
 from latentloom.params import Params
 from latentloom.stage import run_stage
-from latentloom.validation import ValidationFailed, validate
+from latentloom.validation import validate
 
 
 def main(params: Params) -> str:
@@ -29,7 +30,7 @@ def main(params: Params) -> str:
         return f"{len(report.checks)} checks passed on {what}"
     explanation = f"{report.explain()}\n\nThe whole report: {DATA_DOCS / 'index.html'}"
     if params.validate_.on_failure == "stop":
-        raise ValidationFailed(explanation)
+        raise UserError(explanation)
     print(f"validate: {explanation}", file=sys.stderr)
     return f"{len(report.failures)} of {len(report.checks)} checks failed on {what}; continuing (on_failure: warn)"
 

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +69,10 @@ class Project:
 
     def run_record(self) -> dict[str, Any]:
         """What this project's machine has recorded of the training that made models/unet."""
-        from latentloom.lineage.provenance import read_run_record
         from latentloom.model_files import model_hash
+        from latentloom.tracking.provenance import read_run_record
 
-        return read_run_record(self.folder, model_hash(self.folder / "models/unet")).to_dict()
+        return asdict(read_run_record(self.folder, model_hash(self.folder / "models/unet")))
 
     def copied(self, folder: Path) -> "Project":
         """A copy with its git, its DVC and an MLflow store that keeps its files in the copy."""

@@ -79,9 +79,7 @@ def test_a_tensor_of_another_shape_is_named(model):
     tensors = load_file(folder / "model.safetensors")
     tensors["head.weight"] = torch.zeros(3, 3)
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(
-        ValueError, match=r"1 tensors differ, the first: head\.weight is \(3, 3\), expected \(4, 16, 3, 3\)"
-    ):
+    with pytest.raises(ValueError, match=r"config\.json: (.|\n)*head\.weight(.|\n)*\[3, 3\](.|\n)*\[4, 16, 3, 3\]"):
         load_model(folder)
 
 
@@ -90,7 +88,7 @@ def test_missing_and_unknown_tensors_are_named(model):
     tensors = load_file(folder / "model.safetensors")
     tensors["zzz"] = tensors.pop("head.bias")
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(ValueError, match=r"2 tensors differ, the first: head\.bias is absent, expected \(4,\)"):
+    with pytest.raises(ValueError, match=r"config\.json: (.|\n)*Missing(.|\n)*head\.bias"):
         load_model(folder)
 
 

@@ -1,6 +1,5 @@
 """The command `latentloom`. Each command imports what it needs, so that `--help` answers at once."""
 
-import json
 import os
 import re
 import sys
@@ -12,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from latentloom.errors import UserError
+from latentloom.files import read_json
 from latentloom.layout import EVALUATE_METRICS, MODEL, PARAMS, SAMPLE_SHEET, TRAIN_METRICS, project_root
 from latentloom.params import load_params
 
@@ -28,11 +28,15 @@ class Commands(TyperGroup):
             sys.exit(str(error))
         except Exception as error:
             library = type(error).__module__.partition(".")[0]
-            if library in ("sqlalchemy", "sqlite3"):
-                sys.exit(_store_message(error))
-            if library != "mlflow":
+            if library == "mlflow":
+                sys.exit(f"MLflow: {error}")
+            if library not in ("sqlalchemy", "sqlite3"):
                 raise
-            sys.exit(f"MLflow: {error}")
+            from latentloom.tracking.store import tracking_uri, without_credentials
+
+            store = without_credentials(tracking_uri(project_root()))
+            cause = str(getattr(error, "orig", None) or error).splitlines()[0]
+            sys.exit(f"{store} cannot be used: {cause}. Make room on a full disk; put a copy back of a damaged file")
 
 
 app = typer.Typer(
@@ -52,11 +56,7 @@ def check(params: Annotated[Path, typer.Argument(help="A params file.")] = PARAM
 @app.command()
 def summary() -> None:
     """Show what the last `dvc repro` left: the sample sheet, the figures, and where to look further."""
-    figures = {}
-    for path in (TRAIN_METRICS, EVALUATE_METRICS):
-        if not path.exists():
-            sys.exit(f"{path} does not exist yet: run `make repro`")
-        figures |= json.loads(path.read_text(encoding="utf-8"))
+    figures = read_json(TRAIN_METRICS) | read_json(EVALUATE_METRICS)
     shown = ("caption_recall_at_1", "val_mae", "train_mae")
     print(f"\nSamples   {SAMPLE_SHEET}")
     print("Figures   " + ", ".join(f"{name} {figures[name]:.4g}" for name in shown if name in figures))
@@ -68,10 +68,10 @@ def summary() -> None:
 @app.command()
 def ui(port: Annotated[int, typer.Option(min=1, max=65535, help="Of the address on this machine.")] = 5000) -> None:
     """Serve MLflow's pages of all runs (images, curves, figures) on this machine until Ctrl-C, and print where."""
-    from latentloom.tracking.store import experiment_id, open_client, tracking_uri, ui_address, without_credentials
+    from latentloom.tracking.store import existing_store, experiment_id, tracking_uri, ui_address, without_credentials
 
-    root = _own_project()
-    store, experiment = tracking_uri(root), experiment_id(open_client(root), root)
+    root = project_root()
+    store, experiment = tracking_uri(root), experiment_id(existing_store(root), root)
     if store.startswith(("http://", "https://")):
         print(f"MLflow: {ui_address(without_credentials(store), experiment)}")
         return
@@ -92,8 +92,7 @@ def sync() -> None:
     for synced in sync(project_root()):
         print(f"{synced.key}: {synced.message}")
         waits = waits or synced.waits
-    if waits:
-        sys.exit(1)
+    raise typer.Exit(waits)
 
 
 @app.command()
@@ -122,14 +121,9 @@ def sample(
         sys.exit(f"-o {output}: give FILE.png, or FOLDER/ for one PNG per sample")
     from latentloom.evaluation.metadata import save_image
     from latentloom.evaluation.text_to_image import default_settings, load_text_to_image, prompt_grid
-    from latentloom.lineage.provenance import read_run_record
-    from latentloom.registry.models import find_model, image_provenance
+    from latentloom.registry.models import find_model
 
-    root = project_root() if Path(model).expanduser().is_dir() else _own_project()
-    found = find_model(model, root)
-    provenance = found.provenance
-    if provenance is None and (record := read_run_record(root, found.sha256)):
-        provenance = record.to_dict()
+    found = find_model(model, project_root())
     try:
         settings = default_settings(found.folder).changed(
             diffusion_steps=steps,
@@ -143,7 +137,7 @@ def sample(
             settings = replace(settings, threshold_percentile=None if threshold == "none" else float(threshold))
     except ValueError as error:
         raise UserError(str(error)) from error
-    loaded = load_text_to_image(found.folder, provenance=provenance and image_provenance(provenance))
+    loaded = load_text_to_image(found.folder, provenance=found.provenance and found.provenance.in_images())
     images = loaded.generate(prompts, settings, seed=seed, count=count, first=first)
     if not folder:
         metadata = loaded.metadata(prompts, settings, seed=seed, count=count, first=first)
@@ -171,7 +165,7 @@ def promote(
     from latentloom.registry import registry
     from latentloom.registry.models import find_model
 
-    root = _own_project()
+    root = project_root()
     version, moved = registry.promote(find_model(model, root), to, root, force=force, why=why)
     print(f"version {version} of latentloom is the {to}" + ("" if moved else " already"))
 
@@ -184,7 +178,7 @@ def demote(
     """Take a promotion back: the one before is the champion (or the candidate) again."""
     from latentloom.registry import registry
 
-    was, now = registry.demote(alias, _own_project(), why=why)
+    was, now = registry.demote(alias, project_root(), why=why)
     print(f"version {was} of latentloom is no longer the {alias}; " + (f"version {now} is" if now else "none is"))
 
 
@@ -193,13 +187,13 @@ def history() -> None:
     """Show which model was the champion or the candidate, since when, why, and how good it was."""
     from latentloom.registry import registry
 
-    root = _own_project()
+    root = project_root()
     moves, current = registry.history(root), registry.current(root)
     row = "{:<20}  {:<9}  {:<7}  {:<10}  {:<10}  {:<7}  {:<10}  {}".format
     print(row("when", "alias", "version", "instead of", "by", "recall", "val_mae", "why"))
     for move in moves:
         names = (f"{move.when[:19]}Z", move.alias, move.version or "none", move.previous or "none", move.by or "")
-        figures = (_figure(move.figures.recall), _figure(move.figures.val_mae))
+        figures = ["" if value is None else f"{value:.4g}" for value in (move.figures.recall, move.figures.val_mae)]
         print(row(*names, *figures, move.why or ("taken back" if move.taken_back else "")).rstrip())
     print("now: " + (", ".join(f"{alias} is version {version}" for alias, version in current.items()) or "nothing"))
 
@@ -217,33 +211,10 @@ def lineage(
     """
     from latentloom.lineage.lineage import render, to_json, trace
 
-    found = trace(of, _own_project())
+    found = trace(of, project_root())
     print(to_json(found) if as_json else render(found))
     if found.missing:
         raise typer.Exit(1)
-
-
-def _own_project() -> Path:
-    """The project's root; a store of MLflow is created in no other folder.
-
-    Raises:
-        UserError: where there is no project, and no server is named.
-    """
-    root = project_root()
-    if not (root / PARAMS).exists() and not os.environ.get("MLFLOW_TRACKING_URI"):
-        raise UserError(f"there is no {PARAMS} in {root}: run this in the project's root, or set MLFLOW_TRACKING_URI")
-    return root
-
-
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
-
-
-def _store_message(error: Exception) -> str:
-    """What to do about a database that is damaged, away or on a full disk."""
-    store = "the database that MLFLOW_TRACKING_URI names" if os.environ.get("MLFLOW_TRACKING_URI") else "mlflow.db"
-    cause = str(getattr(error, "orig", None) or error).splitlines()[0]
-    return f"{store} cannot be used: {cause}. Make room if the disk is full; put a copy back if the file is damaged"
 
 
 if __name__ == "__main__":

@@ -14,9 +14,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from latentloom.errors import UserError, WriteError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -98,6 +101,22 @@ def read_json(path: Path | str) -> Any:
         raise UserError(f"{path} does not exist: run `dvc repro`, which makes it") from None
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): delete it and run `dvc repro`") from error
+
+
+def read_table(path: Path | str, columns: list[str]) -> "pd.DataFrame":
+    """Read columns of a Parquet file.
+
+    Raises:
+        UserError: naming the file and the command that makes it, when it is missing, damaged, or lacks a column.
+    """
+    import pandas as pd
+
+    try:
+        return pd.read_parquet(path, columns=columns)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: run `dvc repro`, which makes it") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be used ({error}): delete it and run `dvc repro`") from error
 
 
 def sha256_file(path: Path | str) -> str:

@@ -27,7 +27,7 @@ MODEL_FILES = ("config.json", "model.safetensors")
 class EncoderReference(BaseModel):
     """Which encoder made a cache: how it was named, its class, and the hash of its files."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
     reference: str
     class_name: str
     fingerprint: str
@@ -133,14 +133,8 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[UNet, 
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is missing or damaged ({error}); run `dvc checkout` or `dvc repro`") from error
     network = config.build()
-    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if wrong:
-        name = wrong[0]
-        raise UserError(
-            f"{path} does not fit its config.json: {len(wrong)} tensors differ, the first: {name} is "
-            f"{found.get(name, 'absent')}, expected {expected.get(name, 'absent')}"
-        )
-    network.load_state_dict(tensors)
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:  # in torch's words: which tensors, and their shapes
+        raise UserError(f"{path} does not fit its config.json: {error}") from error
     return network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), config

@@ -83,17 +83,16 @@ def test_a_convolution_with_a_skip_starts_as_one_of_the_concatenation():
 
 
 @pytest.mark.parametrize("kind", ["self", "cross"])
-@pytest.mark.parametrize("heads", [1, 4])
-def test_attention_is_a_softmax_weighted_mean_of_values(kind, heads):
-    channels = 32
+@pytest.mark.parametrize(("channels", "heads"), [(32, 1), (128, 2)])
+def test_attention_is_a_softmax_weighted_mean_of_values(kind, channels, heads):
     x, text = torch.randn(2, channels, 3, 3).double(), torch.randn(2, 5, 24).double()
     if kind == "self":
-        block = randomise(SpatialAttention(channels, heads=heads)).double()
+        block = randomise(SpatialAttention(channels)).double()
         positions = block.norm(x).reshape(2, channels, 9).transpose(1, 2)
         query, key, value = torch.tensor_split(positions @ block.query_key_value.weight.T, 3, dim=2)
         result = block(x)
     else:
-        block = randomise(CrossAttention(channels, 24, heads=heads)).double()
+        block = randomise(CrossAttention(channels, 24)).double()
         positions = block.norm(x).reshape(2, channels, 9).transpose(1, 2)
         query = positions @ block.query.weight.T
         key, value = torch.tensor_split(text @ block.key_value.weight.T, 2, dim=2)
@@ -143,17 +142,3 @@ def test_blocks_keep_channels_last_memory():
     up = randomise(UpBlock(64, 64, 1, 8, txt_ch=24))(halved, skips, condition, text)
     for result in (halved, *skips, up):
         assert result.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_blocks_say_what_they_miss():
-    x = torch.randn(1, 32, 4, 4)
-    with pytest.raises(ValueError, match="cond_ch"):
-        ResidualBlock(32, 32, cond_ch=8)(x)
-    with pytest.raises(ValueError, match="text tokens"):
-        DownBlock(32, 32, 1, None, txt_ch=8)(x)
-    with pytest.raises(ValueError, match="takes 2 skips"):
-        UpBlock(32, 32, 2, None)(x, [x])
-    with pytest.raises(ValueError, match="skip_ch"):
-        ResidualBlock(32, 32, skip_ch=32)(x)
-    with pytest.raises(ValueError, match="32 channels do not divide into 5 heads"):
-        SpatialAttention(32, heads=5)

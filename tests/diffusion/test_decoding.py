@@ -52,9 +52,6 @@ def test_a_vae_of_diffusers_decodes():
     np.testing.assert_array_equal(images, expected.permute(0, 2, 3, 1).numpy())
 
 
-def test_statistics_of_another_channel_count_and_broken_latents_are_rejected():
-    latents = np.zeros((1, 2, 2, 4))
-    with pytest.raises(ValueError, match="std_latent must be a number, or one for each of the 4 channels; 3"):
-        decode_latents(latents, np.ones(3), vae=Enlarging())
+def test_broken_latents_are_rejected():
     with pytest.raises(ValueError, match="not finite"):
-        decode_latents(latents * np.nan, 1.0, vae=Enlarging())
+        decode_latents(np.full((1, 2, 2, 4), np.nan), 1.0, vae=Enlarging())

@@ -72,16 +72,15 @@ def test_the_trajectory_follows_the_schedules_own_process(schedule):
     np.testing.assert_allclose(diffuser.reverse_diffusion(seeds, labels), x.transpose(0, 2, 3, 1), atol=1e-9)
 
 
-@pytest.mark.parametrize("spacing", [None, "uniform", "half_normal"])
 @pytest.mark.parametrize("schedule", GAMMA)
-def test_errors_that_shrink_with_the_noise_level_leave_no_trace_in_x0(schedule, spacing):
+def test_errors_that_shrink_with_the_noise_level_leave_no_trace_in_x0(schedule):
     truth = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def nearly_perfect(x_t, noise_levels, text):
         return truth + 1e-3 * noise_levels[:, None, None, None] * x_t
 
     seeds = torch.randn(5, 8, 8, 4, generator=torch.Generator().manual_seed(1))
-    diffuser = Diffuser(nearly_perfect, 1.0, 70, settings=UNTHRESHOLDED, schedule=schedule, spacing=spacing)
+    diffuser = Diffuser(nearly_perfect, 1.0, 70, settings=UNTHRESHOLDED, schedule=schedule)
     latents = diffuser.reverse_diffusion(seeds, torch.zeros(5, 6))
     assert (latents - truth.permute(0, 2, 3, 1)).abs().max() < 1e-4
 
@@ -236,21 +235,10 @@ def test_latents_of_four_by_four_are_channels_last_by_default():
     assert not np.allclose(diffuser.reverse_diffusion(seeds, labels, layout="nchw"), last)
 
 
-def test_progress_is_reported_after_each_step(capsys):
-    steps = []
-    Diffuser(wavy, 1.0, 3, progress=lambda done, total: steps.append((done, total))).reverse_diffusion(
-        *seeds_and_labels()
-    )
-    assert steps == [(1, 3), (2, 3), (3, 3)]
-    Diffuser(wavy, 1.0, 3, progress=True).reverse_diffusion(*seeds_and_labels())
-    assert capsys.readouterr().out.endswith("step 3 of 3\n")
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"schedule": "cosine"}, "unknown schedule 'cosine'"),
-        ({"spacing": "log"}, "unknown noise level distribution 'log'"),
         ({"diffusion_steps": 0}, "diffusion_steps = 0: must be a whole number from 2"),
         ({"class_guidance": float("nan")}, "class_guidance = nan: must be a number"),
     ],

@@ -1,58 +1,61 @@
-"""The fast forms of layers against their plain forms, which `blocks` and `unet` describe: values and gradients."""
+"""Layers that are computed in quicker forms than they are described in: against the plain forms, with gradients."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from latentloom.diffusion import TiledMerge, UNet, fast
-from latentloom.diffusion.blocks import CrossAttention, SkipConv2d, SpatialAttention
+from latentloom.diffusion import TiledMerge, fast
+from latentloom.diffusion.blocks import SkipConv2d
 
 
-def outputs_and_gradients(module: nn.Module, *inputs: torch.Tensor) -> list[torch.Tensor]:
-    inputs = [value.clone().requires_grad_() for value in inputs]
-    result = module(*inputs)
+def with_gradients(result: torch.Tensor, module: nn.Module, *inputs: torch.Tensor) -> list[torch.Tensor]:
     wanted = torch.randn(result.shape, generator=torch.Generator().manual_seed(0), dtype=result.dtype)
     return [result, *torch.autograd.grad(((result - wanted) ** 2).sum(), [*module.parameters(), *inputs])]
 
 
-def assert_both_forms_agree(monkeypatch, module: nn.Module, *inputs: torch.Tensor) -> None:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in module.parameters():  # past the zeros of the initialisation
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    module, inputs = module.double(), [value.double() for value in inputs]
-    found = outputs_and_gradients(module, *inputs)
-    monkeypatch.setattr(fast, "ENABLED", False)
-    for ours, plain in zip(found, outputs_and_gradients(module, *inputs), strict=True):
-        torch.testing.assert_close(ours, plain)
+def assert_agree(module: nn.Module, plain, *inputs: torch.Tensor) -> None:
+    """``module`` and ``plain`` give the same for ``inputs``, and the same gradients of them and of the weights."""
+    module, inputs = module.double(), [value.double().requires_grad_() for value in inputs]
+    ours = with_gradients(module(*inputs), module, *inputs)
+    for found, expected in zip(ours, with_gradients(plain(*inputs), module, *inputs), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3])
 @pytest.mark.parametrize("upsample", [False, True])
-def test_a_convolution_with_a_skip_is_one_of_the_upsampled_map_concatenated_with_the_skip(
-    monkeypatch, upsample, kernel_size
-):
-    skip = torch.randn(2, 3, 8, 12) if upsample else torch.randn(2, 3, 4, 6)
+def test_a_convolution_with_a_skip_is_one_of_the_upsampled_map_concatenated_with_the_skip(upsample, kernel_size):
     conv = SkipConv2d(5, 3, 7, kernel_size, upsample=upsample)
-    assert_both_forms_agree(monkeypatch, conv, torch.randn(2, 5, 4, 6), skip)
+
+    def plain(x, skip):
+        if upsample:
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        weight = torch.cat([conv.features.weight, conv.skip.weight], dim=1)
+        return F.conv2d(torch.cat([x, skip], dim=1), weight, conv.features.bias, padding=kernel_size // 2)
+
+    size = (8, 12) if upsample else (4, 6)
+    assert_agree(conv, plain, torch.randn(2, 5, 4, 6), torch.randn(2, 3, *size))
 
 
-def test_a_merge_without_tiling_is_a_1x1_convolution_of_the_tiled_concatenation(monkeypatch):
-    assert_both_forms_agree(monkeypatch, TiledMerge(6, 10, 8), torch.randn(3, 6, 5, 5), torch.randn(3, 10))
+def test_a_merge_without_tiling_is_a_1x1_convolution_of_the_tiled_concatenation():
+    merge = TiledMerge(6, 10, 8)
+
+    def plain(x, condition):
+        tiled = condition[:, :, None, None].expand(-1, -1, 5, 5)
+        weight = torch.cat([merge.features.weight, merge.condition.weight[:, :, None, None]], dim=1)
+        return F.conv2d(torch.cat([x, tiled], dim=1), weight, merge.features.bias)
+
+    assert_agree(merge, plain, torch.randn(3, 6, 5, 5), torch.randn(3, 10))
 
 
-def test_attention_computed_step_by_step_is_that_of_the_fused_kernel(monkeypatch):
-    assert_both_forms_agree(monkeypatch, SpatialAttention(32, heads=4), torch.randn(2, 32, 3, 3))
-    monkeypatch.undo()
-    assert_both_forms_agree(
-        monkeypatch, CrossAttention(32, 24, heads=2), torch.randn(2, 32, 3, 3), torch.randn(2, 5, 24)
-    )
+def test_attention_computed_step_by_step_is_that_of_the_fused_kernel():
+    class Attention(nn.Module):
+        def forward(self, query, key, value):
+            return fast.attention(query, key, value)
 
-
-def test_a_whole_network_is_the_same_function_in_both_forms(monkeypatch):
-    network = UNet(4, (16, 32, 32), 2, 16, 24)
-    assert_both_forms_agree(monkeypatch, network, torch.randn(3, 4, 8, 8), torch.rand(3), torch.randn(3, 24))
+    query, key, value = torch.randn(2, 4, 9, 8), torch.randn(2, 4, 5, 8), torch.randn(2, 4, 5, 8)
+    assert_agree(Attention(), F.scaled_dot_product_attention, query, key, value)
 
 
 def test_upsampling_without_the_large_map_saves_five_ninths_of_its_operations():

@@ -38,8 +38,6 @@ def test_one_image_is_shown_on_axes_of_its_own_or_given_ones():
 def test_what_is_no_image_is_rejected():
     with pytest.raises(ValueError, match=r"\(7, 5, 9\)"):
         imshow(np.zeros((7, 5, 9)))
-    with pytest.raises(ValueError, match="no images"):
-        plot_images([])
-    with pytest.raises(ValueError, match="1 labels for 2 images"):
+    with pytest.raises(ValueError, match="shorter"):
         plot_images(np.zeros((2, 4, 4, 3)), ["a"])
     plt.close("all")

@@ -1,16 +1,14 @@
 """The UNet: the shapes and sizes of the design, gradients everywhere, precision, and clear errors."""
 
-import json
-
 import pytest
 import torch
 
 from latentloom.diffusion import UNet, get_network
 
 
-def tiny(**options) -> UNet:
+def tiny() -> UNet:
     torch.manual_seed(0)
-    return UNet(4, (16, 32), 1, 16, 24, **options)
+    return UNet(4, (16, 32), 1, 16, 24)
 
 
 def inputs(batch: int = 3, size: int = 8, text_dim: int = 24):
@@ -71,13 +69,6 @@ def test_one_optimizer_step_from_scratch_opens_the_way_to_every_parameter():
         silent = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
         optimizer.step()
     assert silent == []
-
-
-def test_the_config_rebuilds_the_network_and_is_json():
-    network = tiny(attention=(True, False), text_tokens=3)
-    rebuilt = UNet(**json.loads(json.dumps(network.config)))
-    rebuilt.load_state_dict(network.state_dict())
-    torch.testing.assert_close(rebuilt(*inputs()), network(*inputs()), rtol=0, atol=0)
 
 
 def test_the_same_seed_and_inputs_give_the_same_bytes():
@@ -163,7 +154,6 @@ def test_gradient_checkpointing_gives_the_same_gradients_bit_for_bit_from_less_m
     found, less_memory = gradients(network, dtype)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert less_memory < memory / 2
-    assert "gradient_checkpointing" not in network.config
 
 
 def test_gradient_checkpointing_is_for_training_alone():
@@ -197,10 +187,8 @@ def test_one_level_and_latents_that_are_not_square_work():
     ("build", "message"),
     [
         (lambda: get_network(10, 2, 256, 4), "latent_image_size 10 cannot be halved 2 times.*multiple of 4"),
-        (lambda: get_network(16, 0, 256, 4), "block_depth must be at least 1, not 0"),
+        (lambda: get_network(16, 0, 256, 4), "no size below 1.*block_depth=0"),
         (lambda: get_network(16, 1, 256, 4, widths=()), "widths"),
-        (lambda: UNet(widths=(16, 32), attention=(True,)), "a flag for each of the 2 widths"),
-        (lambda: UNet(widths=(16,), noise_emb_dim=7), "even, not 7"),
     ],
 )
 def test_an_impossible_network_is_rejected(build, message):

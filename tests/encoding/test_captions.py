@@ -187,7 +187,7 @@ def test_what_decides_an_embedding_is_known_without_loading_the_model(clip, bund
     for loaded in (clip, bundled):
         encoder = TextEncoder(loaded.reference)
         known = (encoder.class_name, encoder.dim, encoder.max_tokens, encoder.pooling)
-        assert "_loaded" not in vars(encoder)
+        assert not {"model", "tokenizer"} & vars(encoder).keys()
         config, length = loaded.model.config, loaded.tokenizer.model_max_length
         dim = config.projection_dim if loaded is clip else config.hidden_size
         assert known[:3] == (type(loaded.model).__name__, dim, min(length, config.max_position_embeddings))

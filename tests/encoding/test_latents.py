@@ -71,6 +71,12 @@ def test_statistics_are_those_of_the_training_split(tiny, prepare_images, tmp_pa
     assert statistics["train_rows"] == len(chosen) == 30
 
 
+def test_an_empty_training_split_is_said(tiny, prepare_images, tmp_path):
+    with pytest.raises(UserError, match="the training split is empty"):
+        encode_images(tiny, prepare_images([3, 7]), tmp_path / "latents", RowStore(tmp_path / "state", 2**30))
+    assert not (tmp_path / "latents" / "stats.json").exists()
+
+
 def test_the_index_describes_each_row(tiny, prepare_images, tmp_path):
     encode_images(tiny, prepare_images(range(5)), tmp_path / "latents", RowStore(tmp_path / "state", 2**30))
     index, tensors, _ = read_cache(tmp_path / "latents")

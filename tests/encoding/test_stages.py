@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tqdm
 
-from latentloom.encoding import captions, latents
+from latentloom.encoding import cache
 from latentloom.params import load_params
 from latentloom.source_code import deciding_modules
 
@@ -72,15 +72,15 @@ assert not {"diffusers", "transformers", "accelerate"} & set(sys.modules)
     assert "encoded 0" in done.stdout
 
 
-@pytest.mark.parametrize(("stage", "module"), [("encode_images", latents), ("encode_text", captions)])
-def test_the_progress_bar_ends_at_the_end(run_stage, monkeypatch, stage, module):
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_progress_bar_ends_at_the_end(run_stage, monkeypatch, stage):
     bars = []
 
     def bar(*arguments, **settings):
         bars.append(tqdm.tqdm(*arguments, **settings, disable=False, file=io.StringIO()))
         return bars[-1]
 
-    monkeypatch.setattr(module, "tqdm", bar)
+    monkeypatch.setattr(cache, "tqdm", bar)
     for _ in ("all rows are new", "all rows are known"):
         run_stage(stage)
     assert [own.n for own in bars] == [own.total for own in bars]

@@ -29,9 +29,9 @@ from latentloom.evaluation.text_to_image import (
     store_settings,
     stored_settings,
 )
-from latentloom.lineage.provenance import Provenance, save_run_record
 from latentloom.model_files import load_model, model_hash
 from latentloom.randomness import generator
+from latentloom.tracking.provenance import Provenance, save_run_record
 
 ROOT = Path(__file__).parents[2]
 QUICK = ("--steps", "3", "--precision", "fp32")
@@ -130,7 +130,7 @@ def test_settings_come_from_the_params_then_from_the_model_then_from_us(sample):
         (("--sampler", "euler"), "sampler = 'euler': must be"),
         (("--guidance-interval", "0.9", "0.1"), "guidance_interval"),
         (("-o", "picture.jpg"), "-o picture.jpg"),
-        (("--model", "models/other"), "there is no params.yaml"),
+        (("--model", "models/other"), "models/other holds no model"),
     ],
 )
 def test_what_cannot_be_generated_is_named_and_leaves_no_file(sample, tmp_path, arguments, message):

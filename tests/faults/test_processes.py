@@ -102,7 +102,7 @@ def workers(job: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 def wait_for_checkpoint(project: Project, job: subprocess.Popen[str]) -> None:
-    while not list(project.folder.glob(".state/checkpoints/*/step-*")):
+    while not list(project.folder.glob(".state/checkpoints/*/step-*/state.json")):
         assert job.poll() is None, printed_by(job)
         time.sleep(0.01)
 

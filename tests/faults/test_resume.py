@@ -54,7 +54,7 @@ def project(whole, tmp_path) -> Project:
 
 
 def checkpoints(project: Project) -> list[str]:
-    return sorted(path.name for path in project.folder.glob(".state/checkpoints/*/step-*"))
+    return sorted(path.parent.name for path in project.folder.glob(".state/checkpoints/*/step-*/state.json"))
 
 
 def saved(project: Project, step: int):

@@ -187,7 +187,7 @@ def test_a_training_resumed_with_another_store_and_back_is_whole_in_both(root, e
 
 
 def test_adding_to_a_run_that_the_store_does_not_have_costs_a_warning_and_leaves_nothing(root):
-    with pytest.warns(UserWarning, match="MLflow has no run 0000"), reopened_run(root, "0" * 32, "1" * 32) as run:
+    with pytest.warns(UserWarning, match="MLflow has no run 0000"), reopened_run(root, "0" * 32) as run:
         run.log_metrics({"a": 1.0}, 1)
     assert list(journals(root).iterdir()) == []
 

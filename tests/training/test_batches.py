@@ -16,7 +16,6 @@ from latentloom.training.batches import (
     PREFETCH_THREAD,
     PREFETCHED_STEPS,
     Batch,
-    RowOrder,
     batches,
     epoch_rows,
     prefetch,
@@ -28,6 +27,11 @@ SETTINGS = {"seed": 1, "batch_size": 16, "distribution": "cosine", "label_dropou
 def drawn(data, *, step: int, positions: slice = slice(None), **changes) -> Batch:
     ((batch,),) = batches(data, steps=[step], parts=[positions], **SETTINGS | changes)
     return batch
+
+
+def rows_of(data, steps, **changes) -> torch.Tensor:
+    """The rows of all of ``steps``, one after the other."""
+    return torch.cat([batch.rows for (batch,) in batches(data, steps=steps, parts=[slice(None)], **SETTINGS | changes)])
 
 
 def means(data, first: int = 0) -> torch.Tensor:
@@ -59,10 +63,10 @@ def test_global_random_state_neither_matters_nor_changes(make_data):
 
 
 @pytest.mark.parametrize(("batch_size", "size"), [(4, 12), (5, 12), (16, 6)])
-def test_each_row_comes_once_an_epoch(batch_size, size):
+def test_each_row_comes_once_an_epoch(make_data, batch_size, size):
     epochs = 10
-    order = RowOrder(0, size)
-    rows = torch.cat([order.rows(step, batch_size) for step in range(-(-epochs * size // batch_size))])
+    steps = range(-(-epochs * size // batch_size))
+    rows = rows_of(make_data(size), steps, batch_size=batch_size)
     for epoch in range(epochs):
         assert sorted(rows[epoch * size : (epoch + 1) * size].tolist()) == list(range(size))
     assert not torch.equal(rows[:size], rows[size : 2 * size])
@@ -151,12 +155,12 @@ def test_mirrored_latents_change_no_other_random_number(make_data):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_the_rows_of_a_step_are_those_of_its_place_in_the_epochs(weighted):
+def test_the_rows_of_a_step_are_those_of_its_place_in_the_epochs(make_data, weighted):
     weights = torch.arange(1, 8, dtype=torch.float64) if weighted else None
-    epochs = torch.cat([epoch_rows(5, epoch, 7, weights) for epoch in range(12)])
-    order = RowOrder(5, 7, weights)
+    epochs = torch.cat([epoch_rows(1, epoch, 7, weights) for epoch in range(12)])
+    data = replace(make_data(7), weights=weights)
     for step in (0, 1, 3, 2, 0, 3):  # forth, back and again, over up to four epochs at a time
-        assert torch.equal(order.rows(step, 20), epochs[20 * step : 20 * (step + 1)])
+        assert torch.equal(rows_of(data, [step], batch_size=20), epochs[20 * step : 20 * (step + 1)])
 
 
 @pytest.mark.parametrize("cuts", [(8,), (5, 11), (1, 2, 3)])

@@ -25,8 +25,8 @@ CODE = CodeVersion("c" * 64, "d" * 40)
 SHIPPED = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
 
 
-def of_training(folder: Path, fingerprint: str = "f" * 16, *, limit: int = 10**9, code=CODE) -> Checkpoints:
-    return Checkpoints(folder, fingerprint, code=code, keep=2, limit=limit)
+def of_training(folder: Path, fingerprint: str = "f" * 16, *, limit: int = 10**9, pinned: int = 0) -> Checkpoints:
+    return Checkpoints(folder / fingerprint, code=CODE, keep=2, pinned=pinned, limit=limit)
 
 
 @pytest.fixture
@@ -34,9 +34,9 @@ def checkpoints(tmp_path) -> Checkpoints:
     return of_training(tmp_path)
 
 
-def save(checkpoints: Checkpoints, step: int, **options) -> None:
+def save(checkpoints: Checkpoints, step: int, curves: Path = Path("none")) -> None:
     tensors = {"network.weight": torch.full((2, 3), float(step)), "average.weight": torch.zeros(4)}
-    checkpoints.save(step, tensors, {"seconds": 0.1 * step}, **options)
+    checkpoints.save(step, tensors, {"seconds": 0.1 * step}, curves)
 
 
 def steps_in(checkpoints: Checkpoints) -> list[str]:
@@ -45,7 +45,7 @@ def steps_in(checkpoints: Checkpoints) -> list[str]:
 
 def test_what_is_saved_comes_back_bit_by_bit(checkpoints):
     weights = torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last)
-    checkpoints.save(7, {"weights": weights}, {"mae": 0.1, "best": None})
+    checkpoints.save(7, {"weights": weights}, {"mae": 0.1, "best": None}, Path("none"))
     loaded = checkpoints.latest()
     assert (loaded.step, loaded.metadata, loaded.code) == (7, {"mae": 0.1, "best": None}, CODE)
     assert torch.equal(loaded.load_tensors()["weights"], weights)
@@ -55,7 +55,7 @@ def test_the_curves_are_kept_as_they_were_at_its_step(checkpoints, tmp_path):
     curve = tmp_path / "plots" / "train.csv"
     curve.parent.mkdir()
     curve.write_text("step\n10\n")
-    save(checkpoints, 10, curves=curve.parent)
+    save(checkpoints, 10, curve.parent)
     curve.write_text("step\n10\n11\n")
     assert (checkpoints.latest().curves / "train.csv").read_text() == "step\n10\n"
 
@@ -70,9 +70,10 @@ def test_without_any_there_is_none(checkpoints):
     assert checkpoints.read_run() == {}
 
 
-def test_the_last_few_are_kept_and_the_pinned_one(checkpoints):
+def test_the_last_few_are_kept_and_the_pinned_one(tmp_path):
     for step in (10, 20, 30, 40):
-        save(checkpoints, step, pinned=step == 20)
+        checkpoints = of_training(tmp_path, pinned=20)  # as in another process, after a kill
+        save(checkpoints, step)
     assert steps_in(checkpoints) == ["step-000020", "step-000030", "step-000040"]
     assert checkpoints.latest().step == 40
 
@@ -97,22 +98,9 @@ def damage_json(folder):
     (folder / "state.json").write_text("{")
 
 
-def lose_json(folder):
-    (folder / "state.json").unlink()
-
-
-def other_fingerprint(folder):
-    about = json.loads((folder / "state.json").read_text()) | {"fingerprint": "0" * 16}
-    (folder / "state.json").write_text(json.dumps(about))
-
-
 def older_format(folder):
     about = json.loads((folder / "state.json").read_text()) | {"format_version": 1}
     (folder / "state.json").write_text(json.dumps(about))
-
-
-def rename_step(folder):
-    folder.rename(folder.with_name("step-000031"))
 
 
 def lose_a_key(folder):
@@ -121,33 +109,20 @@ def lose_a_key(folder):
     (folder / "state.json").write_text(json.dumps(about))
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        damage_tensors,
-        cut_tensors,
-        lose_tensors,
-        damage_json,
-        lose_json,
-        other_fingerprint,
-        older_format,
-        rename_step,
-        lose_a_key,
-    ],
-)
+@pytest.mark.parametrize("damage", [damage_tensors, cut_tensors, lose_tensors, damage_json, older_format, lose_a_key])
 def test_one_that_is_damaged_or_of_another_format_is_skipped_with_a_warning(checkpoints, damage):
     save(checkpoints, 20)
     save(checkpoints, 30)
     damage(checkpoints.folder / "step-000030")
-    with pytest.warns(UserWarning, match=r"step-00003[01] cannot be used and is skipped"):
+    with pytest.warns(UserWarning, match="step-000030 cannot be used and is skipped"):
         assert checkpoints.latest().step == 20
 
 
 def test_one_that_was_being_written_when_the_process_died_is_not_seen(checkpoints):
     save(checkpoints, 20)
-    half = checkpoints.folder / ".step-000030.123.tmp"
-    half.mkdir()
-    (half / "state.safetensors").write_bytes(b"half")
+    save(checkpoints, 30)
+    half = checkpoints.folder / "step-000030"
+    (half / "state.json").unlink()  # which is written last
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert checkpoints.latest().step == 20
@@ -190,9 +165,10 @@ def test_after_a_success_nothing_is_left(checkpoints):
     assert not checkpoints.folder.exists()
 
 
-def test_after_the_success_of_a_run_that_can_be_extended_its_pinned_checkpoint_is_left(checkpoints):
+def test_after_the_success_of_a_run_that_can_be_extended_its_pinned_checkpoint_is_left(tmp_path):
+    checkpoints = of_training(tmp_path, pinned=20)
     checkpoints.begin({"mlflow_run_id": "x"}, None)
-    save(checkpoints, 20, pinned=True)
+    save(checkpoints, 20)
     save(checkpoints, 30)
     checkpoints.end({"mlflow_run_id": "x", "finished_steps": 30})
     assert steps_in(checkpoints) == ["step-000020"]
@@ -254,7 +230,8 @@ def test_waiting_can_be_interrupted(tmp_path):
     script = (
         f"import sys, pathlib; sys.path.insert(0, {str(Path(__file__).parents[2] / 'src')!r})\n"
         "from latentloom.training.checkpoints import Checkpoints, CodeVersion\n"
-        f"own = Checkpoints(pathlib.Path({str(tmp_path)!r}), 'f' * 16, code=CodeVersion('c'), keep=2, limit=1)\n"
+        f"folder = pathlib.Path({str(tmp_path / ('f' * 16))!r})\n"
+        "own = Checkpoints(folder, code=CodeVersion('c'), keep=2, pinned=0, limit=1)\n"
         "with own.locked(): print('held')"
     )
     with of_training(tmp_path).locked():

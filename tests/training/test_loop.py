@@ -70,10 +70,13 @@ def test_another_seed_gives_another_run(make_data, train_params, diffusion_param
     assert float(first[-1].mae) != float(other[-1].mae)
 
 
-def test_steps_are_numbered_and_have_the_rate_that_was_used(make_data, train_params, diffusion_params):
-    _, steps = run(make_data(8), train_params, diffusion_params)
-    assert [step.step for step in steps] == list(range(1, 41))
-    assert [step.learning_rate for step in steps] == [learning_rate_at(step, train_params) for step in range(40)]
+def test_steps_are_numbered_and_each_has_its_own_rate(make_data, train_params, diffusion_params):
+    state = TrainingState.start(network(), train_params)
+    steps = train(state, make_data(8), params=train_params, diffusion=diffusion_params, seed=0)
+    for number, step in enumerate(steps, start=1):
+        assert step.step == number
+        assert {group["lr"] for group in state.optimizer.param_groups} == {learning_rate_at(number - 1, train_params)}
+    assert number == 40
 
 
 @pytest.mark.parametrize("parts", [2, 4])

@@ -23,7 +23,7 @@ from latentloom.params import Params
 from latentloom.training import run as run_module
 from latentloom.training.checkpoints import Checkpoint, Checkpoints, CodeVersion
 from latentloom.training.interruption import StopRequest, TrainingStopped
-from latentloom.training.loop import learning_rate_at
+from latentloom.training.loop import learning_rate_at, open_ended_steps
 from latentloom.training.run import TrainingResult, run_training, usable_checkpoint
 
 SHIPPED = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
@@ -85,14 +85,14 @@ def caches(make_data) -> Caches:
 @pytest.fixture
 def run(caches, tmp_path, logger, monkeypatch):
     """Train as the stage does; checkpoints and outs lie in ``tmp_path``."""
-    monkeypatch.setattr("latentloom.training.preview.load_vae", lambda reference, device: GreyVae())
+    monkeypatch.setattr("latentloom.training.preview.Vae", lambda reference, device: GreyVae())
 
     def run(params: Params, *, resumed: Checkpoint | None = None, code: str = "code") -> TrainingResult:
         return run_training(
             params,
             caches,
             accelerator=Accelerator(cpu=True),
-            checkpoints=kept(tmp_path, code),
+            checkpoints=kept(tmp_path, code, pinned=open_ended_steps(params.train)),
             resumed=resumed,
             model_folder=tmp_path / "model",
             curves_folder=tmp_path / "plots",
@@ -102,10 +102,9 @@ def run(caches, tmp_path, logger, monkeypatch):
     return run
 
 
-def kept(folder: Path, code: str = "code") -> Checkpoints:
-    return Checkpoints(
-        folder / "checkpoints", "f" * 16, code=CodeVersion(code, f"commit of {code}"), keep=2, limit=10**9
-    )
+def kept(folder: Path, code: str = "code", pinned: int = 0) -> Checkpoints:
+    version = CodeVersion(code, f"commit of {code}")
+    return Checkpoints(folder / "checkpoints" / "f", code=version, keep=2, pinned=pinned, limit=10**9)
 
 
 def outs(folder: Path) -> dict[str, bytes]:
@@ -160,12 +159,6 @@ def test_an_empty_validation_split_is_reported_once(run, caches, capsys):
     assert "best_step" not in result.metrics
 
 
-def test_a_cache_without_a_bound_is_rejected_with_the_command_that_makes_it(run, caches):
-    del caches.latent_statistics["bound"]
-    with pytest.raises(UserError, match=r"stats\.json has no bound; run `dvc repro`"):
-        run(quick())
-
-
 @pytest.mark.parametrize("keep", ["last", "best"])
 def test_a_stopped_training_resumes_to_the_same_bytes_of_model_and_curves(run, tmp_path, logger, stop_after, keep):
     params = quick(keep=keep, steps=20, monitor={"validate_every": 3}, machine={"checkpoint_every": 100})
@@ -199,18 +192,6 @@ def test_a_training_resumes_with_other_code_and_says_so_once(run, tmp_path, logg
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="the checkpoint was written by other code")
         run(params, code="after", resumed=usable_checkpoint(kept(tmp_path), params))
-
-
-def test_with_the_same_code_nothing_is_said_of_it(run, tmp_path, logger, stop_after):
-    params = quick(steps=12)
-    stop_after(8)
-    with pytest.raises(TrainingStopped):
-        run(params)
-    stop_after(0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="the checkpoint was written by other code")
-        run(params, resumed=usable_checkpoint(kept(tmp_path), params))
-    assert logger.tags == {}
 
 
 def test_once_it_is_loaded_nothing_holds_a_checkpoints_tensors(run, tmp_path, monkeypatch, stop_after):
@@ -271,14 +252,32 @@ def test_a_preview_that_fails_costs_a_warning_and_no_weight(run, tmp_path, logge
     params = quick(steps=8, monitor={"sample_every": 8})
     logger.images.clear()
 
-    def fail(reference, device):
+    def fail(*args, **options):
         raise error
 
-    monkeypatch.setattr("latentloom.training.preview.load_vae", fail)
+    monkeypatch.setattr(GreyVae, "decode", fail)
     with pytest.warns(UserWarning, match="the preview at step 8 failed, the training continues"):
         run(params)
     assert outs(tmp_path) == whole
+    monkeypatch.setattr("latentloom.training.preview.Vae", fail)
+    with pytest.warns(UserWarning, match="preparing the previews failed, the training continues"):
+        run(params)
+    assert outs(tmp_path) == whole
     assert logger.images == {}
+
+
+def test_the_vae_is_fetched_before_the_first_step_also_by_processes_that_show_nothing(run, monkeypatch, caches):
+    fetched = []
+    monkeypatch.setattr("latentloom.training.preview.Vae", lambda reference, device: fetched.append(reference))
+
+    def no_step(*args, **options):
+        assert fetched == ["somewhere"]
+        raise InterruptedError
+
+    monkeypatch.setattr(run_module, "train", no_step)
+    monkeypatch.setattr(Accelerator, "is_main_process", False)
+    with pytest.raises(InterruptedError):
+        run(quick())
 
 
 def test_previews_are_generated_in_parts_of_bounded_size(run, logger, make_data, caches):
@@ -329,7 +328,7 @@ def metadata(params: Params) -> dict:
     ],
 )
 def test_a_checkpoint_is_resumed_where_it_is_on_the_runs_trajectory(tmp_path, written_by, step, wanted_by, usable):
-    kept(tmp_path).save(step, {"weights": torch.zeros(1)}, metadata(quick(**written_by)))
+    kept(tmp_path).save(step, {"weights": torch.zeros(1)}, metadata(quick(**written_by)), Path("none"))
     assert (usable_checkpoint(kept(tmp_path), quick(**wanted_by)) is not None) == usable
 
 

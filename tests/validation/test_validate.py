@@ -286,13 +286,9 @@ def test_a_damaged_file_is_named_with_what_to_do(caches, name):
         caches.validate()
 
 
-def test_a_file_without_what_it_must_hold_is_named(caches):
-    caches.set_stats("text", encoder=None)
-    with pytest.raises(UserError, match=r"text/stats\.json cannot be used \(no encoder\)"):
-        caches.validate()
-    caches.set_stats("text", encoder={"fingerprint": "text-1"})
+def test_a_table_without_a_column_that_it_must_hold_is_named(caches):
     caches.write("pairs", caches.read("pairs").drop(columns="image_id"))
-    with pytest.raises(UserError, match=r"pairs\.parquet cannot be used \(no column image_id\)"):
+    with pytest.raises(UserError, match=r"pairs\.parquet cannot be used \(.*image_id"):
         caches.validate()
 
 

@@ -1,7 +1,7 @@
 """The science of latent diffusion, on torch and NumPy alone: noise, a denoiser, and the way back from noise.
 
 `noise` says how latents become noise and what one step back is; `embeddings`, `blocks` and `unet` build the denoiser,
-with `fast` for quicker forms of some layers; `samplers` string steps into a trajectory; `diffuser` follows one from
+with `fast` for quick forms of two layers; `samplers` string steps into a trajectory; `diffuser` follows one from
 noise to latents with `sampling_settings`; `decoding` makes pixels of those, and `plotting` shows them. `layouts` takes
 arrays and tensors in either layout.
 

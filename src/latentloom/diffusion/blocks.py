@@ -36,15 +36,6 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels)
 
 
-def _head_count(channels: int, heads: int | None) -> int:
-    """Heads of 64 channels, unless their number is given."""
-    if heads is None:
-        return channels // 64 if channels >= 64 and channels % 64 == 0 else 1
-    if heads < 1 or channels % heads:
-        raise ValueError(f"{channels} channels do not divide into {heads} heads")
-    return heads
-
-
 def _to_tokens(x: torch.Tensor) -> torch.Tensor:
     """`(B, C, H, W)` -> `(B, H W, C)`: a view of channels-last memory."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
@@ -55,40 +46,45 @@ def _to_map(tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return tokens.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
 
 
-def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int) -> torch.Tensor:
-    """Attention of `(B, N, C)` queries over `(B, T, C)` keys and values, in `heads` parts of the channels."""
-    query, key, value = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (query, key, value))
-    attention = fast.attention if fast.ENABLED else F.scaled_dot_product_attention
-    return attention(query, key, value).transpose(1, 2).flatten(2)
+def split_heads(tokens: torch.Tensor) -> torch.Tensor:
+    """`(B, N, C)` -> `(B, heads, N, C / heads)`: heads of 64 channels, or one where that does not divide."""
+    channels = tokens.shape[2]
+    return tokens.unflatten(2, (1 if channels % 64 else channels // 64, -1)).transpose(1, 2)
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention of `(B, N, C)` queries over `(B, T, C)` keys and values."""
+    return fast.attention(*map(split_heads, (query, key, value))).transpose(1, 2).flatten(2)
 
 
 class SkipConv2d(nn.Module):
-    """A convolution of a feature map concatenated with a skip.
+    """A convolution of a feature map concatenated with a skip: the sum of a convolution of each.
 
     `(B, in_ch, H, W)` and a skip `(B, skip_ch, H, W)` -> `(B, out_ch, H, W)`. With `upsample` the feature map has half
-    the skip's height and width, and is made as large by nearest neighbours. The weight is kept in two parts, for the
-    features and for the skip, as the fast form uses it; they start as the parts of one convolution.
+    the skip's height and width, and is made as large by nearest neighbours; being a part of its own, it is worked on
+    while it is small. The weights of both start as the parts of one convolution.
     """
 
     def __init__(self, in_ch: int, skip_ch: int, out_ch: int, kernel_size: int, *, upsample: bool = False):
         super().__init__()
         self.upsample = upsample
-        self.padding = kernel_size // 2
+        padding = kernel_size // 2
         whole = nn.Conv2d(in_ch + skip_ch, out_ch, kernel_size)
-        self.features = nn.Conv2d(in_ch, out_ch, kernel_size, padding=self.padding)
-        self.skip = nn.Conv2d(skip_ch, out_ch, kernel_size, padding=self.padding, bias=False)
+        self.features = nn.Conv2d(in_ch, out_ch, kernel_size, padding=padding)
+        self.skip = nn.Conv2d(skip_ch, out_ch, kernel_size, padding=padding, bias=False)
         with torch.no_grad():
             self.features.weight.copy_(whole.weight[:, :in_ch])
             self.features.bias.copy_(whole.bias)
             self.skip.weight.copy_(whole.weight[:, in_ch:])
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        if fast.ENABLED:
-            return fast.conv_with_skip(x, skip, self.features, self.skip, upsample=self.upsample)
-        if self.upsample:
-            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        weight = torch.cat([self.features.weight, self.skip.weight], dim=1)
-        return F.conv2d(torch.cat([x, skip], dim=1), weight, self.features.bias, padding=self.padding)
+        if not self.upsample:
+            x = self.features(x)
+        elif self.features.kernel_size == (3, 3):
+            x = fast.conv_of_upsampled(x, self.features.weight, self.features.bias)
+        else:  # a 1x1 convolution and nearest neighbours commute
+            x = F.interpolate(self.features(x), scale_factor=2.0, mode="nearest")
+        return x + self.skip(skip)
 
 
 class ResidualBlock(nn.Module):
@@ -129,14 +125,10 @@ class ResidualBlock(nn.Module):
         h = F.silu(self.norm1(x))
         if self.skip_norm is None:
             h, shortcut = self.conv1(h), self.shortcut(x)
-        elif skip is None:
-            raise ValueError("this ResidualBlock was built with skip_ch: call it with a skip (B, skip_ch, H, W)")
         else:
             h, shortcut = self.conv1(h, F.silu(self.skip_norm(skip))), self.shortcut(x, skip)
         h = self.norm2(h)
         if self.film is not None:
-            if condition is None:
-                raise ValueError("this ResidualBlock was built with cond_ch: call it with a condition (B, cond_ch)")
             scale, shift = self.film(condition)[:, :, None, None].chunk(2, dim=1)
             h = torch.addcmul(shift, h, 1 + scale)
         return shortcut + self.conv2(F.silu(h))
@@ -148,16 +140,15 @@ class SpatialAttention(nn.Module):
     Queries and keys have no bias: softmax ignores what a key bias adds.
     """
 
-    def __init__(self, ch: int, *, heads: int | None = None):
+    def __init__(self, ch: int):
         super().__init__()
-        self.heads = _head_count(ch, heads)
         self.norm = group_norm(ch)
         self.query_key_value = nn.Linear(ch, 3 * ch, bias=False)
         self.out = _zero(nn.Linear(ch, ch))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         query, key, value = self.query_key_value(_to_tokens(self.norm(x))).chunk(3, dim=2)
-        return x + _to_map(self.out(_attend(query, key, value, self.heads)), x)
+        return x + _to_map(self.out(_attend(query, key, value)), x)
 
 
 class CrossAttention(nn.Module):
@@ -167,9 +158,8 @@ class CrossAttention(nn.Module):
     nothing to choose from (its one weight is 1), so give several tokens where you can.
     """
 
-    def __init__(self, img_ch: int, txt_ch: int, *, heads: int | None = None):
+    def __init__(self, img_ch: int, txt_ch: int):
         super().__init__()
-        self.heads = _head_count(img_ch, heads)
         self.norm = group_norm(img_ch)
         self.query = nn.Linear(img_ch, img_ch, bias=False)
         self.key_value = nn.Linear(txt_ch, 2 * img_ch, bias=False)
@@ -180,7 +170,7 @@ class CrossAttention(nn.Module):
             text = text[:, None]
         key, value = self.key_value(text).chunk(2, dim=2)
         query = self.query(_to_tokens(self.norm(x)))
-        return x + _to_map(self.out(_attend(query, key, value, self.heads)), x)
+        return x + _to_map(self.out(_attend(query, key, value)), x)
 
 
 class ConditionedLayer(nn.Module):
@@ -200,14 +190,13 @@ class ConditionedLayer(nn.Module):
         use_self_attention: bool,
         *,
         txt_ch: int | None = None,
-        heads: int | None = None,
         skip_ch: int | None = None,
         upsample: bool = False,
     ):
         super().__init__()
         self.residual = ResidualBlock(in_ch, out_ch, cond_ch=cond_ch, skip_ch=skip_ch, upsample=upsample)
-        self.self_attention = SpatialAttention(out_ch, heads=heads) if use_self_attention else None
-        self.cross_attention = CrossAttention(out_ch, txt_ch, heads=heads) if txt_ch else None
+        self.self_attention = SpatialAttention(out_ch) if use_self_attention else None
+        self.cross_attention = CrossAttention(out_ch, txt_ch) if txt_ch else None
 
     def forward(
         self,
@@ -232,8 +221,6 @@ class ConditionedLayer(nn.Module):
         if self.self_attention is not None:
             x = self.self_attention(x)
         if self.cross_attention is not None:
-            if text is None:
-                raise ValueError("this block was built with txt_ch: call it with text tokens (B, T, txt_ch)")
             x = self.cross_attention(x, text)
         return x
 
@@ -254,14 +241,11 @@ class DownBlock(nn.Module):
         use_self_attention: bool = True,
         *,
         txt_ch: int | None = None,
-        heads: int | None = None,
         downsample: bool = True,
     ):
         super().__init__()
         self.layers = nn.ModuleList(
-            ConditionedLayer(
-                in_ch if i == 0 else out_ch, out_ch, cond_ch, use_self_attention, txt_ch=txt_ch, heads=heads
-            )
+            ConditionedLayer(in_ch if i == 0 else out_ch, out_ch, cond_ch, use_self_attention, txt_ch=txt_ch)
             for i in range(block_depth)
         )
         self.downsample = nn.Conv2d(out_ch, out_ch, 3, stride=2, padding=1) if downsample else None
@@ -279,8 +263,8 @@ class DownBlock(nn.Module):
 class UpBlock(nn.Module):
     """The mirror of `DownBlock`: `block_depth` layers at twice the resolution, each fed a skip as well.
 
-    `(B, in_ch, H/2, W/2)` and skips `(B, skip_ch, H, W)` -> `(B, out_ch, H, W)`. The skips come in the order
-    in which `DownBlock` made them and are used from the last; `skip_ch` is `out_ch` by default.
+    `(B, in_ch, H/2, W/2)` and skips `(B, out_ch, H, W)` -> `(B, out_ch, H, W)`. The skips come in the order in which
+    `DownBlock` made them and are used from the last.
     """
 
     def __init__(
@@ -292,12 +276,9 @@ class UpBlock(nn.Module):
         use_self_attention: bool = True,
         *,
         txt_ch: int | None = None,
-        heads: int | None = None,
-        skip_ch: int | None = None,
         upsample: bool = True,
     ):
         super().__init__()
-        skip_ch = out_ch if skip_ch is None else skip_ch
         self.layers = nn.ModuleList(
             ConditionedLayer(
                 in_ch if i == 0 else out_ch,
@@ -305,8 +286,7 @@ class UpBlock(nn.Module):
                 cond_ch,
                 use_self_attention,
                 txt_ch=txt_ch,
-                heads=heads,
-                skip_ch=skip_ch,
+                skip_ch=out_ch,
                 upsample=upsample and i == 0,
             )
             for i in range(block_depth)
@@ -319,8 +299,6 @@ class UpBlock(nn.Module):
         condition: torch.Tensor | None = None,
         text: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if len(skips) != len(self.layers):
-            raise ValueError(f"this UpBlock takes {len(self.layers)} skips, one per layer, not {len(skips)}")
         for layer, skip in zip(self.layers, reversed(skips), strict=True):
             x = layer(x, condition, text, skip)
         return x

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from latentloom.diffusion.layouts import Array, Layout, to_nchw
+from latentloom.diffusion.layouts import Array, Layout, home_of, to_nchw
 
 
 def decode_latents(
@@ -27,10 +27,9 @@ def decode_latents(
     `(b, C, h, w)` and gives images in [-1, 1], as a tensor `(b, 3, H, W)` or with that as its `.sample`; it
     is called with at most `batch_size` latents at once. Raises `ValueError` if a decoded image is not finite.
     """
-    parameter = next(iter(vae.parameters()), None) if hasattr(vae, "parameters") else None
-    device, dtype = (None, torch.float32) if parameter is None else (parameter.device, parameter.dtype)
+    device, dtype = home_of(vae)
     z, _ = to_nchw(latents, latent_channels=latent_channels, layout=layout, device=device, dtype=torch.float32)
-    std, mean = _per_channel(std_latent, "std_latent", z), _per_channel(mean_latent, "mean_latent", z)
+    std, mean = (torch.as_tensor(value).to(z).reshape(-1, 1, 1) for value in (std_latent, mean_latent))
     z = (z * std + mean).to(dtype)
     with torch.no_grad():
         return np.concatenate([_to_bytes(_decode(vae, part)) for part in z.split(batch_size)])
@@ -47,13 +46,3 @@ def _to_bytes(pixels: torch.Tensor) -> np.ndarray:
         raise ValueError("the decoded images hold values that are not finite: look for them in the latents")
     rounded = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return rounded.permute(0, 2, 3, 1).cpu().numpy()
-
-
-def _per_channel(value: float | Array, name: str, latents: torch.Tensor) -> torch.Tensor:
-    statistic = torch.as_tensor(value, dtype=latents.dtype, device=latents.device).reshape(-1)
-    if statistic.numel() not in (1, latents.shape[1]):
-        raise ValueError(
-            f"{name} must be a number, or one for each of the {latents.shape[1]} channels; "
-            f"{statistic.numel()} were given"
-        )
-    return statistic.reshape(1, -1, 1, 1)

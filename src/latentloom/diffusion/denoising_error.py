@@ -6,7 +6,7 @@ of one training, differ by their weights alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from statistics import fmean
 from typing import Protocol
 
 import torch
@@ -100,13 +100,8 @@ def denoising_error(
     if accelerator:
         errors = accelerator.reduce(errors, "sum")
     by_level = dict(zip(levels, (errors.cpu().double().sum(0) / rows).tolist(), strict=True))
-    return {"mae": _mean(by_level.values())} | {
-        f"mae_{bin_name(low, high)}": _mean(inside)
+    return {"mae": fmean(by_level.values())} | {
+        f"mae_{bin_name(low, high)}": fmean(inside)
         for low, high in BINS
         if (inside := [error for level, error in by_level.items() if low <= level < high])
     }
-
-
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values)

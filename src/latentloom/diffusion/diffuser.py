@@ -8,11 +8,11 @@ noise level.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
 
-from latentloom.diffusion.layouts import Array, Layout, to_nchw, to_tensor
+from latentloom.diffusion.layouts import Array, Layout, home_of, to_nchw, to_tensor
 from latentloom.diffusion.noise import Schedule, dynamic_thresholding, get_schedule, sampling_levels
 from latentloom.diffusion.samplers import SAMPLERS
 from latentloom.diffusion.sampling_settings import SamplingSettings
@@ -31,10 +31,8 @@ class Diffuser:
     schedule:           the one the denoiser was trained with.
     bound:              of dynamic thresholding, in units of the latents: take it from the training latents
                         (standardised ones reach well beyond 1).
-    spacing:            how the noise levels fall, a name from `NOISE_LEVELS`; None: as suits the schedule.
     latent_channels:    C, to tell the layouts apart.
     autocast_dtype:     such as `torch.bfloat16`: the denoiser then runs under autocast, the rest as before.
-    progress:           called after each step with (steps done, steps in all); True prints a line that counts.
 
     Labels are text embeddings `(B, text_dim)`; an embedding of zeros is the null label. Inputs move to the
     denoiser's device, results back to where the inputs came from. Raises `ValueError` naming a wrong argument.
@@ -49,10 +47,8 @@ class Diffuser:
         settings: SamplingSettings | None = None,
         schedule: str | Schedule = "vp",
         bound: float = 1.0,
-        spacing: str | None = None,
         latent_channels: int = 4,
         autocast_dtype: torch.dtype | None = None,
-        progress: Callable[[int, int], None] | bool | None = None,
     ):
         self.denoiser = denoiser
         self.settings = (settings or SamplingSettings()).changed(
@@ -62,8 +58,7 @@ class Diffuser:
         self.bound = bound
         self.latent_channels = latent_channels
         self.autocast_dtype = autocast_dtype
-        self.progress = progress
-        self.noise_levels = sampling_levels(self.settings.diffusion_steps, spacing or self.schedule.spacing)
+        self.noise_levels = sampling_levels(self.settings.diffusion_steps, self.schedule.spacing)
 
     def predict_x_zero(
         self, x_t: Array, labels: Array, noise_level_scalar: float, *, layout: Layout | None = None
@@ -93,9 +88,8 @@ class Diffuser:
         sampler = SAMPLERS[self.settings.sampler]
         levels = self.noise_levels.tolist()  # numbers of the host: no step waits for the device
         with torch.no_grad():
-            for step, latents in enumerate(sampler(denoise, x, levels, self.schedule), start=1):
+            for latents in sampler(denoise, x, levels, self.schedule):
                 x = latents
-                self._report(step)
             return restore(x)
 
     def _predict(self, x: torch.Tensor, text: torch.Tensor, noise_level: float) -> torch.Tensor:
@@ -114,24 +108,16 @@ class Diffuser:
 
     def _ask(self, x: torch.Tensor, text: torch.Tensor, noise_level: float) -> torch.Tensor:
         levels = x.new_full((x.shape[0],), noise_level)
-        with self._autocast(x.device.type):
+        with torch.autocast(x.device.type, self.autocast_dtype) if self.autocast_dtype else nullcontext():
             return self.denoiser(x, levels, text).to(x.dtype)
-
-    def _autocast(self, device_type: str) -> AbstractContextManager:
-        return torch.autocast(device_type, self.autocast_dtype) if self.autocast_dtype else nullcontext()
 
     def _to_device(
         self, latents: Array, labels: Array, layout: Layout | None
     ) -> tuple[torch.Tensor, torch.Tensor, Callable[[torch.Tensor], Array]]:
-        """Latents and labels on the denoiser's device in its precision (float32 at least), and the way back.
-
-        A denoiser without parameters takes them as they come.
-        """
-        parameters = getattr(self.denoiser, "parameters", lambda: iter(()))()
-        parameter = next((p for p in parameters if p.is_floating_point()), None)
-        device, dtype = None, None
-        if parameter is not None:
-            device, dtype = parameter.device, torch.promote_types(parameter.dtype, torch.float32)
+        """Latents and labels on the denoiser's device in its precision (float32 at least), and the way back."""
+        device, dtype = home_of(self.denoiser)
+        if dtype:
+            dtype = torch.promote_types(dtype, torch.float32)
         x, restore = to_nchw(latents, latent_channels=self.latent_channels, layout=layout, device=device, dtype=dtype)
         text, _ = to_tensor(labels, device=x.device, dtype=dtype)
         if text.ndim != 2 or text.shape[0] != x.shape[0]:
@@ -140,13 +126,6 @@ class Diffuser:
                 f"their shape is {tuple(text.shape)}"
             )
         return x, text, restore
-
-    def _report(self, step: int) -> None:
-        steps = self.settings.diffusion_steps
-        if callable(self.progress):
-            self.progress(step, steps)
-        elif self.progress:
-            print(f"\rreverse diffusion: step {step} of {steps}", end="\n" if step == steps else "", flush=True)
 
 
 def _rescale(guided: torch.Tensor, conditional: torch.Tensor, phi: float) -> torch.Tensor:

@@ -8,7 +8,7 @@ tensor, the way back: a function that gives any such tensor the layout, kind, dt
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ import torch
 Array: TypeAlias = torch.Tensor | np.ndarray
 Layout: TypeAlias = Literal["nchw", "nhwc"]
 
-LAYOUTS: tuple[Layout, ...] = ("nchw", "nhwc")
+CHANNEL_AXIS: dict[Layout, int] = {"nhwc": 3, "nchw": 1}
 
 
 def detect_layout(shape: tuple[int, ...], latent_channels: int = 4, layout: Layout | None = None) -> Layout:
@@ -25,38 +25,34 @@ def detect_layout(shape: tuple[int, ...], latent_channels: int = 4, layout: Layo
     Where both ends fit (such as `(B, 4, 4, 4)`), `"nhwc"` wins: it is what the arguments are named after.
     Pass `layout` to say otherwise. Raises `ValueError` if the shape is not that of a batch of latents.
     """
-    shape = tuple(shape)
-    if layout is not None and layout not in LAYOUTS:
-        raise ValueError(f"unknown layout {layout!r}: allowed are {', '.join(LAYOUTS)}, or None to detect it")
-    if len(shape) != 4:
-        raise ValueError(f"latents need 4 axes, (B, H, W, C) or (B, C, H, W), but the shape is {shape}")
-    fits = {"nhwc": shape[3] == latent_channels, "nchw": shape[1] == latent_channels}
-    for candidate in (layout,) if layout else ("nhwc", "nchw"):
-        if fits[candidate]:
+    for candidate, axis in CHANNEL_AXIS.items():
+        if len(shape) == 4 and shape[axis] == latent_channels and layout in (None, candidate):
             return candidate
-    where = {"nhwc": "the last axis", "nchw": "axis 1", None: "neither axis 1 nor the last axis"}[layout]
-    verb = "has" if layout is None else "does not have"
     raise ValueError(
-        f"{where} of shape {shape} {verb} the {latent_channels} latent channels; "
-        f"pass latent_channels= if the latents have another number"
+        f"{tuple(shape)} is no batch of latents of {latent_channels} channels as {layout or 'nhwc or nchw'}; pass "
+        "latent_channels= if the latents have another number"
     )
+
+
+def home_of(module: Any) -> tuple[torch.device | None, torch.dtype | None]:
+    """Device and dtype of a module's weights; None, None for a function, or a module without any."""
+    parameters = getattr(module, "parameters", lambda: iter(()))()
+    parameter = next((p for p in parameters if p.is_floating_point()), None)
+    return (None, None) if parameter is None else (parameter.device, parameter.dtype)
 
 
 def to_tensor(
     array: Array, *, device: torch.device | None = None, dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], Array]]:
-    """Return `(tensor, restore)`: `array` as a floating tensor, and the way back.
-
-    What comes back has the kind, dtype and device of `array`.
+    """Return `(tensor, restore)`: `array` as a floating tensor, and the way back to its kind, dtype and device.
 
     Arrays and tensors of integers become float32, going in and coming back.
     """
     is_numpy = isinstance(array, np.ndarray)
     if not is_numpy and not isinstance(array, torch.Tensor):
         raise TypeError(f"expected a NumPy array or a torch tensor, not {type(array).__name__}")
-    # Torch refuses negative strides and warns about read-only memory: copy just those.
-    needs_copy = is_numpy and (not array.flags.writeable or any(stride < 0 for stride in array.strides))
-    original = torch.from_numpy(array.copy() if needs_copy else array) if is_numpy else array
+    # A copy, as torch refuses negative strides and warns about read-only memory.
+    original = torch.from_numpy(np.array(array, order="C")) if is_numpy else array
     home_dtype = original.dtype if original.is_floating_point() else torch.float32
     tensor = original.to(device=device, dtype=dtype or home_dtype)
 

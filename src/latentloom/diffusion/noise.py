@@ -16,18 +16,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 
 from latentloom.diffusion.layouts import Array, to_tensor
 
+Level: TypeAlias = float | torch.Tensor  # one noise level for all samples, or one for each
 
-def per_sample(level: float | Array, like: torch.Tensor) -> float | torch.Tensor:
+
+def per_sample(level: Level, like: torch.Tensor) -> Level:
     """Shape one level per sample, `(B,)`, `(B, 1)` or `(B, 1, 1, 1)`, so that it broadcasts over `like`."""
-    if isinstance(level, np.ndarray):
-        level = torch.from_numpy(level).to(like)
     if not isinstance(level, torch.Tensor) or level.ndim == 0:
         return level
     if level.numel() not in (1, like.shape[0]):
@@ -37,26 +37,21 @@ def per_sample(level: float | Array, like: torch.Tensor) -> float | torch.Tensor
 
 @dataclass(frozen=True)
 class Schedule:
-    """How signal gives way to noise. Subclasses say `signal_level`; both directions follow from it.
+    """How signal gives way to noise: both directions follow from the signal level.
 
-    `spacing` names the sequence of noise levels (see `sampling_levels`) that suits this schedule.
+    `signal_level(alpha)` is gamma in [0, 1] at noise level `alpha` in [0, 1]. `spacing` names the sequence of noise
+    levels (see `sampling_levels`) that suits this schedule.
     """
 
-    name: str
+    signal_level: Callable[[Level], Level]
     spacing: str
 
-    def signal_level(self, alpha: float | Array) -> float | Array:
-        """The signal level gamma in [0, 1] at noise level `alpha` in [0, 1]."""
-        raise NotImplementedError
-
-    def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, alpha: float | Array) -> torch.Tensor:
+    def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, alpha: Level) -> torch.Tensor:
         """The forward process: `x_t = gamma x0 + alpha noise`. `alpha`: a number, or one level per sample."""
         alpha = per_sample(alpha, x0)
         return self.signal_level(alpha) * x0 + alpha * noise
 
-    def step(
-        self, x_t: torch.Tensor, x0_hat: torch.Tensor, alpha_now: float | Array, alpha_next: float | Array
-    ) -> torch.Tensor:
+    def step(self, x_t: torch.Tensor, x0_hat: torch.Tensor, alpha_now: Level, alpha_next: Level) -> torch.Tensor:
         """One deterministic reverse step, from noise level `alpha_now` > 0 to `alpha_next`.
 
         Song et al. 2021, DDIM, eq. 12 with sigma = 0, its noise estimate written out:
@@ -70,24 +65,19 @@ class Schedule:
         return ratio * x_t + (self.signal_level(alpha_next) - ratio * self.signal_level(alpha_now)) * x0_hat
 
 
-class VariancePreserving(Schedule):
+def _variance_preserving(alpha: Level) -> Level:
     """`gamma = sqrt(1 - alpha^2)`: latents of unit variance keep it at every level. The usual choice."""
-
-    def signal_level(self, alpha: float | Array) -> float | Array:
-        # The product keeps its digits near alpha = 1, where 1 - alpha^2 loses them.
-        return ((1 - alpha) * (1 + alpha)) ** 0.5
+    return ((1 - alpha) * (1 + alpha)) ** 0.5  # the product keeps its digits near alpha = 1, where 1 - alpha^2 does not
 
 
-class Linear(Schedule):
+def _linear(alpha: Level) -> Level:
     """`gamma = 1 - alpha`: a straight line from latent to noise, as in rectified flow (Liu et al. 2022)."""
-
-    def signal_level(self, alpha: float | Array) -> float | Array:
-        return 1 - alpha
+    return 1 - alpha
 
 
-SCHEDULES: dict[str, Schedule] = {
-    "vp": VariancePreserving("vp", spacing="cosine"),
-    "linear": Linear("linear", spacing="uniform"),
+SCHEDULES = {
+    "vp": Schedule(_variance_preserving, spacing="cosine"),
+    "linear": Schedule(_linear, spacing="uniform"),
 }
 
 
@@ -220,8 +210,6 @@ def dynamic_thresholding(img: Array, perc: float = 99.5, bound: float = 1.0) -> 
     if not bound > 0:
         raise ValueError(f"bound must be above 0, not {bound}")
     x, restore = to_tensor(img)
-    if x.ndim < 2:
-        raise ValueError(f"dynamic thresholding needs a batch (B, ...), but the shape is {tuple(x.shape)}")
     s = quantile(x.abs().flatten(1), perc / 100)
     s = s.clamp(min=bound).reshape(-1, *[1] * (x.ndim - 1))
     return restore(x.clamp(-s, s) * (bound / s))

@@ -20,18 +20,14 @@ if TYPE_CHECKING:
 
 
 def _displayable(image: Array) -> np.ndarray:
-    """`(H, W, 3)`, `(3, H, W)`, or one channel or none: as matplotlib wants it. Floats are read as [0, 1]."""
+    """`(H, W, 3)`, `(3, H, W)` or `(H, W)`, as matplotlib wants it. Floats are read as [0, 1]."""
     if isinstance(image, torch.Tensor):
-        image = image.detach().cpu()
-        image = (image.float() if image.is_floating_point() else image).numpy()
-    pixels = np.asarray(image)
-    if pixels.ndim == 3 and pixels.shape[-1] not in (1, 3, 4) and pixels.shape[0] in (1, 3, 4):
-        pixels = pixels.transpose(1, 2, 0)
-    if pixels.ndim == 3 and pixels.shape[-1] == 1:
-        pixels = pixels[..., 0]
-    if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[-1] not in (3, 4)):
-        raise ValueError(f"not an image: shape {tuple(pixels.shape)}; expected (H, W, 3) or (3, H, W)")
-    return np.clip(pixels, 0, 1) if pixels.dtype.kind == "f" else pixels
+        image = image.detach().cpu().numpy()
+    if image.ndim == 3 and image.shape[0] == 3 and image.shape[-1] != 3:
+        image = image.transpose(1, 2, 0)
+    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[-1] != 3):
+        raise ValueError(f"not an image: shape {tuple(image.shape)}; expected (H, W, 3) or (3, H, W)")
+    return np.clip(image, 0, 1) if image.dtype.kind == "f" else image
 
 
 def imshow(image: Array, label: str | None = None, *, ax: Axes | None = None) -> Axes:
@@ -61,22 +57,17 @@ def plot_images(
     """
     import matplotlib.pyplot as plt
 
-    count = len(images)
-    if count == 0:
-        raise ValueError("no images to plot")
-    if labels is not None and len(labels) != count:
-        raise ValueError(f"{len(labels)} labels for {count} images")
-    columns = min(columns or math.ceil(math.sqrt(count)), count)
-    rows = math.ceil(count / columns)
-    height = image_size * (1.2 if labels is not None else 1.0)
+    labels = [None] * len(images) if labels is None else labels
+    columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
+    rows = math.ceil(len(images) / columns)
+    height = image_size * (1.2 if any(labels) else 1.0)
     figure, axes = plt.subplots(
         rows, columns, figsize=(columns * image_size, rows * height), squeeze=False, layout="constrained"
     )
-    for i, ax in enumerate(axes.flat):
-        if i < count:
-            imshow(images[i], labels[i] if labels is not None else None, ax=ax)
-        else:
-            ax.set_axis_off()
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for image, label, ax in zip(images, labels, axes.flat[: len(images)], strict=True):
+        imshow(image, label, ax=ax)
     if title:
         figure.suptitle(title)
     return figure

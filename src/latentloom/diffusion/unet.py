@@ -14,21 +14,23 @@ survive every normalisation on the way to say so.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from latentloom.diffusion import fast
 from latentloom.diffusion.blocks import ConditionedLayer, DownBlock, UpBlock, group_norm
 from latentloom.diffusion.embeddings import NoiseEmbedding
+
+NOISE_EMB_DIM = 32  # of the noise-level embedding
+TEXT_TOKENS = 8  # that the text embedding is spread over for cross-attention
 
 
 class TiledMerge(nn.Module):
     """Tile a vector `(B, cond_ch)` over a feature map, concatenate, merge by a 1x1 convolution.
 
-    The weight is kept in two parts, as the fast form uses it; they start as the parts of one convolution.
+    It is computed as the sum of two parts, since a 1x1 convolution of a map that is the same everywhere is one vector.
+    The weights start as the parts of one convolution.
     """
 
     def __init__(self, in_ch: int, cond_ch: int, out_ch: int):
@@ -42,11 +44,7 @@ class TiledMerge(nn.Module):
             self.condition.weight.copy_(whole.weight[:, in_ch:, 0, 0])
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        if fast.ENABLED:
-            return fast.merge_tiled(x, condition, self.features, self.condition)
-        tiled = condition[:, :, None, None].expand(-1, -1, *x.shape[2:])
-        weight = torch.cat([self.features.weight, self.condition.weight[:, :, None, None]], dim=1)
-        return F.conv2d(torch.cat([x, tiled], dim=1), weight, self.features.bias)
+        return self.features(x) + self.condition(condition)[:, :, None, None]
 
 
 class UNet(nn.Module):
@@ -57,14 +55,10 @@ class UNet(nn.Module):
     block_depth:      layers per level, down and up.
     emb_size:         size of the projected text, of the conditioning vector and of a text token.
     text_dim:         size of the text embedding that the encoder gives.
-    noise_emb_dim:    size of the noise-level embedding.
-    text_tokens:      tokens that the text embedding is spread over for cross-attention.
-    attention:        for each level, whether its layers have self- and cross-attention. By default all have
-                      but the finest, where attention costs the most.
-    heads:            attention heads; by default one for every 64 channels.
 
-    `config` holds these arguments: `UNet(**unet.config)` is the same architecture. `gradient_checkpointing`, False
-    unless set, trades time for memory in training (see `ConditionedLayer`); it changes no result.
+    The layers of all levels but the finest, where it costs the most, have self- and cross-attention.
+    `gradient_checkpointing`, False unless set, trades time for memory in training (see `ConditionedLayer`); it changes
+    no result.
     """
 
     def __init__(
@@ -74,63 +68,40 @@ class UNet(nn.Module):
         block_depth: int = 2,
         emb_size: int = 256,
         text_dim: int = 512,
-        *,
-        noise_emb_dim: int = 32,
-        text_tokens: int = 8,
-        attention: Sequence[bool] | None = None,
-        heads: int | None = None,
     ):
         super().__init__()
-        widths = tuple(widths)
-        sizes = {"latent_channels": latent_channels, "block_depth": block_depth, "emb_size": emb_size}
-        sizes |= {"text_dim": text_dim, "text_tokens": text_tokens}
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
-        if not widths or min(widths) < 1:
-            raise ValueError(f"widths needs one positive number of channels per level, not {widths}")
-        if attention is None:
-            attention = [level > 0 for level in range(len(widths))]
-        if len(attention) != len(widths):
-            raise ValueError(f"attention needs a flag for each of the {len(widths)} widths, not {attention}")
-        self.config: dict[str, Any] = {
-            "latent_channels": latent_channels,
-            "widths": list(widths),
-            "block_depth": block_depth,
-            "emb_size": emb_size,
-            "text_dim": text_dim,
-            "noise_emb_dim": noise_emb_dim,
-            "text_tokens": text_tokens,
-            "attention": list(attention),
-            "heads": heads,
-        }
+        if not widths or min(*widths, latent_channels, block_depth, emb_size, text_dim) < 1:
+            raise ValueError(
+                "a UNet needs at least one width, and no size below 1; given were "
+                f"{latent_channels=}, {widths=}, {block_depth=}, {emb_size=}, {text_dim=}"
+            )
         self.latent_channels = latent_channels
         self.text_dim = text_dim
         self.halvings = len(widths) - 1
 
-        self.noise_embedding = NoiseEmbedding(noise_emb_dim)
+        self.noise_embedding = NoiseEmbedding(NOISE_EMB_DIM)
         self.text_projection = nn.Linear(text_dim, emb_size)
         self.text_tokens = nn.Sequential(
-            nn.Linear(text_dim, text_tokens * emb_size), nn.Unflatten(1, (text_tokens, -1))
+            nn.Linear(text_dim, TEXT_TOKENS * emb_size), nn.Unflatten(1, (TEXT_TOKENS, -1))
         )
         self.condition = nn.Sequential(
-            nn.Linear(noise_emb_dim + emb_size, emb_size), nn.SiLU(), nn.Linear(emb_size, emb_size), nn.SiLU()
+            nn.Linear(NOISE_EMB_DIM + emb_size, emb_size), nn.SiLU(), nn.Linear(emb_size, emb_size), nn.SiLU()
         )
         self.stem = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
-        self.merge = TiledMerge(widths[0], noise_emb_dim + emb_size, widths[0])
+        self.merge = TiledMerge(widths[0], NOISE_EMB_DIM + emb_size, widths[0])
 
         self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
-        for level, (width, attends) in enumerate(zip(widths, attention, strict=True)):
+        for level, width in enumerate(widths):
             finer, coarser = widths[max(level - 1, 0)], widths[min(level + 1, self.halvings)]
-            options = {"txt_ch": emb_size if attends else None, "heads": heads}
-            resample = level < self.halvings
-            down = DownBlock(finer, width, block_depth, emb_size, attends, downsample=resample, **options)
-            up = UpBlock(coarser, width, block_depth, emb_size, attends, upsample=resample, **options)
+            attends, resample = level > 0, level < self.halvings
+            txt_ch = emb_size if attends else None
+            down = DownBlock(finer, width, block_depth, emb_size, attends, txt_ch=txt_ch, downsample=resample)
+            up = UpBlock(coarser, width, block_depth, emb_size, attends, txt_ch=txt_ch, upsample=resample)
             self.downs.append(down)
             self.ups.insert(0, up)
         self.middle = nn.ModuleList(
             [
-                ConditionedLayer(width, width, emb_size, attends, **options),  # as the deepest level
+                ConditionedLayer(width, width, emb_size, attends, txt_ch=txt_ch),  # as the deepest level
                 ConditionedLayer(width, width, emb_size, use_self_attention=False),
             ]
         )
@@ -209,9 +180,8 @@ def get_network(
     *,
     widths: Sequence[int] = (128, 256, 512),
     text_dim: int = 512,
-    **unet_options: Any,
 ) -> UNet:
-    """A `UNet` for square latents of `latent_image_size`, checked to fit; `unet_options` are the UNet's own.
+    """A `UNet` for square latents of `latent_image_size`, checked to fit.
 
     Raises `ValueError` if the widths would halve the latent more often than its size allows.
     """
@@ -221,4 +191,4 @@ def get_network(
             f"latent_image_size {latent_image_size} cannot be halved {halvings} times, as {len(widths)} "
             f"widths ask for: it must be a multiple of {2 ** max(halvings, 0)}"
         )
-    return UNet(latent_channels, widths, block_depth, emb_size, text_dim, **unet_options)
+    return UNet(latent_channels, widths, block_depth, emb_size, text_dim)

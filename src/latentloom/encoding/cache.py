@@ -26,21 +26,22 @@ import shutil
 import time
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
+from tqdm import tqdm
 
-from latentloom.encoding.shard_files import SHARDS, DamagedShardError, Tensors, load_shard, open_shard, tensors_of
+from latentloom.encoding.shard_files import SHARDS, DamagedShardError, Tensors, load_shard, read_shard
 from latentloom.files import atomic_path
 from latentloom.sharding import shard_ranges
 
 FORMAT_VERSION = 2
 HEADER = "latentloom"  # one entry, since safetensors writes several in an order that changes from run to run
+
+Row = tuple[Tensors, int]  # the tensors that hold it, and its number there
 
 
 def row_key(*parts: str) -> str:
@@ -50,10 +51,10 @@ def row_key(*parts: str) -> str:
 
 @dataclass(frozen=True)
 class Shard:
-    """A finished shard: its file, the positions of its rows in the whole, and its tensors (rows, ...)."""
+    """A finished shard: its file, which of all rows it holds, and its tensors (rows, ...)."""
 
     path: Path
-    positions: range
+    rows: slice
     tensors: Tensors
 
 
@@ -87,7 +88,7 @@ class RowStore:
         """Take in shards that another machine wrote; what is no shard of this format is skipped."""
         for path in shards:
             with suppress(DamagedShardError):
-                keys = read_keys(path)
+                _, keys, _ = _open(path)
                 if not self._path(keys).is_file():
                     self.add(path, keys)
 
@@ -104,41 +105,52 @@ class RowStore:
     def link(self, keys: Sequence[str], target: Path) -> bool:
         """Put the shard of exactly these rows at ``target``; False where it is not there, or damaged."""
         path = self._path(keys)
-        with _deleting_damaged(path):
-            load_checked(path)
-            _link(path, target)
-            self._touch(path)
-            return True
+        if self._read(path, set(keys)):
+            with suppress(FileNotFoundError):  # the store was deleted in the meantime
+                _link(path, target)
+                self._touch(path)
+                return True
         return False
 
-    def find(self, keys: Collection[str]) -> dict[str, tuple[Tensors, int]]:
-        """Where the known ones of ``keys`` are: the tensors of a stored shard, and the row.
+    def find(self, keys: Collection[str]) -> dict[str, Row]:
+        """Where the known ones of ``keys`` are.
 
         The tensors are memory maps: they can be read even if the store is deleted later.
         """
-        found: dict[str, tuple[Tensors, int]] = {}
-        for path in sorted(self.folder.glob(SHARDS)) if keys else ():
-            with _deleting_damaged(path):
-                rows = [(key, row) for row, key in enumerate(read_keys(path)) if key in keys and key not in found]
-                if rows:
-                    tensors = load_checked(path)
-                    found |= {key: (tensors, row) for key, row in rows}
+        found: dict[str, Row] = {}
+        wanted = set(keys)
+        for path in sorted(self.folder.glob(SHARDS)) if wanted else ():
+            rows = self._read(path, wanted)
+            found |= rows
+            wanted -= rows.keys()
         return found
 
     def trim(self) -> None:
         """Delete the least recently used shards until the others fit into the limit; those of this run stay."""
         entries = []
         for path in self.folder.glob(SHARDS):
-            if path.name not in self._used:
-                try:
+            with suppress(FileNotFoundError):  # another run trimmed it
+                if path.name not in self._used:
                     entries.append((path.stat(), path))
-                except FileNotFoundError:  # another run trimmed it
-                    continue
         room = self.limit
         for status, path in sorted(entries, key=lambda entry: entry[0].st_atime_ns, reverse=True):
             room -= status.st_size
             if room < 0:
                 path.unlink(missing_ok=True)
+
+    def _read(self, path: Path, keys: Collection[str]) -> dict[str, Row]:
+        """Those rows of a stored shard that are asked for; a damaged shard is deleted: its rows are computed again."""
+        try:
+            tensors, own_keys, checksum = _open(path)
+            rows = {key: (tensors, row) for row, key in enumerate(own_keys) if key in keys}
+            if rows and checksum != _checksum(tensors):
+                raise DamagedShardError("its checksum is another")
+            return rows
+        except DamagedShardError as error:
+            if path.exists():
+                warnings.warn(f"{path} will not be used: {error}. Its rows are computed again.", stacklevel=3)
+                path.unlink(missing_ok=True)
+            return {}
 
     def _path(self, keys: Sequence[str]) -> Path:
         return self.folder / f"{hashlib.sha256(''.join(keys).encode()).hexdigest()}.safetensors"
@@ -163,24 +175,26 @@ class Plan:
     """
 
     def __init__(self, store: RowStore, out: Path, ids: Sequence[str], keys: Sequence[str]) -> None:
-        self._store, self._out, self._keys, self._ranges = store, out, keys, shard_ranges(ids)
-        self._linked: set[int] = set()
+        self._store, self._out, self._keys = store, out, keys
+        self._shards = {out / f"{number:05d}.safetensors": rows for number, rows in enumerate(shard_ranges(ids))}
+        self._linked: set[Path] = set()
         out.mkdir(parents=True, exist_ok=True)
         wanted: dict[str, int] = {}
-        for number, positions in enumerate(self._ranges):
+        for path, positions in self._shards.items():
             own = keys[positions.start : positions.stop]
-            if store.link(own, _shard_path(out, number)):
-                self._linked.add(number)
+            if store.link(own, path):
+                self._linked.add(path)
             else:
                 wanted |= dict(zip(own, positions, strict=True))
         self._found = store.find(wanted.keys())
         self.missing = [position for key, position in wanted.items() if key not in self._found]
 
-    def write(self, batches: Iterable[Tensors]) -> Iterator[Shard]:
+    def write(self, batches: Iterable[Tensors], stage: str = "", unit: str = "row") -> Iterator[Shard]:
         """Write the shards that the store did not have; other shards that are in the folder are deleted at the end.
 
         Args:
             batches: the rows ``missing``, in order, in batches of any size, as tensors (rows, ...).
+            stage, unit: for the progress bar: its title, and what a row is of.
 
         Yields:
             Every shard in order, once its file is complete under its final name.
@@ -188,19 +202,18 @@ class Plan:
         Raises:
             WriteError: when the disk is full, naming the file; the shards before it are kept.
         """
-        computed = _rows(batches)
-        for number, positions in enumerate(self._ranges):
-            path = _shard_path(self._out, number)
-            if number not in self._linked:
-                keys = self._keys[positions.start : positions.stop]
-                rows = [self._found.get(key) or next(computed) for key in keys]
-                tensors = {name: torch.stack([source[name][row] for source, row in rows]) for name in rows[0][0]}
-                save_shard(path, tensors, keys)
-                self._store.add(path, keys)
-            yield Shard(path, positions, load_shard(path))
-        written = {_shard_path(self._out, number) for number in range(len(self._ranges))}
+        known = len(self._keys) - len(self.missing)
+        with tqdm(total=len(self._keys), initial=known, desc=stage, unit=unit) as progress:
+            computed = _rows(batches, progress)
+            for path, positions in self._shards.items():
+                rows = slice(positions.start, positions.stop)
+                if path not in self._linked:
+                    keys = self._keys[rows]
+                    save_shard(path, _stack([self._found.get(key) or next(computed) for key in keys]), keys)
+                    self._store.add(path, keys)
+                yield Shard(path, rows, load_shard(path))
         for path in [*self._out.glob(SHARDS), *self._out.glob(".*.tmp")]:
-            if path not in written:
+            if path not in self._shards:
                 path.unlink()
 
 
@@ -210,37 +223,35 @@ def save_shard(path: Path, tensors: Tensors, keys: Sequence[str]) -> None:
     Raises:
         WriteError: naming the file and the room it needs, when the disk is full.
     """
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     content = save(tensors, {HEADER: json.dumps({"checksum": _checksum(tensors), "keys": list(keys)})})
     with atomic_path(path, room=len(content)) as temporary:
         temporary.write_bytes(content)
 
 
-def load_checked(path: Path) -> Tensors:
-    """A shard's tensors, mapped into memory, after a comparison of every byte with the checksum.
-
-    Raises:
-        DamagedShardError: when the file is missing or damaged.
-    """
-    with open_shard(path) as file:
-        tensors, expected = tensors_of(file), _header(file)["checksum"]
-    if expected != _checksum(tensors):
-        raise DamagedShardError(f"{path} is damaged (its checksum is another); delete it and run `dvc repro`")
-    return tensors
+def _rows(batches: Iterable[Tensors], progress: tqdm) -> Iterator[Row]:
+    for batch in batches:
+        size = len(next(iter(batch.values())))
+        progress.update(size)
+        for row in range(size):
+            yield batch, row
 
 
-def read_keys(path: Path) -> list[str]:
-    """The keys of a shard's rows; the tensors are not read.
+def _stack(rows: Sequence[Row]) -> Tensors:
+    """The tensors of a shard, put together from those of its rows; all rows of a tensor have one shape."""
+    return {name: torch.stack([tensors[name][row] for tensors, row in rows]) for name in rows[0][0]}
+
+
+def _open(path: Path) -> tuple[Tensors, list[str], str]:
+    """A shard's tensors, mapped but not read, its rows' keys and its checksum.
 
     Raises:
         DamagedShardError: when the file is missing, damaged, or no shard of this format.
     """
-    with open_shard(path) as file:
-        return _header(file)["keys"]
-
-
-def _header(file: safe_open) -> dict[str, Any]:
-    return json.loads((file.metadata() or {})[HEADER])
+    tensors, metadata = read_shard(path)
+    if HEADER not in metadata:
+        raise DamagedShardError(f"{path} lists no keys")
+    header = json.loads(metadata[HEADER])
+    return tensors, header["keys"], header["checksum"]
 
 
 def _checksum(tensors: Tensors) -> str:
@@ -248,31 +259,8 @@ def _checksum(tensors: Tensors) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}:{list(tensor.shape)}:{tensor.dtype};".encode())
-        digest.update(tensor.contiguous().numpy().data)
+        digest.update(tensor.numpy().data)
     return digest.hexdigest()
-
-
-def _shard_path(folder: Path, number: int) -> Path:
-    return folder / f"{number:05d}.safetensors"
-
-
-def _rows(batches: Iterable[Tensors]) -> Iterator[tuple[Tensors, int]]:
-    for batch in batches:
-        for row in range(len(next(iter(batch.values())))):
-            yield batch, row
-
-
-@contextmanager
-def _deleting_damaged(path: Path) -> Iterator[None]:
-    """Leave the block when the stored shard is damaged, which is deleted, or missing: its rows are computed again."""
-    try:
-        yield
-    except FileNotFoundError:
-        return  # the store was deleted in the meantime
-    except DamagedShardError as error:
-        if path.exists():
-            warnings.warn(f"{path} will not be used: {error}. Its rows are computed again.", stacklevel=4)
-            path.unlink(missing_ok=True)
 
 
 def _link(source: Path, target: Path) -> None:

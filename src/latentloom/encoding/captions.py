@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
-from latentloom.encoding.cache import FORMAT_VERSION, EncodeCounts, Plan, RowStore, row_key
+from latentloom.encoding.cache import FORMAT_VERSION, EncodeCounts, Plan, RowStore, Shard, row_key
 from latentloom.encoding.shard_files import INDEX, PAIRS, STATS, Tensors
 from latentloom.encoding.text_encoder import TextEncoder
 from latentloom.errors import UserError
@@ -56,15 +55,15 @@ def encode_captions(encoder: TextEncoder, images: Path, out: Path, store: RowSto
     keys = [row_key(own_id, encoder.fingerprint, encoder.pooling, str(encoder.max_tokens), DTYPES) for own_id in ids]
     if not ids:
         raise UserError(f"{images} holds no captions: run `dvc repro ingest`")
-    plan, frames = Plan(store, out, ids, keys), []
-    encoded = len(plan.missing)
-    with tqdm(total=len(ids), initial=len(ids) - encoded, desc="encode_text", unit="caption") as progress:
-        for shard in plan.write(_encode(encoder, [texts[position] for position in plan.missing], progress)):
-            part = slice(shard.positions.start, shard.positions.stop)
-            frames.append(_index(ids[part], texts[part], keys[part], shard.path.name, shard.tensors["embedding"]))
+    plan = Plan(store, out, ids, keys)
+    batches = _encode(encoder, [texts[position] for position in plan.missing])
+    index = [
+        _index(ids[shard.rows], texts[shard.rows], keys[shard.rows], shard)
+        for shard in plan.write(batches, "encode_text", "caption")
+    ]
     store.trim()
     with atomic_path(out / INDEX) as temporary:
-        pd.concat(frames, ignore_index=True).to_parquet(temporary, index=False)
+        pd.concat(index, ignore_index=True).to_parquet(temporary, index=False)
     with atomic_path(out / PAIRS) as temporary:
         pairs.drop(columns="text").to_parquet(temporary, index=False)
     write_json(
@@ -80,30 +79,28 @@ def encode_captions(encoder: TextEncoder, images: Path, out: Path, store: RowSto
             "rows": len(ids),
         },
     )
-    return EncodeCounts(len(ids), encoded)
+    return EncodeCounts(len(ids), len(plan.missing))
 
 
-def _encode(encoder: TextEncoder, texts: Sequence[str], progress: tqdm) -> Iterator[Tensors]:
+def _encode(encoder: TextEncoder, texts: Sequence[str]) -> Iterator[Tensors]:
+    """What the cache stores of each caption, a batch at a time: a row of every tensor, fp16."""
     for start in range(0, len(texts), CAPTIONS_AT_ONCE):
-        batch = texts[start : start + CAPTIONS_AT_ONCE]
-        embeddings = torch.from_numpy(encoder.encode(batch)).half()
-        progress.update(len(batch))
-        yield {"embedding": embeddings}
+        embeddings = encoder.encode(texts[start : start + CAPTIONS_AT_ONCE])
+        yield {"embedding": torch.from_numpy(embeddings).half()}
 
 
-def _index(ids: list[str], texts: list[str], keys: list[str], shard: str, embeddings: torch.Tensor) -> pd.DataFrame:
-    values = embeddings.float()
-    frame = pd.DataFrame(
-        {
-            "id": ids,
-            "text": texts,
-            "key": keys,
-            "shard": shard,
-            "row": np.arange(len(values), dtype=np.int32),
-            "mean": values.mean(1).numpy(),
-            "std": values.std(1, correction=0).numpy(),
-            "norm": torch.linalg.vector_norm(values, dim=1).numpy(),
-            "finite": values.isfinite().all(1).numpy(),
-        }
-    )
-    return frame.assign(dim=np.int32(values.shape[1]))
+def _index(ids: list[str], texts: list[str], keys: list[str], shard: Shard) -> pd.DataFrame:
+    values = shard.tensors["embedding"].float()
+    columns = {
+        "id": ids,
+        "text": texts,
+        "key": keys,
+        "shard": shard.path.name,
+        "row": np.arange(len(values), dtype=np.int32),
+        "mean": values.mean(1).numpy(),
+        "std": values.std(1, correction=0).numpy(),
+        "norm": torch.linalg.vector_norm(values, dim=1).numpy(),
+        "finite": values.isfinite().all(1).numpy(),
+        "dim": np.int32(values.shape[1]),
+    }
+    return pd.DataFrame(columns)

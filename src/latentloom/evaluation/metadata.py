@@ -37,7 +37,7 @@ class ImageMetadata:
         vae: the fingerprint of the VAE that decoded.
         text_encoder: the fingerprint of the encoder that read the prompts.
         code: the hash of the code that generated, see `text_to_image.generating_code`; None in the oldest images.
-        provenance: of the model, where it is known: mlflow_run_id, commit, dirty, outs.
+        provenance: of the model, where it is known: mlflow_run_id, commit, dirty, outs, encoders.
     """
 
     prompts: tuple[str, ...]

@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from latentloom.dvc_outs import Place
-from latentloom.lineage.links import AT_HAND, DATA, Link, gather
+from latentloom.lineage.links import AT_HAND, Link, gather
 from latentloom.lineage.subject import find_subject
+from latentloom.tracking.provenance import DATA
 
 FORMAT_VERSION = 2
 WIDEST = 72  # characters of a name, for the places to stand in a column
@@ -39,26 +40,23 @@ class Lineage:
     links: tuple[Link, ...]
 
     @property
-    def missing(self) -> tuple[Link, ...]:
+    def missing(self) -> list[Link]:
         """The links that are needed, and lost or not known."""
-        return tuple(link for link in self.links if link.needed and link.place not in AT_HAND)
+        return [link for link in self.links if link.needed and link.place not in AT_HAND]
 
     @property
-    def steps(self) -> tuple[Step, ...]:
+    def steps(self) -> list[Step]:
         """The commands that bring it back, one after the other, as far as it can be."""
-        (code,) = [link for link in self.links if link.link == "code"]
-        if code.place is not Place.HERE:
-            return (Step("fetch the commit, then ask again", code.command),) if code.command else ()
-        steps = {link.link: Step(link.link, link.command) for link in self.links if link.place in AT_HAND}
-        first, last = steps.pop("code"), steps.pop("picture", None)
-        ordered = [first, *steps.values()]
+        links = {link.link: link for link in self.links if link.command}
+        code, picture = links.pop("code", None), links.pop("picture", None)
+        if code is None or code.place is not Place.HERE:
+            return [Step("fetch the commit, then ask again", code.command)] if code else []
+        steps = [Step(link.link, link.command) for link in (code, *links.values()) if link.place in AT_HAND]
         lost = {link.link for link in self.links if link.place is Place.LOST} & {"model", *DATA}
         if lost:
             again = "dvc repro train" if "model" in lost else "dvc repro validate"
-            ordered.append(Step("what is lost, computed again: on the same machine's CPU, the same bytes", again))
-        if last:
-            ordered.append(Step("picture; no output means the same bytes", last.command))
-        return tuple(step for step in ordered if step.command)
+            steps.append(Step("what is lost, computed again: on the same machine's CPU, the same bytes", again))
+        return [*steps, Step("picture; no output means the same bytes", picture.command)] if picture else steps
 
 
 def trace(reference: str, root: Path) -> Lineage:

@@ -4,34 +4,25 @@ The provenance is read in the MLflow run, else on this machine (`.state/runs`), 
 the commit that is checked out.
 """
 
-import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from latentloom.dvc_outs import locked_outs, out_hash
 from latentloom.errors import UserError
 from latentloom.evaluation.metadata import ImageMetadata, read_metadata
 from latentloom.layout import DVC_LOCK, MODEL
-from latentloom.lineage.git import Git
-from latentloom.lineage.provenance import Provenance, read_run_record
-from latentloom.model_files import MODEL_FILES, model_hash
+from latentloom.model_files import model_hash
 from latentloom.registry.models import (
-    HASH_TAG,
+    StoredModel,
     is_model,
     look_up,
     read_artifact,
-    run_of_model,
     run_provenance,
-    version_of,
+    stored_model,
 )
-from latentloom.tracking.store import first_line, open_client, tracking_uri, without_credentials
-from latentloom.tracking.training_run import CODE_DIFF
-
-if TYPE_CHECKING:
-    from mlflow.entities import Run
-    from mlflow.entities.model_registry import ModelVersion
-    from mlflow.tracking import MlflowClient
+from latentloom.tracking.git import Git
+from latentloom.tracking.provenance import CODE_DIFF, Provenance, read_run_record
+from latentloom.tracking.store import existing_store, first_line, tracking_uri, without_credentials
 
 
 @dataclass
@@ -39,97 +30,74 @@ class Subject:
     """What was asked for, and what is known of its training.
 
     Attributes:
-        sha256: the model's hash; None where there is no model, or only DVC's hash of it is known.
+        stored: what MLflow has of the model; its hash is None where there is none, or only DVC's hash is known.
         folder: the model's, where it was asked for, or the project's own.
         image: the PNG, where one was asked for, and its ``metadata``.
-        run: of the training; ``message`` says why MLflow does not have it, or not its files.
-        version: of the registry.
-        provenance: as it was written down; empty where nothing was found, None before it was looked for.
-        commit: of the code: where the commit that is checked out has the same code and the results, that one.
+        provenance: as it was written down; empty where nothing was found.
         code_diff: what differed from the commit; None where the run does not hold it.
+        message: why MLflow does not have the run, or not its files.
     """
 
-    sha256: str | None
+    stored: StoredModel
     folder: Path
     image: Path | None = None
     metadata: ImageMetadata | None = None
-    run: "Run | None" = None
-    message: str = ""
-    version: "ModelVersion | None" = None
-    provenance: Provenance | None = None
-    commit: str | None = None
+    provenance: Provenance = field(default_factory=Provenance)
     code_diff: bytes | None = None
+    message: str = ""
 
 
 def find_subject(reference: str, root: Path) -> Subject:
     """What ``reference`` names, and the provenance of its model; raises as `lineage.trace`."""
-    git = Git(root)
-    results = locked_outs(git.read("HEAD", DVC_LOCK))
-    subject = _on_disk(reference, root, results) or _in_store(reference, root)
-    _ask_store(subject, root)
-    known = subject.provenance = subject.provenance or _known_here(subject, root, results)
-    committed = results and known.commit and results.get(str(MODEL)) == known.outs.get(str(MODEL))
-    subject.commit = git.commit() if committed and git.same_code(known.commit, "HEAD") else known.commit
+    path, model = Path(reference).expanduser(), root / MODEL
+    if path.is_file() or path.suffix.lower() == ".png":
+        metadata = read_metadata(path)
+        subject = Subject(StoredModel(metadata.model_sha256), model, path.resolve(), metadata)
+    elif is_model(path):
+        subject = Subject(StoredModel(model_hash(path)), path.resolve())
+    elif path.resolve() == model and _committed_outs(root):  # a clone that has not pulled
+        subject = Subject(StoredModel(None), model)
+    else:
+        subject = Subject(look_up(reference, root), model)
+    known = _ask_store(subject, root) or _known_here(subject, root)
+    subject.provenance = known or Provenance()
     return subject
 
 
-def _on_disk(reference: str, root: Path, results: dict[str, str]) -> Subject | None:
-    path = Path(reference).expanduser()
-    if path.is_file() or path.suffix.lower() == ".png":
-        metadata = read_metadata(path)
-        return Subject(metadata.model_sha256, root / MODEL, path.resolve(), metadata)
-    if (path / "config.json").is_file():
-        return Subject(model_hash(path), path.resolve())
-    if path.resolve() == root / MODEL and str(MODEL) in results:  # a clone that has not pulled
-        return Subject(None, root / MODEL)
-    if path.is_dir() or (("/" in reference or reference.startswith(".")) and not reference.startswith("models:/")):
-        raise UserError(
-            f"{reference} is neither a PNG of `latentloom sample` nor a folder with a model ({', '.join(MODEL_FILES)})"
-        )
-    return None
-
-
-def _in_store(reference: str, root: Path) -> Subject:
-    run, version = look_up(_client(root), reference)
-    sha256 = version.tags[HASH_TAG] if version else run.data.tags.get(HASH_TAG)
-    return Subject(sha256, root / MODEL, run=run, version=version)
-
-
-def _ask_store(subject: Subject, root: Path) -> None:
-    """Add what MLflow has: the run and its files, and the version."""
-    store = without_credentials(tracking_uri(root))
+def _ask_store(subject: Subject, root: Path) -> Provenance | None:
+    """Add what MLflow has, the run, its files, and the version; what the training wrote down there."""
+    store, stored = without_credentials(tracking_uri(root)), subject.stored
     try:
-        client = _client(root)
-        if subject.sha256:
-            named = subject.metadata.mlflow_run_id if subject.metadata else None
-            subject.run = subject.run or run_of_model(client, subject.sha256, named)
-            subject.version = subject.version or version_of(client, subject.sha256)
-        if subject.run:
-            if known := run_provenance(client, subject.run):
-                subject.provenance = Provenance.from_dict(known)
-            subject.code_diff = read_artifact(client, subject.run, CODE_DIFF)
-        else:
-            subject.message = f"{store} does not have it"
+        client = existing_store(root)
+        if stored.sha256 and not stored.run:
+            run_id = subject.metadata.mlflow_run_id if subject.metadata else None
+            subject.stored = stored = stored_model(client, stored.sha256, run_id)
+        if stored.run:
+            subject.code_diff = read_artifact(client, stored.run, CODE_DIFF)
+            return run_provenance(client, stored.run)
+        subject.message = f"{store} does not have it"
     except UserError as error:
         subject.message = str(error)
     except Exception as error:  # MLflow is away, damaged or not installed: what is on this machine may be enough
         subject.message = f"{store} does not answer: {first_line(error)}"
+    return None
 
 
-def _client(root: Path) -> "MlflowClient":
-    if not os.environ.get("MLFLOW_TRACKING_URI") and not (root / "mlflow.db").exists():
-        raise UserError("this project has no MLflow store (mlflow.db) yet; a server's is named by MLFLOW_TRACKING_URI")
-    return open_client(root)
-
-
-def _known_here(subject: Subject, root: Path, results: dict[str, str]) -> Provenance:
+def _known_here(subject: Subject, root: Path) -> Provenance | None:
     """What was written down without MLflow, from the first place that has it."""
-    if subject.sha256 and (record := read_run_record(root, subject.sha256)):
+    sha256, metadata = subject.stored.sha256, subject.metadata
+    if sha256 and (record := read_run_record(root, sha256)):
         return record
-    if subject.metadata and subject.metadata.provenance:
-        return Provenance.from_dict(subject.metadata.provenance)
-    folder, out = subject.folder, results.get(str(MODEL))
-    is_here = subject.sha256 and is_model(folder, subject.sha256) and out_hash(folder) == out
-    if out and not subject.run and (subject.sha256 is None or is_here):
-        return Provenance(commit=Git(root).commit(), dirty=False, outs=results)
-    return Provenance()
+    if metadata and metadata.provenance:
+        return Provenance.from_dict(metadata.provenance)
+    outs = _committed_outs(root)
+    not_pulled = sha256 is None and subject.stored.run is None
+    if outs and (not_pulled or (is_model(root / MODEL, sha256) and out_hash(root / MODEL) == outs[str(MODEL)])):
+        return Provenance(commit=Git(root).commit(), dirty=False, outs=outs)
+    return None
+
+
+def _committed_outs(root: Path) -> dict[str, str]:
+    """DVC's outs by the commit that is checked out; empty where it has no model."""
+    outs = locked_outs(Git(root).read(DVC_LOCK))
+    return outs if str(MODEL) in outs else {}

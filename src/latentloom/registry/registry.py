@@ -6,30 +6,24 @@ created whole before an alias moves, so an interrupted promotion leaves the alia
 """
 
 import json
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from functools import wraps
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
+
+from filelock import FileLock
 
 from latentloom.diffusion.sampling_settings import SamplingSettings
 from latentloom.errors import UserError
 from latentloom.evaluation.text_to_image import SETTINGS_FILE, default_settings
 from latentloom.layout import PARAMS, state_folder
-from latentloom.registry.models import (
-    NAME,
-    SERVED,
-    FoundModel,
-    image_provenance,
-    read_artifact,
-    run_of_model,
-    run_provenance,
-    version_of,
-)
-from latentloom.registry.packing import save_served_model, version_tags
-from latentloom.tracking.store import open_client
+from latentloom.model_files import read_config
+from latentloom.registry.models import NAME, SERVED, FoundModel, read_artifact, run_provenance, stored_model
+from latentloom.registry.packing import save_served_model
+from latentloom.tracking.provenance import HASH_TAG, Provenance
+from latentloom.tracking.store import existing_store, has_error_code
 from latentloom.user import user_name
 
 if TYPE_CHECKING:
@@ -71,10 +65,6 @@ class Figures:
         return cls(**json.loads(version.tags.get("figures", "{}")))
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-
-
 @dataclass(frozen=True)
 class Move:
     """One change of an alias, from ``previous`` to ``version``, with the figures of that; None: it named nothing."""
@@ -86,7 +76,7 @@ class Move:
     why: str | None
     taken_back: bool = False
     by: str | None = field(default_factory=user_name)
-    when: str = field(default_factory=_now)
+    when: str = field(default_factory=lambda: f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}")
 
     def save(self, client: "MlflowClient") -> None:
         """Write it down, as a tag of the version that was promoted or taken back."""
@@ -100,22 +90,6 @@ class Move:
         return cls(**values | {"figures": Figures(**values["figures"])})
 
 
-def _one_at_a_time(change: Callable[..., Any]) -> Callable[..., Any]:
-    """Let one process of this machine at a time compare with the champion and move an alias."""
-
-    @wraps(change)
-    def locked(*args: Any, **settings: Any) -> Any:
-        from filelock import FileLock
-
-        lock = state_folder("registry.lock")
-        lock.parent.mkdir(exist_ok=True)
-        with FileLock(lock):
-            return change(*args, **settings)
-
-    return locked
-
-
-@_one_at_a_time
 def promote(
     found: FoundModel, alias: Alias, root: Path, *, force: bool = False, why: str | None = None
 ) -> tuple[str, bool]:
@@ -129,38 +103,32 @@ def promote(
             worse than the champion, or either is not known.
         mlflow.exceptions.MlflowException: when the store cannot be reached; the alias has not moved then.
     """
-    client = open_client(root)
-    run = run_of_model(client, found.sha256, found.run_id)
-    if run is None:
-        raise UserError(
-            f"this store has no run of the model {found.sha256[:12]}…, so its figures are not known: `latentloom sync` "
-            "delivers runs that a server missed; else train it here (`dvc repro`)"
-        )
-    provenance, figures, aliases = run_provenance(client, run), Figures.of_run(run), current(root)
-    known = version_of(client, found.sha256)
-    number = str(known.version) if known else None
-    if number and aliases.get(alias) == number:
-        return number, False
-    objections, failed = [], provenance.get("failed_checks")
-    if failed is None:
-        objections.append("the result of its data's validation is not known: the run does not hold it")
-    elif failed:
-        objections.append(f"the validation of its data failed: {', '.join(failed)}")
-    champion = aliases.get("champion")
-    if champion not in (None, number):
-        why_not = worse(figures, Figures.of_version(client.get_model_version(NAME, champion)))
-        objections += [why_not] if why_not else []
-    if objections and not force:
-        listed = "\n".join(f"- {objection}" for objection in objections)
-        raise UserError(f'not promoted:\n{listed}\nTo promote it all the same: --force --why "..."')
-    number = number or _register(client, root, found, run, provenance)
-    client.set_model_version_tag(NAME, number, "figures", json.dumps(asdict(figures)))
-    client.set_registered_model_alias(NAME, alias, number)
-    Move(alias, number, aliases.get(alias), figures, why).save(client)
-    return number, True
+    client = existing_store(root)
+    with _one_at_a_time():
+        stored, aliases = stored_model(client, found.sha256, found.run_id), current(root)
+        if stored.run is None:
+            raise UserError(
+                f"this store has no run of the model {found.sha256[:12]}…, so its figures are not known: `latentloom "
+                "sync` delivers runs that a server missed; else train it here (`dvc repro`)"
+            )
+        number = str(stored.version.version) if stored.version else None
+        if number and aliases.get(alias) == number:
+            return number, False
+        provenance = run_provenance(client, stored.run) or Provenance()
+        figures, champion = Figures.of_run(stored.run), aliases.get("champion")
+        objections = [_invalid(provenance)]
+        if champion not in (None, number):
+            objections.append(worse(figures, Figures.of_version(client.get_model_version(NAME, champion))))
+        if any(objections) and not force:
+            listed = "\n".join(f"- {objection}" for objection in objections if objection)
+            raise UserError(f'not promoted:\n{listed}\nTo promote it all the same: --force --why "..."')
+        number = number or _register(client, root, found, stored.run, provenance)
+        client.set_model_version_tag(NAME, number, "figures", json.dumps(asdict(figures)))
+        client.set_registered_model_alias(NAME, alias, number)
+        Move(alias, number, aliases.get(alias), figures, why).save(client)
+        return number, True
 
 
-@_one_at_a_time
 def demote(alias: Alias, root: Path, *, why: str | None = None) -> tuple[str, str | None]:
     """Let ``alias`` name the version that was promoted before and not taken back; where there is none, nothing.
 
@@ -170,34 +138,36 @@ def demote(alias: Alias, root: Path, *, why: str | None = None) -> tuple[str, st
     Raises:
         UserError: when ``alias`` names nothing.
     """
-    now, client = current(root).get(alias), open_client(root)
-    if now is None:
-        raise UserError(f"there is no {alias} to take back: `latentloom history` shows what there was")
-    standing: dict[str, None] = {}  # versions that were promoted and not taken back, in that order
-    for move in history(root):
-        if move.alias == alias:
-            standing.pop(move.previous if move.taken_back else move.version, None)
-            standing |= {} if move.taken_back else {move.version: None}
-    previous = next((version for version in reversed(standing) if version != now), None)
-    figures = Figures.of_version(client.get_model_version(NAME, previous)) if previous else Figures()
-    Move(alias, previous, now, figures, why, taken_back=True).save(client)
-    if previous is None:
-        client.delete_registered_model_alias(NAME, alias)
-    else:
-        client.set_registered_model_alias(NAME, alias, previous)
-    return now, previous
+    client = existing_store(root)
+    with _one_at_a_time():
+        now = current(root).get(alias)
+        if now is None:
+            raise UserError(f"there is no {alias} to take back: `latentloom history` shows what there was")
+        standing: dict[str, None] = {}  # versions that were promoted and not taken back, in that order
+        for move in history(root):
+            if move.alias == alias:
+                standing.pop(move.previous if move.taken_back else move.version, None)
+                standing |= {} if move.taken_back else {move.version: None}
+        previous = next((version for version in reversed(standing) if version != now), None)
+        figures = Figures.of_version(client.get_model_version(NAME, previous)) if previous else Figures()
+        Move(alias, previous, now, figures, why, taken_back=True).save(client)
+        if previous is None:
+            client.delete_registered_model_alias(NAME, alias)
+        else:
+            client.set_registered_model_alias(NAME, alias, previous)
+        return now, previous
 
 
 def history(root: Path) -> list[Move]:
     """The last promotion of each version to each alias, and its demotion, the oldest first."""
-    tags = [own.tags for own in open_client(root).search_model_versions(f"name = '{NAME}'")]
+    tags = [own.tags for own in existing_store(root).search_model_versions(f"name = '{NAME}'")]
     notes = [value for each in tags for key, value in each.items() if key.endswith((PROMOTED, TAKEN_BACK))]
     return sorted(map(Move.of_tag, notes), key=lambda move: move.when)
 
 
 def current(root: Path) -> dict[str, str]:
     """The version that each alias names now."""
-    found = open_client(root).search_registered_models(f"name = '{NAME}'")
+    found = existing_store(root).search_registered_models(f"name = '{NAME}'")
     return {alias: str(version) for model in found for alias, version in model.aliases.items()}
 
 
@@ -224,29 +194,50 @@ def _lower(name: str, value: float, champions: float) -> str:
     return f"{name} is {value:.4g}, worse than the champion's {champions:.4g}"
 
 
-def _register(client: "MlflowClient", root: Path, found: FoundModel, run: "Run", provenance: dict[str, Any]) -> str:
+def _invalid(provenance: Provenance) -> str | None:
+    """Why the data of a model are not known to be good; None: they are."""
+    if provenance.failed_checks is None:
+        return "the result of its data's validation is not known: the run does not hold it"
+    failed = ", ".join(provenance.failed_checks)
+    return f"the validation of its data failed: {failed}" if failed else None
+
+
+def _one_at_a_time() -> AbstractContextManager:
+    """Let one process of this machine at a time compare with the champion and move an alias."""
+    lock = state_folder("registry.lock")
+    lock.parent.mkdir(exist_ok=True)
+    return FileLock(lock)
+
+
+def _register(client: "MlflowClient", root: Path, found: FoundModel, run: "Run", provenance: Provenance) -> str:
     """Log the model's files to its run, and create a version of them; none where the logging breaks off.
 
     By the client's calls: `mlflow.pyfunc.log_model` would reopen the training's run, in the process's one global store.
     """
-    from mlflow.exceptions import MlflowException
-
-    run_id, tags = run.info.run_id, version_tags(found)
+    # Those that the run's figures were measured with, else those of the project.
+    measured = read_artifact(client, run, SETTINGS_FILE)
+    if measured:
+        settings = SamplingSettings.from_dict(json.loads(measured))
+    else:
+        settings = default_settings(found.folder, root / PARAMS)
     with TemporaryDirectory() as temporary:
         path = Path(temporary) / SERVED
-        # Those that the run's figures were measured with, else those of the project.
-        measured = read_artifact(client, run, SETTINGS_FILE)
-        settings = (
-            SamplingSettings.from_dict(json.loads(measured))
-            if measured
-            else default_settings(found.folder, root / PARAMS)
-        )
-        save_served_model(path, found.folder, settings, tags, image_provenance(provenance))
-        client.log_artifacts(run_id, str(path), SERVED)
+        save_served_model(path, found.folder, settings, provenance.in_images())
+        client.log_artifacts(run.info.run_id, str(path), SERVED)
+    config = read_config(found.folder)
+    tags = {
+        HASH_TAG: found.sha256,
+        "vae": config.vae.reference,
+        "vae.fingerprint": config.vae.fingerprint,
+        "text_encoder": config.text_encoder.reference,
+        "text_encoder.fingerprint": config.text_encoder.fingerprint,
+        "attribution": config.attribution or "",
+        "licence": config.licence or "",
+    }
     try:
         client.create_registered_model(NAME, description=DESCRIPTION)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+    except Exception as error:
+        if not has_error_code(error, "RESOURCE_ALREADY_EXISTS"):
             raise
     source = f"{run.info.artifact_uri.rstrip('/')}/{SERVED}"
-    return str(client.create_model_version(NAME, source, run_id, tags=tags).version)
+    return str(client.create_model_version(NAME, source, run.info.run_id, tags=tags).version)

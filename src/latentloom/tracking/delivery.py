@@ -11,59 +11,44 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from latentloom.tracking.journal import Event, Journal
-from latentloom.tracking.store import experiment_id, first_line, open_client
+from latentloom.tracking.store import experiment_id, first_line, has_error_code, open_client
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 KEY_TAG = "latentloom.key"
 EVERY = 10.0  # seconds between two deliveries
-PATIENCE = 60.0  # seconds without a delivered event after which the end of a run stops waiting
-LARGEST_BATCH = 100  # events or entries per request: MLflow takes no more tags or params, and ten times as many metrics
+PATIENCE = 60.0  # seconds that the end of a run waits for the last delivery
+LARGEST_BATCH = 25  # events per request: MLflow takes 1,000 metrics, and a machine of eight GPUs has 36
 
 
-class DeliveryThread(threading.Thread):
-    """Delivers a journal every few seconds, and once more when it is stopped.
+def deliver_until(stopping: threading.Event, journal: Journal, root: Path, measure: Callable[[], None]) -> None:
+    """Deliver the journal every few seconds, and once more after ``stopping`` is set.
 
     Args:
+        stopping: set when nothing more is logged.
         journal: what was logged.
         root: the project's root, for the store.
         measure: called between two deliveries.
     """
-
-    def __init__(self, journal: Journal, root: Path, measure: Callable[[], None]) -> None:
-        super().__init__(name="tracking", daemon=True)
-        self._journal, self._root, self._measure = journal, root, measure
-        self._stopping = threading.Event()
-
-    def run(self) -> None:
-        last = warned = False
-        while not last:
-            last = self._stopping.is_set()
-            try:
-                deliver(self._journal, self._root)
-            except Exception as error:
-                if not warned:
-                    warnings.warn(
-                        f"MLflow could not be written to ({first_line(error)}). The run continues; what it logs waits "
-                        f"in {self._journal.folder}",
-                        stacklevel=1,
-                    )
-                warned = True
-            if not self._stopping.wait(EVERY):
-                self._measure()
-
-    def stop(self) -> bool:
-        """Wait for the last delivery; False when a store hangs and the thread is left to itself."""
-        self._stopping.set()
-        delivered = None
-        while self.is_alive() and self._journal.about["delivered"] != delivered:
-            delivered = self._journal.about["delivered"]
-            self.join(PATIENCE)
-        return not self.is_alive()
+    last = warned = False
+    while not last:
+        last = stopping.is_set()
+        try:
+            deliver(journal, root)
+        except Exception as error:
+            if not warned:
+                warnings.warn(
+                    f"MLflow could not be written to ({first_line(error)}). The run continues; what it logs waits in "
+                    f"{journal.folder}",
+                    stacklevel=1,
+                )
+            warned = True
+        if not stopping.wait(EVERY):
+            measure()
 
 
 def deliver(journal: Journal, root: Path) -> None:
@@ -81,39 +66,27 @@ def deliver(journal: Journal, root: Path) -> None:
             if run_id is not None:
                 _send(client, run_id, batch, journal.folder)
         except Exception as error:
-            if getattr(error, "error_code", None) not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
+            if not has_error_code(error, "INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
                 raise
             warnings.warn(f"MLflow rejected {batch[0]['kind']} ({first_line(error)}); they are left out", stacklevel=2)
         journal.update(delivered=end)
 
 
 def _run_id(client: "MlflowClient", journal: Journal, root: Path) -> str | None:
-    """The run's id in the store, which is created if need be; None for a run that was only added to, and is gone."""
-    run_id, started = journal.about["mlflow_run_id"], journal.about["started"]
-    if run_id and _is_there(client, run_id):
-        return run_id
-    experiment = experiment_id(client, root)
-    # A run that was created, and whose id never came back, is found by our own key.
-    if found := client.search_runs([experiment], f"tags.`{KEY_TAG}` = '{journal.key}'", max_results=1):
-        run_id = found[0].info.run_id
-    elif started is None:
-        run_id = None
-    else:
+    """The run's id in the store, which is created if need be; None for a run that was only added to, and is gone.
+
+    It is found by our own key: MLflow's id may never have come back.
+    """
+    everywhere = [experiment.experiment_id for experiment in client.search_experiments()]
+    found = client.search_runs(everywhere, f"tags.`{KEY_TAG}` = '{journal.key}'", max_results=1)
+    run_id, started = found[0].info.run_id if found else None, journal.about["started"]
+    if not found and started is not None:
         tags, name = {KEY_TAG: journal.key}, journal.about["name"]
+        experiment = experiment_id(client, root)
         run_id = client.create_run(experiment, start_time=started, tags=tags, run_name=name).info.run_id
-    journal.update(mlflow_run_id=run_id, delivered=0)  # a store that lost the run, or another one, gets all of it
+    if run_id != journal.about["mlflow_run_id"]:  # a store that lost the run, or another one, gets all of it
+        journal.update(mlflow_run_id=run_id, delivered=0)
     return run_id
-
-
-def _is_there(client: "MlflowClient", run_id: str) -> bool:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_run(run_id).info.lifecycle_stage == "active"
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return False
 
 
 def _batches(journal: Journal) -> Iterator[tuple[list[Event], int]]:
@@ -138,14 +111,14 @@ def _send(client: "MlflowClient", run_id: str, batch: list[Event], folder: Path)
         return  # another store had it, or a power cut lost it
     match event["kind"]:
         case "metrics":
-            metrics = [
-                Metric(key, value, own["time"], own["step"]) for own in batch for key, value in own["values"].items()
-            ]
-            _log_batch(client, run_id, metrics=metrics)
+            values = [(own, key, value) for own in batch for key, value in own["values"].items()]
+            client.log_batch(
+                run_id, metrics=[Metric(key, value, own["time"], own["step"]) for own, key, value in values]
+            )
         case "params":
-            _log_batch(client, run_id, params=[Param(*param) for param in event["values"].items()])
+            client.log_batch(run_id, params=[Param(*param) for param in event["values"].items()])
         case "tags":
-            _log_batch(client, run_id, tags=[RunTag(*tag) for tag in event["values"].items()])
+            client.log_batch(run_id, tags=[RunTag(*tag) for tag in event["values"].items()])
         case "image":
             _send_image(client, run_id, event, folder / event["file"])
         case "file":
@@ -158,12 +131,6 @@ def _send(client: "MlflowClient", run_id: str, batch: list[Event], folder: Path)
             client.update_run(run_id, status="RUNNING")
         case "status":
             client.set_terminated(run_id, event["status"], end_time=event["time"])
-
-
-def _log_batch(client: "MlflowClient", run_id: str, **entities: list[Any]) -> None:
-    ((kind, listed),) = entities.items()
-    for start in range(0, len(listed), LARGEST_BATCH):
-        client.log_batch(run_id, **{kind: listed[start : start + LARGEST_BATCH]})
 
 
 def _send_image(client: "MlflowClient", run_id: str, event: Event, path: Path) -> None:

@@ -11,17 +11,15 @@ which is cut off. One process at a time holds a journal.
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from latentloom.files import read_json, write_json
 
 Event = dict[str, Any]
-
-
-class JournalInUseError(OSError):
-    """Another process writes to the journal, or delivers it."""
 
 
 class Journal:
@@ -29,30 +27,27 @@ class Journal:
 
     Args:
         folder: the run's own, ``FOLDER/KEY``; made where it is not there.
-        about: for a new journal: ``name``, ``started`` (milliseconds since 1970), ``target`` and ``mlflow_run_id``.
+        wait: seconds, for another process that writes to it or delivers it.
+        about: of a new journal: ``name`` and ``started`` (milliseconds since 1970; None to add to a finished run).
 
     Raises:
-        JournalInUseError: when another process holds it.
+        filelock.Timeout: when another process holds it.
         OSError: when it cannot be written.
         UserError: when its ``about.json`` cannot be read.
     """
 
-    def __init__(self, folder: Path, about: Mapping[str, Any] | None = None) -> None:
-        from filelock import FileLock, Timeout
-
+    def __init__(self, folder: Path, *, wait: float = 0, **about: Any) -> None:
         self.folder, self.key = folder, folder.name
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(folder / "lock")
-        try:
-            self._lock.acquire(timeout=5 if about is not None else 0)
-        except Timeout:
-            raise JournalInUseError(f"another process uses {folder}") from None
+        self._lock = FileLock(folder / "lock", timeout=wait)
+        self._lock.acquire()
         if not (folder / "about.json").exists():
-            write_json(folder / "about.json", dict(about or {}))
+            write_json(folder / "about.json", about)
         self._file = open(folder / "events.jsonl", "ab")  # noqa: SIM115
         end = max((end for _, end in self.events()), default=0)
         self._file.truncate(end)
-        self.about: dict[str, Any] = {"delivered": 0} | read_json(folder / "about.json")
+        unknown = {"target": None, "mlflow_run_id": None, "delivered": 0}
+        self.about: dict[str, Any] = unknown | read_json(folder / "about.json")
         self.about["delivered"] = min(self.about["delivered"], end)  # bytes of events.jsonl; a power cut may lose some
 
     @property

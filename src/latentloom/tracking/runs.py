@@ -10,19 +10,21 @@ and skips what its journal already holds, so its curves have neither gaps nor do
 
 import io
 import sys
+import threading
 import time
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 
-from latentloom.tracking.delivery import DeliveryThread, deliver
-from latentloom.tracking.journal import Journal, JournalInUseError
+from latentloom.tracking import delivery
+from latentloom.tracking.journal import Journal
 from latentloom.tracking.store import current_target, first_line
 from latentloom.tracking.system_metrics import system_metrics
 
@@ -38,7 +40,6 @@ class TrackedRun:
     def __init__(self, journal: Journal | None = None, *, resumed: bool = False) -> None:
         self._journal = journal
         self._held = _held(journal) if journal and resumed else set()
-        self.description = ""
 
     @property
     def key(self) -> str | None:
@@ -52,7 +53,7 @@ class TrackedRun:
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log nested params under dotted names; a param that the run holds stays as it is."""
-        self._append_new("params", {key: str(value) for key, value in flatten(params).items()})
+        self._append_new("params", _flat(params))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Log all of ``metrics`` at ``step``."""
@@ -82,11 +83,6 @@ class TrackedRun:
     def set_tags(self, tags: Mapping[str, str | None]) -> None:
         """Set tags; those whose value is None are left out."""
         self._append(kind="tags", values={key: str(value) for key, value in tags.items() if value is not None})
-
-    def describe(self, text: str) -> None:
-        """Set what MLflow shows as the run's description, in Markdown."""
-        self.description = text
-        self.set_tags({"mlflow.note.content": text})
 
     def set_status(self, status: str) -> None:
         """Mark the run as ``RUNNING``, or as ended: ``FINISHED``, ``FAILED`` or ``KILLED``."""
@@ -125,25 +121,14 @@ def new_run(root: Path, *, name: str | None = None, key: str | None = None) -> I
         name: the name of a new run.
         key: the run of an interrupted training that is resumed. What its journal holds is not logged again.
     """
-    with _open(root, key or uuid.uuid4().hex, resumed=True, name=name, started=_now(), mlflow_run_id=None) as run:
+    with _open(root, key or uuid.uuid4().hex, resumed=True, name=name, started=_now()) as run:
         run.set_status("RUNNING")
         yield run
 
 
-@contextmanager
-def reopened_run(root: Path, key: str | None, mlflow_run_id: str | None = None) -> Iterator[TrackedRun]:
-    """Open a finished run to add to it, whatever it holds; where the store does not have it, warn and keep nothing.
-
-    Args:
-        root: where the journals are, and the store, unless the environment names another.
-        key: the run's; None keeps nothing.
-        mlflow_run_id: MLflow's id, where it is known.
-    """
-    if not key:
-        yield TrackedRun()
-        return
-    with _open(root, key, resumed=False, name=None, started=None, mlflow_run_id=mlflow_run_id) as run:
-        yield run
+def reopened_run(root: Path, key: str) -> AbstractContextManager[TrackedRun]:
+    """Open a finished run to add to it, whatever it holds; where the store does not have it, warn and keep nothing."""
+    return _open(root, key, resumed=False, name=None, started=None)
 
 
 def journals(root: Path) -> Path:
@@ -160,39 +145,27 @@ def sync(root: Path) -> Iterator[Synced]:
         try:
             with closing(Journal(folder)) as journal:
                 yield _sync(journal, root)
-        except JournalInUseError:
+        except filelock.Timeout:
             yield Synced(folder.name, "still running")
         except (OSError, ValueError) as error:
             yield Synced(folder.name, f"cannot be read: {first_line(error)}", waits=True)
-
-
-def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` -> ``{"a.b": 1}``."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 @contextmanager
 def _open(root: Path, key: str, *, resumed: bool, **about: Any) -> Iterator[TrackedRun]:
     """A run whose journal is delivered in the background; at the end, all that can be delivered is."""
     try:
-        journal = Journal(journals(root) / key, about | {"target": current_target()})
+        journal = Journal(journals(root) / key, wait=5, **about)
+        journal.update(target=current_target())  # a resumed run, and all of it, goes to the present store
     except (OSError, ValueError) as error:
         warnings.warn(f"nothing of this run is tracked ({first_line(error)})", stacklevel=4)
         yield TrackedRun()
         return
-    if journal.about["target"] != current_target():  # a resumed run, and all of it, goes to the present store
-        journal.update(target=current_target(), mlflow_run_id=None, delivered=0)
     run, started = TrackedRun(journal, resumed=resumed), journal.about["started"] or _now()
-    delivery = DeliveryThread(
-        journal, root, measure=lambda: run.log_metrics(system_metrics(), (_now() - started) // 1000)
-    )
-    delivery.start()
+    stopping = threading.Event()
+    work = (stopping, journal, root, lambda: run.log_metrics(system_metrics(), (_now() - started) // 1000))
+    thread = threading.Thread(target=delivery.deliver_until, args=work, name="tracking", daemon=True)
+    thread.start()
     status = "FAILED"
     try:
         yield run
@@ -202,14 +175,15 @@ def _open(root: Path, key: str, *, resumed: bool, **about: Any) -> Iterator[Trac
         raise
     finally:
         run.set_status(status)
-        stopped = delivery.stop()
+        stopping.set()
+        thread.join(delivery.PATIENCE)
         if waiting := journal.waiting:
             print(
                 f"tracking: {waiting} entries of this run wait in {journal.folder}; `latentloom sync` delivers them",
                 file=sys.stderr,
                 flush=True,
             )
-        if stopped:
+        if not thread.is_alive():  # else the store hangs, and the thread is left to itself
             journal.close()
 
 
@@ -223,7 +197,7 @@ def _sync(journal: Journal, root: Path) -> Synced:
     if not waiting:
         return Synced(journal.key, "nothing to deliver")
     try:
-        deliver(journal, root)
+        delivery.deliver(journal, root)
     except Exception as error:
         return Synced(journal.key, f"{journal.waiting} entries still wait: {first_line(error)}", waits=True)
     return Synced(journal.key, f"delivered {waiting} entries")
@@ -236,6 +210,14 @@ def _held(journal: Journal) -> set[tuple[str, str, int | None]]:
         for event, _ in journal.events()
         for name in event.get("values", [event.get("key")])
     }
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """``{"a": {"b": 1}}`` -> ``{"a.b": "1"}``."""
+    flat: dict[str, str] = {}
+    for key, value in nested.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": str(value)}
+    return flat
 
 
 def _now() -> int:

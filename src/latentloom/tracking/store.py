@@ -12,6 +12,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from latentloom.errors import UserError
 from latentloom.files import atomic_path
 
 if TYPE_CHECKING:
@@ -57,6 +58,11 @@ def first_line(error: Exception) -> str:
     return _CREDENTIALS.sub("://", f"{type(error).__name__}: {line}")
 
 
+def has_error_code(error: Exception, *codes: str) -> bool:
+    """Whether MLflow gave one of these codes as the error's reason."""
+    return getattr(error, "error_code", None) in codes
+
+
 def current_target() -> str | None:
     """The store that the environment names, without credentials; None for the project's own."""
     uri = os.environ.get("MLFLOW_TRACKING_URI")
@@ -92,10 +98,22 @@ def open_client(root: Path) -> "MlflowClient":
     return client
 
 
+def existing_store(root: Path) -> "MlflowClient":
+    """`open_client`, of a store that is there: no store is created to look something up.
+
+    Raises:
+        UserError: when the project has no store, or there is no project, and the environment names no store.
+    """
+    if not os.environ.get("MLFLOW_TRACKING_URI") and not (root / "mlflow.db").exists():
+        raise UserError(
+            f"{root} has no MLflow store (mlflow.db): run this in the project's root, after a training, or set "
+            "MLFLOW_TRACKING_URI"
+        )
+    return open_client(root)
+
+
 def experiment_id(client: "MlflowClient", root: Path) -> str:
     """The id of our runs' experiment: `MLFLOW_EXPERIMENT_NAME`, or ``latentloom``; created if need be."""
-    from mlflow.exceptions import MlflowException
-
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
     if found := client.get_experiment_by_name(name):
         return found.experiment_id
@@ -103,8 +121,8 @@ def experiment_id(client: "MlflowClient", root: Path) -> str:
     location = (root.resolve() / "mlartifacts").as_uri() if own_store else None
     try:
         return client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+    except Exception as error:
+        if not has_error_code(error, "RESOURCE_ALREADY_EXISTS"):
             raise
         return client.get_experiment_by_name(name).experiment_id  # another process was first
 

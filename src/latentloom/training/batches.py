@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -56,96 +57,55 @@ def epoch_rows(seed: int, epoch: int, size: int, weights: torch.Tensor | None = 
     return order.repeat_interleave(counts)[torch.randperm(size, generator=draws)]
 
 
-class RowOrder:
-    """Which rows each step takes, out of epochs of ``size`` rows each; see `epoch_rows`.
-
-    The order of the epoch in use stays on ``device``, so an epoch is shuffled and copied there once. Steps may be asked
-    for in any order.
-    """
-
-    def __init__(
-        self, seed: int, size: int, weights: torch.Tensor | None = None, device: torch.device | str = "cpu"
-    ) -> None:
-        self.seed, self.size, self.weights, self.device = seed, size, weights, device
-        self._epoch: int | None = None
-        self._order = torch.empty(0, dtype=torch.long)
-
-    def rows(self, step: int, batch_size: int) -> torch.Tensor:
-        """The rows (B,), int64, of the whole batch of ``step``, on the device."""
-        position, end = step * batch_size, (step + 1) * batch_size
-        pieces = []
-        while position < end:
-            epoch, start = divmod(position, self.size)
-            piece = self._epoch_order(epoch)[start : start + end - position]
-            pieces.append(piece)
-            position += len(piece)
-        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-
-    def _epoch_order(self, epoch: int) -> torch.Tensor:
-        if epoch != self._epoch:
-            self._order = epoch_rows(self.seed, epoch, self.size, self.weights).to(self.device)
-            self._epoch = epoch
-        return self._order
+def step_rows(step: int, batch_size: int, size: int, epoch: Callable[[int], torch.Tensor]) -> torch.Tensor:
+    """The rows (B,), int64, of the whole batch of ``step``; ``epoch`` gives the ``size`` rows of each epoch."""
+    first = step * batch_size
+    epochs = [epoch(number) for number in range(first // size, (first + batch_size - 1) // size + 1)]
+    rows = torch.cat(epochs) if len(epochs) > 1 else epochs[0]
+    return rows[first % size :][:batch_size]
 
 
-class Draws(NamedTuple):
-    """The random numbers of a step's whole batch, and the rows that they choose, for each position (B,).
-
-    ``deviation`` (B, C, h, w) multiplies a latent's standard deviation; None where latents have none.
-    """
-
-    rows: torch.Tensor
-    latent_rows: torch.Tensor
-    caption_rows: torch.Tensor
-    has_label: torch.Tensor
-    deviation: torch.Tensor | None
-    noise_levels: torch.Tensor
-    noise: torch.Tensor
-
-
-def draw_step(
+def draw_batch(
     data: LatentDataset,
-    order: RowOrder,
+    rows: torch.Tensor,
+    draws: torch.Generator,
     *,
-    seed: int,
-    step: int,
-    batch_size: int,
     distribution: str,
     label_dropout: float,
-) -> Draws:
-    """Draw the random numbers of a step: rows, captions, mirroring, samples of latents, dropped labels, noise, levels.
+    parts: Sequence[slice],
+) -> list[Batch]:
+    """Draw what a step's ``rows`` (B,) need: captions, dropped labels, mirroring, samples of latents, noise, levels.
 
     Noise levels are stratified over the batch: one from each of B equal slices of the distribution (in the spirit of
-    Kingma et al. 2021, appendix I.1), which lowers the variance of the loss.
+    Kingma et al. 2021, appendix I.1), which lowers the variance of the loss. A dropped label is the zero embedding
+    (Ho & Salimans 2022).
     """
-    device, shape = data.device, (batch_size, *data.latent_shape)
-    rows = order.rows(step, batch_size)
-    draws = generator(device, seed, "step", step)
+    device, size = data.device, len(rows)
 
     def uniform() -> torch.Tensor:
-        return torch.rand(batch_size, generator=draws, device=device)
+        return torch.rand(size, generator=draws, device=device)
 
     def normal() -> torch.Tensor:
-        return torch.randn(shape, generator=draws, device=device)
+        return torch.randn(size, *data.latent_shape, generator=draws, device=device)
 
-    columns = (uniform() * data.caption_counts[rows]).long()
+    captions = data.captions[rows, (uniform() * data.caption_counts[rows]).long()]
     has_label = uniform() >= label_dropout
     latent_rows = rows
     if data.first_mirrored is not None:
         latent_rows = torch.where(uniform() < 0.5, rows + data.first_mirrored, rows)
     deviation = normal() if data.has_std else None
-    strata = torch.randperm(batch_size, generator=draws, device=device)
-    noise_levels = noise_levels_from_uniform((strata + uniform()) / batch_size, distribution)
-    return Draws(rows, latent_rows, data.captions[rows, columns], has_label, deviation, noise_levels, normal())
+    strata = torch.randperm(size, generator=draws, device=device)
+    noise_levels = noise_levels_from_uniform((strata + uniform()) / size, distribution)
+    noise = normal()
 
+    def gather(part: slice) -> Batch:
+        latents, std = data.latents_at(latent_rows[part])
+        if std is not None:
+            latents = latents + std * deviation[part]
+        labels = data.embeddings_at(captions[part]) * has_label[part].unsqueeze(1)
+        return Batch(latents, noise[part], noise_levels[part], labels, rows[part])
 
-def gather(data: LatentDataset, draws: Draws, positions: slice) -> Batch:
-    """Read the rows for ``positions`` of a batch. A dropped label is the zero embedding (Ho & Salimans 2022)."""
-    latents, std = data.latents_at(draws.latent_rows[positions])
-    if std is not None:
-        latents = latents + std * draws.deviation[positions]
-    labels = data.embeddings_at(draws.caption_rows[positions]) * draws.has_label[positions].unsqueeze(1)
-    return Batch(latents, draws.noise[positions], draws.noise_levels[positions], labels, draws.rows[positions])
+    return [gather(part) for part in parts]
 
 
 def batches(
@@ -164,8 +124,6 @@ def batches(
     for.
 
     Args:
-        data: the training split.
-        seed: of the training.
         steps: from 0 on.
         batch_size: images per step, over all processes together.
         distribution: of noise levels, as `noise_levels_from_uniform` knows it.
@@ -175,24 +133,17 @@ def batches(
     Raises:
         Whatever reading a batch raises, when that batch is due.
     """
-    order = RowOrder(seed, len(data), data.weights, data.device)
+
+    @lru_cache(maxsize=1)  # so an epoch is shuffled, and copied to the device, once
+    def epoch(number: int) -> torch.Tensor:
+        return epoch_rows(seed, number, len(data), data.weights).to(data.device)
 
     def make(step: int) -> list[Batch]:
-        draws = draw_step(
-            data,
-            order,
-            seed=seed,
-            step=step,
-            batch_size=batch_size,
-            distribution=distribution,
-            label_dropout=label_dropout,
-        )
-        return [gather(data, draws, part) for part in parts]
+        rows = step_rows(step, batch_size, len(data), epoch)
+        draws = generator(data.device, seed, "step", step)
+        return draw_batch(data, rows, draws, distribution=distribution, label_dropout=label_dropout, parts=parts)
 
-    if data.streamed:
-        yield from prefetch(make, steps, data.device)
-    else:
-        yield from map(make, steps)
+    yield from prefetch(make, steps, data.device) if data.streamed else map(make, steps)
 
 
 def prefetch(make: Callable[[int], Parts], steps: Iterable[int], device: torch.device) -> Iterator[Parts]:

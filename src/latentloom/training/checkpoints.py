@@ -1,25 +1,24 @@
 """Checkpoints: all that a training needs to resume as if it had never stopped.
 
-    FOLDER/FINGERPRINT/step-000400/state.safetensors   weights, averages, optimizer, what is measured but not yet logged
-    FOLDER/FINGERPRINT/step-000400/state.json          the rest, the code that wrote it, the checksum of the tensors
+    FOLDER/FINGERPRINT/step-000400/state.safetensors   weights, averages, optimizer, the latest measurements
     FOLDER/FINGERPRINT/step-000400/curves/             the curves up to this step
+    FOLDER/FINGERPRINT/step-000400/state.json          the rest, the code that wrote it, the checksum of the tensors
     FOLDER/FINGERPRINT/run.json                        the run that the training logs to
     FOLDER/FINGERPRINT.lock                            held by the process that trains
 
 The fingerprint covers what decides the weights: params, data and precision, but not the code. So a fix of the code
-resumes what the old code began; the checkpoint names its code, so that the resumed training can say so. A checkpoint is
-written under a temporary name and renamed when all of it is on the disk. No pickle is written or read.
+resumes what the old code began; the checkpoint names its code, so that the resumed training can say so. Of a
+checkpoint's files ``state.json`` is written last: without it, there is no checkpoint. No pickle is written or read.
 """
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,36 +26,32 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 
-from latentloom.errors import UserError, WriteError
-from latentloom.files import read_json, sha256_file, write_json
+from latentloom.errors import UserError
+from latentloom.files import read_json, sha256_file, write_json, write_text
 from latentloom.model_files import save_tensors
 from latentloom.params import Params
 
-FORMAT_VERSION = 2
-STEP = "step-"
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
 class CodeVersion:
-    """The code of a training: the hash of the modules that decide its weights, and the git commit, where known."""
+    """The code of a training: the hash of the modules that decide its weights, the git commit, where known, and torch.
+
+    Two are equal where they compute the same: another commit may have changed something else.
+    """
 
     hash: str
-    commit: str | None = None
+    commit: str | None = field(default=None, compare=False)
+    torch: str = torch.__version__
 
     def __str__(self) -> str:
-        return f"commit {(self.commit or 'unknown')[:12]}, code {self.hash[:12]}"
+        return f"commit {(self.commit or 'unknown')[:12]}, code {self.hash[:12]}, torch {self.torch}"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint on the disk.
-
-    Attributes:
-        step: steps done.
-        metadata: what was saved with the tensors, as JSON holds it.
-        code: that wrote it.
-        folder: of its files.
-    """
+    """A whole checkpoint on the disk: after ``step`` steps, with the ``metadata`` that was saved beside the tensors."""
 
     step: int
     metadata: dict[str, Any]
@@ -73,27 +68,24 @@ class Checkpoint:
         return load_file(self.folder / "state.safetensors")
 
 
+@dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one training, in ``folder/fingerprint``; the last ``keep`` are kept.
+    """The checkpoints of one training.
 
-    Args:
-        folder: for the checkpoints of all trainings.
-        fingerprint: of this training.
+    Attributes:
+        folder: of this training, named after its fingerprint; those of other trainings lie beside it.
         code: that runs; each checkpoint records it.
-        keep: how many to keep.
+        keep: how many of the last checkpoints to keep.
+        pinned: the step whose checkpoint stays besides, also after a success; 0: none.
         limit: bytes that other trainings' checkpoints may take; beyond it the least recently used trainings' are
             deleted, but for those that run.
     """
 
-    def __init__(self, folder: Path, fingerprint: str, *, code: CodeVersion, keep: int, limit: int) -> None:
-        self.folder, self.fingerprint, self.code, self.keep, self.limit = (
-            folder / fingerprint,
-            fingerprint,
-            code,
-            keep,
-            limit,
-        )
-        self._pinned: int | None = None
+    folder: Path
+    code: CodeVersion
+    keep: int
+    pinned: int
+    limit: int
 
     @contextmanager
     def locked(self, *, wait: bool = True) -> Iterator[None]:
@@ -119,54 +111,31 @@ class Checkpoints:
         finally:
             lock.release()
 
-    def save(
-        self,
-        step: int,
-        tensors: Mapping[str, torch.Tensor],
-        metadata: dict[str, Any],
-        *,
-        curves: Path | None = None,
-        pinned: bool = False,
-    ) -> None:
-        """Write a checkpoint, then delete those that are one too many; a ``pinned`` one stays.
+    def save(self, step: int, tensors: Mapping[str, torch.Tensor], metadata: dict[str, Any], curves: Path) -> None:
+        """Write the checkpoint after ``step`` steps, then delete those that are one too many.
 
-        Args:
-            step: steps done.
-            tensors: by name, on any device.
-            metadata: what JSON can hold.
-            curves: a folder to copy.
-            pinned: whether it stays when others are deleted.
+        ``metadata`` is what JSON can hold, ``curves`` a folder whose CSV files are copied.
 
         Raises:
             WriteError: when it cannot be written, naming the file and the room it needs; older checkpoints are kept.
         """
-        final = self.folder / f"{STEP}{step:06d}"
-        temporary = self.folder / f".{final.name}.{os.getpid()}.tmp"
+        folder = self.folder / f"step-{step:06d}"
+        self._delete([folder])  # a damaged one
         try:
-            save_tensors(temporary / "state.safetensors", tensors)
-            if curves and curves.is_dir():
-                shutil.copytree(curves, temporary / "curves")
+            save_tensors(folder / "state.safetensors", tensors)
+            for curve in sorted(curves.glob("*.csv")):
+                write_text(folder / "curves" / curve.name, curve.read_text(encoding="utf-8"))
             state = {
                 "format_version": FORMAT_VERSION,
-                "fingerprint": self.fingerprint,
-                "step": step,
-                "sha256": sha256_file(temporary / "state.safetensors"),
-                "torch": torch.__version__,
-                "code": self.code.hash,
-                "commit": self.code.commit,
+                "sha256": sha256_file(folder / "state.safetensors"),
+                "code": asdict(self.code),
                 "metadata": metadata,
             }
-            write_json(temporary / "state.json", state)
-            self._delete([final])  # a damaged one
-            temporary.replace(final)
-        except OSError as error:
-            named = error if isinstance(error, WriteError) else f"could not write {final}: {error.strerror or error}"
-            raise WriteError(error.errno, str(named).replace(temporary.name, final.name)) from error
-        finally:
-            self._delete([temporary])
-        if pinned:
-            self._pinned = step
-        self._delete(path for path in self._newest_first()[self.keep :] if _step(path) != self._pinned)
+            write_json(folder / "state.json", state)
+        except OSError:
+            self._delete([folder])
+            raise
+        self._delete(path for path in self._newest_first()[self.keep :] if _step(path) != self.pinned)
 
     def latest(self, usable: Callable[[int, dict[str, Any]], bool] = lambda step, metadata: True) -> Checkpoint | None:
         """The newest whole checkpoint, of those that are ``usable`` by their step and metadata; None where none is.
@@ -174,60 +143,52 @@ class Checkpoints:
         One that is damaged or of another format is skipped with a warning.
         """
         for path in self._newest_first():
+            if not (path / "state.json").exists():
+                continue
             try:
-                state = _read_state(path, self.fingerprint)
-                found = Checkpoint(state["step"], state["metadata"], CodeVersion(state["code"], state["commit"]), path)
-                if not usable(found.step, found.metadata):
-                    continue
+                state = _read_state(path)
+                found = Checkpoint(_step(path), state["metadata"], CodeVersion(**state["code"]), path)
             except (ValueError, KeyError, OSError) as error:
                 warnings.warn(f"{path} cannot be used and is skipped ({error})", stacklevel=2)
                 continue
-            if state["torch"] != torch.__version__:
-                warnings.warn(
-                    f"{path} was written with torch {state['torch']}, this is {torch.__version__}: the training "
-                    "resumes, but will not end with the same bytes",
-                    stacklevel=2,
-                )
-            return found
+            if usable(found.step, found.metadata):
+                return found
         return None
 
     def read_run(self) -> dict[str, Any]:
         """What `begin` or `end` recorded last; empty where nothing was, or it is damaged."""
         try:
             return read_json(self.folder / "run.json")
-        except (OSError, ValueError):
+        except UserError:
             return {}
 
     def begin(self, run: dict[str, Any], resumed: Checkpoint | None) -> None:
-        """Record which ``run`` this is, and delete checkpoints beyond ``resumed``."""
+        """Record which ``run`` this is, and delete checkpoints beyond ``resumed``, whole or not."""
         write_json(self.folder / "run.json", run)
         self._delete(path for path in self._newest_first() if _step(path) > (resumed.step if resumed else 0))
-        self._delete(self.folder.glob(f".{STEP}*.tmp"))  # of a killed process
-        self._make_room()
+        with suppress(FileNotFoundError):  # another training ended just now, and deleted its own
+            self._make_room()
 
     def end(self, run: dict[str, Any]) -> None:
         """After a success: delete all but the pinned checkpoint, beside which ``run`` is recorded; without one, all."""
-        if self._pinned is None:
-            self._delete([self.folder])
+        others = [path for path in self._newest_first() if _step(path) != self.pinned]
+        if len(others) == len(self._newest_first()):
+            others = [self.folder]
         else:
             write_json(self.folder / "run.json", run)
-            self._delete(path for path in self._newest_first() if _step(path) != self._pinned)
+        self._delete(others)
 
     def _newest_first(self) -> list[Path]:
-        return sorted(self.folder.glob(f"{STEP}*"), key=_step, reverse=True)
+        return sorted(self.folder.glob("step-*"), key=_step, reverse=True)
 
     def _make_room(self) -> None:
         others = [path for path in self.folder.parent.iterdir() if path.is_dir() and path != self.folder]
         kept = 0
-        for path in sorted(others, key=_last_used, reverse=True):
-            kept += sum(_size(file) for file in path.rglob("*"))
-            if kept <= self.limit:
-                continue
-            try:
-                with _lock_of(path).acquire(blocking=False):
+        for path in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True):
+            kept += sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+            if kept > self.limit:
+                with suppress(Timeout), _lock_of(path).acquire(blocking=False):  # unless that training is running
                     self._delete([path])
-            except Timeout:
-                continue  # that training is running
 
     @staticmethod
     def _delete(folders: Iterable[Path]) -> None:
@@ -259,42 +220,20 @@ def training_fingerprint(params: Params, inputs: Mapping[str, str], precision: s
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _read_state(path: Path, fingerprint: str) -> dict[str, Any]:
+def _read_state(path: Path) -> dict[str, Any]:
     state = read_json(path / "state.json")
     if state["format_version"] != FORMAT_VERSION:
         raise ValueError(f"format version {state['format_version']}, this code reads {FORMAT_VERSION}")
-    if state["fingerprint"] != fingerprint:
-        raise ValueError("it belongs to another training")
-    if state["step"] != _step(path):
-        raise ValueError(f"its name says step {_step(path)}, its content step {state['step']}")
     if sha256_file(path / "state.safetensors") != state["sha256"]:
         raise ValueError("its checksum does not match")
     return state
 
 
 def _step(path: Path) -> int:
-    digits = path.name.removeprefix(STEP)
-    return int(digits) if digits.isdigit() else -1
+    return int(path.name.removeprefix("step-"))
 
 
 def _lock_of(folder: Path) -> FileLock:
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Not within the folder, which is deleted while the lock is held.
     return FileLock(folder.with_name(f"{folder.name}.lock"), thread_local=False)
-
-
-# Another training may delete what is listed at any moment.
-
-
-def _last_used(folder: Path) -> float:
-    try:
-        return folder.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size if path.is_file() else 0
-    except FileNotFoundError:
-        return 0

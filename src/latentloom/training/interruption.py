@@ -1,9 +1,8 @@
 """SIGTERM and Ctrl-C as a request to stop after the running step, once its state is saved."""
 
 import signal
-import threading
 import time
-from types import FrameType, TracebackType
+from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ONE_GESTURE = 2.0  # seconds
@@ -31,16 +30,12 @@ class StopRequest:
     def __init__(self) -> None:
         self.number = 0  # of the signal; 0: none came
         self._asked_at = 0.0
-        self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():  # only there Python takes signals
-            self._before = {number: signal.signal(number, self._take) for number in SIGNALS}
+        self._before = {number: signal.signal(number, self._take) for number in SIGNALS}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -48,19 +48,30 @@ class TrainingState:
         average = copy.deepcopy(network).eval().requires_grad_(False)
         optimizer = torch.optim.AdamW(
             _decay_groups(network, params.weight_decay),
-            lr=params.learning_rate,  # each step sets its own, see `learning_rate_at`
+            lr=0.0,  # each step sets its own, see `learning_rate_at`
             betas=(0.9, 0.99),
             fused=next(network.parameters()).device.type in ("cpu", "cuda"),
         )
-        return cls(network, average, optimizer)
+        for weight in network.parameters():
+            weight.grad = torch.zeros_like(weight)
+        optimizer.step()  # moves no weight, but makes the moments, so that a state always has them
+        optimizer.zero_grad()
+        state = cls(network, average, optimizer)
+        state.set_step(0)
+        return state
+
+    def set_step(self, step: int) -> None:
+        """Set how many steps are done."""
+        self.step = step
+        for moments in self.optimizer.state.values():
+            moments["step"].fill_(step)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor of the state by name, not copied; before the first step, the optimizer has none."""
+        """Every tensor of the state by name, not copied."""
         tensors = {f"network.{name}": weight for name, weight in self.network.named_parameters()}
         tensors |= {f"average.{name}": weight for name, weight in self.average.named_parameters()}
-        moments = self.optimizer.state
         for name, weight in self.network.named_parameters():
-            tensors |= {f"{key}.{name}": moments[weight][key] for key in MOMENTS if weight in moments}
+            tensors |= {f"{key}.{name}": self.optimizer.state[weight][key] for key in MOMENTS}
         return tensors
 
     @torch.no_grad()
@@ -70,22 +81,16 @@ class TrainingState:
         Raises:
             UserError: when a tensor is missing or has another shape, as after an edit of the network.
         """
-        for name, weight in self.tensors().items():
-            weight.copy_(_fitting(tensors, name, weight))
-        names = {weight: name for name, weight in self.network.named_parameters()}
-        ordered = [names[weight] for group in self.optimizer.param_groups for weight in group["params"]]
-        weights = dict(self.network.named_parameters())
-        moments = {
-            number: {"step": torch.tensor(float(step))}
-            # In the weight's own memory format: the fused optimizer goes through memory as it lies.
-            | {
-                key: torch.empty_like(weights[name]).copy_(_fitting(tensors, f"{key}.{name}", weights[name]))
-                for key in MOMENTS
-            }
-            for number, name in enumerate(ordered)
-        }
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
-        self.step = step
+        for name, tensor in self.tensors().items():
+            if name not in tensors or tensors[name].shape != tensor.shape:
+                found = tuple(tensors[name].shape) if name in tensors else "absent"
+                raise UserError(
+                    f"the checkpoint's {name} is {found}, expected {tuple(tensor.shape)}: it was written by code of "
+                    "another network; restore that code to resume, or delete the checkpoint in .state/checkpoints to "
+                    "start anew"
+                )
+            tensor.copy_(tensors[name])
+        self.set_step(step)
 
 
 @dataclass(frozen=True)
@@ -98,14 +103,12 @@ class Step:
         mae: the mean absolute error in units of a latent's standard deviation, of this process's part; it is the loss
             where ``train.loss`` is mae.
         gradient_norm: before clipping, over all processes.
-        learning_rate: the rate that the step used.
     """
 
     step: int
     loss: torch.Tensor
     mae: torch.Tensor
     gradient_norm: torch.Tensor
-    learning_rate: float
 
 
 def learning_rate_at(step: int, params: TrainParams) -> float:
@@ -175,7 +178,6 @@ def train(
 
     Args:
         state: on the same device as ``data``.
-        data: the training split.
         seed: every random number is a function of it, the step and the position in the global batch.
         dtype: for autocast; None computes in fp32.
         accelerator: of this process; None: the only one.
@@ -219,14 +221,13 @@ def train(
                 accelerator.backward(loss / len(parts))
             measured.append(torch.stack([loss.detach(), mae.detach()]))
         gradient_norm = nn.utils.clip_grad_norm_(weights, params.gradient_clip, foreach=True)
-        rate = learning_rate_at(step, params)
         for group in state.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = learning_rate_at(step, params)
         state.optimizer.step()
         torch._foreach_lerp_(averaged, weights, 1.0 - ema_decay_at(step, params.batch_size, params.ema_images))
         state.step = step + 1
         loss, mae = torch.stack(measured).mean(0)
-        yield Step(state.step, loss, mae, gradient_norm, rate)
+        yield Step(state.step, loss, mae, gradient_norm)
 
 
 def losses(predicted: torch.Tensor, latents: torch.Tensor, params: TrainParams) -> tuple[torch.Tensor, torch.Tensor]:
@@ -247,13 +248,3 @@ def _decay_groups(network: nn.Module, weight_decay: float) -> list[dict]:
     kernels = [weight for weight in network.parameters() if weight.ndim > 1]
     others = [weight for weight in network.parameters() if weight.ndim <= 1]
     return [{"params": kernels, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-
-
-def _fitting(tensors: dict[str, torch.Tensor], name: str, like: torch.Tensor) -> torch.Tensor:
-    if name not in tensors or tensors[name].shape != like.shape:
-        found = tuple(tensors[name].shape) if name in tensors else "absent"
-        raise UserError(
-            f"the checkpoint's {name} is {found}, expected {tuple(like.shape)}: it was written by code of another "
-            "network; restore that code to resume, or delete the checkpoint in .state/checkpoints to start anew"
-        )
-    return tensors[name]

@@ -10,23 +10,25 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
-from tqdm import tqdm
 
 from latentloom.diffusion.denoising_error import denoising_error
 from latentloom.encoding.dataset import Caches
 from latentloom.errors import WriteError
 from latentloom.model_files import ModelConfig
 from latentloom.params import Params
-from latentloom.training.divergence import DivergenceCheck
-from latentloom.training.loop import Step
+from latentloom.training.divergence import NORMS_COMPARED, check_divergence
+from latentloom.training.loop import Step, learning_rate_at
 from latentloom.training.preview import Previews
+
+Result = TypeVar("Result")
 
 
 class Logger(Protocol):
@@ -36,16 +38,6 @@ class Logger(Protocol):
 
     def log_image(self, image: np.ndarray, key: str, step: int) -> None:
         """Log an image, uint8 (H, W, 3)."""
-
-    def set_tags(self, tags: Mapping[str, str]) -> None: ...
-
-
-class NullLogger:
-    """A `Logger` that keeps nothing: for every process but the main one."""
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None: ...
-
-    def log_image(self, image: np.ndarray, key: str, step: int) -> None: ...
 
     def set_tags(self, tags: Mapping[str, str]) -> None: ...
 
@@ -91,24 +83,34 @@ class Curves:
                     yield {name: int(value) if name == "step" else float(value) for name, value in row.items()}
 
 
-class TrainingMonitor:
-    """Monitors one training. All processes measure; the main one alone shows, logs and writes.
-
-    Args:
-        params: the whole params.
-        config: of the model.
-        caches: both splits, on the device.
-        average: the averaged weights that the training updates.
-        accelerator: of this process.
-        curves: the curves' files.
-        logger: gets metrics and preview grids by step.
-        dtype: for autocast; None computes in fp32.
+@dataclass
+class Figures:
+    """What has been measured so far, as JSON can hold it.
 
     Attributes:
         train_mae: the mean over the steps between the last two logs.
         val_mae: the validation error of the averaged weights, when last measured; None without a validation split.
         best_step: where ``val_mae`` was lowest, and ``best_val_mae``, that error.
         seconds: what the steps took, without validation, previews and checkpoints.
+        logged_step: the step of the last log, and ``logged_seconds``, the ``seconds`` then.
+    """
+
+    train_mae: float | None = None
+    val_mae: float | None = None
+    best_step: int | None = None
+    best_val_mae: float | None = None
+    seconds: float = 0.0
+    logged_step: int = 0
+    logged_seconds: float = 0.0
+
+
+class TrainingMonitor:
+    """Monitors one training. All processes measure; the main one alone shows, logs and writes.
+
+    Args:
+        average: the averaged weights, which the training updates.
+        logger: None in all processes but the main one.
+        dtype: for autocast; None computes in fp32.
     """
 
     def __init__(
@@ -120,46 +122,27 @@ class TrainingMonitor:
         *,
         accelerator: Accelerator,
         curves: Curves,
-        logger: Logger,
+        logger: Logger | None,
         dtype: torch.dtype | None,
     ) -> None:
-        self.settings, self.monitor, self.diffusion = params.train, params.monitor, params.diffusion
-        self.validation = caches.validation
-        self.train_mae: float | None = None
-        self.val_mae: float | None = None
-        self.best_step: int | None = None
-        self.best_val_mae: float | None = None
-        self.seconds = 0.0
+        self.figures = Figures()
+        self._params, self._validation = params, caches.validation
         self._average, self._accelerator = average, accelerator
-        self._best = copy.deepcopy(average) if self.settings.keep == "best" else None
+        self._best = copy.deepcopy(average) if params.train.keep == "best" else None
         self._curves, self._logger, self._dtype = curves, logger, dtype
-        self._previews = Previews(
-            config,
-            caches,
-            count=self.monitor.sample_count,
-            guidance=self.monitor.sample_guidance,
-            seed=params.seed,
-            dtype=dtype,
+        # In every process, though one uses them: while one downloaded a VAE, the others would wait in their first step,
+        # until they gave up.
+        self._previews = self._attempt("preparing the previews", lambda: Previews(params, config, caches, dtype))
+        # A row per step: loss, mae, gradient norm. The latest are on the device, of this process; all others on the
+        # CPU, over all processes: those that are not logged yet, or that new gradient norms are compared with.
+        self._latest: list[torch.Tensor] = []
+        self._history = torch.empty(0, 3)
+        self._actions: tuple[tuple[int, Callable[[int], None]], ...] = (
+            (params.monitor.log_every, self._log),
+            (params.monitor.validate_every, self._validate),
+            (params.monitor.sample_every, self._preview),
         )
-        self._divergence = DivergenceCheck()
-        self._unlogged: list[torch.Tensor] = []  # (loss, mae, gradient norm) per step, of this process
-        self._checked = 0  # how many of them were checked for divergence
-        self._logged_seconds = 0.0
         self._clock = time.monotonic()
-        self._progress = tqdm(
-            total=self.settings.steps * self.settings.batch_size,
-            desc="train",
-            unit="image",
-            unit_scale=True,
-            disable=None if accelerator.is_main_process else True,
-        )
-
-    def __enter__(self) -> "TrainingMonitor":
-        self._clock = time.monotonic()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.close()
 
     @property
     def model(self) -> nn.Module:
@@ -168,16 +151,16 @@ class TrainingMonitor:
 
     def step(self, step: Step) -> None:
         """Take a step in, and do what is due after it."""
-        self._unlogged.append(torch.stack([step.loss, step.mae, step.gradient_norm]))
-        for every, action in self._actions():
+        self._latest.append(torch.stack([step.loss, step.mae, step.gradient_norm]))
+        for every, action in self._actions:
             if step.step % every == 0:
-                action(step.step, step.learning_rate)
+                action(step.step)
 
-    def finish(self, last_rate: float) -> None:
-        """After the last step, do what its number alone does not make due."""
-        for every, action in self._actions():
-            if self.settings.steps % every:
-                action(self.settings.steps, last_rate)
+    def finish(self) -> None:
+        """After the last step, and after its checkpoint, from which a longer run resumes: do what is not due then."""
+        for every, action in self._actions:
+            if self._params.train.steps % every:
+                action(self._params.train.steps)
 
     def check_divergence(self, step: int) -> None:
         """Check the steps since the last check, the last of which is ``step``.
@@ -185,48 +168,38 @@ class TrainingMonitor:
         Raises:
             TrainingDivergedError: when the training has diverged.
         """
-        if unchecked := self._unlogged[self._checked :]:
-            losses, _, norms = self._accelerator.reduce(torch.stack(unchecked), "mean").cpu().unbind(1)
-            self._divergence.check(losses, norms, step)
-            self._checked = len(self._unlogged)
+        if not self._latest:
+            return
+        rows = self._accelerator.reduce(torch.stack(self._latest), "mean").cpu()
+        losses, _, norms = rows.unbind(1)
+        check_divergence(losses, norms, self._history[:, 2], step)
+        self._latest = []
+        needed = max(NORMS_COMPARED, step - self.figures.logged_step)
+        self._history = torch.cat([self._history, rows])[-needed:]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors that resuming needs; all processes must ask for them together."""
-        tensors = {"gradient_norms": self._divergence.norms}
-        if self._unlogged:
-            tensors["unlogged"] = self._accelerator.reduce(torch.stack(self._unlogged), "mean")
+        """The tensors that resuming needs, right after `check_divergence`."""
+        tensors = {"history": self._history}
         if self._best is not None:
             tensors |= {f"best.{name}": weight for name, weight in self._best.named_parameters()}
         return tensors
 
     def metadata(self) -> dict[str, Any]:
         """What else resuming needs, as JSON can hold it."""
-        return {
-            "train_mae": self.train_mae,
-            "val_mae": self.val_mae,
-            "best_step": self.best_step,
-            "best_val_mae": self.best_val_mae,
-            "seconds": self.seconds,
-            "logged_seconds": self._logged_seconds,
-        }
+        return asdict(self.figures)
 
     @torch.no_grad()
-    def load(self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any], step: int) -> None:
-        """Copy in what `tensors` and `metadata` gave after ``step`` steps; the curves have been restarted already."""
-        self.train_mae, self.val_mae = metadata["train_mae"], metadata["val_mae"]
-        self.best_step, self.best_val_mae = metadata["best_step"], metadata["best_val_mae"]
-        self.seconds, self._logged_seconds = metadata["seconds"], metadata["logged_seconds"]
-        self._divergence.norms = tensors["gradient_norms"].cpu().clone()
-        if "unlogged" in tensors:
-            self._unlogged = list(tensors["unlogged"].clone().to(self._accelerator.device).unbind())
-        self._checked = len(self._unlogged)
+    def load(self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
+        """Copy in what `tensors` and `metadata` gave, before the first step; the curves have been restarted already."""
+        self.figures = Figures(**metadata)
+        self._history = tensors["history"].clone()
         if self._best is not None:
             for name, weight in self._best.named_parameters():
                 weight.copy_(tensors[f"best.{name}"])
-        if self._accelerator.is_main_process:
+        if self._logger:
             for row in self._curves.rows():  # the logger may have lost them
                 self._logger.log_metrics(_as_metrics(row), row["step"])
-        self._progress.update((step - len(self._unlogged)) * self.settings.batch_size)
+        self._clock = time.monotonic()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -234,80 +207,74 @@ class TrainingMonitor:
         device = self._accelerator.device
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        self.seconds += time.monotonic() - self._clock
+        self.figures.seconds += time.monotonic() - self._clock
         try:
             yield
         finally:
             self._clock = time.monotonic()
 
-    def _actions(self) -> tuple[tuple[int, Callable[[int, float], None]], ...]:
-        monitor = self.monitor
-        return (
-            (monitor.log_every, self._log),
-            (monitor.validate_every, self._validate),
-            (monitor.sample_every, self._preview),
-        )
-
-    def _log(self, step: int, learning_rate: float) -> None:
+    def _log(self, step: int) -> None:
         self.check_divergence(step)
-        loss, mae, _ = self._accelerator.reduce(torch.stack(self._unlogged).mean(0), "mean").tolist()
         with self.paused():
-            images = len(self._unlogged) * self.settings.batch_size
-            seconds = self.seconds - self._logged_seconds
-            self.train_mae, self._logged_seconds = mae, self.seconds
-            self._unlogged, self._checked = [], 0
-            if not self._accelerator.is_main_process:
-                return
-            row = {"step": step, "train_mae": mae, "train_learning_rate": learning_rate}
-            if self.settings.loss != "mae":
+            figures, settings = self.figures, self._params.train
+            steps, seconds = step - figures.logged_step, figures.seconds - figures.logged_seconds
+            loss, figures.train_mae, _ = self._history[-steps:].mean(0).tolist()
+            figures.logged_step, figures.logged_seconds = step, figures.seconds
+            rate = learning_rate_at(step - 1, settings)
+            row = {"step": step, "train_mae": figures.train_mae, "train_learning_rate": rate}
+            if settings.loss != "mae":
                 row["train_loss"] = loss
-            self._curves.add("train", row)
-            others = {
-                "train/gradient_norm": float(self._divergence.norms[-1]),
-                "train/images_per_second": images / seconds,
+            more = {
+                "train/gradient_norm": float(self._history[-1, 2]),
+                "train/images_per_second": steps * settings.batch_size / seconds,
             }
-            self._logger.log_metrics(_as_metrics(row) | others, step)
-            self._progress.set_postfix(mae=f"{mae:.3f}", refresh=False)
-            self._progress.update(images)
+            self._record("train", row, more)
 
-    def _validate(self, step: int, learning_rate: float) -> None:
+    def _validate(self, step: int) -> None:
         with self.paused():
             error = denoising_error(
                 self._average,
-                self.validation,
-                schedule=self.diffusion.schedule,
-                noise_levels=self.diffusion.noise_levels,
-                images=self.monitor.validation_images,
+                self._validation,
+                schedule=self._params.diffusion.schedule,
+                noise_levels=self._params.diffusion.noise_levels,
+                images=self._params.monitor.validation_images,
                 dtype=self._dtype,
                 accelerator=self._accelerator,
             )
             if not error:
                 return
-            self.val_mae = error["mae"]
-            if self.best_val_mae is None or self.val_mae < self.best_val_mae:
-                self.best_step, self.best_val_mae = step, self.val_mae
+            figures = self.figures
+            figures.val_mae = error["mae"]
+            if figures.best_val_mae is None or figures.val_mae < figures.best_val_mae:
+                figures.best_step, figures.best_val_mae = step, figures.val_mae
                 if self._best is not None:
-                    with torch.no_grad():
-                        torch._foreach_copy_(list(self._best.parameters()), list(self._average.parameters()))
-            if self._accelerator.is_main_process:
-                row = {"step": step} | {f"val_{name}": mae for name, mae in error.items()}
-                self._curves.add("validation", row)
-                self._logger.log_metrics(_as_metrics(row), step)
+                    self._best.load_state_dict(self._average.state_dict())
+            self._record("validation", {"step": step} | {f"val_{name}": mae for name, mae in error.items()}, {})
 
-    def _preview(self, step: int, learning_rate: float) -> None:
-        if not self._accelerator.is_main_process:
-            return
-        with self.paused():
-            try:
-                image = self._previews.generate(self._average)
-            except Exception as error:  # whatever it is, hours of training are worth more than a preview
-                message = f"{type(error).__name__}: {error}".splitlines()[0]
-                warnings.warn(f"the preview at step {step} failed, the training continues ({message})", stacklevel=2)
-                image = None
-            if image is not None:
-                self._logger.log_image(image, "samples", step)
-            elif torch.cuda.is_available():
-                torch.cuda.empty_cache()  # it may have run out of memory
+    def _preview(self, step: int) -> None:
+        if self._logger and self._previews:
+            with self.paused():
+                image = self._attempt(f"the preview at step {step}", lambda: self._previews.generate(self._average))
+                if image is not None:
+                    self._logger.log_image(image, "samples", step)
+
+    def _record(self, curve: str, row: Mapping[str, float], more: Mapping[str, float]) -> None:
+        """Add a row to a curve; log it, and ``more`` that is no part of the curve."""
+        if self._logger:
+            self._curves.add(curve, row)
+            self._logger.log_metrics(_as_metrics(row) | more, row["step"])
+
+    def _attempt(self, what: str, action: Callable[[], Result]) -> Result | None:
+        """What ``action`` gives; None and a warning where it fails: hours of training are worth more than a preview."""
+        try:
+            return action()
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}".splitlines()[0]
+        if self._logger:
+            warnings.warn(f"{what} failed, the training continues ({message})", stacklevel=3)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # it may have run out of memory
+        return None
 
 
 def _as_metrics(row: Mapping[str, float]) -> dict[str, float]:

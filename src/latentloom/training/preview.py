@@ -3,9 +3,6 @@
 Nothing here decides a weight.
 """
 
-from functools import cached_property
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from torch import nn
@@ -14,78 +11,50 @@ from latentloom.diffusion.diffuser import Diffuser
 from latentloom.diffusion.sampling_settings import SamplingSettings
 from latentloom.encoding.codec import LatentCodec
 from latentloom.encoding.dataset import Caches
-from latentloom.encoding.vae import load_vae
+from latentloom.encoding.vae import Vae
 from latentloom.image_grid import image_grid
 from latentloom.model_files import ModelConfig
+from latentloom.params import Params
 from latentloom.randomness import generator
 
-SETTINGS = SamplingSettings(diffusion_steps=20, sampler="dpmpp_2m")
+DIFFUSION_STEPS, SAMPLER = 20, "dpmpp_2m"
 IMAGES_AT_ONCE = 16
-
-
-class PreviewInputs(NamedTuple):
-    """The text embedding (N, dim) and the starting noise (N, C, h, w) of each image."""
-
-    embeddings: torch.Tensor
-    noise: torch.Tensor
 
 
 class Previews:
     """Generates the preview grids of one training.
 
-    Args:
-        config: of the model.
-        caches: whose captions are used; nothing is read, and the VAE is not loaded, before the first grid.
-        count: images per grid.
-        guidance: class guidance.
-        seed: of the training.
-        dtype: for autocast; None computes in fp32.
+    Half of the images have captions of the training split, half of validation (or as many as there are): the first ones
+    by id. The VAE's files are fetched here, which may be a long download; its weights are loaded for the first grid.
+    ``dtype`` is for autocast; None computes in fp32.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        caches: Caches,
-        *,
-        count: int,
-        guidance: float,
-        seed: int,
-        dtype: torch.dtype | None,
-    ) -> None:
-        self.config, self.caches, self.count, self.guidance = config, caches, count, guidance
-        self.seed, self.dtype = seed, dtype
-        device = caches.train.device
-        self.codec = LatentCodec(config.latent_mean, config.latent_std, lambda: load_vae(config.vae.reference, device))
-
-    @cached_property
-    def inputs(self) -> PreviewInputs:
-        """Half of the images from the training split, half from validation (or as many as there are), the first by
-        id."""
-        train, validation = self.caches.train, self.caches.validation
-        from_validation = min(self.count // 2, len(validation))
-        from_train = min(self.count - from_validation, len(train))
-        embeddings = [
-            data.take(number).primary_embeddings()
-            for data, number in ((train, from_train), (validation, from_validation))
-            if number
-        ]
-        shape = (from_train + from_validation, *train.latent_shape)
-        noise = torch.randn(shape, generator=generator("cpu", self.seed, "preview"))
-        return PreviewInputs(torch.cat(embeddings), noise.to(train.device))
+    def __init__(self, params: Params, config: ModelConfig, caches: Caches, dtype: torch.dtype | None) -> None:
+        train, validation, count = caches.train, caches.validation, params.monitor.sample_count
+        vae = Vae(config.vae.reference, train.device)
+        self._codec = LatentCodec(config.latent_mean, config.latent_std, lambda: vae)
+        self._settings = SamplingSettings(DIFFUSION_STEPS, params.monitor.sample_guidance, SAMPLER)
+        self._config, self._dtype = config, dtype
+        from_validation = validation.take(count // 2)
+        from_train = train.take(count - len(from_validation))
+        captioned = [data for data in (from_train, from_validation) if len(data)]
+        self._embeddings = torch.cat([data.primary_embeddings() for data in captioned])
+        shape = (len(self._embeddings), *train.latent_shape)
+        self._noise = torch.randn(shape, generator=generator("cpu", params.seed, "preview")).to(train.device)
 
     def generate(self, network: nn.Module) -> np.ndarray:
         """A grid of samples, uint8 (H, W, 3), in the captions' order; ``IMAGES_AT_ONCE`` are computed at a time."""
         diffuser = Diffuser(
             network,
-            class_guidance=self.guidance,
-            settings=SETTINGS,
-            schedule=self.config.schedule,
-            bound=self.config.latent_bound,
-            latent_channels=self.config.latent_shape[0],
-            autocast_dtype=self.dtype,
+            settings=self._settings,
+            schedule=self._config.schedule,
+            bound=self._config.latent_bound,
+            latent_channels=self._config.latent_shape[0],
+            autocast_dtype=self._dtype,
         )
         images = []
-        for embeddings, noise in zip(*(part.split(IMAGES_AT_ONCE) for part in self.inputs), strict=True):
-            latents = diffuser.reverse_diffusion(noise, embeddings, layout="nchw")
-            images.append(self.codec.decode(latents, batch_size=IMAGES_AT_ONCE))
+        for start in range(0, len(self._noise), IMAGES_AT_ONCE):
+            part = slice(start, start + IMAGES_AT_ONCE)
+            latents = diffuser.reverse_diffusion(self._noise[part], self._embeddings[part], layout="nchw")
+            images.append(self._codec.decode(latents, batch_size=IMAGES_AT_ONCE))
         return image_grid(np.concatenate(images))

@@ -1,5 +1,6 @@
 """One whole training: from the caches, or from a checkpoint, to the model's folder."""
 
+import math
 import shutil
 import sys
 import warnings
@@ -10,17 +11,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils import broadcast_object_list
+from tqdm import tqdm
 
 from latentloom.devices import autocast_dtype
 from latentloom.encoding.dataset import Caches
 from latentloom.errors import UserError
-from latentloom.layout import LATENTS
 from latentloom.model_files import FORMAT_VERSION, EncoderReference, ModelConfig, save_model
 from latentloom.params import Params, TrainParams
 from latentloom.training.checkpoints import Checkpoint, Checkpoints
 from latentloom.training.interruption import StopRequest, TrainingStopped
-from latentloom.training.loop import Step, TrainingState, learning_rate_at, open_ended_steps, train
+from latentloom.training.loop import Step, TrainingState, open_ended_steps, train
 from latentloom.training.monitor import Curves, Logger, TrainingMonitor
 
 
@@ -42,25 +43,23 @@ def run_training(
     resumed: Checkpoint | None,
     model_folder: Path,
     curves_folder: Path,
-    logger: Logger,
+    logger: Logger | None,
 ) -> TrainingResult:
     """Train on ``caches`` and write the averaged weights to ``model_folder``. Every process of a job calls this.
 
     Args:
-        params: the whole params.
-        caches: both splits, on this process's device.
-        accelerator: of this process; the main one alone writes.
-        checkpoints: where the state is saved on the way; None in all processes but the main one.
+        caches: on this process's device.
+        checkpoints: where the state is saved on the way; None in all processes but the main one, which alone writes.
         resumed: what to resume from, in the main process; None starts anew.
         model_folder: for ``config.json`` and ``model.safetensors``.
         curves_folder: for the curves' CSV files; what it holds is replaced.
-        logger: gets metrics and preview grids by step.
+        logger: None in all processes but the main one.
 
     Raises:
         TrainingDivergedError: when the training has diverged; the checkpoints from before are kept.
         TrainingStopped: after SIGTERM or Ctrl-C, when the state is saved.
-        UserError: when ``train.batch_size`` does not divide over the processes, ``train.keep`` is ``best`` without a
-            validation split, or no compiler is there.
+        UserError: when ``train.batch_size`` does not divide over the processes, the latents' size does not suit
+            ``model.widths``, ``train.keep`` is ``best`` without a validation split, or no compiler is there.
     """
     settings, device = params.train, accelerator.device
     _check_settings(params, caches)
@@ -69,7 +68,12 @@ def run_training(
     dtype = autocast_dtype(settings.precision, device)
     torch.manual_seed(params.seed)
     config = model_config(params, caches)
-    network = config.build().to(device, memory_format=torch.channels_last)
+    try:
+        network = config.build().to(device, memory_format=torch.channels_last)
+    except ValueError as error:
+        raise UserError(
+            f"model.widths = {params.model.widths}: {error}; use fewer widths or another ingest.image_size"
+        ) from error
     network.gradient_checkpointing = params.machine.gradient_checkpointing
     state = TrainingState.start(network, settings)
     curves = Curves(curves_folder)
@@ -82,15 +86,6 @@ def run_training(
             _announce(resumed, checkpoints, settings.steps, logger)
     _resume(resumed, state, monitor, accelerator)
 
-    def save(step: int) -> None:
-        monitor.check_divergence(step)
-        with monitor.paused():
-            tensors = state.tensors() | monitor.tensors()
-            if accelerator.is_main_process:
-                metadata = {"schedule": _schedule(settings), "monitor": monitor.metadata()}
-                pinned = step == open_ended_steps(settings)
-                checkpoints.save(step, tensors, metadata, curves=curves_folder, pinned=pinned)
-
     steps = train(
         state,
         caches.train,
@@ -101,32 +96,44 @@ def run_training(
         accelerator=accelerator,
         compiled=params.machine.compile,
     )
-    with monitor, StopRequest() as request:
-        for step in steps:
+    progress = tqdm(
+        steps,
+        desc="train",
+        initial=state.step,
+        total=settings.steps,
+        unit="image",
+        unit_scale=settings.batch_size,
+        disable=None if accelerator.is_main_process else True,
+    )
+    with progress, StopRequest() as request:
+        for step in progress:
             monitor.step(step)
+            progress.set_postfix(mae=monitor.figures.train_mae or math.nan, refresh=False)
             signal = _asked_to_stop(request, accelerator, step, params.monitor.log_every)
-            if (
-                signal
-                or step.step % params.machine.checkpoint_every == 0
-                or step.step in (open_ended_steps(settings), settings.steps)
-            ):
-                save(step.step)
+            due = step.step % params.machine.checkpoint_every == 0
+            if due or signal or step.step in (open_ended_steps(settings), settings.steps):
+                monitor.check_divergence(step.step)
+                with monitor.paused():
+                    if checkpoints:
+                        metadata = {"schedule": _schedule(settings), "monitor": monitor.metadata()}
+                        checkpoints.save(step.step, state.tensors() | monitor.tensors(), metadata, curves_folder)
             if signal:
                 raise TrainingStopped(
                     f"stopped at step {step.step} of {settings.steps}; the state is saved, the same command resumes "
                     "from there",
                     signal,
                 )
-        monitor.finish(learning_rate_at(settings.steps - 1, settings))
+        monitor.finish()
     if accelerator.is_main_process:
         save_model(model_folder, monitor.model, config)
+    figures = monitor.figures
     metrics = {
-        "train_mae": round(monitor.train_mae, 4),
+        "train_mae": round(figures.train_mae, 4),
         "parameters": sum(p.numel() for p in network.parameters()),
     }
-    if monitor.best_val_mae is not None:
-        metrics |= {"best_val_mae": round(monitor.best_val_mae, 4), "best_step": monitor.best_step}
-    return TrainingResult(metrics, monitor.val_mae, settings.steps * settings.batch_size / monitor.seconds)
+    if figures.best_val_mae is not None:
+        metrics |= {"best_val_mae": round(figures.best_val_mae, 4), "best_step": figures.best_step}
+    return TrainingResult(metrics, figures.val_mae, settings.steps * settings.batch_size / figures.seconds)
 
 
 def usable_checkpoint(checkpoints: Checkpoints, params: Params) -> Checkpoint | None:
@@ -155,10 +162,11 @@ def _schedule(settings: TrainParams) -> dict[str, int]:
 
 def _announce(resumed: Checkpoint, checkpoints: Checkpoints, steps: int, logger: Logger) -> None:
     print(f"train: resuming from step {resumed.step} of {steps}", file=sys.stderr, flush=True)
-    if resumed.code.hash != checkpoints.code.hash:
+    if resumed.code != checkpoints.code:
         warnings.warn(
             f"the checkpoint was written by other code ({resumed.code}) than the present ({checkpoints.code}): the "
-            f"training resumes, and the run is tagged. To start anew instead, delete {checkpoints.folder}",
+            f"training resumes, the run is tagged, and other bytes may come out. To start anew instead, delete "
+            f"{checkpoints.folder}",
             stacklevel=3,
         )
         logger.set_tags({"resumed.other_code": "true"})
@@ -168,22 +176,18 @@ def _resume(
     checkpoint: Checkpoint | None, state: TrainingState, monitor: TrainingMonitor, accelerator: Accelerator
 ) -> None:
     """Load the main process's checkpoint in every process; when this returns, nothing holds its tensors any more."""
+
+    def shared(value: Any) -> Any:  # so that only the main process needs to reach the files
+        return broadcast_object_list([value])[0]
+
     tensors = checkpoint.load_tensors() if checkpoint else {}
-    described = [None]
-    if checkpoint:
-        kinds = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-        described = [(checkpoint.step, checkpoint.metadata["monitor"], kinds)]
-    if accelerator.num_processes > 1:  # so that only the main process needs to reach the files
-        broadcast_object_list(described)
-    if described[0] is None:
+    saved = shared((checkpoint.step, checkpoint.metadata["monitor"], list(tensors)) if checkpoint else None)
+    if saved is None:
         return
-    step, metadata, kinds = described[0]
-    if accelerator.num_processes > 1:
-        for name, (shape, dtype) in kinds.items():  # one at a time on the device
-            tensor = tensors[name] if checkpoint else torch.empty(shape, dtype=dtype)
-            tensors[name] = broadcast(tensor.to(accelerator.device)).cpu()
+    step, metadata, names = saved
+    tensors = {name: shared(tensors.get(name)) for name in names}  # one at a time, as they pass through the device
     state.load(tensors, step)
-    monitor.load(tensors, metadata, step)
+    monitor.load(tensors, metadata)
 
 
 def _asked_to_stop(request: StopRequest, accelerator: Accelerator, step: Step, every: int) -> int:
@@ -206,24 +210,11 @@ def _check_settings(params: Params, caches: Caches) -> None:
 
 
 def model_config(params: Params, caches: Caches) -> ModelConfig:
-    """What the model is and needs, from the params and from what made its caches.
-
-    Raises:
-        UserError: when the latents' size does not suit ``model.widths``, or their cache is of an older version.
-    """
+    """What the model is and needs, from the params and from what made its caches."""
     latents, text = caches.latent_statistics, caches.text_statistics
-    if "bound" not in latents:
-        raise UserError(f"{LATENTS} is of an older version: its stats.json has no bound; run `dvc repro`")
-    shape = caches.train.latent_shape
-    halvings = len(params.model.widths) - 1
-    if shape[1] != shape[2] or shape[1] % 2**halvings:
-        raise UserError(
-            f"model.widths = {params.model.widths}: so many widths halve the latent {halvings} times, but latents "
-            f"are {shape[1]}x{shape[2]}; use fewer widths or another ingest.image_size"
-        )
     return ModelConfig(
         format_version=FORMAT_VERSION,
-        latent_shape=shape,
+        latent_shape=caches.train.latent_shape,
         widths=params.model.widths,
         block_depth=params.model.block_depth,
         emb_size=params.model.emb_size,

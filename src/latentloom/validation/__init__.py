@@ -5,7 +5,7 @@ Files on disk -> scalar tables (``tables``) -> checks of their columns (``checks
 the data itself (``overview``).
 """
 
-from latentloom.validation.report import CheckResult, ValidationFailed, ValidationReport
+from latentloom.validation.report import ValidationReport
 from latentloom.validation.runner import validate
 
-__all__ = ["CheckResult", "ValidationFailed", "ValidationReport", "validate"]
+__all__ = ["ValidationReport", "validate"]

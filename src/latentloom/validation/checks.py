@@ -1,12 +1,17 @@
-"""The checks, as a table of rows: what must hold, what breaks downstream when it does not, and what to do.
+"""The checks, as expectations: what must hold, what breaks downstream when it does not, and what to do.
 
-Each check looks at one column of one table of ``tables``. They are those that data, params or the encoders can break;
-that our own writers count and name rows correctly is for unit tests. NaN is skipped by all but the checks for it, so
-that one fault is reported once.
+Each looks at one column of one table of ``tables``. They are those that data, params or the encoders can break; that
+our own writers count and name rows correctly is for unit tests. NaN is skipped by all but the checks for it, so that
+one fault is reported once.
+
+To import Great Expectations takes seconds, so this module is imported after the files have been read.
 """
 
 import math
-from dataclasses import dataclass
+from typing import Any
+
+from great_expectations import expectations as gxe
+from great_expectations.expectations import Expectation
 
 from latentloom.params import ValidateParams
 
@@ -15,39 +20,21 @@ UNLIKELY = 1e-4  # an event rarer than this is taken for a fault, not for chance
 MOST_REJECTED = 0.01  # of all latents
 
 
-@dataclass(frozen=True)
-class Equals:
-    value: bool | int | str
-
-
-@dataclass(frozen=True)
-class Between:
-    """``low <= value <= high``, or ``low < value`` where ``strict``; None: unbounded."""
-
-    low: float | None = None
-    high: float | None = None
-    strict: bool = False
-
-
-@dataclass(frozen=True)
-class Check:
-    """One row of the table; the column ``id`` of its own table names the rows that break the rule."""
-
-    name: str
-    table: str
-    column: str
-    rule: Equals | Between
-    requirement: str
-    protects: str
-    advice: str
+def check(
+    name: str, table: str, column: str, *, requirement: str, protects: str, advice: str, **allowed: Any
+) -> Expectation:
+    """The expectation that a column's values are in ``value_set``, or between ``min_value`` and ``max_value``."""
+    in_set = "value_set" in allowed
+    expectation = gxe.ExpectColumnValuesToBeInSet if in_set else gxe.ExpectColumnValuesToBeBetween
+    meta = {"name": name, "table": table, "protects": protects}
+    return expectation(column=column, description=requirement, notes=advice, meta=meta, **allowed)
 
 
 def share_bounds(val_fraction: float, images: int, tolerance: float) -> tuple[float, float]:
     """How far the validation share may lie from ``val_fraction``: within the tolerance, or within the noise.
 
     A split by hash gives each image to validation with probability f, so the share of n images has the standard
-    deviation sqrt(f(1 - f) / n). In a set so small that four of those exceed the tolerance, they are the bound:
-    0.3 for 16 images at f = 0.1, and 0.075 (less than the shipped tolerance of 0.1) for 256.
+    deviation sqrt(f(1 - f) / n). Four of those are 0.3 for 16 images at f = 0.1, and 0.075 for 256.
     """
     noise = NOISE_BOUND * math.sqrt(val_fraction * (1.0 - val_fraction) / max(images, 1))
     bound = max(tolerance, noise)
@@ -57,8 +44,7 @@ def share_bounds(val_fraction: float, images: int, tolerance: float) -> tuple[fl
 def fewest_validation_images(val_fraction: float, images: int) -> int:
     """1, or 0 where a fair split of so few images may well leave the validation split empty.
 
-    Each of n images misses the split with probability 1 - f, and all of them with (1 - f)^n: at f = 0.1, that is below
-    one in 10,000 from 88 images on.
+    All of n images miss the split with probability (1 - f)^n: at f = 0.1, one in 10,000 for 88 images.
     """
     return int((1.0 - val_fraction) ** images < UNLIKELY)
 
@@ -86,16 +72,11 @@ def checks(
     val_fraction: float,
     latents: int,
     rejected_latents: int,
-) -> list[Check]:
-    """All checks, table by table, in the order in which they are reported.
+) -> list[Expectation]:
+    """All checks, in the order in which they are reported.
 
-    Args:
-        limits: the bounds in params.
-        vae_fingerprint: of the VAE that params name.
-        text_fingerprint: of the text encoder that params name.
-        val_fraction: the share of validation images that `ingest` was asked for.
-        latents: how many images were encoded.
-        rejected_latents: how many could not be.
+    The fingerprints and ``val_fraction`` are those that params ask for; ``latents`` images were encoded, and
+    ``rejected_latents`` could not be.
     """
     mean_low, mean_high = limits.latent_mean
     std_low, std_high = limits.latent_std
@@ -106,101 +87,102 @@ def checks(
     most_rejected = rejected_bound(latents + rejected_latents)
     # fmt: off
     return [
-        Check("images_encoded", "images", "encoded", Equals(True),
+        check("images_encoded", "images", "encoded", value_set=[True],
             requirement="every kept image has a latent, or is in data/latents/rejects.parquet",
             protects="an image without a latent never reaches training, silently",
             advice=OTHER_INGEST,
         ),
-        Check("near_duplicates_in_one_split", "near_duplicates", "apart", Equals(False),
+        check("near_duplicates_in_one_split", "near_duplicates", "apart", value_set=[False],
             requirement="no validation image has a near duplicate in the split train",
             protects="a held-out image that the model has nearly seen makes val/mae look better than it is",
             advice=f"the splits are older than this list: {REINGEST}, which keeps near duplicates in one split",
         ),
-        Check("splits_as_ingested", "latents", "split_as_ingested", Equals(True),
+        check("splits_as_ingested", "latents", "split_as_ingested", value_set=[True],
             requirement="every latent is that of a kept image, in the split that ingest gave it",
             protects="by other splits, training images are graded as if they were held out; a latent of an image that "
             "is gone trains the model on what was taken out of the source",
             advice=OTHER_INGEST,
         ),
-        Check("images_captioned", "latents", "captions", Between(1),
+        check("images_captioned", "latents", "captions", min_value=1,
             requirement="every image has at least one caption",
             protects="an image without a caption is no training pair",
             advice="the two caches come from different ingests, or the source lost captions: run `dvc repro`; "
             f"if it persists, {REENCODE_TEXT}",
         ),
-        Check("latents_finite", "latents", "finite", Equals(True),
+        check("latents_finite", "latents", "finite", value_set=[True],
             requirement="every latent, and its statistics, are free of NaN and infinity",
             protects="one NaN in a latent makes the loss NaN, and then every weight",
             advice="look at these images; a VAE whose fp16 overflows is the usual cause: choose another "
             "encode_images.vae, or remove the images from the source",
         ),
-        Check("latent_mean_in_range", "latents", "mean", Between(mean_low, mean_high),
+        check("latent_mean_in_range", "latents", "mean", min_value=mean_low, max_value=mean_high,
             requirement=f"the mean of every image's latent lies in [{mean_low}, {mean_high}]",
             protects="far-off latents blow up the loss and stretch the scaling that every other image shares",
             advice="look at these images: remove them from the source when they are broken, or, when the VAE's latents "
             "simply lie elsewhere, set validate.latent_mean",
         ),
-        Check("latent_std_in_range", "latents", "std", Between(std_low, std_high),
+        check("latent_std_in_range", "latents", "std", min_value=std_low, max_value=std_high,
             requirement=f"the std of every image's latent lies in [{std_low}, {std_high}]",
             protects="a latent without variation is a blank picture: the model learns to answer its captions with that",
             advice="look at these images: blank ones give almost no variation. Remove them from the source, or, when "
             "the VAE's latents simply vary that much, set validate.latent_std",
         ),
-        Check("caption_length_in_range", "captions", "length", Between(shortest, longest),
+        check("caption_length_in_range", "captions", "length", min_value=shortest, max_value=longest,
             requirement=f"every caption is {shortest:g} to {longest:g} characters long",
             protects="beyond the text encoder's context words are cut off unread; a stray letter describes nothing",
             advice="shorten or complete these captions in the source, or set validate.caption_length",
         ),
-        Check("embeddings_finite", "captions", "finite", Equals(True),
+        check("embeddings_finite", "captions", "finite", value_set=[True],
             requirement="every embedding, and its statistics, are free of NaN and infinity",
             protects="one NaN in an embedding makes the loss NaN, and then every weight",
             advice="read these captions; a text encoder whose fp16 overflows is the usual cause: choose another "
             "encode_text.model, or change the captions",
         ),
-        Check("embedding_norm_in_range", "captions", "norm", Between(norm_low, norm_high),
+        check("embedding_norm_in_range", "captions", "norm", min_value=norm_low, max_value=norm_high,
             requirement=f"the norm of every embedding lies in [{norm_low}, {norm_high}]",
             protects="a zero embedding looks like no caption at all; a huge one drowns the image in attention",
             advice="read these captions: change them in the source, or, when the encoder's embeddings simply have "
             "that norm, set validate.embedding_norm",
         ),
-        Check("channel_std_positive", "channels", "std", Between(0.0, strict=True),
+        check("channel_std_positive", "channels", "std", min_value=0.0, strict_min=True,
             requirement="every channel's std over the training latents is above 0",
             protects="scaling divides by the std: a dead channel turns into infinity",
             advice="all the training images give this channel one value: check that they are not all the same picture, "
             "or choose another encode_images.vae",
         ),
-        Check("enough_train_images", "dataset", "train_images", Between(limits.min_train_images),
+        check("enough_train_images", "dataset", "train_images", min_value=limits.min_train_images,
             requirement=f"at least {limits.min_train_images} images are in the split train",
             protects="with a handful of images every batch is the same few, and the curves say nothing",
             advice="add images to the source or raise ingest.limit (data/rejects.parquet says what ingest rejected, "
             "and why), or set validate.min_train_images",
         ),
-        Check("validation_split_not_empty", "dataset", "validation_images", Between(fewest_held_out),
+        check("validation_split_not_empty", "dataset", "validation_images", min_value=fewest_held_out,
             requirement=f"at least {fewest_held_out} of {latents} images is in the split validation "
             f"(ingest.val_fraction = {val_fraction})",
             protects="without held-out images nothing tells a model that generalises from one that memorises",
             advice="if near duplicates moved every held-out image to train, lower ingest.near_duplicate_distance; else "
             "raise ingest.val_fraction, or set it to 0 to train without validation",
         ),
-        Check("validation_share_near_fraction", "dataset", "validation_share", Between(share_low, share_high),
+        check("validation_share_near_fraction", "dataset", "validation_share",
+            min_value=share_low, max_value=share_high,
             requirement=f"the share of validation images lies in [{share_low:.4f}, {share_high:.4f}], around "
             f"ingest.val_fraction = {val_fraction}",
             protects="too small a share makes val/mae noise; too large a one leaves little to learn from",
             advice=f"the splits were made for another ingest.val_fraction: {REINGEST}, or set "
             "validate.val_fraction_tolerance",
         ),
-        Check("few_latents_rejected", "dataset", "rejected_latents", Between(high=most_rejected),
+        check("few_latents_rejected", "dataset", "rejected_latents", max_value=most_rejected,
             requirement=f"the share of images whose latent is not finite is at most {most_rejected:.4g}",
             protects="a VAE that gives NaN for many pictures is poor for the others too",
             advice="data/latents/rejects.parquet names them: when they are sound pictures, the VAE is at fault: choose "
             "another encode_images.vae, or encode_images.precision: fp32",
         ),
-        Check("vae_fingerprint_expected", "dataset", "vae_fingerprint", Equals(vae_fingerprint),
+        check("vae_fingerprint_expected", "dataset", "vae_fingerprint", value_set=[vae_fingerprint],
             requirement=f"the latents were made by the VAE that encode_images.vae names ({vae_fingerprint})",
             protects="latents of another VAE train well and decode to noise, which only the first sample shows",
             advice=f"the VAE's weights changed after the latents were made: {REENCODE_IMAGES}",
         ),
-        Check("text_fingerprint_expected", "dataset", "text_fingerprint", Equals(text_fingerprint),
+        check("text_fingerprint_expected", "dataset", "text_fingerprint", value_set=[text_fingerprint],
             requirement="the embeddings were made by the encoder that encode_text.model names "
             f"({text_fingerprint})",
             protects="prompts would be embedded by another encoder than the one the network was trained with",

@@ -7,7 +7,6 @@ make the page around it and the index: plain HTML and CSS with the pictures in i
 
 import html
 import itertools
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +14,19 @@ from great_expectations.core import ExpectationSuiteValidationResult
 from great_expectations.render import RenderedDocumentContent
 from great_expectations.render.renderer import ValidationResultsPageRenderer
 from great_expectations.render.view import DefaultJinjaPageView
-from jinja2 import ChoiceLoader, DictLoader, Environment, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from latentloom.files import write_text
 from latentloom.validation.overview import Overview
 from latentloom.validation.report import ValidationReport
 
-TEMPLATES = {
-    name: files("latentloom.validation").joinpath("templates", name).read_text(encoding="utf-8")
-    for name in ("index.j2", "overview.j2", "page.j2", "style.css")
-}
+TEMPLATES = PackageLoader("latentloom.validation")
 
 
 class PageView(DefaultJinjaPageView):
     def __init__(self) -> None:
         super().__init__()
-        self.env.loader = ChoiceLoader([DictLoader(TEMPLATES), self.env.loader])
+        self.env.loader = ChoiceLoader([TEMPLATES, self.env.loader])
         numbers = itertools.count()
         self.env.filters["generate_html_element_uuid"] = lambda prefix: f"{prefix}{next(numbers)}"
 
@@ -43,7 +39,7 @@ def write_data_docs(
     for name, result in results.items():
         write_text(folder / f"{name}.html", view.render(_content(result)))
     environment = Environment(
-        loader=DictLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=TEMPLATES, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     index = environment.get_template("index.j2").render(report=report, tables=list(results), overview=overview)
     write_text(folder / "index.html", index)

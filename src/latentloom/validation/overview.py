@@ -42,14 +42,6 @@ ASPECTS = {  # label -> the smallest width / height
 
 
 @dataclass(frozen=True)
-class Bar:
-    label: str
-    count: int
-    length: float  # percent of the longest bar
-    share: float  # percent of all that is counted
-
-
-@dataclass(frozen=True)
 class Tile:
     """One picture, as a ``data:`` address, with its text; None where there is no picture to show."""
 
@@ -62,9 +54,9 @@ class Tile:
 class Overview:
     counts: dict[str, int]
     sources: list[dict[str, Any]]  # the manifest's, with the images in each split
-    histograms: dict[str, list[Bar]]  # by title
+    histograms: dict[str, dict[str, int]]  # title -> label -> count
     kept: list[Tile]
-    rejected: list[tuple[Bar, list[Tile]]]  # of each reason, the most frequent first
+    rejected: dict[str, tuple[int, list[Tile]]]  # of each reason, the most frequent first
     near_duplicates: list[tuple[Tile, Tile, int]]  # the first few, with the bits in which they differ
 
 
@@ -95,7 +87,7 @@ def describe(data: Data) -> Overview:
     reasons = rejects["reason"].value_counts().sort_index().sort_values(ascending=False, kind="stable")
     return Overview(
         counts={
-            "found": data.found,
+            "found": data.manifest["found"],
             "kept": len(images),
             "rejected": len(data.rejects),
             **{split: int((images["split"] == split).sum()) for split in SPLITS},
@@ -106,7 +98,7 @@ def describe(data: Data) -> Overview:
         },
         sources=[
             source | images.loc[images["source"] == source["name"], "split"].value_counts().to_dict()
-            for source in data.sources
+            for source in data.manifest["sources"]
         ],
         histograms={
             "Length of captions, in characters": histogram(data.tables["captions"]["length"], _ranges(LENGTHS)),
@@ -116,25 +108,17 @@ def describe(data: Data) -> Overview:
             "Aspect ratio of the originals": histogram(images["width"] / images["height"], ASPECTS),
         },
         kept=[tile(image_id) for image_id in chosen],
-        rejected=[(bar, rejected(bar.label)) for bar in _bars(reasons.to_dict())],
+        rejected={reason: (count, rejected(reason)) for reason, count in reasons.items()},
         near_duplicates=[(tile(row.image_id), tile(row.twin_id), row.distance) for row in alike.itertuples()],
     )
 
 
-def histogram(values: pd.Series, edges: dict[str, float]) -> list[Bar]:
-    """A bar per label, of the values from its edge to the next; empty ones at both ends are left out."""
+def histogram(values: pd.Series, edges: dict[str, float]) -> dict[str, int]:
+    """How many values are from each label's edge to the next; empty ones at both ends are left out."""
     counts, _ = np.histogram(values.dropna(), [*edges.values(), math.inf])
     filled = np.flatnonzero(counts)
-    bars = dict(zip(edges, counts.tolist(), strict=True))
-    return _bars(dict(list(bars.items())[filled[0] : filled[-1] + 1])) if len(filled) else []
-
-
-def _bars(counts: dict[str, int]) -> list[Bar]:
-    longest, total = max(counts.values(), default=0), sum(counts.values())
-    return [
-        Bar(label, count, round(100 * count / longest, 2), round(100 * count / total, 1))
-        for label, count in counts.items()
-    ]
+    bars = list(zip(edges, counts.tolist(), strict=True))
+    return dict(bars[filled[0] : filled[-1] + 1]) if len(filled) else {}
 
 
 def _ranges(edges: tuple[int, ...]) -> dict[str, float]:

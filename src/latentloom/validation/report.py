@@ -6,12 +6,6 @@ Nothing here depends on the time or the machine: the same caches and params give
 import json
 from dataclasses import asdict, dataclass
 
-from latentloom.errors import UserError
-
-
-class ValidationFailed(UserError):
-    """The caches are not fit to train on; the message is the report's explanation."""
-
 
 @dataclass(frozen=True)
 class CheckResult:

@@ -11,7 +11,6 @@ Pixels and tensors are never opened: each index carries the mean, std and finite
 were made.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,19 +19,13 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from latentloom.errors import UserError
-from latentloom.files import read_json
+from latentloom.files import read_json, read_table
 from latentloom.ingestion.rejects import SCHEMA as REJECTS
 from latentloom.ingestion.shards import read_manifest, read_metadata
 
 SPLITS = ["train", "validation"]
-NEAR_DUPLICATES = ["image_id", "twin_id", "distance"]
-LATENTS = ["id", "split", "mean", "std", "abs_max", "finite"]
 LATENT_REJECTS = ["id", "source", "key", "reason", "detail"]
-CAPTIONS = ["id", "text", "mean", "std", "norm", "finite"]
-PAIRS = ["image_id"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +34,7 @@ class Data:
 
     folder: Path
     tables: dict[str, pd.DataFrame]
-    found: int  # samples in all sources
-    sources: list[dict[str, Any]]  # the manifest's
+    manifest: dict[str, Any]  # of the images
     rejects: pd.DataFrame  # of samples: source, key, reason, detail, preview
     latent_rejects: pd.DataFrame  # of images whose latent is not finite: id, source, key, reason, detail
     pairs: int  # of an image and a caption
@@ -54,18 +46,19 @@ def read_data(folder: Path) -> Data:
     Raises:
         UserError: naming the file that is missing, damaged, or lacks a column, and what to do.
     """
-    manifest = read_manifest(folder / "images")
-    images = read_metadata(folder / "images")
+    manifest, images = read_manifest(folder / "images"), read_metadata(folder / "images")
     images["caption"] = [captions[0] for captions in images.pop("captions")]
-    rejects = _read_table(folder / "rejects.parquet", REJECTS.names)
-    near_duplicates = _read_table(folder / "near_duplicates.parquet", NEAR_DUPLICATES)
-    latents = _read_table(folder / "latents/index.parquet", LATENTS)
-    latent_rejects = _read_table(folder / "latents/rejects.parquet", LATENT_REJECTS)
-    latent_stats = _read_stats(folder / "latents/stats.json", "vae", "mean", "std")
-    captions = _read_table(folder / "text/index.parquet", CAPTIONS)
-    pairs = _read_table(folder / "text/pairs.parquet", PAIRS)
-    text_stats = _read_stats(folder / "text/stats.json", "encoder")
+    rejects = read_table(folder / "rejects.parquet", REJECTS.names)
+    near_duplicates = read_table(folder / "near_duplicates.parquet", ["image_id", "twin_id", "distance"])
+    latents = read_table(folder / "latents/index.parquet", ["id", "split", "mean", "std", "abs_max", "finite"])
+    latent_rejects = read_table(folder / "latents/rejects.parquet", LATENT_REJECTS)
+    latent_stats = read_json(folder / "latents/stats.json")
+    captions = read_table(folder / "text/index.parquet", ["id", "text", "mean", "std", "norm", "finite"])
+    pairs = read_table(folder / "text/pairs.parquet", ["image_id"])
+    text_stats = read_json(folder / "text/stats.json")
 
+    means = latent_stats["mean"]
+    names = [f"channel {number}" for number in range(len(means))]
     images["encoded"] = _is_in(images["id"], latents["id"], latent_rejects["id"])
     ingested = latents["id"].map(images.set_index("id")["split"])
     latents["split_as_ingested"] = latents["split"] == ingested
@@ -80,35 +73,14 @@ def read_data(folder: Path) -> Data:
             "near_duplicates": _near_duplicates(near_duplicates, latents),
             "latents": latents,
             "captions": captions,
-            "channels": _channels(latent_stats),
+            "channels": pd.DataFrame({"mean": means, "std": latent_stats["std"], "id": names}),
             "dataset": _dataset(latents, latent_rejects, latent_stats, text_stats),
         },
-        found=manifest["found"],
-        sources=manifest["sources"],
+        manifest=manifest,
         rejects=rejects,
         latent_rejects=latent_rejects,
         pairs=len(pairs),
     )
-
-
-def _read_table(path: Path, columns: list[str]) -> pd.DataFrame:
-    if not path.exists():
-        raise UserError(f"{path} does not exist: run `dvc repro`, which makes it")
-    try:
-        with pq.ParquetFile(path) as file:
-            missing = [name for name in columns if name not in file.schema_arrow.names]
-            if missing:
-                raise pa.ArrowKeyError(f"no column {', '.join(missing)}")
-            return file.read(columns=columns).to_pandas(ignore_metadata=True)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be used ({error}): delete it and run `dvc repro`") from error
-
-
-def _read_stats(path: Path, *needed: str) -> dict[str, Any]:
-    stats = read_json(path)
-    if missing := [name for name in needed if stats.get(name) is None]:
-        raise UserError(f"{path} cannot be used (no {', '.join(missing)}): delete it and run `dvc repro`")
-    return stats
 
 
 def _near_duplicates(near: pd.DataFrame, latents: pd.DataFrame) -> pd.DataFrame:
@@ -122,11 +94,6 @@ def _near_duplicates(near: pd.DataFrame, latents: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _channels(stats: dict[str, Any]) -> pd.DataFrame:
-    frame = pd.DataFrame({"mean": stats["mean"], "std": stats["std"]}, dtype="float64")
-    return frame.assign(id=[f"channel {number}" for number in frame.index])
-
-
 def _dataset(
     latents: pd.DataFrame, rejected: pd.DataFrame, latent_stats: dict[str, Any], text_stats: dict[str, Any]
 ) -> pd.DataFrame:
@@ -135,16 +102,12 @@ def _dataset(
         {
             "train_images": [in_train],
             "validation_images": [in_validation],
-            "validation_share": [_share(in_validation, len(latents))],
-            "rejected_latents": [_share(len(rejected), len(rejected) + len(latents))],
+            "validation_share": [(latents["split"] == "validation").mean()],
+            "rejected_latents": [len(rejected) / max(len(rejected) + len(latents), 1)],
             "vae_fingerprint": [latent_stats["vae"]["fingerprint"]],
             "text_fingerprint": [text_stats["encoder"]["fingerprint"]],
         }
     )
-
-
-def _share(part: int, whole: int) -> float:
-    return part / whole if whole else math.nan
 
 
 def _all_finite(frame: pd.DataFrame, columns: list[str]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What git says of a project: its commit, what differs from it, and files of earlier commits; outside git, None."""
+"""What git says of a project: its commit, what differs from it, and files of the commit; outside git, None."""
 
 import os
 import subprocess
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CODE = ("src", "pipelines", "params.yaml", "dvc.yaml", "requirements.lock", "pyproject.toml")
-WRITTEN_BY_THE_PIPELINE = (":!dvc.lock", ":!reports")
 
 
 @dataclass(frozen=True)
@@ -24,37 +23,24 @@ class Git:
         """The branch that is checked out; ``HEAD`` where it is none."""
         return self._line("rev-parse", "--abbrev-ref", "HEAD")
 
-    def is_dirty(self) -> bool | None:
-        """Whether files that git knows differ from the commit, besides the pipeline's own results."""
-        changed = self._run("status", "--porcelain", "--untracked-files=no", "--", ".", *WRITTEN_BY_THE_PIPELINE)
-        return None if changed is None else bool(changed)
-
-    def code_diff(self) -> bytes:
+    def code_diff(self) -> str:
         """How code and params differ from the commit, new files included, for ``git apply``; often empty."""
         with tempfile.TemporaryDirectory() as folder:
             index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}  # the user's own stays as it is
             paths = [path for path in CODE if (self.root / path).exists()]
             for command in (("read-tree", "HEAD"), ("add", "-A", "--", *paths)):
                 if self._run(*command, **index) is None:
-                    return b""
-            return self._run("diff", "--cached", "--binary", "HEAD", "--", *paths, **index) or b""
-
-    def same_code(self, earlier: str, later: str) -> bool:
-        """Whether two commits have the same code and params."""
-        return self._run("diff", "--quiet", earlier, later, "--", *CODE) is not None
+                    return ""
+            diff = self._run("diff", "--cached", "--binary", "HEAD", "--", *paths, **index) or b""
+        return diff.decode("utf-8", "surrogateescape")  # each byte is kept, ends of lines too
 
     def has(self, commit: str) -> bool:
         """Whether the commit is in this clone."""
         return self._run("cat-file", "-e", f"{commit}^{{commit}}") is not None
 
-    def branches(self, commit: str) -> list[str]:
-        """The branches and tags that hold a commit; git deletes one that none holds, in time."""
-        places = ("refs/heads", "refs/remotes", "refs/tags")
-        return (self._line("for-each-ref", "--contains", commit, "--format=%(refname:short)", *places) or "").split()
-
-    def read(self, commit: str, path: str | Path) -> bytes | None:
-        """A file of a commit, by its path below the root."""
-        return self._run("show", f"{commit}:./{path}")
+    def read(self, path: Path) -> bytes | None:
+        """A file of the commit that is checked out, by its path below the root."""
+        return self._run("show", f"HEAD:./{path}")
 
     def _line(self, *arguments: str) -> str | None:
         output = self._run(*arguments)

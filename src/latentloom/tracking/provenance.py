@@ -1,0 +1,217 @@
+"""What a model came from, written down when it is trained; `latentloom lineage` reads it back.
+
+It goes into the MLflow run as ``provenance.json``, with tags and a description for people, and into
+``.state/runs/MODEL_SHA256.json`` on this machine. `latentloom sample` writes a part of it into each PNG.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from latentloom.dvc_outs import locked_outs, out_hash
+from latentloom.files import read_json, sha256_file, write_json
+from latentloom.layout import (
+    DVC_LOCK,
+    IMAGES,
+    INGEST_REPORT,
+    LATENTS,
+    MODEL,
+    NEAR_DUPLICATES,
+    PARAMS,
+    REJECTS,
+    SOURCES,
+    TEXT,
+    VALIDATION_REPORT,
+)
+from latentloom.params import Params
+from latentloom.tracking.git import Git
+from latentloom.tracking.runs import TrackedRun
+from latentloom.user import user_name
+
+PROVENANCE, CODE_DIFF = "provenance.json", "code.diff"
+HASH_TAG, NOTE = "model.sha256", "mlflow.note.content"  # MLflow shows the latter as the run's description
+DATA = {  # DVC's outs before the training, by what `latentloom lineage` calls each
+    "latents": str(LATENTS),
+    "text": str(TEXT),
+    "images": str(IMAGES),
+    "rejects": str(REJECTS),
+    "near duplicates": str(NEAR_DUPLICATES),
+    "validation": str(VALIDATION_REPORT),
+}
+INPUTS = {  # files that name the content of every row that the training reads
+    "latents": LATENTS / "index.parquet",
+    "latent statistics": LATENTS / "stats.json",
+    "text": TEXT / "index.parquet",
+    "captions": TEXT / "pairs.parquet",
+    "validation": VALIDATION_REPORT,
+}
+ENCODERS = {"vae": (LATENTS / "stats.json", "vae"), "text_encoder": (TEXT / "stats.json", "encoder")}
+IN_IMAGES = ("mlflow_run_id", "commit", "dirty", "outs", "encoders")
+# MLflow repeats a run's params above each image, so it gets the sections that decide the model.
+SECTIONS = {"seed", "ingest", "encode_images", "encode_text", "model", "diffusion", "train"}
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a training came from; None or empty where it is not known.
+
+    Attributes:
+        commit: what was checked out when the training began.
+        dirty: whether code or params differed from it; the difference is in the run, as ``code.diff``.
+        branch: of the commit.
+        experiment: the name of the DVC experiment that ran the training.
+        user: who trained.
+        inputs: the SHA-256 of the files that name the data, by `INPUTS`' names.
+        outs: DVC's hashes of the data, and of the finished model: path -> hash.
+        sources: what the sources held, as `find_sources` listed it.
+        ingested: what `ingest` counted.
+        encoders: ``vae`` and ``text_encoder``, that made the caches: each one's reference and fingerprint.
+        failed_checks: the names of the validation's checks that failed; None: there was no validation.
+        model_sha256: names the finished model, see `model_files.model_hash`.
+        mlflow_run_id: of the training, where MLflow answered.
+        run_key: what names the training's run on this machine.
+    """
+
+    commit: str | None = None
+    dirty: bool | None = None
+    branch: str | None = None
+    experiment: str | None = None
+    user: str | None = None
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    outs: Mapping[str, str] = field(default_factory=dict)
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    ingested: dict[str, Any] = field(default_factory=dict)
+    encoders: Mapping[str, dict[str, str]] = field(default_factory=dict)
+    failed_checks: list[str] | None = None
+    model_sha256: str | None = None
+    mlflow_run_id: str | None = None
+    run_key: str | None = None
+
+    def with_model(self, folder: Path, model_sha256: str, run_key: str | None) -> "Provenance":
+        """This and the finished model in ``folder``, with DVC's hash of it."""
+        outs = {**self.outs, str(MODEL): out_hash(folder)}
+        return replace(self, outs=outs, model_sha256=model_sha256, run_key=run_key)
+
+    def in_images(self) -> dict[str, Any]:
+        """The part that goes into each PNG: the run, the commit, and what names data and encoders."""
+        return {name: getattr(self, name) for name in IN_IMAGES}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Provenance":
+        """The reverse of `asdict`; keys of another version are left out."""
+        names = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in names})
+
+
+def collect(root: Path) -> Provenance:
+    """What a training that begins now in ``root`` comes from."""
+    git, lock = Git(root), root / DVC_LOCK
+    commit = git.commit()
+    outs = locked_outs(lock.read_bytes() if lock.exists() else None)
+    checks = _read(root / VALIDATION_REPORT, {}).get("checks")
+    return Provenance(
+        commit=commit,
+        dirty=bool(git.code_diff()) if commit else None,
+        branch=git.branch(),
+        experiment=os.environ.get("DVC_EXP_NAME"),
+        user=user_name(),
+        inputs={name: sha256_file(root / path) for name, path in INPUTS.items() if (root / path).exists()},
+        outs={path: outs[path] for path in DATA.values() if path in outs},
+        sources=_read(root / SOURCES, []),
+        ingested=_read(root / INGEST_REPORT, {}),
+        encoders={name: own for name, (path, key) in ENCODERS.items() if (own := _read(root / path, {}).get(key))},
+        failed_checks=None if checks is None else [name for name, check in checks.items() if not check["success"]],
+    )
+
+
+def record_start(
+    tracked: TrackedRun,
+    params: Params,
+    provenance: Provenance,
+    *,
+    images: Mapping[str, int],
+    digests: Mapping[str, str],
+    device: str,
+    code_diff: str = "",
+) -> None:
+    """Before the first step: record the code, the params and the data, and describe the run.
+
+    Args:
+        tracked: the training's run.
+        params: of all stages.
+        provenance: of the training.
+        images: the number of images per split, ``training`` first.
+        digests: a hash of each split's content.
+        device: what trains.
+        code_diff: how the code differs from its commit, for ``git apply``.
+    """
+    tracked.set_tags(
+        {
+            "mlflow.source.git.commit": provenance.commit,
+            "git.dirty": None if provenance.dirty is None else str(provenance.dirty).lower(),
+            "git.branch": provenance.branch,
+            "dvc.experiment": provenance.experiment,
+            "mlflow.user": provenance.user,
+            "device": device,
+            "input.latents": provenance.inputs.get("latents"),
+            "input.validation": provenance.inputs.get("validation"),
+        }
+    )
+    tracked.log_params(params.model_dump(mode="json", by_alias=True, include=SECTIONS))
+    tracked.log_text(json.dumps(asdict(provenance), indent=2) + "\n", PROVENANCE)
+    if code_diff:
+        tracked.log_text(code_diff, CODE_DIFF)
+    sources = [source["name"] for source in provenance.ingested.get("sources", [])] or ["images"]
+    for split, rows in images.items():
+        name = f"{'+'.join(sources)}-{split}"
+        tracked.log_dataset(name=name, source=str(LATENTS), digest=digests[split], rows=rows, context=split)
+    for path in (PARAMS, VALIDATION_REPORT):
+        if path.exists():
+            tracked.log_file(path)
+    tracked.set_tags({NOTE: _description(params, provenance, images, sources)})
+
+
+def record_model(tracked: TrackedRun, provenance: Provenance, folder: Path) -> None:
+    """After the last step: record the model in ``folder``, and its hash with the provenance."""
+    tracked.set_tags({HASH_TAG: provenance.model_sha256})
+    tracked.log_file(folder / "config.json", "model")
+    tracked.log_text(json.dumps(asdict(provenance), indent=2) + "\n", PROVENANCE)
+
+
+def save_run_record(root: Path, provenance: Provenance) -> None:
+    """Keep the provenance of a finished model on this machine, under the model's hash."""
+    write_json(_run_record(root, provenance.model_sha256), asdict(provenance))
+
+
+def read_run_record(root: Path, model_sha256: str) -> Provenance | None:
+    """The provenance of a model that was trained on this machine; None where there is none."""
+    path = _run_record(root, model_sha256)
+    return Provenance.from_dict(read_json(path)) if path.exists() else None
+
+
+def _run_record(root: Path, model_sha256: str | None) -> Path:
+    return root / ".state" / "runs" / f"{model_sha256}.json"
+
+
+def _read(path: Path, otherwise: Any) -> Any:
+    return read_json(path) if path.exists() else otherwise
+
+
+def _description(params: Params, provenance: Provenance, images: Mapping[str, int], sources: list[str]) -> str:
+    training, *held_out = images.values()
+    train, widths = params.train, "/".join(map(str, params.model.widths))
+    lines = [
+        f"**{training:,} images of {' and '.join(sources)}** ({sum(held_out):,} held out), {train.steps:,} steps of "
+        f"{train.batch_size} images, widths {widths}, learning rate {train.learning_rate:g}, seed {params.seed}."
+    ]
+    if provenance.commit:
+        changes = f", with local changes (`{CODE_DIFF}`)" if provenance.dirty else ""
+        lines.append(f"Code: commit `{provenance.commit[:10]}` of branch `{provenance.branch}`{changes}.")
+    if name := provenance.experiment:
+        lines.append(f"DVC experiment `{name}`; `dvc exp apply {name}` restores it.")
+    if (failed := provenance.failed_checks) is not None:
+        lines.append(f"Validation failed: **{', '.join(failed)}**." if failed else "Validation: all checks passed.")
+    return "\n\n".join(lines)
