@@ -144,7 +144,8 @@ class StaticStep:
         weights = list(network.parameters())
         nn.utils.clip_grad_norm_(weights, self.params.gradient_clip, foreach=True)
         self.state.optimizer.step()
-        torch._foreach_lerp_(list(self.state.average.parameters()), weights, 0.01)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.state.average.parameters()), weights, 0.01)
         return loss.detach()
 
     def run(self) -> torch.Tensor:
