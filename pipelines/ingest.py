@@ -1,5 +1,7 @@
 """Stage `ingest`: sources of captioned images -> data/images, data/rejects.parquet, data/near_duplicates.parquet."""
 
+from dataclasses import asdict
+
 from latentloom.files import write_json
 from latentloom.ingestion.ingest import ingest
 from latentloom.layout import IMAGES, INGEST_REPORT, NEAR_DUPLICATES, REJECTS
@@ -9,7 +11,7 @@ from latentloom.stage import run_stage
 
 def main(params: Params) -> str:
     report = ingest(params.ingest, IMAGES, REJECTS, NEAR_DUPLICATES)
-    write_json(INGEST_REPORT, report.to_dict())
+    write_json(INGEST_REPORT, asdict(report))
     return str(report)
 
 

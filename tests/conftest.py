@@ -52,7 +52,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 def prepare_images(tmp_path: Path) -> Callable[..., Path]:
     """``prepare_images(seeds, size=32)`` writes images as the ingest stage does; a fourth go to validation."""
     from latentloom.ingestion.images import image_id
-    from latentloom.ingestion.shards import ImageRow, Manifest, SourceCount, encode, write_manifest, write_shards
+    from latentloom.ingestion.shards import ImageRow, SourceCount, encode, write_manifest, write_shards
 
     def prepare(seeds: Sequence[int], size: int = 32, name: str = "images") -> Path:
         def row(seed: int) -> ImageRow:
@@ -62,21 +62,9 @@ def prepare_images(tmp_path: Path) -> Callable[..., Path]:
             return ImageRow(image_id(pixels), encode(pixels), captions, split, "folder", f"{seed}.png", size, size)
 
         folder, rows = tmp_path / name, [row(seed) for seed in seeds]
-        validation = sum(row.split == "validation" for row in rows)
+        train = sum(row.split == "train" for row in rows)
         count = SourceCount("folder", "folder", 1.0, "made by a test", "CC0", found=len(rows), kept=len(rows))
-        manifest = Manifest(
-            image_size=size,
-            found=len(rows),
-            rejected=0,
-            images=len(rows),
-            train=len(rows) - validation,
-            validation=validation,
-            sources=[count],
-            attribution=count.attribution,
-            licence=count.licence,
-            shards=write_shards(rows, folder),
-        )
-        write_manifest(folder, manifest)
+        write_manifest(folder, size, train, [count], write_shards(rows, folder))
         return folder
 
     return prepare

@@ -1,8 +1,9 @@
-"""What becomes of the samples of a source when they are read, one at a time."""
+"""What becomes of the samples of a source when they are read, one at a time, and their captions cleaned."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from latentloom.ingestion.captions import clean_captions
 from latentloom.ingestion.rejects import Reason, RejectedSample
 from latentloom.ingestion.sources import Source
 
@@ -13,7 +14,7 @@ class Outcome:
 
     key: str
     data: bytes | None = None
-    captions: list[object] | None = None
+    captions: list[str] | None = None  # none at all is for `preprocess` to reject
     reason: Reason | None = None
     detail: str = ""
 
@@ -21,6 +22,7 @@ class Outcome:
 def outcomes(source: Source) -> Iterator[Outcome]:
     for sample in source.samples():
         try:
-            yield Outcome(sample.key, sample.read(), list(sample.captions()))
+            captions = list(sample.captions())
+            yield Outcome(sample.key, sample.read(), clean_captions(captions) if captions else [])
         except RejectedSample as rejected:
             yield Outcome(sample.key, reason=rejected.reason, detail=rejected.detail)

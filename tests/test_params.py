@@ -18,10 +18,6 @@ def test_every_shipped_params_file_is_valid(path):
     load_params(path)
 
 
-def test_there_are_presets():
-    assert {path.name for path in (ROOT / "presets").glob("*.yaml")} >= {"h200.yaml", "sd-clip.yaml"}
-
-
 def refused(tmp_path, change) -> str:
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     change(params)
@@ -75,6 +71,9 @@ def refused(tmp_path, change) -> str:
         ("train", "lr_schedule", "linear", "train.lr_schedule = 'linear': input should be 'cosine', 'constant' or"),
         ("machine", "data_memory_share", 2, "machine.data_memory_share = 2: input should be less than or equal to 1"),
         ("evaluate", "prompts", [], "evaluate.prompts = []"),
+        ("evaluate", "sampler", "euler", "evaluate.sampler = 'euler'"),
+        ("evaluate", "diffusion_steps", 1, "evaluate.diffusion_steps = 1"),
+        ("evaluate", "smapler", "ddim", "evaluate.smapler = 'ddim': unknown key (did you mean sampler?"),
         ("evaluate", "guidance_interval", [0.9, 0.1], "must be [lowest, highest] noise level with lowest < highest"),
         ("evaluate", "sweep", {"class_guidance": [], "diffusion_steps": [20]}, "evaluate.sweep.class_guidance = []"),
         ("evaluate", "sweep", {"class_guidanc": [1]}, "unknown key (did you mean class_guidance?"),
@@ -140,79 +139,6 @@ def test_a_number_in_scientific_notation_is_a_number(tmp_path):
     assert load_params(path).train.learning_rate == 0.001
 
 
-# What `train` held before `monitor` was, at values that differ from the shipped ones.
-EARLIER = {
-    "log_every": 7,
-    "validate_every": 77,
-    "sample_every": 130,
-    "sample_count": 9,
-    "sample_guidance": 2.5,
-    "gradient_checkpointing": True,
-    "compile": True,
-}
-
-
-def earlier_file(tmp_path: Path, **also: dict) -> Path:
-    """A params file as it was before keys moved out of `train`; ``also`` adds keys to sections."""
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    del params["monitor"], params["evaluate"]["precision"]
-    del params["machine"]["gradient_checkpointing"], params["machine"]["compile"]
-    params["train"] |= EARLIER
-    for section, keys in also.items():
-        params.setdefault(section, {}).update(keys)
-    path = tmp_path / "params.yaml"
-    path.write_text(yaml.safe_dump(params))
-    return path
-
-
-def test_a_file_with_keys_in_their_earlier_places_is_read_with_a_warning_that_names_the_new_ones(tmp_path):
-    with pytest.warns(UserWarning, match="keys have moved") as caught:
-        params = load_params(earlier_file(tmp_path))
-    read = params.monitor.model_dump() | params.machine.model_dump()
-    assert {key: read[key] for key in EARLIER} == EARLIER
-    (warning,) = caught
-    for key in EARLIER:
-        section = "monitor" if key in type(params.monitor).model_fields else "machine"
-        assert f"train.{key} -> {section}.{key}" in str(warning.message)
-    assert "monitor.validation_images, evaluate.precision" in str(warning.message)
-
-
-def test_keys_that_an_earlier_file_cannot_have_are_what_the_code_did_then(tmp_path):
-    with pytest.warns(UserWarning, match="New keys"):
-        params = load_params(earlier_file(tmp_path, train={"precision": "bf16"}))
-    assert params.monitor.validation_images == 96
-    assert params.evaluate.sampling.precision == "bf16"
-
-
-def test_a_key_in_both_places_counts_where_it_is_now(tmp_path):
-    with pytest.warns(UserWarning, match=r"train\.log_every -> monitor\.log_every"):
-        params = load_params(earlier_file(tmp_path, monitor={"log_every": 3}))
-    assert params.monitor.log_every == 3
-    assert params.monitor.sample_count == EARLIER["sample_count"]
-
-
-def test_a_wrong_value_in_an_earlier_place_is_named_where_it_belongs(tmp_path):
-    with pytest.warns(UserWarning, match="keys have moved"), pytest.raises(ParamsError) as caught:
-        load_params(earlier_file(tmp_path, train={"log_every": 0}))
-    assert "monitor.log_every = 0: input should be greater than or equal to 1" in str(caught.value)
-
-
-def test_a_file_of_today_is_read_without_a_warning(recwarn):
-    load_params(ROOT / "params.yaml")
-    assert not recwarn.list
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("sampler", "euler", "evaluate.sampler = 'euler'"),
-        ("diffusion_steps", 1, "evaluate.diffusion_steps = 1"),
-        ("class_guidance", -1.0, "evaluate.class_guidance = -1.0"),
-        ("guidance_rescale", 2.0, "evaluate.guidance_rescale = 2.0"),
-        ("threshold_percentile", 101.0, "evaluate.threshold_percentile = 101.0"),
-        ("precision", "fp64", "evaluate.precision = 'fp64'"),
-        ("smapler", "ddim", "evaluate.smapler = 'ddim': unknown key (did you mean sampler?"),
-    ],
-)
-def test_a_wrong_setting_of_the_sampling_is_named_with_its_key(tmp_path, key, value, message):
-    assert message in refused(tmp_path, lambda params: params["evaluate"].update({key: value}))
+def test_a_key_that_another_section_has_is_named_where_it_belongs(tmp_path):
+    message = refused(tmp_path, lambda params: params["train"].update(log_every=10))
+    assert "train.log_every = 10: unknown key (did you mean monitor.log_every?)" in message

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,12 +25,12 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def atomic_path(path: Path | str, room: int | Callable[[], int] | None = None) -> Iterator[Path]:
+def atomic_path(path: Path | str, room: int | None = None) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; rename it onto ``path`` when the block ends without an error.
 
     Args:
         path: the final name.
-        room: how many bytes the file will take, or what tells it when asked; for the message of a full disk.
+        room: how many bytes the file will take, for the message of a full disk.
 
     Raises:
         WriteError: what the disk said, with the final name, the room needed and the room left, when the file cannot be
@@ -48,8 +48,7 @@ def atomic_path(path: Path | str, room: int | Callable[[], int] | None = None) -
     except OSError as error:
         message = f"could not write {path}: {error.strerror or error}"
         if error.errno in NO_ROOM:
-            needed = room() if callable(room) else room
-            needs = "" if needed is None else f"it needs {math.ceil(needed / 2**20 * 10) / 10:.1f} MiB, "
+            needs = "" if room is None else f"it needs {math.ceil(room / 2**20 * 10) / 10:.1f} MiB, "
             free = shutil.disk_usage(path.parent).free / 2**20
             message += f"; {needs}{free:.0f} MiB are free there. Make room and run the stage again."
         raise WriteError(error.errno, message) from error

@@ -5,12 +5,12 @@ that matters. An unknown key, a missing one or a wrong value is rejected before 
 """
 
 import difflib
-import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -20,7 +20,6 @@ from pydantic import (
     StrictStr,
     Tag,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
@@ -123,7 +122,13 @@ class EncodeTextParams(Section):
     model: StrictStr
 
 
-Range = Annotated[list[float], Field(min_length=2, max_length=2)]
+def _ordered(bounds: list[float]) -> list[float]:
+    if bounds[0] >= bounds[1]:
+        raise ValueError("must be [lowest, highest] with lowest < highest")
+    return bounds
+
+
+Range = Annotated[list[float], Field(min_length=2, max_length=2), AfterValidator(_ordered)]
 
 
 class ValidateParams(Section):
@@ -134,13 +139,6 @@ class ValidateParams(Section):
     latent_std: Range
     embedding_norm: Range
     val_fraction_tolerance: Fraction
-
-    @field_validator("caption_length", "latent_mean", "latent_std", "embedding_norm")
-    @classmethod
-    def _ordered(cls, bounds: list[float]) -> list[float]:
-        if bounds[0] >= bounds[1]:
-            raise ValueError("must be [lowest, highest] with lowest < highest")
-        return bounds
 
 
 class ModelParams(Section):
@@ -172,16 +170,12 @@ class TrainParams(Section):
     precision: Literal["auto", "fp32", "bf16"]
 
     @model_validator(mode="after")
-    def _batch_divides(self) -> "TrainParams":
+    def _numbers_fit(self) -> "TrainParams":
         if self.batch_size % self.gradient_accumulation:
             raise ValueError(
                 f"batch_size {self.batch_size} does not divide into gradient_accumulation "
                 f"{self.gradient_accumulation} equal parts; make it a multiple"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _decay_fits(self) -> "TrainParams":
         if self.lr_schedule == "warmup_stable_decay" and self.warmup_steps + self.decay_steps > self.steps:
             raise ValueError(
                 f"warmup_steps {self.warmup_steps} and decay_steps {self.decay_steps} do not fit into steps "
@@ -244,17 +238,6 @@ class Params(Section):
     evaluate: EvaluateParams
 
 
-# Keys that decide no weight left `train`, so that a change of one neither reruns a finished training nor keeps an
-# interrupted one from resuming. A file written before that is read all the same, with a warning.
-MOVED = {
-    **{f"train.{key}": f"monitor.{key}" for key in ("log_every", "validate_every", "sample_every")},
-    **{f"train.{key}": f"monitor.{key}" for key in ("sample_count", "sample_guidance")},
-    **{f"train.{key}": f"machine.{key}" for key in ("gradient_checkpointing", "compile")},
-}
-
-BEHIND_A_UNION: dict[str, type[BaseModel]] = {"source": SourceParams, "sweep": SweepParams}
-
-
 def load_params(path: Path | str = "params.yaml") -> Params:
     """Read and check a whole params file.
 
@@ -270,42 +253,23 @@ def load_params(path: Path | str = "params.yaml") -> Params:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ParamsError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ParamsError(f"{path} must hold sections ({', '.join(_allowed_keys(Params))}), not {content!r}")
-    content = _with_keys_moved(content, path)
+        raise ParamsError(f"{path} must hold sections ({', '.join(ALLOWED_KEYS[''])}), not {content!r}")
     try:
         return Params.model_validate(content)
     except ValidationError as error:
         raise ParamsError("\n".join([f"{path}:", *(_explain(item) for item in error.errors())])) from error
 
 
-def _with_keys_moved(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """``content`` with the keys of `MOVED` where they belong; a key in both places stays where it is now."""
-    train = content.get("train")
-    old = [key for key in MOVED if isinstance(train, dict) and key.partition(".")[2] in train]
-    if not old:
-        return content
-    sections = {name: dict(content.get(name) or {}) for name in ("train", "monitor", "machine", "evaluate")}
-    for key in old:
-        section, _, name = MOVED[key].partition(".")
-        sections[section].setdefault(name, sections["train"].pop(name))
-    # Two keys that such a file cannot have, at what the code did before there were keys for it.
-    sections["monitor"].setdefault("validation_images", 96)
-    sections["evaluate"].setdefault("precision", sections["train"].get("precision", "auto"))
-    warnings.warn(
-        f"{path}: keys have moved; this version still reads the old places, the next will not: "
-        + ", ".join(f"{key} -> {MOVED[key]}" for key in old)
-        + ". New keys: monitor.validation_images, evaluate.precision",
-        stacklevel=3,
-    )
-    return content | sections
-
-
 def _explain(error: dict[str, Any]) -> str:
     location = [str(part) for part in error["loc"] if part not in ("one source", "several sources")]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
-        allowed = _allowed_keys(_section_at(location[:-1]))
-        close = difflib.get_close_matches(location[-1], allowed, n=1)
+        *section, name = location
+        allowed = ALLOWED_KEYS[".".join(part for part in section if not part.isdigit())]
+        elsewhere = [
+            f"{other}.{name}".lstrip(".") for other, keys in ALLOWED_KEYS.items() if name in keys and "." not in other
+        ]
+        close = elsewhere or difflib.get_close_matches(name, allowed, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         return f"  {key} = {error['input']!r}: unknown key{hint}; allowed here: {', '.join(allowed)}"
     if error["type"] == "missing":
@@ -317,15 +281,12 @@ def _explain(error: dict[str, Any]) -> str:
     return f"  {key}{value}: {message[0].lower()}{message[1:]}"
 
 
-def _allowed_keys(section: type[BaseModel]) -> list[str]:
-    names = [field.alias or name for name, field in section.model_fields.items()]
-    return [*SETTING_NAMES, *names[1:]] if section is EvaluateParams else names
+def _allowed_keys() -> dict[str, list[str]]:
+    """The keys of each section, by the section's name; of the file itself under no name."""
+    models = {field.alias or name: field.annotation for name, field in Params.model_fields.items() if name != "seed"}
+    models |= {"": Params, "ingest.source": SourceParams, "evaluate.sweep": SweepParams}
+    keys = {name: [own.alias or key for key, own in model.model_fields.items()] for name, model in models.items()}
+    return keys | {"evaluate": [*SETTING_NAMES, *keys["evaluate"][1:]]}
 
 
-def _section_at(location: list[str]) -> type[BaseModel]:
-    section: type[BaseModel] = Params
-    for key in location:
-        if key in BEHIND_A_UNION:
-            return BEHIND_A_UNION[key]
-        section = next(f.annotation for n, f in section.model_fields.items() if (f.alias or n) == key)
-    return section
+ALLOWED_KEYS = _allowed_keys()

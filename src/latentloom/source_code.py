@@ -6,7 +6,7 @@ a picture names the hash of those that generated it.
 
 import ast
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -52,33 +52,26 @@ def _is_undeciding(module: Path, package: Path) -> bool:
 
 
 @cache
-def _imports(file: Path, package: Path) -> tuple[Path, ...]:
+def _imports(file: Path, package: Path) -> frozenset[Path]:
     """The modules of the package that one file imports."""
-    found: list[Path] = []
+    names: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == PACKAGE:
-            for alias in node.names:
-                found += _resolve(node.module, alias.name, package)
-        elif isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name.partition(".")[0] == PACKAGE:
-                    found += _resolve(alias.name, None, package)
-    return tuple(found)
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return frozenset(module for name in names for module in _modules(name, package))
 
 
-def _resolve(module: str, name: str | None, package: Path) -> list[Path]:
-    """The files behind ``from module import name``: the module, the packages around it, and what ``name`` is.
+def _modules(name: str, package: Path) -> Iterator[Path]:
+    """The files behind a dotted name: of each of its parts, the module or the package of that name.
 
     An empty ``__init__`` decides nothing, and DVC warns of empty files.
     """
-    parts = module.split(".")[1:]
-    around = [package.joinpath(*parts[:depth], "__init__.py") for depth in range(1, len(parts) + 1)]
-    files = [path for path in around if path.is_file() and path.stat().st_size]
-    place = package.joinpath(*parts)
-    if place.with_suffix(".py").is_file():
-        return [*files, place.with_suffix(".py")]
-    if name and (place / f"{name}.py").is_file():
-        return [*files, place / f"{name}.py"]
-    if name and (place / name).is_dir():
-        return [*files, place / name / "__init__.py"]
-    return files
+    first, *parts = name.split(".")
+    place = package
+    for part in parts if first == PACKAGE else ():
+        place /= part
+        for file in (place.with_suffix(".py"), place / "__init__.py"):
+            if file.is_file() and file.stat().st_size:
+                yield file

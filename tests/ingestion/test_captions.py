@@ -37,8 +37,8 @@ def test_repeated_captions_are_kept_once_and_in_order():
     assert clean_captions(["a dog", "a cat", " a  dog", "", "a bird"]) == ["a dog", "a cat", "a bird"]
 
 
-def test_numbers_are_text():
-    assert clean_captions([7, 2.5]) == ["7", "2.5"]
+def test_numbers_and_bytes_are_text():
+    assert clean_captions([7, 2.5, "caf\u00e9".encode()]) == ["7", "2.5", "caf\u00e9"]
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_numbers_are_text():
         (["good", "caf\udce9"], Reason.CAPTION_NOT_UTF8),
         ([{"text": "nested"}], Reason.CAPTION_NOT_TEXT),
         ([True], Reason.CAPTION_NOT_TEXT),
-        ([b"bytes"], Reason.CAPTION_NOT_TEXT),
+        ([b"caf\xe9"], Reason.CAPTION_NOT_UTF8),
     ],
 )
 def test_what_cannot_be_a_caption_is_rejected_with_its_reason(raw, expected):
@@ -61,13 +61,16 @@ def test_what_cannot_be_a_caption_is_rejected_with_its_reason(raw, expected):
     [
         (b"one\ntwo", ["one", "two"]),
         (b"\xef\xbb\xbfone\r\ntwo\r\n", ["one", "two"]),
-        (b"one\n\ntwo\r", ["one", "", "two"]),
-        (b"", [""]),
-        (b"caf\xe9", ["caf\udce9"]),
+        (b"one\n\ntwo\r", ["one", "two"]),
+        ("a cat\u2028on\x1c a\x0c sofa\x85".encode(), ["a cat on a sofa"]),
     ],
 )
-def test_a_text_file_holds_one_caption_a_line(data, lines):
-    assert caption_lines(data) == lines
+def test_a_text_file_holds_one_caption_a_line_and_no_other_control_character_ends_one(data, lines):
+    assert clean_captions(caption_lines(data)) == lines
+
+
+def test_an_empty_text_file_holds_an_empty_caption():
+    assert caption_lines(b"") == [""]
 
 
 def test_lists_are_laid_flat_and_nulls_left_out():

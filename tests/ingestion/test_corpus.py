@@ -280,7 +280,7 @@ def webdataset(path: Path) -> dict[str, str]:
         "00000.tar/hard link.png": "unsafe_path",
         "00000.tar/device.png": "unsafe_path",
         "00000.tar/lonely": "missing_file",
-        "00000.tar/dotted": "missing_file",
+        "00000.tar/dotted.v2.png": "missing_file",
         "00000.tar/twins": "kept",
         "00000.tar/twins.jpg": "duplicate_key",
         "00000.tar/bad json": "bad_row",

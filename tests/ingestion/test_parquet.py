@@ -81,8 +81,6 @@ def test_columns_are_found_by_their_usual_names_in_any_case(tmp_path):
     for caption in CAPTION_COLUMNS:
         (sample,) = samples(write(tmp_path / "a.parquet", {"id": [1], "image": [b"x"], caption.title(): ["y"]}))
         assert sample.captions == ["y"]
-    for name in (*IMAGE_COLUMNS, *CAPTION_COLUMNS):
-        assert name in ParquetSource.__doc__
 
 
 def test_a_column_of_paths_is_skipped_for_one_of_bytes(tmp_path):
@@ -158,7 +156,7 @@ def test_a_caption_that_is_not_utf8_costs_its_row_alone(tmp_path):
 
 def test_nan_among_numbers_is_no_caption(tmp_path):
     pd.DataFrame({"image": [b"x", b"y"], "text": [1.5, float("nan")]}).to_parquet(tmp_path / "a.parquet")
-    assert [sample.captions for sample in samples(tmp_path)] == [[1.5], []]
+    assert [sample.captions for sample in samples(tmp_path)] == [["1.5"], []]
 
 
 def test_a_damaged_file_is_one_reject_and_the_others_are_read(tmp_path):

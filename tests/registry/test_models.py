@@ -27,7 +27,7 @@ def test_a_folder_is_its_own_model_and_needs_no_store(tiny_unets, tmp_path, monk
 def test_a_run_is_found_by_id_and_by_name(project_root, train, tiny_unets):
     shutil.copytree(tiny_unets[0], "models/unet")
     run_id = train(tiny_unets[0], name="gentle, isn't it")
-    for reference in (run_id, "gentle, isn't it"):
+    for reference in (run_id, f"runs:/{run_id}", "gentle, isn't it"):
         found = find_model(reference, project_root)
         assert (found.run_id, found.sha256) == (run_id, model_hash(tiny_unets[0]))
         assert found.folder == project_root / "models/unet"
@@ -70,8 +70,14 @@ def test_a_name_of_nothing_is_rejected_with_what_to_do(project_root, train, tiny
 def test_a_registered_model_is_found_by_alias_and_number_where_nothing_else_has_it(project_root, train, tiny_unets):
     run_id = train(tiny_unets[0])
     registry.promote(find_model(str(tiny_unets[0]), project_root), "champion", project_root)
-    references = ("champion", "1", run_id)
-    for reference in references:
+    for reference in (
+        "champion",
+        "1",
+        run_id,
+        "models:/latentloom@champion",
+        "models:/latentloom/1",
+        "latentloom@champion",
+    ):
         shutil.rmtree(project_root / ".state" / "models", ignore_errors=True)
         found = find_model(reference, project_root)
         assert model_hash(found.folder) == found.sha256 == model_hash(tiny_unets[0])

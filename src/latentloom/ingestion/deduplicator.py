@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from latentloom.ingestion.images import preview
 from latentloom.ingestion.near_duplicates import HASH_BYTES
-from latentloom.ingestion.preprocess import preview
 from latentloom.ingestion.rejects import Reason, Reject, RejectTable
 from latentloom.ingestion.shards import ImageRow, SourceCount
 
@@ -34,24 +34,17 @@ class Deduplicator:
     def kept(self, results: Iterable[ImageRow | Reject]) -> Iterator[ImageRow]:
         """The rows to keep, in order."""
         for result in results:
-            outcome = result if isinstance(result, Reject) else self._unless_duplicate(result)
-            count = self._counts[outcome.source]
+            if isinstance(result, ImageRow) and (first := self._keys.get(bytes.fromhex(result.id))):
+                result = self._duplicate(result, first)
+            count = self._counts[result.source]
             count.found += 1
-            if isinstance(outcome, Reject):
+            if isinstance(result, Reject):
                 count.rejected += 1
-                self.rejects.add(outcome)
+                self.rejects.add(result)
             else:
                 count.kept += 1
-                self.captions += len(outcome.captions)
-                yield outcome
-
-    @property
-    def found(self) -> int:
-        return sum(count.found for count in self._counts.values())
-
-    @property
-    def rejected(self) -> int:
-        return len(self.rejects.rows)
+                self._remember(result)
+                yield result
 
     def ids(self) -> np.ndarray:
         """Of all kept images, in their order: uint8 ``(N, 32)``."""
@@ -65,13 +58,12 @@ class Deduplicator:
         """The perceptual hashes: uint8 ``(N, 32)``, or ``(0, 32)`` where none were wanted."""
         return np.frombuffer(self._hashes, np.uint8).reshape(-1, HASH_BYTES)
 
-    def _unless_duplicate(self, row: ImageRow) -> ImageRow | Reject:
-        own_id = bytes.fromhex(row.id)
-        if own_id in self._keys:
-            picture = preview(row.png) if self.rejects.wants_preview(Reason.DUPLICATE) else None
-            detail = f"the same picture as {self._keys[own_id]}"
-            return Reject(row.source, row.key, Reason.DUPLICATE, detail, picture)
-        self._keys[own_id] = row.key if len(self._counts) == 1 else f"{row.key} of {row.source}"
+    def _duplicate(self, row: ImageRow, first: str) -> Reject:
+        picture = preview(row.png) if self.rejects.wants_preview(Reason.DUPLICATE) else None
+        return Reject(row.source, row.key, Reason.DUPLICATE, f"the same picture as {first}", picture)
+
+    def _remember(self, row: ImageRow) -> None:
+        self._keys[bytes.fromhex(row.id)] = row.key if len(self._counts) == 1 else f"{row.key} of {row.source}"
         self._in_train.append(row.split == "train")
         self._hashes += row.perceptual_hash
-        return row
+        self.captions += len(row.captions)

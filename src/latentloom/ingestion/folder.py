@@ -4,26 +4,26 @@ Captions come from metadata files (``metadata.csv``, ``.jsonl``, ``.parquet``) i
 ``file_name`` is relative to the folder they lie in; several rows of one image are several captions. An image that no
 metadata row names takes them from ``NAME.txt``, one caption on each line that is not empty.
 
-Hidden files and folders are skipped (``._photo.jpg`` is not a photo), linked folders are not entered, and nothing
-is ever written here. Names and captions are held in memory; images are read one at a time.
+Names and captions are held in memory; images are read one at a time, and nothing is ever written here.
 """
 
+import os.path
 import posixpath
 import unicodedata
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from latentloom.ingestion.captions import caption_lines
+from latentloom.ingestion.captions import caption_lines, flat_captions
 from latentloom.ingestion.images import EXTENSIONS
-from latentloom.ingestion.metadata import COLUMNS_WANTED, READERS, MetadataRow, read_metadata_rows
-from latentloom.ingestion.rejects import Reason, RejectedSample, printable
+from latentloom.ingestion.metadata import CAPTIONS, COLUMNS_WANTED, FILE_NAME, READERS, read_metadata_rows
+from latentloom.ingestion.rejects import Reason, RejectedSample
 from latentloom.ingestion.source_files import resolve_source_path, visible_files
 from latentloom.ingestion.sources import IngestError, Sample, Source, rejected_sample
 
 
 class FolderSource(Source):
-    """The captioned images under ``path``, in the order of their relative names.
+    """The captioned images under ``path``, in the order of their names relative to it, which are their keys.
 
     Raises:
         IngestError: when the folder is missing or holds no image, or a metadata file cannot be used.
@@ -38,13 +38,12 @@ class FolderSource(Source):
         self._images = {name for name in names if posixpath.splitext(name)[1].lower() in EXTENSIONS}
         self._composed = {unicodedata.normalize("NFC", key): key for key in self._images}
         self._captions: dict[str, list[object]] = {}
-        self._rejects: dict[str, Sample] = {}
+        self._bad_rows: list[Sample] = []
         for name in names:
             if posixpath.basename(name) in READERS:
-                for row in read_metadata_rows(self.root / name):
-                    self._take(name, row)
+                self._read_metadata(name)
         self._keys = sorted(self._images.union(self._captions))
-        self.total = len(self._keys) + len(self._rejects)
+        self.total = len(self._bad_rows) + len(self._keys)
         if not self.total:
             raise IngestError(
                 f"ingest: the path {self.root} holds no images; looked for the extensions "
@@ -53,22 +52,18 @@ class FolderSource(Source):
             )
 
     def samples(self) -> Iterator[Sample]:
-        yield from self._rejects.values()
+        yield from self._bad_rows
         for key in self._keys:
-            yield Sample(printable(key), partial(self._read, key), partial(self._captions_of, key))
+            yield Sample(key, partial(self._image, key), partial(self._captions_of, key))
 
-    def _take(self, metadata: str, row: MetadataRow) -> None:
-        if row.problem:
-            place, detail = f"{metadata}:{row.line}", f"row {row.line} of {metadata} {row.problem}"
-            self._rejects[place] = rejected_sample(place, Reason.BAD_ROW, detail)
-            return
-        key = self._key(posixpath.dirname(metadata), row.file_name)
-        if key == ".." or key.startswith(("../", "/")):
-            detail = f"row {row.line} of {metadata}: file_name must be relative, and stay inside the source folder"
-            rejected = rejected_sample(printable(row.file_name), Reason.OUTSIDE_FOLDER, detail)
-            self._rejects.setdefault(row.file_name, rejected)
-        else:
-            self._captions.setdefault(key, []).extend(row.captions)
+    def _read_metadata(self, name: str) -> None:
+        for line, row in read_metadata_rows(self.root / name):
+            if isinstance(row, str):
+                detail = f"row {line} of {name} {row}"
+                self._bad_rows.append(rejected_sample(f"{name}:{line}", Reason.BAD_ROW, detail))
+            else:
+                captions = self._captions.setdefault(self._key(posixpath.dirname(name), row[FILE_NAME].strip()), [])
+                captions += flat_captions(map(row.get, CAPTIONS))
 
     def _key(self, parent: str, file_name: str) -> str:
         """The key of the file that a metadata row names.
@@ -82,12 +77,14 @@ class FolderSource(Source):
         key = posixpath.normpath(posixpath.join(parent, file_name.replace("\\", "/")))
         return self._composed.get(unicodedata.normalize("NFC", key), key)
 
-    def _read(self, key: str) -> bytes:
-        path = self.root / key
-        if not _is_file(path):
+    def _image(self, key: str) -> bytes:
+        if key == ".." or key.startswith(("../", "/")):
+            detail = "metadata names it, but file_name must be relative, and stay inside the source folder"
+            raise RejectedSample(Reason.OUTSIDE_FOLDER, detail)
+        if not _is_file(self.root / key):
             named = "metadata names it, but " if key in self._captions else ""
             raise RejectedSample(Reason.MISSING_FILE, f"{named}there is no such file")
-        return _content(path)
+        return _content(self.root / key)
 
     def _captions_of(self, key: str) -> Sequence[object]:
         if key in self._captions:
@@ -104,8 +101,4 @@ def _content(path: Path) -> bytes:
 
 
 def _is_file(path: Path) -> bool:
-    """Whether a file lies there; a name that no file can have (too long, not text) is that of no file."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
+    return os.path.isfile(path)  # noqa: PTH113 - Path's own raises for a name that no file can have, as a too long one

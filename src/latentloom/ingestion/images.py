@@ -7,14 +7,15 @@ as sRGB.
 
 import hashlib
 import io
+import math
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from latentloom.ingestion.rejects import Reason, RejectedSample
 
@@ -24,19 +25,8 @@ EXTENSIONS = {".apng", ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".ico"
 EXTENSIONS |= {".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
 MAX_BYTES = 2**30
 LARGEST_ENLARGEMENT = 4
-
+PREVIEW_SIZE = 64
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
-
-ORIENTATION = 0x0112
-UPRIGHT = {  # EXIF orientation -> what turns the stored pixels upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 @dataclass(frozen=True)
@@ -52,25 +42,18 @@ def prepare_image(data: bytes, size: int, *, max_pixels: int, max_aspect_ratio: 
     """Decode an image file and prepare its pixels at ``size`` by ``size``.
 
     Args:
-        max_pixels: the most that the image may have; checked before it is decoded.
-        max_aspect_ratio: the most that its longer side may be of its shorter one; checked before it is decoded.
+        max_pixels: the most that the image may have.
+        max_aspect_ratio: the most that its longer side may be of its shorter one.
 
     Raises:
         RejectedSample: with the reason, where the bytes are no image that can be used.
     """
-    image = _decode(data, max_pixels, max_aspect_ratio)
+    image = _decode(data, size, max_pixels, max_aspect_ratio)
     width, height = image.size
-    smallest = -(-size // LARGEST_ENLARGEMENT)
-    if min(width, height) < smallest:
-        raise RejectedSample(
-            Reason.TOO_SMALL,
-            f"{width}x{height} pixels; the shorter side must have at least {smallest}, "
-            f"1/{LARGEST_ENLARGEMENT} of ingest.image_size",
-        )
-    image = _on_white(_centred_square(image))
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.LANCZOS)
-    return PreparedImage(np.asarray(image), width, height)
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    image = _on_white(image.crop((left, top, left + side, top + side)))
+    return PreparedImage(np.asarray(image.resize((size, size), Image.Resampling.LANCZOS)), width, height)
 
 
 def image_id(pixels: np.ndarray) -> str:
@@ -79,14 +62,27 @@ def image_id(pixels: np.ndarray) -> str:
     return hashlib.sha256(f"{shape}:".encode() + np.ascontiguousarray(pixels, np.uint8).tobytes()).hexdigest()
 
 
+def preview(data: bytes, max_pixels: float = math.inf) -> bytes | None:
+    """A PNG, at most 64 pixels per side, of an image file's first frame; None where it cannot be decoded."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > max_pixels:
+            return None
+        image.thumbnail((PREVIEW_SIZE, PREVIEW_SIZE))
+        buffer = io.BytesIO()
+        _on_white(_upright(image)).save(buffer, "PNG")
+        return buffer.getvalue()
+    except Exception:  # damaged bytes raise nearly anything, and the file is rejected already
+        return None
+
+
 @contextmanager
 def pillow_settings(max_pixels: int) -> Iterator[None]:
     """Pillow as an ingestion needs it: images of ``max_pixels`` allowed, no warnings of odd but readable files.
 
     Both are settings of the process, so they are made around all workers, and restored at the end.
     """
-    limit = Image.MAX_IMAGE_PIXELS  # Pillow rejects an image of more than twice as many
-    Image.MAX_IMAGE_PIXELS = None if limit is None else max(limit, -(-max_pixels // 2))
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels  # beyond twice as many, Pillow stops
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")
@@ -95,7 +91,7 @@ def pillow_settings(max_pixels: int) -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def _decode(data: bytes, max_pixels: int, max_aspect_ratio: float) -> Image.Image:
+def _decode(data: bytes, size: int, max_pixels: int, max_aspect_ratio: float) -> Image.Image:
     """The first frame, upright, in whatever mode the file has."""
     if not data:
         raise RejectedSample(Reason.EMPTY_FILE, "the file holds no bytes")
@@ -103,7 +99,7 @@ def _decode(data: bytes, max_pixels: int, max_aspect_ratio: float) -> Image.Imag
         raise RejectedSample(Reason.TOO_MANY_BYTES, f"{len(data):,} bytes; at most {MAX_BYTES:,}")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        _check_bounds(*image.size, max_pixels, max_aspect_ratio)
+        _check_bounds(*image.size, size, max_pixels, max_aspect_ratio)
         image.load()
     except (RejectedSample, MemoryError):
         raise
@@ -111,40 +107,35 @@ def _decode(data: bytes, max_pixels: int, max_aspect_ratio: float) -> Image.Imag
         raise RejectedSample(Reason.TOO_MANY_PIXELS, f"more than {max_pixels:,} pixels (ingest.max_pixels)") from None
     except UnidentifiedImageError:
         if data.startswith(SIGNATURES):
-            raise RejectedSample(
-                Reason.UNREADABLE, "begins as an image, but its header is damaged or cut off"
-            ) from None
+            detail = "begins as an image, but its header is damaged or cut off"
+            raise RejectedSample(Reason.UNREADABLE, detail) from None
         detail = f"begins with the bytes {data[:12]!r}, as none of these does: {', '.join(FORMATS)}"
         raise RejectedSample(Reason.NOT_AN_IMAGE, detail) from None
     except Exception as error:  # a decoder meets damaged bytes with nearly any exception: each rejects this file alone
         message = re.sub(r"0x[0-9a-f]+", "", str(error))
         reason = Reason.TRUNCATED if isinstance(error, EOFError) or "truncated" in message else Reason.UNREADABLE
         raise RejectedSample(reason, f"{type(error).__name__}: {message}") from error
-    turn = UPRIGHT.get(_orientation(image))
-    return image if turn is None else image.transpose(turn)
+    return _upright(image)
 
 
-def _check_bounds(width: int, height: int, max_pixels: int, max_aspect_ratio: float) -> None:
+def _check_bounds(width: int, height: int, size: int, max_pixels: int, max_aspect_ratio: float) -> None:
     if width * height > max_pixels:
         detail = f"{width}x{height} pixels; at most {max_pixels:,} in all (ingest.max_pixels)"
         raise RejectedSample(Reason.TOO_MANY_PIXELS, detail)
     if max(width, height) > max_aspect_ratio * min(width, height):
         detail = f"{width}x{height} pixels; at most {max_aspect_ratio:g} to 1 (ingest.max_aspect_ratio)"
         raise RejectedSample(Reason.TOO_EXTREME_ASPECT, detail)
+    smallest = -(-size // LARGEST_ENLARGEMENT)
+    if min(width, height) < smallest:
+        least = f"at least {smallest}, 1/{LARGEST_ENLARGEMENT} of ingest.image_size"
+        raise RejectedSample(Reason.TOO_SMALL, f"{width}x{height} pixels; the shorter side must have {least}")
 
 
-def _orientation(image: Image.Image) -> int | None:
-    try:
-        return image.getexif().get(ORIENTATION)
-    except Exception:  # damaged EXIF beside sound pixels: the picture is shown as it is stored, as viewers do
-        return None
-
-
-def _centred_square(image: Image.Image) -> Image.Image:
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    return image if width == height else image.crop((left, top, left + side, top + side))
+def _upright(image: Image.Image) -> Image.Image:
+    """The image itself, turned as its EXIF says; with damaged EXIF as it is stored, as viewers show it."""
+    with suppress(Exception):  # which reading damaged EXIF raises, nearly any
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -12,7 +12,7 @@ puts it into a split; at the end, near duplicates of training images follow thos
 import sys
 from collections.abc import Iterable
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ from latentloom.ingestion.openmoji import OpenMojiSource
 from latentloom.ingestion.parallel import ordered_map, worker_count
 from latentloom.ingestion.parquet import ParquetSource
 from latentloom.ingestion.preprocess import preprocess_sample
-from latentloom.ingestion.rejects import Reject
-from latentloom.ingestion.shards import ImageRow, Manifest, SourceCount, move_to_train, write_manifest, write_shards
+from latentloom.ingestion.rejects import Reject, RejectTable
+from latentloom.ingestion.shards import ImageRow, SourceCount, move_to_train, write_manifest, write_shards
 from latentloom.ingestion.source_files import resolve_source_path
 from latentloom.ingestion.sources import IngestError, Sample, Source
 from latentloom.ingestion.splits import linked_to_train
@@ -56,26 +56,21 @@ class IngestReport:
     near_duplicates: int
     moved_to_train: int
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     def __str__(self) -> str:
         pairs = f", {self.near_duplicates} pairs of near duplicates" if self.near_duplicates else ""
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.reasons.items())
-        line = (
-            f"{self.kept} images ({self.train} train, {self.validation} validation){pairs}, "
-            f"{self.rejected} rejected{f' ({reasons})' if reasons else ''}"
-        )
+        warning = "; no held-out image: training can neither validate nor keep the best"
         return (
-            line if self.validation else f"{line}; no held-out image: training can neither validate nor keep the best"
+            f"{self.kept} images ({self.train} train, {self.validation} validation){pairs}, "
+            f"{self.rejected} rejected{f' ({reasons})' if reasons else ''}{'' if self.validation else warning}"
         )
 
 
 def ingest(
     params: IngestParams,
-    images_folder: Path | str,
-    rejects_path: Path | str,
-    near_duplicates_path: Path | str,
+    images_folder: Path,
+    rejects_path: Path,
+    near_duplicates_path: Path,
     progress: bool = True,
 ) -> IngestReport:
     """Bring the sources of ``params`` into ``images_folder``; write what was rejected, and which images look alike.
@@ -85,10 +80,8 @@ def ingest(
             is rejected than ``max_reject_fraction`` allows: then the rejects are written, but no manifest of images.
         WriteError: when a file cannot be written, naming it.
     """
-    outputs = Path(images_folder), Path(rejects_path), Path(near_duplicates_path)
-    images_folder, rejects_path, near_duplicates_path = outputs
     for entry in params.sources:
-        _check_outputs_outside_source(entry, outputs)
+        _check_outputs_outside_source(entry, (images_folder, rejects_path, near_duplicates_path))
     sources = {entry.label: open_source(entry, params.image_size) for entry in params.sources}
     counts = {
         entry.label: SourceCount(entry.label, entry.source, entry.weight, source.attribution, source.licence)
@@ -115,26 +108,15 @@ def ingest(
         shards = write_shards(islice(deduplicator.kept(shown), params.limit), images_folder)
     deduplicator.rejects.write(rejects_path)
     written = sum(shard["rows"] for shard in shards)
-    found, rejected = deduplicator.found, deduplicator.rejected
+    found, rejected = sum(count.found for count in counts.values()), len(deduplicator.rejects.rows)
     if found != written + rejected:
         raise RuntimeError(f"{found} samples found, but {written} kept and {rejected} rejected: one was lost")
-    _check_rejects(deduplicator, params.max_reject_fraction, rejects_path)
+    if rejected == found or rejected > params.max_reject_fraction * found:
+        raise IngestError(_too_many_rejects(deduplicator.rejects, found, params.max_reject_fraction, rejects_path))
     pairs, moved = _keep_near_duplicates_together(deduplicator, params.near_duplicate_distance, near_duplicates_path)
     move_to_train(images_folder, shards, moved)
     train = int(deduplicator.in_train().sum()) + len(moved)
-    manifest = Manifest(
-        image_size=params.image_size,
-        found=found,
-        rejected=rejected,
-        images=written,
-        train=train,
-        validation=written - train,
-        sources=list(counts.values()),
-        attribution=_joined(count.attribution for count in counts.values() if count.kept),
-        licence=_joined(count.licence for count in counts.values() if count.kept),
-        shards=shards,
-    )
-    write_manifest(images_folder, manifest)
+    manifest = write_manifest(images_folder, params.image_size, train, counts.values(), shards)
     return IngestReport(
         found=found,
         kept=written,
@@ -144,8 +126,8 @@ def ingest(
         validation=written - train,
         captions=deduplicator.captions,
         sources=[
-            {name: value for name, value in asdict(count).items() if name not in ("attribution", "licence")}
-            for count in counts.values()
+            {name: value for name, value in source.items() if name not in ("attribution", "licence")}
+            for source in manifest["sources"]
         ],
         near_duplicates=pairs,
         moved_to_train=len(moved),
@@ -176,17 +158,15 @@ def _expected(sources: Iterable[Source], limit: int | None) -> int | None:
     return min((bound for bound in (total, limit) if bound is not None), default=None)
 
 
-def _check_rejects(deduplicator: Deduplicator, most: float, rejects_path: Path) -> None:
-    found, rejected, rejects = deduplicator.found, deduplicator.rejected, deduplicator.rejects
-    if rejected < found and rejected <= most * found:
-        return
+def _too_many_rejects(rejects: RejectTable, found: int, most: float, rejects_path: Path) -> str:
+    rejected = len(rejects.rows)
     examples = {reject.reason: f"{reject.source}: {reject.key}" for reject in reversed(rejects.rows)}
     reasons = "".join(
         f"\n  {count} {reason.value}, such as {examples[reason]}"
         for reason, count in sorted(rejects.reasons().items(), key=lambda item: (-item[1], item[0]))
     )
     bound = "no image is left" if rejected == found else f"ingest.max_reject_fraction allows {most:.1%}"
-    raise IngestError(
+    return (
         f"{rejected} of {found} samples ({rejected / max(found, 1):.1%}) were rejected, and {bound}:{reasons}\n"
         f"{rejects_path} gives the reason for each. Fix the data, or raise ingest.max_reject_fraction to accept it."
     )
@@ -201,10 +181,6 @@ def _keep_near_duplicates_together(
     pairs = find_near_duplicates(hashes if distance is None else hashes[order], distance or 0)
     write_near_duplicates(path, ids[order], pairs)
     return len(pairs), order[linked_to_train(pairs, in_train[order])]
-
-
-def _joined(texts: Iterable[str | None]) -> str | None:
-    return "; ".join(dict.fromkeys(text for text in texts if text)) or None
 
 
 def _check_outputs_outside_source(entry: SourceParams, outputs: Iterable[Path]) -> None:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pyarrow.types as types
 
 from latentloom.ingestion.captions import flat_captions
-from latentloom.ingestion.rejects import Reason, RejectedSample, error_message, printable
+from latentloom.ingestion.rejects import Reason, RejectedSample, error_message
 from latentloom.ingestion.source_files import source_files
 from latentloom.ingestion.sources import IngestError, Sample, Source, rejected_sample
 
@@ -35,10 +35,8 @@ class ParquetSource(Source):
 
     Args:
         path: a file, a folder, or a pattern.
-        image_column: of encoded bytes; None for the first of ``IMAGE_COLUMNS`` that holds some:
-            image, jpg, jpeg, png, webp, img, picture, image_bytes, bytes.
-        caption_column: None for the first of ``CAPTION_COLUMNS``:
-            caption, captions, text, texts, txt, prompt, description.
+        image_column: of encoded bytes; None for the first of ``IMAGE_COLUMNS`` that holds some.
+        caption_column: None for the first of ``CAPTION_COLUMNS``.
 
     Raises:
         IngestError: when there is no Parquet file, or one lacks a column; file, columns and param are named.
@@ -47,71 +45,62 @@ class ParquetSource(Source):
     def __init__(self, path: Path | str, image_column: str | None = None, caption_column: str | None = None) -> None:
         self._files = source_files(path, SUFFIXES)
         self._image_column, self._caption_column = image_column, caption_column
-        self.total = sum(map(self._rows, self._files.values()))
+        self.total = 0
+        for path in self._files.values():
+            try:
+                with _open(path) as file:
+                    self._columns(path, file.schema_arrow)
+                    self.total += file.metadata.num_rows
+            except DAMAGED:
+                self.total += 1  # the file is a reject
 
     def samples(self) -> Iterator[Sample]:
         for name, path in self._files.items():
-            key = printable(name)
             try:
                 file = _open(path)
             except DAMAGED as error:
                 detail = f"cannot be read as Parquet ({error_message(error)}); fix or remove it"
-                yield rejected_sample(key, Reason.UNREADABLE, detail)
+                yield rejected_sample(name, Reason.UNREADABLE, detail)
                 continue
             with file:
-                yield from self._samples(file, path, key)
+                yield from self._samples(file, name, self._columns(path, file.schema_arrow))
 
-    def _samples(self, file: pq.ParquetFile, path: Path, key: str) -> Iterator[Sample]:
-        columns = self._columns(path, file.schema_arrow)
-        start = 0
+    def _samples(self, file: pq.ParquetFile, name: str, columns: list[str]) -> Iterator[Sample]:
+        stop = 0
         for group in range(file.num_row_groups):
-            row, start = start, start + file.metadata.row_group(group).num_rows
+            row, stop = stop, stop + file.metadata.row_group(group).num_rows
             try:
                 for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns):
-                    images, captions = (batch.column(name) for name in columns)
-                    for image, caption in zip(images, captions, strict=True):
-                        yield Sample(f"{key}:{row}", partial(_image, image.as_py()), partial(_captions, caption))
+                    for image, caption in zip(*(batch.column(column) for column in columns), strict=True):
+                        yield Sample(f"{name}:{row}", partial(_image, image.as_py()), partial(_captions, caption))
                         row += 1
             except DAMAGED as error:
-                detail = f"the rows {row} to {start - 1} cannot be read ({error_message(error)})"
-                yield rejected_sample(f"{key}:{row}", Reason.UNREADABLE, detail)
-
-    def _rows(self, path: Path) -> int:
-        """How many rows the footer says there are; one, a reject, where it cannot be read."""
-        try:
-            with _open(path) as file:
-                self._columns(path, file.schema_arrow)
-                return file.metadata.num_rows
-        except DAMAGED:
-            return 1
+                detail = f"the rows {row} to {stop - 1} cannot be read ({error_message(error)})"
+                yield rejected_sample(f"{name}:{row}", Reason.UNREADABLE, detail)
 
     def _columns(self, path: Path, schema: pa.Schema) -> list[str]:
         """The image column and the caption column."""
-        holds_image = [field.name for field in schema if _holds_bytes(field.type)]
-        image = _pick(self._image_column, IMAGE_COLUMNS, holds_image)
-        caption = _pick(self._caption_column, CAPTION_COLUMNS, schema.names)
-        for found, param, wanted, known, what in (
-            (image, "image_column", self._image_column, IMAGE_COLUMNS, "encoded images (bytes, or a struct of them)"),
-            (caption, "caption_column", self._caption_column, CAPTION_COLUMNS, "captions"),
+        with_bytes = [field.name for field in schema if _holds_bytes(field.type)]
+        found = []
+        for param, wanted, known, columns, what in (
+            ("image_column", self._image_column, IMAGE_COLUMNS, with_bytes, "encoded images (bytes, or such a struct)"),
+            ("caption_column", self._caption_column, CAPTION_COLUMNS, schema.names, "captions"),
         ):
-            if found is None:
-                columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
+            by_lower_case = {column.lower(): column for column in reversed(columns)}
+            usual = [by_lower_case[name] for name in known if name in by_lower_case]
+            candidates = usual if wanted is None else [column for column in columns if column == wanted]
+            if not candidates:
+                there = ", ".join(f"{field.name} ({field.type})" for field in schema)
                 raise IngestError(
-                    f"{path} has the columns {columns}; none that is called {wanted or ', '.join(known)} holds {what}. "
+                    f"{path} has the columns {there}; none that is called {wanted or ', '.join(known)} holds {what}. "
                     f"Name it in params.yaml: ingest.source: [{{source: parquet, path: ..., {param}: ...}}]"
                 )
-        return [image, caption]
+            found.append(candidates[0])
+        return found
 
 
 def _open(path: Path) -> pq.ParquetFile:
     return pq.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True)
-
-
-def _pick(wanted: str | None, known: tuple[str, ...], columns: list[str]) -> str | None:
-    if wanted:
-        return wanted if wanted in columns else None
-    by_lower_case = {column.lower(): column for column in reversed(columns)}
-    return next((by_lower_case[name] for name in known if name in by_lower_case), None)
 
 
 def _holds_bytes(arrow_type: pa.DataType) -> bool:
@@ -135,7 +124,6 @@ def _image(value: bytes | dict[str, Any] | None) -> bytes:
 
 def _captions(scalar: pa.Scalar) -> list[object]:
     try:
-        captions = flat_captions([scalar.as_py()])
+        return flat_captions([scalar.as_py()])
     except UnicodeDecodeError:
         raise RejectedSample(Reason.CAPTION_NOT_UTF8, "its caption is not UTF-8; save the captions as UTF-8") from None
-    return [text.decode("utf-8", "surrogateescape") if isinstance(text, bytes) else text for text in captions]

@@ -3,14 +3,10 @@
 A rejected sample gets a preview where its picture can be decoded; where it cannot, for whatever cause, it gets none.
 """
 
-import io
-import math
 from collections.abc import Callable
 
-from PIL import Image, ImageOps
-
 from latentloom.ingestion.captions import clean_captions
-from latentloom.ingestion.images import FORMATS, image_id, prepare_image
+from latentloom.ingestion.images import image_id, prepare_image, preview
 from latentloom.ingestion.near_duplicates import perceptual_hash
 from latentloom.ingestion.rejects import Reason, Reject, RejectedSample, printable
 from latentloom.ingestion.shards import ImageRow, encode
@@ -18,14 +14,12 @@ from latentloom.ingestion.sources import Sample
 from latentloom.ingestion.splits import split_of
 from latentloom.params import IngestParams
 
-PREVIEW_SIZE = 64
-
 
 def preprocess_sample(
     source: str, sample: Sample, params: IngestParams, wants_preview: Callable[[Reason], bool]
 ) -> ImageRow | Reject:
     """Read, prepare and name one sample of the source called ``source``; a reject says why it cannot be used."""
-    data = b""
+    key, data = printable(sample.key), b""
     try:
         data = sample.read()
         captions = clean_captions(sample.captions())
@@ -34,7 +28,7 @@ def preprocess_sample(
         )
     except RejectedSample as rejected:
         picture = preview(data, params.max_pixels) if wants_preview(rejected.reason) else None
-        return Reject(source, printable(sample.key), rejected.reason, printable(rejected.detail), picture)
+        return Reject(source, key, rejected.reason, printable(rejected.detail), picture)
     own_id = image_id(image.pixels)
     return ImageRow(
         id=own_id,
@@ -42,24 +36,8 @@ def preprocess_sample(
         captions=captions,
         split=split_of(own_id, params.val_fraction),
         source=source,
-        key=sample.key,
+        key=key,
         width=image.width,
         height=image.height,
         perceptual_hash=b"" if params.near_duplicate_distance is None else perceptual_hash(image.pixels),
     )
-
-
-def preview(data: bytes, max_pixels: float = math.inf) -> bytes | None:
-    """A PNG, at most 64 pixels per side, of an image file's first frame; None where it cannot be decoded."""
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > max_pixels:
-            return None
-        image.thumbnail((PREVIEW_SIZE, PREVIEW_SIZE))
-        image = ImageOps.exif_transpose(image).convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    except Exception:  # damaged bytes raise nearly anything, and the file is rejected already
-        return None
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()

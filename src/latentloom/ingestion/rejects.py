@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 from latentloom.files import atomic_path
 
 SCHEMA = pa.schema([(name, pa.string()) for name in ("source", "key", "reason", "detail")] + [("preview", pa.binary())])
-ROWS_AT_ONCE = 1024
 PREVIEWS = 24  # of each reason: enough for a contact sheet
 
 
@@ -97,4 +96,4 @@ class RejectTable:
     def write(self, path: Path) -> None:
         columns = {name: [getattr(reject, name) for reject in self.rows] for name in SCHEMA.names}
         with atomic_path(path) as temporary:
-            pq.write_table(pa.table(columns, SCHEMA), temporary, row_group_size=ROWS_AT_ONCE, compression="zstd")
+            pq.write_table(pa.table(columns, SCHEMA), temporary, compression="zstd")

@@ -114,10 +114,7 @@ def _fingerprint(entry: SourceParams, before: dict[str, Any] | None) -> dict[str
     files = source_files(path, ("",))
     digest, size = hashlib.sha256(), 0
     for name, file in files.items():
-        try:
-            status = file.stat()
-        except FileNotFoundError:  # a link to nowhere, which `ingest` rejects
-            status = file.lstat()
+        status = file.stat() if file.exists() else file.lstat()  # of a link to nowhere, which `ingest` rejects
         size += status.st_size
         digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
     return source | {"files": len(files), "bytes": size, "fingerprint": digest.hexdigest()}

@@ -10,22 +10,21 @@ lies behind the damage; the samples before it, and the other tars, are used.
 
 import json
 import posixpath
-import re
 import tarfile
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
+from itertools import groupby
+from pathlib import Path, PureWindowsPath
 
 from latentloom.ingestion.captions import caption_lines, flat_captions
 from latentloom.ingestion.images import EXTENSIONS, MAX_BYTES
 from latentloom.ingestion.metadata import CAPTIONS
-from latentloom.ingestion.rejects import Reason, RejectedSample, error_message, printable
+from latentloom.ingestion.rejects import Reason, RejectedSample, error_message
 from latentloom.ingestion.source_files import source_files
 from latentloom.ingestion.sources import Sample, Source, rejected_sample
 
 TARS = (".tar", ".tar.gz", ".tgz")
-IMAGE, DOTTED, TXT, JSON = "image", "dotted", ".txt", ".json"  # kinds of members
-UPWARDS_OR_ABSOLUTE = re.compile(r"(?:[A-Za-z]:)?[/\\]|(?:.*[/\\])?\.\.(?:[/\\]|$)", re.DOTALL)
+IMAGE, TXT, JSON = "image", ".txt", ".json"  # kinds of members
 CUT_OFF = "unexpected end of data"  # in tarfile's words
 
 
@@ -41,49 +40,40 @@ class WebDatasetSource(Source):
 
     def samples(self) -> Iterator[Sample]:
         for name, path in self._tars.items():
-            yield from _samples(printable(name), path)
+            yield from _samples(name, path)
 
 
 def _samples(tar: str, path: Path) -> Iterator[Sample]:
-    stem, contents, stems = "", {}, set()
-    try:
-        for name, content in _members(path):
+    known: set[str] = set()
+    for stem, members in groupby(_members(path), key=lambda member: _split(member[0])[0]):
+        contents: dict[str, bytes] = {}
+        dotted: list[str] = []
+        for name, content in members:
+            extension = _split(name)[1]
+            kind = extension if extension in (TXT, JSON) else IMAGE
             if isinstance(content, RejectedSample):
-                yield rejected_sample(f"{tar}/{name}", content.reason, content.detail)
-                continue
-            next_stem, extension = _split(name)
-            if next_stem != stem:
-                yield from _sample(f"{tar}/{stem}", contents, stem in stems)
-                stems.add(stem)
-                stem, contents = next_stem, {}
-            kind = extension if extension in (TXT, JSON) else DOTTED if extension.count(".") > 1 else IMAGE
-            if kind in contents and kind != DOTTED:
+                yield rejected_sample(f"{tar}/{name}" if name else tar, content.reason, content.detail)
+            elif extension.count(".") > 1:
+                dotted.append(name)
+            elif kind in contents:
                 detail = f"this key has its {kind} already, which is used"
                 yield rejected_sample(f"{tar}/{name}", Reason.DUPLICATE_KEY, detail)
             else:
-                contents[kind] = name if kind == DOTTED else content
-    except RejectedSample as damage:
-        if IMAGE in contents and len(contents) > 1:
-            yield from _sample(f"{tar}/{stem}", contents, stem in stems)
-        yield rejected_sample(tar, damage.reason, damage.detail)
-    else:
-        yield from _sample(f"{tar}/{stem}", contents, stem in stems)
-
-
-def _sample(key: str, contents: dict[str, bytes | str], is_known: bool) -> Iterator[Sample]:
-    """The one sample of a key's members, by kind; none where there are none of interest."""
-    if not contents:
-        return
-    if is_known:
-        detail = "its key came before in this tar, with others in between"
-        yield rejected_sample(key, Reason.DUPLICATE_KEY, detail)
-    elif IMAGE in contents:
-        yield Sample(key, partial(bytes, contents[IMAGE]), partial(_captions, contents.get(TXT), contents.get(JSON)))
-    elif DOTTED in contents:
-        detail = f"{contents[DOTTED]}: all that follows its first dot is taken for its extension; rename it"
-        yield rejected_sample(key, Reason.MISSING_FILE, detail)
-    else:
-        yield rejected_sample(key, Reason.MISSING_FILE, f"{' and '.join(contents)} without an image")
+                contents[kind] = content
+        key = f"{tar}/{stem}"
+        if contents and stem in known:
+            detail = "its key came before in this tar, with others in between"
+            yield rejected_sample(key, Reason.DUPLICATE_KEY, detail)
+        elif IMAGE in contents:
+            captions = partial(_captions, contents.get(TXT), contents.get(JSON))
+            yield Sample(key, partial(bytes, contents[IMAGE]), captions)
+        elif dotted:
+            detail = "all that follows the first dot of its name is taken for its extension; rename it"
+            for name in dotted:
+                yield rejected_sample(f"{tar}/{name}", Reason.MISSING_FILE, detail)
+        elif contents:
+            yield rejected_sample(key, Reason.MISSING_FILE, f"{' and '.join(contents)} without an image")
+        known.add(stem)
 
 
 def _captions(text: bytes | None, record: bytes | None) -> list[object]:
@@ -92,27 +82,27 @@ def _captions(text: bytes | None, record: bytes | None) -> list[object]:
         try:
             fields = json.loads(record.decode("utf-8-sig", errors="surrogateescape"))
         except (ValueError, RecursionError):
-            raise RejectedSample(Reason.BAD_ROW, "its .json is not valid JSON; fix it, or leave it out") from None
+            fields = None
         if not isinstance(fields, dict):
-            raise RejectedSample(Reason.BAD_ROW, "its .json is not a JSON object; fix it, or leave it out")
-        captions += flat_captions(fields.get(name) for name in CAPTIONS)
+            raise RejectedSample(Reason.BAD_ROW, "its .json does not hold a JSON object; fix it, or leave it out")
+        captions += flat_captions(map(fields.get, CAPTIONS))
     return captions
 
 
 def _members(path: Path) -> Iterator[tuple[str, bytes | RejectedSample]]:
-    """Names and contents of the images, texts and JSON of a tar, and for a member that is rejected, why.
+    """Names and contents of the images, texts and JSON of a tar; of a member that is rejected, why.
 
-    Raises:
-        RejectedSample: where the tar is damaged; all before the damage has been given then.
+    Where the tar is damaged, the reason comes as the content of a last member without a name.
     """
-    last = None
+    last = ""
     try:
         if not path.stat().st_size:
-            raise RejectedSample(Reason.EMPTY_FILE, "the file holds no bytes")
+            yield "", RejectedSample(Reason.EMPTY_FILE, "the file holds no bytes")
+            return
         with tarfile.open(path) as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # which would list all members in the end
-                last = printable(member.name)
+                last = member.name
                 if member.size < 0:
                     raise tarfile.ReadError("negative size")
                 if problem := _problem(member):
@@ -120,16 +110,15 @@ def _members(path: Path) -> Iterator[tuple[str, bytes | RejectedSample]]:
                 elif member.isfile() and _is_wanted(last):
                     yield last, tar.extractfile(member).read()
             _require_end(tar)
-    except (RejectedSample, MemoryError):
+    except MemoryError:
         raise
     except Exception as error:  # tarfile meets damaged bytes with nearly any exception: each costs this tar alone
-        if last is None:
-            detail = f"no tar file, or damaged at its beginning ({error_message(error)})"
-            raise RejectedSample(Reason.UNREADABLE, detail) from error
-        is_cut = isinstance(error, EOFError) or CUT_OFF in str(error)
-        what = "cut off" if is_cut else f"damaged ({error_message(error)})"
-        detail = f"{what} in or after the member {last}; what follows is lost"
-        raise RejectedSample(Reason.TRUNCATED if is_cut else Reason.UNREADABLE, detail) from error
+        message = error_message(error)
+        is_cut = isinstance(error, EOFError) or CUT_OFF in message
+        detail = f"cut off or damaged in or after the member {last} ({message}); what follows is lost"
+        if not last:
+            detail = f"no tar file, or damaged at its beginning ({message})"
+        yield "", RejectedSample(Reason.TRUNCATED if is_cut and last else Reason.UNREADABLE, detail)
 
 
 def _require_end(tar: tarfile.TarFile) -> None:
@@ -143,12 +132,12 @@ def _require_end(tar: tarfile.TarFile) -> None:
 
 
 def _problem(member: tarfile.TarInfo) -> RejectedSample | None:
-    if not member.isdir() and UPWARDS_OR_ABSOLUTE.match(member.name):
+    path = PureWindowsPath(member.name)  # to which both slashes are folder marks
+    if not member.isdir() and (path.root or ".." in path.parts):
         return RejectedSample(Reason.UNSAFE_PATH, "its path is absolute or leads upwards; pack it under a relative one")
     if member.issym() or member.islnk() or member.isdev():
-        return RejectedSample(
-            Reason.UNSAFE_PATH, "a link or a device, not a file; pack the file itself (tar --dereference)"
-        )
+        detail = "a link or a device, not a file; pack the file itself (tar --dereference)"
+        return RejectedSample(Reason.UNSAFE_PATH, detail)
     if member.size > MAX_BYTES:
         return RejectedSample(Reason.TOO_MANY_BYTES, f"{member.size:,} bytes; at most {MAX_BYTES:,}")
     return None

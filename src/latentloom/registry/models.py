@@ -5,6 +5,7 @@ in `.state/models` (what was fetched before), in DVC's cache and remote, and in 
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 NAME = "latentloom"  # of the registered model
 SERVED = "served"  # where the training's run holds the files of a registered version
 PACKED_MODEL = f"{SERVED}/artifacts/model"
+URI = re.compile(rf"^(runs:/|(models:/)?{NAME}[@:/])")  # as MLflow writes runs, versions and aliases
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def find_model(reference: str, root: Path) -> FoundModel:
 
     Args:
         reference: a folder; ``champion``, ``candidate`` or another alias; a version's number; the id of an MLflow run,
-            or its name.
+            or its name; or any of these as MLflow writes them, ``models:/latentloom@champion`` or ``runs:/ID``.
         root: the project's root, which decides the store; MLflow is not imported for a folder.
 
     Raises:
@@ -91,6 +93,7 @@ def look_up(reference: str, root: Path) -> StoredModel:
         UserError: when it names nothing, or several runs, or a folder.
         mlflow.exceptions.MlflowException: when the store cannot be reached.
     """
+    reference = URI.sub("", reference)
     if "/" in reference or Path(reference).is_dir():
         raise UserError(
             f"{reference} holds no model ({', '.join(MODEL_FILES)}): run `dvc pull` or `dvc repro` in the project's "
