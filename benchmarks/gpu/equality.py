@@ -20,7 +20,7 @@ from train_step import Settings
 
 from gpu import variants
 from gpu.parts import Job, Record
-from latentloom.devices import autocast_dtype
+from latentloom.devices import autocast_dtype, choose_device
 from latentloom.diffusion import UNet, get_schedule
 from latentloom.encoding.dataset import Caches, load_caches
 from latentloom.params import DiffusionParams, TrainParams
@@ -34,7 +34,7 @@ SEED = 3
 
 def equality(job: Job, record: Record) -> None:
     """The device against the CPU, and against itself in another way."""
-    device = torch.device(job.device)
+    device = choose_device()
     settings = Settings(job.sizes.widths, job.sizes.depth, BATCH, None, device, False)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -103,6 +103,8 @@ def _against_cpu(settings: Settings, folder: Path, allowed: float = 1e-3) -> dic
         state = TrainingState.start(own, _params(1)[0])
         here = Batch(*(tensor.to(device) for tensor in batch))
         loss, gradients = _loss_and_gradients(own, here)
+        for group in state.optimizer.param_groups:
+            group["lr"] = _params(1)[0].learning_rate
         state.optimizer.step()
         results.append((loss, gradients, _loss_and_gradients(own, here)[0]))
     loss, gradients, after = (_apart(ours, theirs) for ours, theirs in zip(*results, strict=True))

@@ -24,8 +24,7 @@ from train_step import Contender, Settings
 
 from gpu import variants
 from gpu.parts import Job, Record, Unmeasurable
-from latentloom.devices import autocast_dtype
-from latentloom.diffusion import fast
+from latentloom.devices import autocast_dtype, choose_device
 from latentloom.encoding.shard_files import INDEX
 
 COMPILING = 75.0  # seconds that compiling a step may take
@@ -33,7 +32,7 @@ COMPILING = 75.0  # seconds that compiling a step may take
 
 def machine(job: Job, record: Record) -> None:
     """What the device is, and what it can do at best."""
-    device = torch.device(job.device)
+    device = choose_device()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         record.add(
@@ -82,7 +81,7 @@ def step(job: Job, record: Record) -> None:
         _measure_step(job, record, f"{name}, batch {batch}", _settings(job, batch))
     usual = _settings(job, first)
     for what, context in (
-        ("layers as described, without fast.py", variants.plain_layers()),
+        ("plain convolutions", variants.plain_convolutions()),
         ("cuDNN tries its algorithms", variants.cudnn_benchmark()),
         ("norms in bf16", variants.norms(variants.norm_in_own_precision)),
         ("norms that stay channels-last", variants.norms(variants.norm_in_channels_last)),
@@ -108,7 +107,7 @@ def graphs(job: Job, record: Record) -> None:
 
 
 def _settings(job: Job, batch: int) -> Settings:
-    device, sizes = torch.device(job.device), job.sizes
+    device, sizes = choose_device(), job.sizes
     return Settings(sizes.widths, sizes.depth, batch, autocast_dtype("auto", device), device, False, sizes.rows)
 
 
@@ -144,7 +143,7 @@ def peers(job: Job, record: Record) -> None:
     for channels_last in (False, True):
         make = partial(train_step.diffusers, settings, channels_last)
         what = "diffusers, channels-last" if channels_last else "diffusers, as its script runs"
-        _measure_step(job, record, f"{what}, batch {settings.batch}", settings, make=make)
+        _measure_step(job, record, f"{what}, batch {settings.batch}", settings, make=make, theirs=True)
 
 
 def _measure_step(
@@ -154,16 +153,21 @@ def _measure_step(
     settings: Settings,
     *contexts: AbstractContextManager,
     make: Callable[[], Contender] | None = None,
+    theirs: bool = False,
     needs: float = 0.0,
 ) -> None:
-    """Add the row of one contender, ours unless ``make`` gives another, within ``contexts``."""
+    """Add the row of one contender, ours unless ``make`` gives another, within ``contexts``.
+
+    ``theirs``: it has another network than ours.
+    """
     make = make or partial(train_step.ours, settings)
 
     def rate() -> dict[str, Any]:
+        gflop = None if theirs else _our_gflop(settings.widths, settings.depth, settings.device)
         with ExitStack() as stack:
             for context in contexts:
                 stack.enter_context(context)
-            return _step_rate(job, settings, make())
+            return _step_rate(job, settings, make(), gflop)
 
     try:
         record.measure(name, rate, needs=needs or 4 * job.sizes.seconds)
@@ -171,10 +175,10 @@ def _measure_step(
         _free(settings.device)
 
 
-def _step_rate(job: Job, settings: Settings, contender: Contender) -> dict[str, Any]:
+def _step_rate(job: Job, settings: Settings, contender: Contender, gflop: float | None) -> dict[str, Any]:
     device = settings.device
-    ours = contender.name == "ours"
-    gflop = _our_gflop(settings.widths, settings.depth, device) if ours else train_step.gflops(contender)[1]
+    if gflop is None:
+        gflop = train_step.gflops(contender)[1]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()
@@ -199,14 +203,10 @@ def _step_rate(job: Job, settings: Settings, contender: Contender) -> dict[str, 
 
 @cache
 def _our_gflop(widths: tuple[int, ...], depth: int, device: torch.device) -> float:
-    """GFLOP an image, of the network in its usual form: forms that take more of them are no better used for it."""
+    """GFLOP an image, of the network as it is: a variant that takes more of them puts them to no better use."""
     network = train_step.our_network(Settings(widths, depth, 2, None, device, False))
     example = train_step.latents(2, device), torch.rand(2, device=device), train_step.texts(2, device)
-    usual, fast.ENABLED = fast.ENABLED, True
-    try:
-        return train_step.gflops(Contender("ours", network, example, int))[1]
-    finally:
-        fast.ENABLED = usual
+    return train_step.gflops(Contender("ours", network, example, int))[1]
 
 
 def _share(job: Job, dtype: torch.dtype | None, gflops: float) -> str | None:
@@ -224,7 +224,7 @@ def _free(device: torch.device) -> None:
 
 def sampling(job: Job, record: Record) -> None:
     """Guided sampling of a network with random weights, and decoding."""
-    device, sizes = torch.device(job.device), job.sizes
+    device, sizes = choose_device(), job.sizes
     dtype = autocast_dtype("auto", device) or torch.float32
     network = sample.our_network(sizes.widths, sizes.depth, device)
 
@@ -273,7 +273,7 @@ def encoding(job: Job, record: Record) -> None:
     """Images and captions a second, from prepared shards."""
     if job.carry is None:
         raise Unmeasurable("no folder of prepared images was given (--carry)")
-    device = torch.device(job.device)
+    device = choose_device()
     images = job.carry / "data" / "images"
     record.measure("images", partial(_encode_images, images, device))
     record.measure("captions", partial(_encode_captions, job.carry, device))

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from train_step import Settings
 
 from gpu import weights
 from gpu.parts import Job, Preset, Record, Unmeasurable
-from latentloom.devices import autocast_dtype
+from latentloom.devices import autocast_dtype, choose_device
 from latentloom.encoding.codec import LatentCodec
 from latentloom.encoding.dataset import Caches, load_caches
 from latentloom.encoding.vae import load_vae
@@ -31,7 +32,6 @@ from latentloom.model_files import load_model, model_hash, save_model
 from latentloom.params import Params, load_params
 from latentloom.training.checkpoints import Checkpoints, CodeVersion, training_fingerprint
 from latentloom.training.interruption import TrainingStopped
-from latentloom.training.monitor import NullLogger
 from latentloom.training.processes import make_accelerator
 from latentloom.training.run import model_config, run_training, usable_checkpoint
 
@@ -43,7 +43,7 @@ def training(job: Job, record: Record) -> None:
     """The training, then what is taken along: curves, weights, the sheet of samples."""
     if job.carry is None:
         raise Unmeasurable("no folder of caches was given (--carry)")
-    device, data = torch.device(job.device), job.carry / "data"
+    device, data = choose_device(), job.carry / "data"
     caches = load_caches(data / "latents", data / "text", device=device)
     closing = min(job.sizes.closing, record.left() / 2)
     params = _params(job, record, closing)
@@ -62,7 +62,7 @@ def _params(job: Job, record: Record, closing: float) -> Params:
     begun = job.work / "params.yaml"
     if begun.exists():
         return load_params(begun)
-    device = torch.device(job.device)
+    device = choose_device()
     for preset in job.sizes.presets:
         sections = _sections(preset)
         params = Params.model_validate(sections)
@@ -107,13 +107,13 @@ def _of_length(sections: dict[str, Any], steps: int) -> dict[str, Any]:
 
 
 def _train(params: Params, caches: Caches, job: Job, model: Path, curves: Path, seconds: float) -> dict[str, Any]:
-    accelerator = make_accelerator(torch.device(job.device))
+    accelerator = make_accelerator(choose_device())
     precision = str(autocast_dtype(params.train.precision, accelerator.device))
     checkpoints = Checkpoints(
-        job.work / "checkpoints",
-        training_fingerprint(params, caches.digests, precision),
+        job.work / "checkpoints" / training_fingerprint(params, caches.digests, precision),
         code=CodeVersion("benchmark"),
         keep=1,
+        pinned=0,
         limit=CHECKPOINT_BYTES,
     )
     with checkpoints.locked(wait=False):
@@ -136,7 +136,7 @@ def _train(params: Params, caches: Caches, job: Job, model: Path, curves: Path, 
                 resumed=resumed,
                 model_folder=model,
                 curves_folder=curves,
-                logger=NullLogger(),
+                logger=Unlogged(),
             )
         except TrainingStopped as stopped:
             return figures | {"stopped": str(stopped)} | _save_last(checkpoints, params, caches, model)
@@ -156,6 +156,16 @@ def _save_last(checkpoints: Checkpoints, params: Params, caches: Caches, model: 
             weight.copy_(tensors[f"average.{name}"])
     save_model(model, network, config)
     return {"steps done": checkpoint.step, "val_mae": checkpoint.metadata["monitor"]["val_mae"]}
+
+
+class Unlogged:
+    """In the place of MLflow: the curves' files and the sheet hold all that is kept."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None: ...
+
+    def log_image(self, image: np.ndarray, key: str, step: int) -> None: ...
+
+    def set_tags(self, tags: Mapping[str, str]) -> None: ...
 
 
 class CachedTexts:

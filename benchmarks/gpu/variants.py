@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from latentloom.devices import autocast
-from latentloom.diffusion import UNet, fast, get_schedule
+from latentloom.diffusion import UNet, get_schedule
+from latentloom.diffusion.blocks import SkipConv2d
 from latentloom.training.batches import Batch, batches
 from latentloom.training.loop import TrainingState, losses
 
@@ -43,13 +44,21 @@ def cudnn_benchmark() -> Iterator[None]:
 
 
 @contextmanager
-def plain_layers() -> Iterator[None]:
-    """The layers as `latentloom.diffusion.blocks` describes them, without the forms of `latentloom.diffusion.fast`."""
-    fast.ENABLED = False
+def plain_convolutions() -> Iterator[None]:
+    """Convolutions of the upsampled map concatenated with its skip, computed as they are described."""
+
+    def forward(conv: SkipConv2d, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+        if conv.upsample:
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        weight = torch.cat([conv.features.weight, conv.skip.weight], dim=1)
+        return F.conv2d(torch.cat([x, skip], dim=1), weight, conv.features.bias, padding=conv.features.padding)
+
+    before = SkipConv2d.forward
+    SkipConv2d.forward = forward
     try:
         yield
     finally:
-        fast.ENABLED = True
+        SkipConv2d.forward = before
 
 
 @contextmanager
@@ -112,8 +121,9 @@ class StaticStep:
         self.settings = settings
         self.params, diffusion = train_step.our_params(settings)
         self.state = TrainingState.start(train_step.our_network(settings).train(), self.params)
-        if settings.device.type == "cuda":  # numbers of the host would be constants of the graph
-            for group in self.state.optimizer.param_groups:
+        for group in self.state.optimizer.param_groups:
+            group["lr"] = self.params.learning_rate
+            if settings.device.type == "cuda":  # a number of the host would be a constant of the graph
                 group["capturable"], group["lr"] = True, torch.tensor(group["lr"], device=settings.device)
         self.schedule = get_schedule(diffusion.schedule)
         self._drawn = batches(

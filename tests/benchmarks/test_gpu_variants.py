@@ -8,7 +8,7 @@ from tiny_models import save_tiny_unet
 from torch import nn
 from train_step import Settings
 
-from latentloom.diffusion import fast
+from latentloom.diffusion.blocks import SkipConv2d
 from latentloom.errors import UserError
 from latentloom.model_files import load_model
 
@@ -34,18 +34,20 @@ def test_other_group_norms_are_group_norms_with_gradients_and_memory_format(norm
 
 
 def test_what_a_context_sets_is_set_back():
-    before = torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32, nn.GroupNorm.forward
+    def settings():
+        backends = torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32
+        return backends, nn.GroupNorm.forward, SkipConv2d.forward
+
+    before = settings()
     for context in (
         variants.tf32(True),
         variants.cudnn_benchmark(),
-        variants.plain_layers(),
+        variants.plain_convolutions(),
         variants.norms(variants.norm_in_own_precision),
     ):
         with pytest.raises(ZeroDivisionError), context:
             _ = 1 / 0
-    after = torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32, nn.GroupNorm.forward
-    assert after == before
-    assert fast.ENABLED
+    assert settings() == before
 
 
 def test_the_step_on_inputs_that_stay_in_place_has_the_losses_of_the_training():
@@ -75,3 +77,11 @@ def test_a_missing_part_of_the_weights_is_noticed(tmp_path):
     parts[2].unlink()
     with pytest.raises(UserError, match=r"part-02"):
         weights.join(tmp_path / "parts", tmp_path / "again")
+
+
+def test_plain_convolutions_are_the_same_function():
+    network = train_step.our_network(SETTINGS)
+    given = train_step.latents(2, SETTINGS.device), torch.rand(2), train_step.texts(2, SETTINGS.device)
+    ours = network(*given)
+    with variants.plain_convolutions():
+        assert torch.allclose(network(*given), ours, atol=1e-5)
