@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def ingest(folder: Path, images: int, size: int) -> Path:
     """Run the stage `ingest` in ``folder``; the folder of the prepared images."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    params["ingest"] |= {"source": "openmoji", "path": None, "limit": images, "image_size": size}
+    params["ingest"] |= {"source": "openmoji", "path": None, "limit": images, "skin_tones": 0, "image_size": size}
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     subprocess.run([sys.executable, ROOT / "pipelines" / "ingest.py"], cwd=folder, env=environment, check=True)

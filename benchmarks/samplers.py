@@ -15,7 +15,7 @@ import torch
 from latentloom.devices import choose_device
 from latentloom.diffusion import SAMPLERS, SamplingSettings
 from latentloom.encoding.dataset import load_caches
-from latentloom.evaluation.recall import recall_at_1
+from latentloom.evaluation.recall import memorisation_recall
 from latentloom.evaluation.text_to_image import load_text_to_image
 from latentloom.layout import LATENTS, MODEL, TEXT
 from latentloom.params import load_params
@@ -39,7 +39,7 @@ def main() -> None:
 
     def sample(settings: SamplingSettings) -> tuple[torch.Tensor, float]:
         latents = model.latents(known.primary_embeddings(), known.ids, settings, seed=params.seed)
-        return latents, recall_at_1(latents, train)
+        return latents, memorisation_recall(latents, known, train).mean()
 
     exact, recall = sample(settings.changed(sampler="ddim", diffusion_steps=REFERENCE_STEPS))
     print(f"{len(known)} captions, guidance {settings.class_guidance:g}; reference: recall {recall:.3f}", flush=True)

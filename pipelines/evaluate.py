@@ -11,7 +11,7 @@ from latentloom.encoding.dataset import load_caches
 from latentloom.evaluation.report import evaluate
 from latentloom.evaluation.sweep import CHART, TABLE, save_sweep, sweep
 from latentloom.evaluation.text_to_image import SETTINGS_FILE, load_text_to_image
-from latentloom.layout import DVC_LOCK, IMAGES, LATENTS, MODEL, SAMPLE_SHEET, TEXT, project_root
+from latentloom.layout import DVC_LOCK, EXTREMES_SHEET, IMAGES, LATENTS, MODEL, SAMPLE_SHEET, TEXT, project_root
 from latentloom.params import Params
 from latentloom.registry.models import stored_model
 from latentloom.stage import run_stage
@@ -26,15 +26,16 @@ def main(params: Params) -> str:
     caches = load_caches(LATENTS, TEXT, device=model.device, memory_share=params.machine.data_memory_share)
     evaluation = evaluate(params, model, caches, IMAGES)
     evaluation.save()
-    chart = save_sweep(sweep(model, caches.train, params.evaluate, params.seed))
+    chart = save_sweep(sweep(model, caches, params.evaluate, params.seed))
     with training_run(model.model_sha256) as tracked:
         step = params.train.steps
         tracked.log_metrics({f"evaluate/{name}": value for name, value in evaluation.metrics.items()}, step)
         tracked.log_text(json.dumps(asdict(params.evaluate.sampling), indent=2), SETTINGS_FILE)
         tracked.log_image(np.asarray(evaluation.sheet), "evaluation", step)
+        tracked.log_image(np.asarray(evaluation.extremes), "extremes", step)
         if chart is not None:
             tracked.log_image(chart, "sweep", step)
-        for path in (SAMPLE_SHEET, DVC_LOCK, CHART, TABLE):  # dvc.lock names the model by now
+        for path in (SAMPLE_SHEET, EXTREMES_SHEET, DVC_LOCK, CHART, TABLE):  # dvc.lock names the model by now
             if path.exists():
                 tracked.log_file(path)
     return f"{len(params.evaluate.prompts)} prompts sampled, {evaluation.summary}"

@@ -144,7 +144,7 @@ def stages_run(printed: str) -> list[str]:
 def tiny_params() -> dict[str, Any]:
     """The shipped params, cut down to seconds."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    params["ingest"] |= {"image_size": 64, "limit": 40, "val_fraction": 0.2}
+    params["ingest"] |= {"image_size": 64, "limit": 40, "skin_tones": 0, "val_fraction": 0.2}
     params["validate"]["val_fraction_tolerance"] = 0.2
     params["model"] = {"widths": [16, 32], "block_depth": 1, "emb_size": 16}
     params["train"] |= {
@@ -157,7 +157,7 @@ def tiny_params() -> dict[str, Any]:
         "diffusion_steps": 4,
         "prompts": ["red apple", "snowman"],
         "held_out_captions": 2,
-        "recall_captions": 4,
+        "training_captions": 4,
     }
     return params
 

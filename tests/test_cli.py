@@ -34,13 +34,19 @@ def test_a_bad_params_file_is_rejected(invoke, tmp_path):
 def test_the_summary_names_the_sheet_the_figures_and_mlflow(invoke, tmp_path):
     for stage, figures in (
         ("train", {"train_mae": 0.1234}),
-        ("evaluate", {"val_mae": 0.5, "caption_recall_at_1": 1.0}),
+        ("evaluate", {"val_mae": 0.5, "held_out_recall_at_1": 1.0}),
     ):
         folder = tmp_path / "reports" / stage
         folder.mkdir(parents=True)
         (folder / "metrics.json").write_text(json.dumps(figures))
     output = invoke("summary").output
-    for part in ("reports/evaluate/samples.png", "caption_recall_at_1 1", "val_mae 0.5", "train_mae 0.1234", "make ui"):
+    for part in (
+        "reports/evaluate/samples.png",
+        "held_out_recall_at_1 1",
+        "val_mae 0.5",
+        "train_mae 0.1234",
+        "make ui",
+    ):
         assert part in output
 
 

@@ -68,7 +68,7 @@ def train(project_root) -> Callable[..., str]:
             if code_diff:
                 run.log_text(code_diff, "code.diff")
             run.log_params({"diffusion": {"schedule": "vp", "noise_levels": noise_levels}})
-            figures = {"caption_recall_at_1": recall, "val_mae": val_mae}
+            figures = {"held_out_recall_at_1": recall, "val_mae": val_mae}
             run.log_metrics({f"evaluate/{key}": value for key, value in figures.items() if value is not None}, 10)
             run.log_text(json.dumps(asdict(settings)), "sampling.json")
         return run.id

@@ -57,7 +57,7 @@ def check(params: Annotated[Path, typer.Argument(help="A params file.")] = PARAM
 def summary() -> None:
     """Show what the last `dvc repro` left: the sample sheet, the figures, and where to look further."""
     figures = read_json(TRAIN_METRICS) | read_json(EVALUATE_METRICS)
-    shown = ("caption_recall_at_1", "val_mae", "train_mae")
+    shown = ("held_out_recall_at_1", "held_out_recall_at_5", "memorisation_recall", "val_mae", "train_mae")
     print(f"\nSamples   {SAMPLE_SHEET}")
     print("Figures   " + ", ".join(f"{name} {figures[name]:.4g}" for name in shown if name in figures))
     print(f"Model     {MODEL}")
@@ -193,7 +193,8 @@ def history() -> None:
     print(row("when", "alias", "version", "instead of", "by", "recall", "val_mae", "why"))
     for move in moves:
         names = (f"{move.when[:19]}Z", move.alias, move.version or "none", move.previous or "none", move.by or "")
-        figures = ["" if value is None else f"{value:.4g}" for value in (move.figures.recall, move.figures.val_mae)]
+        recall, val_mae = move.figures.held_out_recall, move.figures.val_mae
+        figures = ["" if value is None else f"{value:.4g}" for value in (recall, val_mae)]
         print(row(*names, *figures, move.why or ("taken back" if move.taken_back else "")).rstrip())
     print("now: " + (", ".join(f"{alias} is version {version}" for alias, version in current.items()) or "nothing"))
 

@@ -28,6 +28,7 @@ TRAIN_PLOTS = REPORTS / "train" / "plots"
 EVALUATE_METRICS = REPORTS / "evaluate" / "metrics.json"
 EVALUATE_PLOTS = REPORTS / "evaluate" / "plots"
 SAMPLE_SHEET = REPORTS / "evaluate" / "samples.png"
+EXTREMES_SHEET = REPORTS / "evaluate" / "extremes.png"
 
 
 def project_root() -> Path:

@@ -86,6 +86,7 @@ class IngestParams(Section):
     path: StrictStr | None
     image_size: Annotated[StrictInt, Field(ge=32, le=1024, multiple_of=8)]
     limit: Count | None
+    skin_tones: Annotated[StrictInt, Field(ge=0)] | None
     val_fraction: Fraction
     max_pixels: Count
     max_aspect_ratio: Annotated[float, Field(ge=1.0, allow_inf_nan=False)]
@@ -210,7 +211,7 @@ class EvaluateParams(Section):
     sampling: SamplingSettings  # its settings are keys of the section itself
     prompts: Annotated[list[Annotated[StrictStr, Field(min_length=1)]], Field(min_length=1)]
     held_out_captions: Annotated[StrictInt, Field(ge=0)]
-    recall_captions: Count
+    training_captions: Count
     sweep: SweepParams | None
 
     @model_validator(mode="before")
@@ -236,6 +237,9 @@ class Params(Section):
     monitor: MonitorParams
     machine: MachineParams
     evaluate: EvaluateParams
+
+
+RENAMED = {"recall_captions": "training_captions"}  # what a key of the same meaning is called now
 
 
 def load_params(path: Path | str = "params.yaml") -> Params:
@@ -269,7 +273,7 @@ def _explain(error: dict[str, Any]) -> str:
         elsewhere = [
             f"{other}.{name}".lstrip(".") for other, keys in ALLOWED_KEYS.items() if name in keys and "." not in other
         ]
-        close = elsewhere or difflib.get_close_matches(name, allowed, n=1)
+        close = elsewhere or difflib.get_close_matches(RENAMED.get(name, name), allowed, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         return f"  {key} = {error['input']!r}: unknown key{hint}; allowed here: {', '.join(allowed)}"
     if error["type"] == "missing":

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,10 @@ from latentloom.diffusion import Diffuser, SamplingSettings
 from latentloom.encoding.codec import LatentCodec
 from latentloom.encoding.dataset import Caches, LatentDataset
 from latentloom.evaluation import report
-from latentloom.evaluation.recall import nearest_rows
 from latentloom.evaluation.report import Evaluation, evaluate
 from latentloom.evaluation.sheet import CELL, Section, render_sheet, save_sheet
 from latentloom.evaluation.text_to_image import TextToImage
-from latentloom.ingestion.shards import read_metadata
+from latentloom.ingestion.shards import iterate_images, read_metadata
 from latentloom.model_files import FORMAT_VERSION, EncoderReference, ModelConfig
 from latentloom.params import load_params
 
@@ -42,6 +42,7 @@ CONFIG = ModelConfig(
 )
 
 
+COLOURS, SHAPES = ("red", "green", "blue", "grey"), ("cat", "dog", "egg", "bee")
 SETTINGS = SamplingSettings(diffusion_steps=8, precision="fp32")
 
 
@@ -93,7 +94,7 @@ def caches(prepare_images) -> tuple[Caches, Path]:
             mean=torch.randn(len(rows), 4, 4, 4, generator=generator),
             std=None,
             embeddings=embeddings,
-            texts=[f"caption {row}" for row in range(16)],
+            texts=[f"{COLOURS[(row + row // 4) % 4]} {SHAPES[row // 4]}" for row in range(16)],
             captions=rows[:, None],
             caption_counts=torch.ones(len(rows), dtype=torch.long),
         )
@@ -105,7 +106,7 @@ def caches(prepare_images) -> tuple[Caches, Path]:
 def params():
     params = load_params(Path(__file__).parents[2] / "params.yaml")
     sampling = SETTINGS.changed(class_guidance=1.0)
-    update = {"prompts": ["one", "three"], "recall_captions": 8, "held_out_captions": 3, "sampling": sampling}
+    update = {"prompts": ["one", "three"], "training_captions": 8, "held_out_captions": 3, "sampling": sampling}
     return params.model_copy(update={"evaluate": params.evaluate.model_copy(update=update)})
 
 
@@ -113,8 +114,8 @@ def test_a_model_that_knows_its_captions_has_full_recall(caches, params):
     data, images = caches
     network = Remembers(data.train.primary_embeddings(), means(data.train))
     result = evaluate(params, model(network), data, images)
-    assert result.metrics["caption_recall_at_1"] == 1.0
-    assert result.metrics["recall_captions"] == 8
+    assert result.metrics["memorisation_recall"] == 1.0
+    assert result.metrics["training_captions"] == 8
 
 
 def test_a_model_that_mixes_two_captions_up_loses_just_those(caches, params):
@@ -123,7 +124,66 @@ def test_a_model_that_mixes_two_captions_up_loses_just_those(caches, params):
     order[[0, 1]] = torch.tensor([1, 0])
     network = Remembers(data.train.primary_embeddings(), means(data.train)[order])
     result = evaluate(params, model(network), data, images)
-    assert result.metrics["caption_recall_at_1"] == 6 / 8
+    assert result.metrics["memorisation_recall"] == 6 / 8
+
+
+def test_a_model_that_knows_the_held_out_images_has_full_held_out_recall(caches, params):
+    data, images = caches
+    network = Remembers(data.validation.primary_embeddings(), means(data.validation))
+    result = evaluate(params, model(network), data, images)
+    assert result.metrics["held_out_recall_at_1"] == result.metrics["held_out_recall_at_5"] == 1.0
+    assert result.metrics["held_out_combinations"] == 3
+    low = result.metrics["held_out_recall_at_1_low"]
+    assert f"held_out_recall_at_1 1.000 ({low:.2f} to 1.00)" in result.summary
+
+
+@pytest.fixture
+def sheets(monkeypatch) -> list:
+    """The sections of each sheet rendered."""
+    rendered = []
+    monkeypatch.setattr(report, "render_sheet", lambda sections, footer: rendered.append(sections))
+    return rendered
+
+
+def test_the_sheet_begins_with_held_out_captions_beside_the_real_and_the_nearest_training_image(caches, params, sheets):
+    data, images = caches
+    copied = means(data.train)[[5, 2, 7, 0]]
+    evaluate(params, model(Remembers(data.validation.primary_embeddings(), copied)), data, images)
+    pixels = dict(iterate_images(images))
+    first, prompts, trained = sheets[0]
+    assert first.title.startswith("Held-out combinations")
+    assert first.labels == data.validation.primary_texts()[:3]
+    real, sample, nearest = first.rows.values()
+    np.testing.assert_array_equal(real, [pixels[name] for name in data.validation.ids[:3]])
+    np.testing.assert_array_equal(sample, Grey().decode(copied[:3], batch_size=4))
+    np.testing.assert_array_equal(nearest, [pixels[data.train.ids[row]] for row in (5, 2, 7)])
+    assert (prompts.title, trained.title) == ("Prompts", "Captions of training images")
+
+
+def test_captions_with_new_words_have_a_section_of_their_own(caches, params, sheets):
+    data, images = caches
+    texts = data.validation.texts.copy()
+    texts[data.validation.captions[1, 0].item()] = "a wyvern"
+    data = replace(data, validation=replace(data.validation, texts=texts))
+    network = Remembers(data.validation.primary_embeddings(), means(data.validation))
+    evaluate(params, model(network), data, images)
+    known, new, *_ = sheets[0]
+    assert (len(known.labels), new.labels) == (2, ["a wyvern"])
+    assert "new words" in new.title
+
+
+@pytest.mark.parametrize(("count", "farthest", "closest"), [(3, [1], [2, 0]), (1, [], [0])])
+def test_the_extremes_are_the_farthest_from_their_real_images_then_the_nearest(
+    caches, params, sheets, count, farthest, closest
+):
+    data, images = caches
+    off = torch.tensor([0.5, 2.0, 0.1, 0.0])[:, None, None, None]
+    evaluation = params.evaluate.model_copy(update={"held_out_captions": count})
+    network = Remembers(data.validation.primary_embeddings(), means(data.validation) + off)
+    evaluate(params.model_copy(update={"evaluate": evaluation}), model(network), data, images)
+    captions = data.validation.primary_texts()
+    shown = [section.labels for section in sheets[1]]
+    assert shown == [[captions[row] for row in rows] for rows in (farthest, closest) if rows]
 
 
 def test_the_validation_error_is_of_the_validation_split(caches, params):
@@ -140,8 +200,8 @@ def test_without_a_validation_split_there_is_still_an_evaluation(caches, params)
     network = Remembers(data.train.primary_embeddings(), means(data.train))
     result = evaluate(params, model(network), data, images)
     assert "val_mae" not in result.metrics
-    assert "no held-out image: val_mae is not measured" in result.summary
-    assert result.metrics["caption_recall_at_1"] == 1.0
+    assert "no held-out image: val_mae and held-out recall are not measured" in result.summary
+    assert result.metrics["memorisation_recall"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -161,7 +221,7 @@ def test_the_sheets_footer_says_how_the_samples_were_made(caches, params, monkey
     network = Remembers(data.train.primary_embeddings(), means(data.train))
     settings = params.evaluate.model_copy(update={"sampling": SETTINGS.changed(**settings)})
     evaluate(params.model_copy(update={"evaluate": settings}), model(network), data, images)
-    assert footers[0].startswith(expected)
+    assert len(footers) == 2 and all(footer.startswith(expected) for footer in footers)
 
 
 @pytest.mark.parametrize(
@@ -193,26 +253,6 @@ def test_a_sample_does_not_depend_on_what_else_is_asked_for():
     assert not torch.allclose(other_seed, together, atol=1e-2)
 
 
-def test_the_nearest_training_latent_is_found_as_numpy_finds_it(monkeypatch):
-    monkeypatch.setattr("latentloom.evaluation.recall.PART", 6)
-    generator = np.random.default_rng(0)
-    samples = generator.normal(size=(7, 4, 4, 4)).astype(np.float32)
-    references = generator.normal(size=(20, 4, 4, 4)).astype(np.float32)
-    references[13] = references[2]  # of two alike, the first
-    samples[0] = references[13]
-    distances = np.linalg.norm(samples.reshape(7, 1, -1) - references.reshape(1, 20, -1), axis=2)
-    train = TensorDataset.from_tensors(
-        ids=[f"image{row}" for row in range(20)],
-        mean=torch.from_numpy(references),
-        std=None,
-        embeddings=torch.zeros(1, 8),
-        texts=["caption"],
-        captions=torch.zeros(20, 1, dtype=torch.long),
-        caption_counts=torch.ones(20, dtype=torch.long),
-    )
-    assert nearest_rows(torch.from_numpy(samples), train).tolist() == distances.argmin(1).tolist()
-
-
 def test_the_sheet_shows_every_image_whole_and_grows_with_their_number(tmp_path):
     red = np.zeros((9, 32, 32, 3), dtype=np.uint8)
     red[..., 0] = 255
@@ -231,16 +271,16 @@ def test_the_sheet_shows_every_image_whole_and_grows_with_their_number(tmp_path)
 def test_without_held_out_images_the_reports_are_all_there(tmp_path, monkeypatch):
     """DVC fails where an output of the stage is missing, such as the folder of plots."""
     monkeypatch.chdir(tmp_path)
-    Evaluation({"caption_recall_at_1": 1.0}, Image.new("RGB", (8, 8))).save()
-    assert json.loads(Path("reports/evaluate/metrics.json").read_text()) == {"caption_recall_at_1": 1.0}
+    Evaluation({"memorisation_recall": 1.0}, *[Image.new("RGB", (8, 8))] * 2).save()
+    assert json.loads(Path("reports/evaluate/metrics.json").read_text()) == {"memorisation_recall": 1.0}
     assert Path("reports/evaluate/plots/mae_by_noise.csv").read_text() == "noise_level,val_mae\n"
-    assert Path("reports/evaluate/samples.png").exists()
+    assert Path("reports/evaluate/samples.png").exists() and Path("reports/evaluate/extremes.png").exists()
 
 
 def test_errors_by_noise_level_are_a_table_and_the_rest_are_metrics(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     metrics = {"val_mae": 0.3, "val_mae_noise_0.00-0.25": 0.1, "val_mae_noise_0.75-1.00": 0.5}
-    Evaluation(metrics, Image.new("RGB", (8, 8))).save()
+    Evaluation(metrics, *[Image.new("RGB", (8, 8))] * 2).save()
     assert json.loads(Path("reports/evaluate/metrics.json").read_text()) == {"val_mae": 0.3}
     table = Path("reports/evaluate/plots/mae_by_noise.csv").read_text()
     assert table == "noise_level,val_mae\n0.125,0.1\n0.875,0.5\n"

@@ -1,6 +1,7 @@
 """A sweep samples every combination, counts what is right, and leaves one chart and its table, or nothing."""
 
 import re
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -13,12 +14,12 @@ from latent_data import TensorDataset
 from PIL import Image
 
 from latentloom.diffusion import SamplingSettings
-from latentloom.encoding.dataset import LatentDataset
+from latentloom.encoding.dataset import Caches, LatentDataset
 from latentloom.evaluation.sweep import CHART, TABLE, render_chart, save_sweep, sweep
 from latentloom.params import SweepParams, load_params
 
 GUIDANCE, STEPS = [1.0, 3.0, 5.0], [20, 70]
-COLUMNS = ["class_guidance", "diffusion_steps", "caption_recall_at_1", "latent_mae"]
+COLUMNS = ["class_guidance", "diffusion_steps", "held_out_recall_at_1", "latent_mae"]
 POINTS = pd.DataFrame([(w, n, 1 - 0.1 * w, 0.2 + w / n) for n, w in product(STEPS, GUIDANCE)], columns=COLUMNS)
 
 
@@ -36,17 +37,22 @@ class Drifting:
 LATENTS = torch.randn(12, 4, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture
-def train() -> LatentDataset:
+def split(rows: range) -> LatentDataset:
+    """Images 4 to 11 are held out, 5 with a word that no training caption has."""
     return TensorDataset.from_tensors(
-        ids=[str(row) for row in range(12)],
-        mean=LATENTS,
+        ids=[str(row) for row in rows],
+        mean=LATENTS[rows],
         std=None,
         embeddings=torch.randn(12, 8, generator=torch.Generator().manual_seed(1)),
-        texts=[f"caption {row}" for row in range(12)],
-        captions=torch.arange(12)[:, None],
-        caption_counts=torch.ones(12, dtype=torch.long),
+        texts=["a b", "c d", "e f", "g h", "a c", "wyvern", "a d", "a e", "a f", "a g", "a h", "b c"],
+        captions=torch.tensor(rows)[:, None],
+        caption_counts=torch.ones(len(rows), dtype=torch.long),
     )
+
+
+@pytest.fixture
+def caches() -> Caches:
+    return Caches(split(range(4)), split(range(4, 12)), {}, {})
 
 
 @pytest.fixture
@@ -54,7 +60,12 @@ def settings():
     settings = load_params(Path(__file__).parents[2] / "params.yaml").evaluate
     given = SweepParams(class_guidance=[5, 1, 3, 1], diffusion_steps=[70, 20])
     return settings.model_copy(
-        update={"recall_captions": 8, "sweep": given, "sampling": SamplingSettings(sampler="dpmpp_2m")}
+        update={
+            "held_out_captions": 7,
+            "training_captions": 4,
+            "sweep": given,
+            "sampling": SamplingSettings(sampler="dpmpp_2m"),
+        }
     )
 
 
@@ -63,20 +74,29 @@ def project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_each_combination_is_measured_once_on_the_recall_captions(train, settings):
-    points = sweep(Drifting(), train, settings, seed=7)
+def test_each_combination_is_measured_once_on_the_held_out_combinations(caches, settings):
+    points = sweep(Drifting(), caches, settings, seed=7)
+    assert list(points.columns) == COLUMNS
     assert list(points[["diffusion_steps", "class_guidance"]].itertuples(index=False)) == list(product(STEPS, GUIDANCE))
-    mixed_up = (LATENTS[1:9] - LATENTS[:8]).numpy()
+    known = np.array([4, 6, 7, 8, 9, 10])
+    mixed_up = (LATENTS[known + 1] - LATENTS[known]).numpy()
     for point in points.itertuples():
         shift = point.class_guidance / point.diffusion_steps
         right = point.class_guidance < 4
-        assert point.caption_recall_at_1 == (1.0 if right else 0.0)
+        assert point.held_out_recall_at_1 == (1.0 if right else 0.0)
         expected = shift if right else np.abs(mixed_up + shift).mean()
         assert point.latent_mae == pytest.approx(expected, rel=1e-4)
 
 
-def test_without_a_sweep_nothing_is_sampled(train, settings):
-    assert sweep(None, train, settings.model_copy(update={"sweep": None}), seed=7) is None
+def test_where_no_combination_is_held_out_training_captions_are_compared_under_their_own_name(caches, settings):
+    points = sweep(Drifting(), replace(caches, validation=caches.validation.take(0)), settings, seed=7)
+    assert list(points.columns) == [*COLUMNS[:2], "memorisation_recall", "latent_mae"]
+    assert (points["memorisation_recall"] == (points["class_guidance"] < 4)).all()
+    assert save_sweep(points).shape == save_sweep(POINTS).shape
+
+
+def test_without_a_sweep_nothing_is_sampled(caches, settings):
+    assert sweep(None, caches, settings.model_copy(update={"sweep": None}), seed=7) is None
 
 
 def test_the_table_has_a_row_per_combination_and_the_chart_a_line_per_step_count():

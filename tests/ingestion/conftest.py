@@ -19,6 +19,7 @@ from latentloom.params import IngestParams
 SIZE = 32
 UNBOUNDED = {  # params of `ingest` that reject nothing
     "limit": None,
+    "skin_tones": 0,
     "max_pixels": 178_956_970,
     "max_aspect_ratio": 1e9,
     "near_duplicate_distance": None,

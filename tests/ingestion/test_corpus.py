@@ -347,6 +347,7 @@ def ingested(request, tmp_path_factory) -> Ingested:
         path=str(root / "source"),
         image_size=SIZE,
         limit=None,
+        skin_tones=0,
         val_fraction=0.2,
         max_pixels=1_000_000,
         max_aspect_ratio=6.0,

@@ -23,7 +23,7 @@ def test_every_stage_says_in_one_line_what_it_did(first_run):
         "encode_text": "captions: encoded",
         "validate": "checks passed on 40 images",
         "train": "8 steps on",
-        "evaluate": "2 prompts sampled, caption_recall_at_1",
+        "evaluate": "memorisation_recall",
     }.items():
         (line,) = [line for line in output.splitlines() if line.startswith(f"{stage}: ")]
         assert words in line
@@ -34,8 +34,8 @@ def test_the_sheet_and_the_figures_are_there(finished):
     with Image.open(finished.folder / "reports/evaluate/samples.png") as sheet:
         assert sheet.width > 1000
     metrics = read(finished, "reports/evaluate/metrics.json")
-    assert 0 <= metrics["caption_recall_at_1"] <= 1
-    assert metrics["recall_captions"] == 4
+    assert 0 <= metrics["memorisation_recall"] <= 1
+    assert metrics["training_captions"] == 4
     # The same weights, read back from the disk, err by the same: training and evaluation agree.
     curve = pd.read_csv(finished.folder / "reports/train/plots/validation.csv")
     assert metrics["val_mae"] == pytest.approx(curve["val_mae"].iloc[-1], rel=1e-3)
@@ -71,7 +71,7 @@ def test_validation_left_json_and_pages(finished):
 def test_dvc_shows_metrics_and_renders_plots(finished, tmp_path):
     metrics = json.loads(finished.run("dvc", "metrics", "show", "--json").stdout)
     shown = str(metrics)
-    for name in ("train_mae", "val_mae", "caption_recall_at_1"):
+    for name in ("train_mae", "val_mae", "memorisation_recall"):
         assert name in shown
     finished.run("dvc", "plots", "show", "--out", str(tmp_path / "plots"))
     page = (tmp_path / "plots" / "index.html").read_text()
@@ -93,7 +93,7 @@ def test_mlflow_has_one_run_with_curves_pictures_data_and_tags(finished, monkeyp
     assert [metric.step for metric in client.get_metric_history(run.info.run_id, "val/mae")] == [4, 8]
     bins = [name for name in run.data.metrics if name.startswith("val/mae_noise_")]
     assert len(bins) >= 3
-    for name in ("train/learning_rate", "train/images_per_second", "evaluate/caption_recall_at_1"):
+    for name in ("train/learning_rate", "train/images_per_second", "evaluate/memorisation_recall"):
         assert name in run.data.metrics
     pictures = [artifact.path for artifact in client.list_artifacts(run.info.run_id, "images")]
     assert sum(path.startswith("images/samples") and path.endswith(".png") for path in pictures) == 2

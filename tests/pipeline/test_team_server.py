@@ -200,7 +200,7 @@ def test_two_people_train_at_the_same_time_and_both_runs_arrive_whole(trained):
         assert [(int(each["step"]), each["value"]) for each in history] == [
             (int(step), pytest.approx(float(mae))) for step, mae, *_ in (row.split(",") for row in curve)
         ]
-        assert "evaluate/caption_recall_at_1" in {metric["key"] for metric in run["data"]["metrics"]}
+        assert "evaluate/memorisation_recall" in {metric["key"] for metric in run["data"]["metrics"]}
         listed = ask(trained, f"artifacts/list?run_id={run['info']['run_id']}")["files"]
         assert {"provenance.json", "dvc.lock", "samples.png", "images"} <= {file["path"] for file in listed}
     assert trained.people["ada"].folder != trained.people["grace"].folder

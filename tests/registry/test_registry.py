@@ -160,21 +160,23 @@ def test_the_same_model_promoted_twice_is_one_version_and_one_move(project_root,
     ]
 
 
-GOOD = Figures(recall=0.9, val_mae=0.3, latents="a", noise="vp/cosine")
+GOOD = Figures(held_out_recall=0.9, val_mae=0.3, latents="a", noise="vp/cosine")
 
 
 @pytest.mark.parametrize(
     ("figures", "verdict"),
     [
         (GOOD, None),
-        (Figures(0.8, 0.1, "a", "vp/cosine"), "caption_recall_at_1 is 0.8, worse than the champion's 0.9"),
+        (Figures(0.8, 0.1, "a", "vp/cosine"), "held_out_recall_at_1 is 0.8, worse than the champion's 0.9"),
         (Figures(0.95, 0.5, "a", "vp/cosine"), None),
         (Figures(0.9, 0.31, "a", "vp/cosine"), "val_mae is 0.31, worse than the champion's 0.3"),
         (Figures(0.9, 0.29, "a", "vp/cosine"), None),
         (Figures(0.9, 0.5, "a", "vp/uniform"), None),  # errors over other noise levels do not compare
         (Figures(0.9, None, "a", "vp/cosine"), None),
         (Figures(0.99, 0.1, "b", "vp/cosine"), "other images"),
-        (Figures(None, 0.1, "a", "vp/cosine"), "dvc repro evaluate"),
+        (Figures(None, 0.31, "a", "vp/cosine"), "val_mae is 0.31, worse than the champion's 0.3"),
+        (Figures(None, 0.29, "a", "vp/cosine"), None),
+        (Figures(None, None, "a", "vp/cosine"), "dvc repro evaluate"),
     ],
 )
 def test_recall_decides_then_the_error_on_held_out_images_and_only_what_compares(figures, verdict):

@@ -1,9 +1,10 @@
-"""One whole evaluation: metrics on the validation split, samples for captions, and whether they are right.
+"""One whole evaluation: error and recall on held-out images, what is known by heart, and sheets that show it.
 
-`metrics.json`, `plots/mae_by_noise.csv` and the sheet `samples.png` are what it leaves.
+`metrics.json`, `plots/mae_by_noise.csv`, the sheet `samples.png` and that of the worst and best, `extremes.png`, are
+what it leaves.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,51 +15,53 @@ from PIL import Image
 
 from latentloom.devices import autocast_dtype
 from latentloom.diffusion.denoising_error import BINS, bin_name, denoising_error
+from latentloom.encoding.codec import LatentCodec
 from latentloom.encoding.dataset import Caches, LatentDataset
-from latentloom.evaluation.recall import recall_at_1
-from latentloom.evaluation.sheet import Section, render_sheet, save_sheet
+from latentloom.evaluation.held_out import HeldOut, measure
+from latentloom.evaluation.recall import memorisation_recall, with_interval
+from latentloom.evaluation.sheet import COLUMNS, Section, render_sheet, save_sheet
 from latentloom.evaluation.text_to_image import TextToImage
 from latentloom.files import write_json, write_text
 from latentloom.ingestion.shards import iterate_images
-from latentloom.layout import EVALUATE_METRICS, EVALUATE_PLOTS, SAMPLE_SHEET
-from latentloom.params import EvaluateParams, Params
+from latentloom.layout import EVALUATE_METRICS, EVALUATE_PLOTS, EXTREMES_SHEET, SAMPLE_SHEET
+from latentloom.params import Params
 
-SHOWN_TRAINING_CAPTIONS = 16
+SHOWN = COLUMNS  # of each kind on a sheet; of held-out combinations, twice as many
 BY_NOISE = {f"val_mae_{bin_name(low, high)}": (low + high) / 2 for low, high in BINS}
+MAIN_FIGURES = ("held_out_recall_at_1", "held_out_recall_at_5", "val_mae", "copied_share", "memorisation_recall")
+NOTHING_HELD_OUT = "no held-out image: val_mae and held-out recall are not measured"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics by name, and the sheet of samples."""
+    """Metrics by name, the sheet of samples, and that of the worst and the best held-out samples."""
 
     metrics: dict[str, float]
     sheet: Image.Image
+    extremes: Image.Image
 
     def save(self) -> None:
-        """Write the metrics, the sheet, and the errors by noise level: a table without rows where there are none."""
+        """Write the metrics, the sheets, and the errors by noise level: a table without rows where there are none."""
         scalars = {name: value for name, value in self.metrics.items() if name not in BY_NOISE}
         write_json(EVALUATE_METRICS, scalars)
         by_noise = [(level, self.metrics[name]) for name, level in BY_NOISE.items() if name in self.metrics]
         table = pd.DataFrame(by_noise, columns=["noise_level", "val_mae"])
         write_text(EVALUATE_PLOTS / "mae_by_noise.csv", table.to_csv(index=False))
         save_sheet(self.sheet, SAMPLE_SHEET)
+        save_sheet(self.extremes, EXTREMES_SHEET)
 
     @property
     def summary(self) -> str:
         """One line for the end of the stage."""
-        recall = f"caption_recall_at_1 {self.metrics['caption_recall_at_1']:.3f}"
-        error = "no held-out image: val_mae is not measured"
-        if "val_mae" in self.metrics:
-            error = f"val_mae {self.metrics['val_mae']:.3f}"
-        return f"{recall}, {error}, see {SAMPLE_SHEET}"
+        return f"{_figures(self.metrics)}, see {SAMPLE_SHEET}"
 
 
 def evaluate(params: Params, model: TextToImage, caches: Caches, images: Path) -> Evaluation:
     """Measure the model, and show samples of it beside real images.
 
-    ``caption_recall_at_1``: of ``evaluate.recall_captions`` training captions, the share whose sample's nearest
-    training latent, among all of them, is the one that the caption belongs to. Without a validation split there is no
-    ``val_mae``.
+    The figures on held-out captions are those of `measure`. ``memorisation_recall``: of ``evaluate.training_captions``
+    training captions, the share whose sample's nearest training image, among all of them, is one that the caption
+    belongs to. Without a validation split only that is measured.
 
     Args:
         params: the whole params.
@@ -76,56 +79,91 @@ def evaluate(params: Params, model: TextToImage, caches: Caches, images: Path) -
     )
     prompted = torch.from_numpy(model.text_encoder.encode(settings.prompts))
     # The first by id: as good as random, and the same in each run.
-    known = caches.train.take(settings.recall_captions)
     held_out = caches.validation.take(settings.held_out_captions)
+    known = caches.train.take(settings.training_captions)
     embeddings = torch.cat([prompted, *(data.primary_embeddings().cpu() for data in (known, held_out))])
     names = [*(f"prompt {prompt}" for prompt in settings.prompts), *known.ids, *held_out.ids]
     latents = model.latents(embeddings, names, settings.sampling, seed=params.seed)
+    of_prompts, of_known, of_held_out = latents.split([len(prompted), len(known), len(held_out)])
 
-    sizes = [len(prompted), len(known), len(held_out)]
-    of_known = latents.split(sizes)[1]
-    metrics = {f"val_{name}": round(value, 4) for name, value in error.items()} | {
-        "caption_recall_at_1": round(recall_at_1(of_known, caches.train), 4),
-        "recall_captions": len(known),
-    }
-    samples = np.split(model.codec.decode(latents), np.cumsum(sizes)[:-1])
-    sections = _sections(settings, known, held_out, samples, images)
-    return Evaluation(metrics, render_sheet(sections, _footer(params, model, metrics)))
+    measured = measure(of_held_out, held_out, caches)
+    metrics = {f"val_{name}": round(value, 4) for name, value in error.items()} | measured.figures
+    metrics |= with_interval("memorisation_recall", memorisation_recall(of_known, known, caches.train))
+    metrics |= {"training_captions": len(known)}
+
+    sections, extremes = _sections(params.evaluate.prompts, of_prompts, known, of_known, measured, model.codec, images)
+    footer = _footer(params, model, metrics)
+    return Evaluation(metrics, render_sheet(sections, footer), render_sheet(extremes, footer))
 
 
 def _sections(
-    settings: EvaluateParams,
+    prompts: Sequence[str],
+    of_prompts: torch.Tensor,
     known: LatentDataset,
-    held_out: LatentDataset,
-    samples: Sequence[np.ndarray],
+    of_known: torch.Tensor,
+    held_out: HeldOut,
+    codec: LatentCodec,
     images: Path,
-) -> list[Section]:
-    of_prompts, of_known, of_held_out = samples
-    shown = known.take(SHOWN_TRAINING_CAPTIONS)
-    real = dict(iterate_images(images, wanted={*shown.ids, *held_out.ids}))
+) -> tuple[list[Section], list[Section]]:
+    """Those of the sheet of samples, and those of the sheet of extremes."""
+    combinations = np.flatnonzero(held_out.combination)[: 2 * SHOWN]
+    new_words = np.flatnonzero(~held_out.combination)[:SHOWN]
+    by_error = np.argsort(held_out.error, kind="stable")
+    best, worst = np.split(by_error, [(len(by_error) + 1) // 2])
+    first = {
+        "Held-out combinations: images never trained on, in words that training captions have": combinations,
+        "Held-out captions with new words, which no training caption has": new_words,
+    }
+    extremes = {
+        f"The farthest from their real images, of {len(by_error)} held-out samples": worst[::-1][:SHOWN],
+        f"The nearest to their real images, of {len(by_error)} held-out samples": best[:SHOWN],
+    }
+    trained = known.take(SHOWN)
+    ids, captions = np.array(held_out.data.ids), held_out.data.primary_texts()
+    nearest_ids = np.array(held_out.nearest_ids)
+    used = [row for rows in (first | extremes).values() for row in rows]
+    real = dict(iterate_images(images, wanted={*trained.ids, *ids[used], *nearest_ids[used]}))
 
-    def beside_real(title: str, data: LatentDataset, generated: np.ndarray) -> Section:
-        originals = np.stack([real[image_id] for image_id in data.ids])
-        return Section(title, data.primary_texts(), {"real": originals, "sample": generated})
+    def originals(names: Iterable[str]) -> np.ndarray:
+        return np.stack([real[name] for name in names])
 
+    def beside_real(title: str, rows: np.ndarray) -> Section:
+        shown = {
+            "real": originals(ids[rows]),
+            "sample": codec.decode(held_out.samples[rows.tolist()]),
+            "nearest\ntraining\nimage": originals(nearest_ids[rows]),
+        }
+        return Section(title, [captions[row] for row in rows], shown)
+
+    of_trained = {"real": originals(trained.ids), "sample": codec.decode(of_known[:SHOWN])}
     sections = [
-        Section("Prompts", settings.prompts, {"sample": of_prompts}),
-        beside_real("Captions of training images", shown, of_known[: len(shown)]),
+        *(beside_real(title, rows) for title, rows in first.items() if len(rows)),
+        Section("Prompts", prompts, {"sample": codec.decode(of_prompts)}),
+        Section("Captions of training images", trained.primary_texts(), of_trained),
     ]
-    if len(held_out):
-        sections.append(beside_real("Captions held out: the model never saw these images", held_out, of_held_out))
-    return sections
+    return sections, [beside_real(title, rows) for title, rows in extremes.items() if len(rows)]
 
 
-def _footer(params: Params, model: TextToImage, metrics: dict[str, float]) -> str:
+def _figures(metrics: Mapping[str, float]) -> str:
+    """The main figures, with intervals where they have any, in one line."""
+    told = []
+    for name in MAIN_FIGURES:
+        if name in metrics:
+            low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+            told.append(f"{name} {metrics[name]:.3f}" + ("" if low is None else f" ({low:.2f} to {high:.2f})"))
+    return ", ".join(told if "val_mae" in metrics else [*told, NOTHING_HELD_OUT])
+
+
+def _footer(params: Params, model: TextToImage, metrics: Mapping[str, float]) -> str:
     sampling = params.evaluate.sampling
     guidance, (low, high) = f"guidance {sampling.class_guidance:g}", sampling.guidance_interval
     if (low, high) != (0.0, 1.0):
         guidance += f" at noise levels {low:g} to {high:g}"
     if sampling.guidance_rescale:
         guidance += f", rescaled by {sampling.guidance_rescale:g}"
-    figures = f"caption_recall_at_1 {metrics['caption_recall_at_1']:.3f} of {metrics['recall_captions']}"
-    if "val_mae" in metrics:
-        figures += f", val_mae {metrics['val_mae']:.3f}"
-    made = f"{sampling.diffusion_steps} steps of {sampling.sampler}, {guidance}, seed {params.seed}; {figures}."
+    counts = (
+        f"{metrics['held_out_combinations']} held-out combinations, {metrics['training_captions']} training captions"
+    )
+    made = f"{sampling.diffusion_steps} steps of {sampling.sampler}, {guidance}, seed {params.seed}; {counts}: "
+    made += f"{_figures(metrics)}."
     return f"{made} {model.config.attribution}" if model.config.attribution else made

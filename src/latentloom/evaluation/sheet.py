@@ -15,7 +15,7 @@ GAP = 12
 MARGIN = 24
 COLUMNS = 8
 LABEL_LINES = 2
-LEFT = MARGIN + 48  # room for the names of rows
+LEFT = MARGIN + 56  # room for the names of rows
 WIDTH = LEFT + COLUMNS * (CELL + GAP) - GAP + MARGIN
 INK, SOFT, PAPER = (25, 25, 30), (110, 110, 120), (255, 255, 255)
 

@@ -8,10 +8,12 @@ from itertools import product
 
 import numpy as np
 import pandas as pd
+import torch
 from PIL import Image
 
-from latentloom.encoding.dataset import LatentDataset
-from latentloom.evaluation.recall import recall_at_1
+from latentloom.encoding.dataset import Caches
+from latentloom.evaluation.held_out import combinations
+from latentloom.evaluation.recall import nearest, recalled
 from latentloom.evaluation.sheet import save_sheet
 from latentloom.evaluation.text_to_image import TextToImage
 from latentloom.files import write_text
@@ -19,33 +21,44 @@ from latentloom.layout import EVALUATE_PLOTS
 from latentloom.params import EvaluateParams
 
 CHART, TABLE = EVALUATE_PLOTS / "sweep.png", EVALUATE_PLOTS / "sweep.csv"
-PANELS = {
-    "caption_recall_at_1": "Recall: the nearest training image is the caption's own",
-    "latent_mae": "Mean absolute difference to its latent, in std",
+RECALLS = {
+    "held_out_recall_at_1": "Held-out recall: the nearest of all images is one of the caption's own",
+    "memorisation_recall": "No held-out combination. Training captions: the nearest image is right",
 }
+LATENT_MAE = "Mean absolute difference to the caption's own latent, in std"
 
 
-def sweep(model: TextToImage, train: LatentDataset, settings: EvaluateParams, seed: int) -> pd.DataFrame | None:
-    """Sample ``recall_captions`` captions of ``train`` with each combination of ``settings.sweep``, if there is one.
+def sweep(model: TextToImage, caches: Caches, settings: EvaluateParams, seed: int) -> pd.DataFrame | None:
+    """Sample the held-out combinations with each combination of ``settings.sweep``, if there is one.
 
-    All else is as in ``settings.sampling``.
+    All else is as in ``settings.sampling``. Where no combination is held out, ``training_captions`` training captions
+    take their place.
 
     Returns:
-        By rising ``diffusion_steps``, then by rising ``class_guidance``, a row per combination: ``caption_recall_at_1``
-        as `evaluate` measures it, and ``latent_mae``, the mean absolute difference to the caption's own training
-        latent, in standard deviations.
+        By rising ``diffusion_steps``, then by rising ``class_guidance``, a row per combination:
+        ``held_out_recall_at_1`` or ``memorisation_recall``, as `evaluate` measures them, and ``latent_mae``, the mean
+        absolute difference to the latent of the caption's own image, in standard deviations.
     """
     if settings.sweep is None:
         return None
-    known = train.take(settings.recall_captions)
-    embeddings, (own, _) = known.primary_embeddings(), known.latents_at(slice(0, len(known)))
+    name, data, among = (
+        "held_out_recall_at_1",
+        caches.validation.take(settings.held_out_captions),
+        [caches.train, caches.validation],
+    )
+    rows = torch.from_numpy(np.flatnonzero(combinations(data.primary_texts(), caches.train)))
+    if not len(rows):
+        name, data, among = "memorisation_recall", caches.train.take(settings.training_captions), [caches.train]
+        rows = torch.arange(len(data))
+    captions, (own, _) = data.captions[rows.to(data.captions.device), 0], data.latents_at(rows)
+    embeddings, ids = data.embeddings_at(captions), [data.ids[row] for row in rows.tolist()]
     swept, points = settings.sweep, []
     for steps, guidance in product(sorted(set(swept.diffusion_steps)), sorted(set(swept.class_guidance))):
         sampling = settings.sampling.changed(class_guidance=guidance, diffusion_steps=steps)
-        latents = model.latents(embeddings, known.ids, sampling, seed=seed)
-        point = {"class_guidance": guidance, "diffusion_steps": steps}
-        point |= {"caption_recall_at_1": recall_at_1(latents, train), "latent_mae": float((latents - own).abs().mean())}
-        points.append(point)
+        latents = model.latents(embeddings, ids, sampling, seed=seed)
+        recall = float(recalled(nearest(latents, among)[0], among, captions).mean())
+        points.append({"class_guidance": guidance, "diffusion_steps": steps, name: recall})
+        points[-1]["latent_mae"] = float((latents - own).abs().mean())
     return pd.DataFrame(points)
 
 
@@ -70,15 +83,17 @@ def render_chart(points: pd.DataFrame) -> Image.Image:
     import matplotlib.style
     from matplotlib.figure import Figure
 
+    (recall,) = RECALLS.keys() & points.columns
+    panels = {recall: RECALLS[recall], "latent_mae": LATENT_MAE}
     with matplotlib.style.context("default"):  # whatever the user's own settings are
         figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
-        for ax, (name, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
+        for ax, (name, title) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
             for steps, line in points.groupby("diffusion_steps"):
                 ax.plot(line["class_guidance"], line[name], marker="o", label=f"{steps} steps")
             ax.set_title(title, fontsize=10)
             ax.set(xlabel="class_guidance", xticks=sorted(points["class_guidance"].unique()))
             ax.grid(alpha=0.3)
-            ax.set_ylim(bottom=0, top=1.05 if name == "caption_recall_at_1" else None)
+            ax.set_ylim(bottom=0, top=1.05 if name == recall else None)
         ax.legend()
         png = io.BytesIO()
         figure.savefig(png, format="png")

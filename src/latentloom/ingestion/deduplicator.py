@@ -1,7 +1,7 @@
 """Keeps each picture once, the first of its kind, and counts; what it remembers decides the splits at the end.
 
 Everything else streams through. For every kept image it remembers the id with the key, to name in a reject what it is a
-duplicate of, the split and the perceptual hash: some 250 bytes.
+duplicate of, the split and the signature by which near duplicates are found: some 450 bytes.
 """
 
 from collections.abc import Iterable, Iterator
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from latentloom.ingestion.images import preview
-from latentloom.ingestion.near_duplicates import HASH_BYTES
+from latentloom.ingestion.near_duplicates import SIGNATURE_BYTES
 from latentloom.ingestion.rejects import Reason, Reject, RejectTable
 from latentloom.ingestion.shards import ImageRow, SourceCount
 
@@ -29,7 +29,7 @@ class Deduplicator:
         self.captions = 0
         self._keys: dict[bytes, str] = {}
         self._in_train = bytearray()
-        self._hashes = bytearray()
+        self._signatures = bytearray()
 
     def kept(self, results: Iterable[ImageRow | Reject]) -> Iterator[ImageRow]:
         """The rows to keep, in order."""
@@ -54,9 +54,9 @@ class Deduplicator:
         """Whether an image's id puts it into the training split: bool ``(N,)``."""
         return np.frombuffer(self._in_train, bool)
 
-    def hashes(self) -> np.ndarray:
-        """The perceptual hashes: uint8 ``(N, 32)``, or ``(0, 32)`` where none were wanted."""
-        return np.frombuffer(self._hashes, np.uint8).reshape(-1, HASH_BYTES)
+    def signatures(self) -> np.ndarray:
+        """What near duplicates are found by: uint8 ``(N, 224)``, or ``(0, 224)`` where none are wanted."""
+        return np.frombuffer(self._signatures, np.uint8).reshape(-1, SIGNATURE_BYTES)
 
     def _duplicate(self, row: ImageRow, first: str) -> Reject:
         picture = preview(row.png) if self.rejects.wants_preview(Reason.DUPLICATE) else None
@@ -65,5 +65,5 @@ class Deduplicator:
     def _remember(self, row: ImageRow) -> None:
         self._keys[bytes.fromhex(row.id)] = row.key if len(self._counts) == 1 else f"{row.key} of {row.source}"
         self._in_train.append(row.split == "train")
-        self._hashes += row.perceptual_hash
+        self._signatures += row.signature
         self.captions += len(row.captions)

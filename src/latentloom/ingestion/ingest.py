@@ -82,7 +82,7 @@ def ingest(
     """
     for entry in params.sources:
         _check_outputs_outside_source(entry, (images_folder, rejects_path, near_duplicates_path))
-    sources = {entry.label: open_source(entry, params.image_size) for entry in params.sources}
+    sources = {entry.label: open_source(entry, params) for entry in params.sources}
     counts = {
         entry.label: SourceCount(entry.label, entry.source, entry.weight, source.attribution, source.licence)
         for entry, source in zip(params.sources, sources.values(), strict=True)
@@ -134,7 +134,7 @@ def ingest(
     )
 
 
-def open_source(entry: SourceParams, image_size: int) -> Source:
+def open_source(entry: SourceParams, params: IngestParams) -> Source:
     """The source that an entry of the params names.
 
     Raises:
@@ -142,7 +142,7 @@ def open_source(entry: SourceParams, image_size: int) -> Source:
     """
     match entry.source:
         case "openmoji":
-            return OpenMojiSource(image_size)
+            return OpenMojiSource(params.image_size, params.skin_tones, params.limit)
         case "folder":
             return FolderSource(entry.path)
         case "webdataset":
@@ -176,9 +176,9 @@ def _keep_near_duplicates_together(
     deduplicator: Deduplicator, distance: int | None, path: Path
 ) -> tuple[int, np.ndarray]:
     """Write the near duplicates; give the number of pairs, and the rows that move to the training split."""
-    ids, in_train, hashes = deduplicator.ids(), deduplicator.in_train(), deduplicator.hashes()
+    ids, in_train, signatures = deduplicator.ids(), deduplicator.in_train(), deduplicator.signatures()
     order = np.argsort(ids.view(f"S{ID_BYTES}").ravel())  # by id, so that the sources' order does not matter
-    pairs = find_near_duplicates(hashes if distance is None else hashes[order], distance or 0)
+    pairs = find_near_duplicates(signatures if distance is None else signatures[order], distance or 0)
     write_near_duplicates(path, ids[order], pairs)
     return len(pairs), order[linked_to_train(pairs, in_train[order])]
 

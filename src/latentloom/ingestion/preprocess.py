@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from latentloom.ingestion.captions import clean_captions
 from latentloom.ingestion.images import image_id, prepare_image, preview
-from latentloom.ingestion.near_duplicates import perceptual_hash
+from latentloom.ingestion.near_duplicates import signature
 from latentloom.ingestion.rejects import Reason, Reject, RejectedSample, printable
 from latentloom.ingestion.shards import ImageRow, encode
 from latentloom.ingestion.sources import Sample
@@ -39,5 +39,5 @@ def preprocess_sample(
         key=key,
         width=image.width,
         height=image.height,
-        perceptual_hash=b"" if params.near_duplicate_distance is None else perceptual_hash(image.pixels),
+        signature=b"" if params.near_duplicate_distance is None else signature(image.pixels),
     )

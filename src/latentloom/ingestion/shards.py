@@ -69,7 +69,7 @@ PNG_OPTIONS = {"compress_level": 1, "compress_type": zlib.Z_RLE}
 class ImageRow:
     """One prepared image as ``png``; ``width`` and ``height`` are those of the original.
 
-    ``perceptual_hash`` is not written; it is empty where near duplicates are not looked for.
+    ``signature`` is not written; it is empty where near duplicates are not looked for.
     """
 
     id: str
@@ -80,7 +80,7 @@ class ImageRow:
     key: str
     width: int
     height: int
-    perceptual_hash: bytes = b""
+    signature: bytes = b""
 
 
 @dataclass

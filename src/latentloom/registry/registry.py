@@ -7,11 +7,11 @@ created whole before an alias moves, so an interrupted promotion leaves the alia
 
 import json
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import FileLock
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 Alias = Literal["champion", "candidate"]
-RECALL, VAL_MAE = "evaluate/caption_recall_at_1", "evaluate/val_mae"
+RECALL, VAL_MAE = "evaluate/held_out_recall_at_1", "evaluate/val_mae"
 PROMOTED, TAKEN_BACK = ".promoted", ".taken_back"  # behind the alias, in names of tags
 DESCRIPTION = "Prompts in, PNG images out: `mlflow models serve -m models:/latentloom@champion --env-manager local`"
 
@@ -42,13 +42,13 @@ class Figures:
     """What decides whether a model is worse than another, None where it is not known.
 
     Attributes:
-        recall: of training captions, the share whose sample is nearest to the right image.
+        held_out_recall: of held-out combinations, the share whose sample is nearest to the right image.
         val_mae: the error on held-out images.
         latents: the hash of the images, as latents, that both were measured on.
         noise: the schedule and the noise levels that ``val_mae`` is a mean over.
     """
 
-    recall: float | None = None
+    held_out_recall: float | None = None
     val_mae: float | None = None
     latents: str | None = None
     noise: str | None = None
@@ -62,7 +62,12 @@ class Figures:
     @classmethod
     def of_version(cls, version: "ModelVersion") -> "Figures":
         """Those that the version was promoted with."""
-        return cls(**json.loads(version.tags.get("figures", "{}")))
+        return cls.from_dict(json.loads(version.tags.get("figures", "{}")))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Figures":
+        """The reverse of `asdict`; figures that no longer decide, such as recall of training captions, are left out."""
+        return cls(**{each.name: values.get(each.name) for each in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ class Move:
     def of_tag(cls, value: str) -> "Move":
         """The reverse of `save`."""
         values = json.loads(value)
-        return cls(**values | {"figures": Figures(**values["figures"])})
+        return cls(**values | {"figures": Figures.from_dict(values["figures"])})
 
 
 def promote(
@@ -174,17 +179,19 @@ def current(root: Path) -> dict[str, str]:
 def worse(figures: Figures, champion: Figures) -> str | None:
     """Why a model may not take the place of a champion; None: it may.
 
-    Recall decides; where it is the same, the validation error. Only figures that were measured on the same images
-    compare, and errors only over the same noise levels. What cannot be compared is not called better.
+    Held-out recall decides; where it is the same, or one has none, the validation error. Only figures that were
+    measured on the same images compare, and errors only over the same noise levels. What cannot be compared is not
+    called better.
     """
-    if figures.recall is None:
-        return f"it has no {RECALL}: run `dvc repro evaluate`"
-    if champion.recall is None:
+    if figures.held_out_recall is None and figures.val_mae is None:
+        return f"it has neither {RECALL} nor {VAL_MAE}: run `dvc repro evaluate`; both need a validation split"
+    if champion.held_out_recall is None and champion.val_mae is None:
         return None
     if figures.latents != champion.latents:
         return "its figures were measured on other images than the champion's, and do not compare: look at both"
-    if figures.recall != champion.recall:
-        return _lower(RECALL, figures.recall, champion.recall) if figures.recall < champion.recall else None
+    recalls = figures.held_out_recall, champion.held_out_recall
+    if None not in recalls and recalls[0] != recalls[1]:
+        return _lower(RECALL, *recalls) if recalls[0] < recalls[1] else None
     if None in (figures.val_mae, champion.val_mae) or figures.noise != champion.noise:
         return None
     return _lower(VAL_MAE, figures.val_mae, champion.val_mae) if figures.val_mae > champion.val_mae else None

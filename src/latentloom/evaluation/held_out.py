@@ -1,0 +1,85 @@
+"""What samples of held-out captions show: whether the model draws what it never saw, and whether it copies.
+
+Held-out captions are of two kinds. A *combination* has only words that training captions have: a model can know each
+part, and has to put them together. One with *new words* asks for what no training caption names.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from latentloom.encoding.dataset import Caches, LatentDataset
+from latentloom.evaluation.recall import nearest, recalled, with_interval
+
+COPY_QUANTILE = 0.05
+WORD = re.compile(r"[^\W_]+(?:[-'’][^\W_]+)*")  # "medium-dark" and "o'clock" are one word each
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out images, with their samples.
+
+    Attributes:
+        data: the images (B).
+        samples: a latent (B, C, h, w) for each caption.
+        combination: which captions are combinations (B), bool.
+        nearest_ids: of the training image nearest to each sample (B).
+        error: the distance of each sample to its own real image (B), float32.
+        figures: by name, see `measure`.
+    """
+
+    data: LatentDataset
+    samples: torch.Tensor
+    combination: np.ndarray
+    nearest_ids: list[str]
+    error: np.ndarray
+    figures: dict[str, float]
+
+
+def measure(samples: torch.Tensor, held_out: LatentDataset, caches: Caches) -> HeldOut:
+    """Measure samples (B, C, h, w) of the primary captions of ``held_out``, a part of the validation split.
+
+    Figures, each share with its interval as `with_interval` gives it: ``held_out_recall_at_1`` and ``_at_5`` of
+    combinations, ``new_words_recall_at_1`` and ``_at_5`` of the other captions: the share whose sample has an image of
+    the caption among the nearest, or the nearest five, of all images of the data set. ``copied_share``: the share of
+    all that are nearer to a training image than all but `COPY_QUANTILE` of the real images are; after Somepalli et al.
+    2023 and Carlini et al. 2023. ``copied_limit`` is that distance, as the root of the mean square difference.
+    ``held_out_combinations`` and ``new_words_captions`` count.
+    """
+    combination = combinations(held_out.primary_texts(), caches.train)
+    everything = [caches.train, caches.validation]
+    (rows, _), figures = nearest(samples, everything, 5), {}
+    for name, chosen in (("held_out", combination), ("new_words", ~combination)):
+        for among in (1, 5):
+            right = recalled(rows[:, :among], everything, held_out.captions[:, 0])
+            figures |= with_interval(f"{name}_recall_at_{among}", right[chosen])
+    counts = {"held_out_combinations": int(combination.sum()), "new_words_captions": int((~combination).sum())}
+    real = held_out.latents_at(slice(0, len(held_out)))[0]
+    (nearest_rows, distances), (_, of_real) = nearest(samples, [caches.train]), nearest(real, [caches.train])
+    if len(held_out):
+        limit = of_real.quantile(COPY_QUANTILE)
+        figures |= with_interval("copied_share", (distances[:, 0] < limit).numpy())
+        counts["copied_limit"] = round(float(limit) / math.sqrt(real[0].numel()), 4)
+    error = (samples - real).flatten(1).norm(dim=1).cpu().numpy()
+    nearest_ids = [caches.train.ids[row] for row in nearest_rows[:, 0].tolist()]
+    return HeldOut(held_out, samples, combination, nearest_ids, error, figures | counts)
+
+
+def combinations(captions: Iterable[str], train: LatentDataset) -> np.ndarray:
+    """Which captions (B), bool, have no word but those of training captions, whatever their case."""
+    of_captions = [words(caption) for caption in captions]
+    unseen = set().union(*of_captions)
+    for caption in train.texts.iloc[train.captions.unique().tolist()]:
+        if not unseen:
+            break
+        unseen -= words(caption)
+    return np.array([not (own & unseen) for own in of_captions], dtype=bool)
+
+
+def words(caption: str) -> set[str]:
+    """The words of a caption, in lower case; a hyphenated word is one."""
+    return set(WORD.findall(caption.casefold()))
