@@ -75,7 +75,7 @@ TINY = Sizes(
                 "model": {"widths": [16, 32]},
                 "train": {"steps": 8, "batch_size": 8, "warmup_steps": 2},
                 "monitor": {"validation_images": 4},
-                "evaluate": {"diffusion_steps": 3, "recall_captions": 2, "held_out_captions": 2},
+                "evaluate": {"diffusion_steps": 3, "training_captions": 2, "held_out_captions": 2},
             },
         ),
     ),

@@ -67,7 +67,9 @@ def _params(job: Job, record: Record, closing: float) -> Params:
         sections = _sections(preset)
         params = Params.model_validate(sections)
         batch, dtype = params.train.batch_size, autocast_dtype(params.train.precision, device)
-        settings = Settings(tuple(params.model.widths), params.model.block_depth, batch, dtype, device, False)
+        settings = Settings(
+            tuple(params.model.widths), params.model.block_depth, batch, dtype, device, False, job.sizes.rows
+        )
         contender = train_step.ours(settings)
         train_step.seconds(contender.step, 3, device)
         rate = 5 / train_step.seconds(contender.step, 5, device)

@@ -136,3 +136,10 @@ def test_the_page_has_a_table_for_rows_alike_and_a_line_for_what_was_passed_over
         "- broken: ValueError: no",
         "- late: skipped: needs 9 s, 1 s are left",
     ]
+
+
+def test_a_row_of_many_figures_is_a_table_of_its_own():
+    row = {"name": "evaluation"} | {f"figure {number}": number for number in range(13)}
+    part = {"name": "training", "about": "A sentence.", "status": "done", "seconds": 1.0, "why": "", "rows": [row]}
+    lines = render({"title": "Measured", "about": "Today.", "parts": [part]}).splitlines()
+    assert "| evaluation |  |" in lines and "| figure 12 | 12 |" in lines
