@@ -7,6 +7,8 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 # Usage statistics of the tools are off unless you turn them on.
 export MLFLOW_DISABLE_TELEMETRY ?= true
 export DO_NOT_TRACK ?= 1
+# What is compiled is kept, or every process would compile all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Tests side by side, each process with one thread, and one process more than cores: tests of kills and of servers wait a
 # third of their time. What shares a project stays in one process (tests/conftest.py says what).
@@ -20,9 +22,8 @@ repro: install ## run every stage that is not up to date
 	@dvc repro
 	@latentloom summary
 
-test: install-tests ## every test: fast, pipeline and fault tests, then those of outside services
-	$(PYTEST) -m "not service"
-	$(PYTEST) -m service
+test: install-tests ## every test
+	$(PYTEST)
 
 test-fast: install-tests ## unit tests alone, without the slow ones
 	$(PYTEST) -m "not pipeline and not fault and not slow and not service"

@@ -101,7 +101,7 @@ def ours(settings: Settings, network: UNet | None = None) -> Contender:
     network = network or our_network(settings)
     train_params, diffusion = our_params(settings)
     steps = train(
-        TrainingState.start(network, train_params),
+        TrainingState.start(network, train_params, settings.dtype),
         synthetic_data(settings),
         params=train_params,
         diffusion=diffusion,

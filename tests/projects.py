@@ -1,6 +1,8 @@
 """A whole project on tiny data: the checkout's files in a temporary folder with a git and a DVC of its own."""
 
+import compileall
 import functools
+import json
 import os
 import shlex
 import shutil
@@ -31,11 +33,14 @@ class Project:
 
     Attributes:
         folder: its root.
-        cold: whether stages are started from a new interpreter, as a user's are, rather than by the server of stages.
+        cold: whether stages and DVC are started from a new interpreter, as a user's are, rather than by the server of
+            stages.
+        rows_per_shard: at the fewest, so that tiny data has several shards; None leaves it at the package's own.
     """
 
     folder: Path
     cold: bool = False
+    rows_per_shard: int | None = None
 
     def run(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run a command as a user would, in the project's environment; fail with its output."""
@@ -90,10 +95,8 @@ class Project:
         programs = [str(Path(sys.executable).parent), environment["PATH"]]
         if not self.cold:
             programs.insert(0, str(stage_socket().parent))
-        return environment | {
-            "PATH": os.pathsep.join(programs),
-            **OFFLINE,
-        }
+        hooks = {} if self.rows_per_shard is None else {"rows_per_shard": self.rows_per_shard}
+        return environment | OFFLINE | {"PATH": os.pathsep.join(programs), "STAGE_HOOKS": json.dumps(hooks)}
 
 
 PYTHON = """#!/bin/sh
@@ -103,11 +106,15 @@ case "$PYTHONPATH $1" in
 *) exec {python} "$@" ;;
 esac
 """
+DVC = """#!/bin/sh
+# The tests' dvc, by the same server.
+exec {python} -SI {client} {socket} dvc "$@"
+"""
 
 
 @functools.cache
 def stage_socket() -> Path:
-    """The socket of the server of stages, which the first who asks starts; beside it lies the tests' ``python``.
+    """The socket of the server of stages, which the first who asks starts. Beside it lie the tests' own programs.
 
     All processes of one run of pytest share the server: it ends with the first of them.
     """
@@ -119,7 +126,7 @@ def stage_socket() -> Path:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             names = {"python": sys.executable, "client": tests / "stage_client.py", "socket": folder / "socket"}
-            script = PYTHON.format(**{name: shlex.quote(str(value)) for name, value in names.items()})
+            quoted = {name: shlex.quote(str(value)) for name, value in names.items()}
             own = (*OTHERS, "PYTHONPATH")
             environment = {key: value for key, value in os.environ.items() if not key.startswith(own)}
             with open(folder / "server.log", "w") as log:
@@ -131,8 +138,9 @@ def stage_socket() -> Path:
                     stderr=log,
                     start_new_session=True,
                 )
-            (folder / "python").write_text(script)
-            (folder / "python").chmod(0o755)
+            for name, script in (("dvc", DVC), ("python", PYTHON)):
+                (folder / name).write_text(script.format(**quoted))
+                (folder / name).chmod(0o755)
     return folder / "socket"
 
 
@@ -171,6 +179,7 @@ def new_project(folder: Path) -> Project:
             shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
         else:
             shutil.copy2(source, folder / part)
+    compileall.compile_dir(folder / "src", quiet=2)  # once, not in each of its stages
     for part in (".gitignore", "config", "plots/page.html"):
         copy = folder / ".dvc" / part
         copy.parent.mkdir(parents=True, exist_ok=True)

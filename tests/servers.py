@@ -77,6 +77,7 @@ class Server:
         inherited["PATH"] = os.pathsep.join([SCRIPTS, inherited["PATH"]])
         self.command, self.folder, self._ready, self._user = command, folder, ready, user
         lean = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        lean |= {"MLFLOW_WORKERS": "1"}  # of MLflow's pages: each of four would make all imports
         self.environment = inherited | lean | environment
         self._process: subprocess.Popen | None = None
 
@@ -114,7 +115,7 @@ class Server:
         self._signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """Let its time go on."""
+        """Let its time continue."""
         self._signal(signal.SIGCONT)
 
     def stop(self, number: int = signal.SIGTERM) -> None:

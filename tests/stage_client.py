@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-PATIENCE = 120  # seconds until the server must have made its imports
+PATIENCE = 300  # seconds until the server must have made its imports, which the first run ever compiles
 
 
 def connect(path: str) -> socket.socket:
@@ -54,10 +54,14 @@ def read_number(server: socket.socket) -> int:
 
 
 def main() -> None:
-    """``stage_client.py SOCKET SCRIPT...``: run the script and end with its exit status, or by its signal."""
+    """``stage_client.py SOCKET SCRIPT...``: run the script and end with its exit status, or by its signal.
+
+    ``STAGE_HOOKS`` in the environment has hooks as JSON.
+    """
     server = connect(sys.argv[1])
     environment = dict(os.environ)
-    pid = request(server, [0, 1, 2], argv=sys.argv[2:], folder=str(Path.cwd()), environment=environment, hooks={})
+    hooks = json.loads(environment.get("STAGE_HOOKS", "{}"))
+    pid = request(server, [0, 1, 2], argv=sys.argv[2:], folder=str(Path.cwd()), environment=environment, hooks=hooks)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda received, _: os.kill(pid, received))
     status = read_number(server)

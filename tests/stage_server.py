@@ -3,6 +3,7 @@
 From a cold interpreter, a stage spends most of its time on imports, and the tests run hundreds of stages. The server
 forks a process for each; it runs the script as ``python pipelines/STAGE.py`` does, with the caller's folder,
 environment and open files, and imports the project's own code itself, since each test's project has a copy of its own.
+It runs DVC's commands in the same way.
 
 One server serves all of pytest's processes; it ends with the process that it was started for. A client sends one
 request as JSON and gets two lines: the stage's process id, then its exit status (negative: the signal that ended it).
@@ -23,7 +24,7 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 # What the stages import, at their top or on their way.
 PRELOADED = (
@@ -43,9 +44,15 @@ PRELOADED = (
     "alembic.autogenerate",
     "sqlalchemy.dialects.sqlite",
     "mlflow.tracking",
-    "mlflow.data.pandas_dataset",
     "mlflow.store.tracking.sqlalchemy_store",
-    "dvc.repo",
+    "dvc.cli.parser",
+    "dvc.repo.index",
+    "dvc.repo.open_repo",
+    "dvc.repo.plots",
+    "dvc.repo.reproduce",
+    "dvc.rwlock",
+    "dvc.scm",
+    "dulwich.repo",
     "great_expectations",
     "imagehash",
     "scipy.fftpack",
@@ -71,9 +78,17 @@ def main(folder: Path, owner: int) -> None:
     gc.freeze()
     request = _serve(folder, owner)
     if request:
+        if request["argv"][0] == "dvc":
+            _run_dvc(request["argv"][1:])
         for name, value in request["hooks"].items():
             getattr(stage_hooks, name)(value)
         runpy.run_path(request["argv"][0], run_name="__main__")
+
+
+def _run_dvc(arguments: list[str]) -> NoReturn:
+    from dvc.cli import main
+
+    sys.exit(main(arguments))
 
 
 def _serve(folder: Path, owner: int) -> dict[str, Any] | None:
@@ -91,7 +106,7 @@ def _serve(folder: Path, owner: int) -> dict[str, Any] | None:
         readable, _, _ = select.select([listener, woken, *clients], [], [], 1.0)
         if woken in readable:
             os.read(woken, 4096)
-            _tell_of_the_ended(clients)
+            _report_the_ended(clients)
         if listener in readable:
             client, _ = listener.accept()
             try:
@@ -133,7 +148,7 @@ def _send(client: socket.socket, number: int) -> None:
         client.sendall(f"{number}\n".encode())
 
 
-def _tell_of_the_ended(clients: dict[socket.socket, int]) -> None:
+def _report_the_ended(clients: dict[socket.socket, int]) -> None:
     while True:
         try:
             ended, status = os.waitpid(-1, os.WNOHANG)
@@ -160,7 +175,9 @@ def _become(request: dict[str, Any], files: list[int]) -> None:
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    own = [Path(request["argv"][0]).parent, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    own = [*filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    if request["argv"][0].endswith(".py"):
+        own.insert(0, Path(request["argv"][0]).parent)
     sys.path[:1] = [str(Path(part).resolve()) for part in own]
     sys.argv = request["argv"]
     np.random.seed()

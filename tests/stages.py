@@ -1,7 +1,8 @@
 """Stages of a test's project, started in a moment by the server of stages (`stage_server.py`).
 
-Two ways lead to it. Where a test runs ``dvc repro`` or ``python pipelines/STAGE.py``, the ``python`` on its path is a
-small script that hands stages over. Where a test limits, kills or breaks a stage, ``start`` asks for one directly.
+Two ways lead to it. Where a test runs ``dvc repro`` or ``python pipelines/STAGE.py``, the ``dvc`` and the ``python`` on
+its path are small scripts that hand both over. Where a test limits, kills or breaks a stage, ``start`` asks for one
+directly.
 """
 
 import io
@@ -126,7 +127,7 @@ def kill_when(project: Project, stage: str, moment: Callable[[], object]) -> Non
 
 def copy_project(project: Project, folder: Path) -> Project:
     """A copy of a project's files, without its git, its DVC and what its stages keep beside their outs."""
-    ignored = shutil.ignore_patterns(".git", ".dvc", ".state", "mlartifacts", "__pycache__")
+    ignored = shutil.ignore_patterns(".git", ".dvc", ".state", "mlartifacts")
     shutil.copytree(project.folder, folder, ignore=ignored, dirs_exist_ok=True)
     return replace(project, folder=folder)
 

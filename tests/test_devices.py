@@ -35,7 +35,7 @@ def test_the_environment_names_the_device(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99"])
-def test_a_device_that_is_not_there_is_refused_with_what_is_allowed(monkeypatch, name):
+def test_a_device_that_is_not_there_is_rejected_with_what_is_allowed(monkeypatch, name):
     monkeypatch.setenv("LATENTLOOM_DEVICE", name)
     with pytest.raises(ValueError, match=f"LATENTLOOM_DEVICE={name} cannot be used here .*try cuda, mps or cpu"):
         choose_device()

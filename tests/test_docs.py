@@ -71,7 +71,7 @@ def pets(tmp_path, monkeypatch) -> Path:
 def captions(snippet: str, folder: Path) -> dict[str, list[str]]:
     params = with_params(snippet, folder, max_reject_fraction=1.0).ingest
     out = folder / "out"
-    ingest(params, out / "images", out / "rejects.parquet", out / "twins.parquet", progress=False)
+    ingest(params, out / "images", out / "rejects.parquet", out / "near_duplicates.parquet", progress=False)
     frame = read_metadata(folder / "out" / "images")
     return dict(zip(frame["key"], frame["captions"], strict=True))
 

@@ -55,7 +55,7 @@ def test_a_full_disk_names_the_file_and_the_room_and_leaves_nothing_behind(tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_the_room_needed_is_never_told_as_none(tmp_path):
+def test_the_room_needed_is_never_reported_as_none(tmp_path):
     with pytest.raises(WriteError, match=r"it needs 0\.1 MiB"), atomic_path(tmp_path / "a.txt", room=100):
         raise OSError(errno.ENOSPC, "No space left on device")
 

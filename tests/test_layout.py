@@ -11,7 +11,7 @@ def test_the_stores_limit_comes_from_the_environment(monkeypatch):
 
 
 @pytest.mark.parametrize("value", ["much", "-1", "nan", "inf"])
-def test_a_limit_that_is_no_number_of_gib_is_refused(monkeypatch, value):
+def test_a_limit_that_is_no_number_of_gib_is_rejected(monkeypatch, value):
     monkeypatch.setenv("LATENTLOOM_STATE_GIB", value)
     with pytest.raises(ValueError, match=f"LATENTLOOM_STATE_GIB={value} is not a number of GiB; try 50"):
         state_limit()

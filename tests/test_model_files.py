@@ -104,7 +104,7 @@ def test_truncated_weights_are_named(model):
     ("change", "message"),
     [({"widths": "wide"}, "widths"), ({"surprise": 1}, "surprise"), ({"format_version": 99}, "format version 99")],
 )
-def test_a_config_that_is_not_ours_is_refused_with_the_key(model, change, message):
+def test_a_config_that_is_not_ours_is_rejected_with_the_key(model, change, message):
     folder, _ = model
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))

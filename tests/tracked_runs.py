@@ -17,11 +17,15 @@ from latentloom.tracking.store import open_client
 
 
 @pytest.fixture(scope="session")
-def empty_store(tmp_path_factory) -> Path:
+def empty_store(made_once) -> Path:
     """A fresh SQLite store: MLflow needs seconds to make one, so each test gets a copy."""
-    folder = tmp_path_factory.mktemp("store")
-    open_client(folder)
-    return folder / "mlflow.db"
+
+    def make(folder: Path) -> str:
+        folder.mkdir()
+        open_client(folder)
+        return ""
+
+    return made_once("empty_store", make)[0] / "mlflow.db"
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ from latentloom.params import Params, load_params
 from latentloom.training.checkpoints import Checkpoints, CodeVersion, training_fingerprint
 from latentloom.training.interruption import TrainingStopped
 from latentloom.training.processes import make_accelerator
-from latentloom.training.run import model_config, run_training, usable_checkpoint
+from latentloom.training.run import fit_whitening, model_config, run_training, usable_checkpoint
 
 SPARE = 0.9  # of the time is planned for, since a training also validates and saves
 CHECKPOINT_BYTES = 50 * 2**30
@@ -152,7 +152,8 @@ def _save_last(checkpoints: Checkpoints, params: Params, caches: Caches, model: 
     """Make the averaged weights of the last checkpoint the model."""
     checkpoint = checkpoints.latest()
     config = model_config(params, caches)
-    network, tensors = config.build(), checkpoint.load_tensors()
+    network, tensors = config.build().to(caches.train.device), checkpoint.load_tensors()
+    fit_whitening(network, caches)
     with torch.no_grad():
         for name, weight in network.named_parameters():
             weight.copy_(tensors[f"average.{name}"])

@@ -114,17 +114,18 @@ class StaticStep:
     """A step of ours on tensors that stay where they are, as a CUDA graph needs it.
 
     `load` copies the next batch into them, drawn as a training draws it; `compute` does all the rest: noise, network,
-    loss, backward, clip, AdamW, average.
+    loss, backward, clip, optimizers, average.
     """
 
     def __init__(self, settings: train_step.Settings) -> None:
         self.settings = settings
         self.params, diffusion = train_step.our_params(settings)
-        self.state = TrainingState.start(train_step.our_network(settings).train(), self.params)
-        for group in self.state.optimizer.param_groups:
-            group["lr"] = self.params.learning_rate
-            if settings.device.type == "cuda":  # a number of the host would be a constant of the graph
-                group["capturable"], group["lr"] = True, torch.tensor(group["lr"], device=settings.device)
+        self.state = TrainingState.start(train_step.our_network(settings).train(), self.params, settings.dtype)
+        for optimizer in self.state.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.params.learning_rate
+                if settings.device.type == "cuda" and "capturable" in group:  # torch's own, which count steps
+                    group["capturable"], group["lr"] = True, torch.tensor(group["lr"], device=settings.device)
         self.schedule = get_schedule(diffusion.schedule)
         self._drawn = batches(
             train_step.synthetic_data(settings),
@@ -153,14 +154,19 @@ class StaticStep:
         loss.backward()
         weights = list(network.parameters())
         nn.utils.clip_grad_norm_(weights, self.params.gradient_clip, foreach=True)
-        self.state.optimizer.step()
+        for optimizer in self.state.optimizers:
+            optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(list(self.state.average.parameters()), weights, 0.01)
         return loss.detach()
 
+    def zero_grad(self) -> None:
+        for optimizer in self.state.optimizers:
+            optimizer.zero_grad()
+
     def run(self) -> torch.Tensor:
         """A step without a graph."""
-        self.state.optimizer.zero_grad()
+        self.zero_grad()
         self.load()
         return self.compute()
 
@@ -173,7 +179,7 @@ def as_graph(step: StaticStep) -> Callable[[], torch.Tensor]:
         for _ in range(WARM_UP):
             step.run()
     torch.cuda.current_stream().wait_stream(aside)
-    step.state.optimizer.zero_grad()  # so that the gradients are in the graph's own memory
+    step.zero_grad()  # so that the gradients are in the graph's own memory
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         loss = step.compute()

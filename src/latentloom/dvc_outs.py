@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 from pathlib import Path
@@ -76,24 +76,35 @@ def locate(root: Path, outs: Iterable[str]) -> dict[str, tuple[Place, str]]:
         return dict.fromkeys(wanted, (Place.UNKNOWN, message)) | found
 
 
-def bring(root: Path, out: str, path: Path) -> None:
-    """Write DVC's file or folder of the hash ``out`` to ``path``, from the cache, else from the remote.
+def bring(root: Path, wanted: Mapping[str, Path]) -> None:
+    """Write DVC's files or folders to paths, each from the cache, else from the remote; all of them in one pull.
+
+    Args:
+        root: the project.
+        wanted: by the hash of an out, where it goes; what is there is replaced.
 
     Raises:
-        UserError: saying what DVC said, when neither has all of it, or the remote does not answer.
+        UserError: saying what DVC said, when neither has all of it, or the remote does not answer; then nothing has
+            been written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix="dvc-pull-") as folder:
-        (Path(folder) / "out.dvc").write_text(yaml.safe_dump({"outs": [{"md5": out, "hash": "md5", "path": "out"}]}))
-        pull = [sys.executable, "-m", "dvc", "pull", "-q", "--force", str(Path(folder) / "out.dvc")]
+        described = {out: Path(folder) / f"out{number}" for number, out in enumerate(wanted)}
+        for out, pulled in described.items():
+            entry = {"md5": out, "hash": "md5", "path": pulled.name}
+            Path(f"{pulled}.dvc").write_text(yaml.safe_dump({"outs": [entry]}))
+        targets = [f"{pulled}.dvc" for pulled in described.values()]
+        pull = [sys.executable, "-m", "dvc", "pull", "-q", "--force", *targets]
         result = subprocess.run(pull, cwd=root, capture_output=True, text=True)
-        pulled = Path(folder) / "out"
-        if result.returncode or not pulled.exists():
-            raise UserError(f"DVC does not have {out}: {_last_line(result.stderr)}")
-        if path.is_dir():
-            shutil.rmtree(path)
-        # A copy: DVC may have linked its cache's own files, which are read-only.
-        (shutil.copytree if pulled.is_dir() else shutil.copyfile)(pulled, path)
+        lost = [out for out, pulled in described.items() if not pulled.exists()]
+        if result.returncode or lost:
+            raise UserError(f"DVC does not have {', '.join(lost or wanted)}: {_last_line(result.stderr)}")
+        for out, path in wanted.items():
+            pulled = described[out]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path)
+            # A copy: DVC may have linked its cache's own files, which are read-only.
+            (shutil.copytree if pulled.is_dir() else shutil.copyfile)(pulled, path)
 
 
 def _holds(store: Any, out: str) -> bool:
@@ -116,6 +127,5 @@ def _md5(data: bytes = b""):
 
 
 if __name__ == "__main__":  # of the commands that `latentloom lineage` prints: HASH=PATH, each in the current project
-    for argument in sys.argv[1:]:
-        own_hash, _, own_path = argument.partition("=")
-        bring(Path.cwd(), own_hash, Path(own_path))
+    given = [argument.partition("=") for argument in sys.argv[1:]]
+    bring(Path.cwd(), {own_hash: Path(own_path) for own_hash, _, own_path in given})

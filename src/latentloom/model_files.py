@@ -133,8 +133,10 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[UNet, 
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is missing or damaged ({error}); run `dvc checkout` or `dvc repro`") from error
     network = config.build()
+    # Models from before there was whitening have none to load, and were trained without.
+    unwhitened = {name: own for name, own in network.state_dict().items() if name.startswith("text_whitening.")}
     try:
-        network.load_state_dict(tensors)
+        network.load_state_dict(unwhitened | tensors)
     except RuntimeError as error:  # in torch's words: which tensors, and their shapes
         raise UserError(f"{path} does not fit its config.json: {error}") from error
     return network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), config

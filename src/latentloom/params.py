@@ -5,6 +5,7 @@ that matters. An unknown key, a missing one or a wrong value is rejected before 
 """
 
 import difflib
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -158,6 +159,7 @@ class TrainParams(Section):
     steps: Count
     batch_size: Count
     gradient_accumulation: Count
+    optimizer: Literal["adamw", "muon"]
     learning_rate: Positive
     lr_schedule: Literal["cosine", "constant", "warmup_stable_decay"]
     warmup_steps: Annotated[StrictInt, Field(ge=0)]
@@ -242,6 +244,21 @@ class Params(Section):
 RENAMED = {"recall_captions": "training_captions"}  # what a key of the same meaning is called now
 
 
+# What a params file of the version before has elsewhere, and what it lacks, at the value that changes nothing.
+MOVED = {
+    **{f"train.{key}": f"monitor.{key}" for key in ("log_every", "validate_every", "sample_every")},
+    **{f"train.{key}": f"monitor.{key}" for key in ("sample_count", "sample_guidance")},
+    **{f"train.{key}": f"machine.{key}" for key in ("gradient_checkpointing", "compile")},
+    "evaluate.recall_captions": "evaluate.training_captions",
+}
+ADDED = {
+    "ingest.skin_tones": 0,
+    "train.optimizer": "adamw",
+    "monitor.validation_images": 96,
+    "evaluate.precision": "auto",
+}
+
+
 def load_params(path: Path | str = "params.yaml") -> Params:
     """Read and check a whole params file.
 
@@ -258,10 +275,32 @@ def load_params(path: Path | str = "params.yaml") -> Params:
         raise ParamsError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ParamsError(f"{path} must hold sections ({', '.join(ALLOWED_KEYS[''])}), not {content!r}")
+    content, changes = _updated(content)
+    if changes:
+        warnings.warn(
+            f"{path} is of an earlier version; change it, the next version will not read it: {changes}", stacklevel=2
+        )
     try:
         return Params.model_validate(content)
     except ValidationError as error:
         raise ParamsError("\n".join([f"{path}:", *(_explain(item) for item in error.errors())])) from error
+
+
+def _updated(content: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """``content`` with the keys of `MOVED` where they belong and those of `ADDED`; and what of it was changed."""
+    sections = {name: dict(keys) if isinstance(keys, dict) else keys for name, keys in content.items()}
+    changes = []
+    for old, new in MOVED.items():
+        (section, name), (new_section, new_name) = old.split("."), new.split(".")
+        if isinstance(keys := sections.get(section), dict) and name in keys:
+            sections.setdefault(new_section, {}).setdefault(new_name, keys.pop(name))
+            changes.append(f"{old} is now {new}")
+    for key, value in ADDED.items():
+        section, name = key.split(".")
+        if isinstance(keys := sections.get(section), dict) and name not in keys:
+            keys[name] = value
+            changes.append(f"add {key}: {value}")
+    return sections, ", ".join(changes)
 
 
 def _explain(error: dict[str, Any]) -> str:

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderTiny
 
 from latentloom.diffusion import decode_latents
 
@@ -41,6 +40,8 @@ def test_values_beyond_the_range_saturate_and_large_batches_are_split():
 
 
 def test_a_vae_of_diffusers_decodes():
+    from diffusers import AutoencoderTiny
+
     vae = AutoencoderTiny(
         encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
         num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1),

@@ -6,7 +6,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -39,6 +38,8 @@ def seeds_and_labels(batch=3, dtype=np.float64, seed=0):
 
 @pytest.mark.parametrize("steps", [2, 7, 70])
 def test_the_vp_trajectory_is_that_of_diffusers_ddim(steps):
+    from diffusers import DDIMScheduler
+
     seeds, labels = seeds_and_labels()
     diffuser = Diffuser(wavy, 1.0, steps, settings=UNTHRESHOLDED)
     levels = diffuser.noise_levels

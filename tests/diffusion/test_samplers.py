@@ -6,7 +6,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler
 
 from latentloom.diffusion import (
     SAMPLERS,
@@ -47,6 +46,8 @@ def last(trajectory):
 
 @pytest.mark.parametrize("steps", [2, 3, 7, 20, 50])
 def test_dpmpp_2m_goes_step_by_step_where_diffusers_does(steps):
+    from diffusers import DPMSolverMultistepScheduler
+
     scheduler = DPMSolverMultistepScheduler(
         prediction_type="sample", algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero"
     )

@@ -6,7 +6,6 @@ import pytest
 import torch
 from bundled_vae.data import evaluation_stems, rendered
 from bundled_vae.training import encode_all, psnr, reconstruct
-from diffusers import AutoencoderTiny
 
 import latentloom.encoding
 
@@ -15,6 +14,8 @@ FOLDER = Path(latentloom.encoding.__file__).parent / "bundled_vae"
 
 @pytest.fixture(scope="module")
 def vae():
+    from diffusers import AutoencoderTiny
+
     return AutoencoderTiny.from_pretrained(FOLDER, torch_dtype=torch.float32).to(memory_format=torch.channels_last)
 
 

@@ -84,17 +84,17 @@ def stops_and_resumes(uninterrupted, project, stage, process, make_room: Callabl
     printed = end(project, process)
     assert process.exitcode == 1, printed
     assert "Traceback" not in printed
-    told = MESSAGE.search(printed)
-    assert told, printed
-    needed = len(whole.get(told[1], b"")) / 2**20
+    found = MESSAGE.search(printed)
+    assert found, printed
+    needed = len(whole.get(found[1], b"")) / 2**20
     if stage == "train":  # the weights, their averages and two moments of each, and little else
-        assert told[1].endswith("/step-000004/state.safetensors")
+        assert found[1].endswith("/step-000004/state.safetensors")
         needed = 4 * len(whole["models/unet/model.safetensors"]) / 2**20
-        assert needed < float(told[3]) < 1.1 * needed + 0.1
+        assert needed < float(found[3]) < 1.1 * needed + 0.1
     elif stage == "ingest":  # shards are written as they come: their size is an estimate, from a typical number of rows
-        assert needed / 4 < float(told[3]) <= needed * 4 + 0.1
+        assert needed / 4 < float(found[3]) <= needed * 4 + 0.1
     else:
-        assert float(told[3]) == pytest.approx(needed + 0.05, abs=0.051)  # rounded up
+        assert float(found[3]) == pytest.approx(needed + 0.05, abs=0.051)  # rounded up
     left = read_outs(project, stage)
     for path, content in left.items():
         assert is_whole(path, content, whole[path]), f"{path}: {len(content)} bytes"

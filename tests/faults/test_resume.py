@@ -3,11 +3,12 @@
 import os
 import shutil
 import signal
+import time
 from dataclasses import dataclass
 
 import pytest
 from projects import Project
-from stages import copy_project, end, finish, kill_when, read_outs, remove_outs, start
+from stages import copy_project, end, finish, kill_when, printed, read_outs, remove_outs, start
 
 pytestmark = pytest.mark.fault
 
@@ -73,11 +74,20 @@ def steps_logged(client, run_id: str, key: str) -> list[int]:
     return [metric.step for metric in client.get_metric_history(run_id, key)]
 
 
-def test_a_training_killed_three_times_ends_with_the_same_bytes_and_is_one_run_without_gaps(whole, project):
+def test_a_training_killed_twice_and_with_a_damaged_checkpoint_ends_with_the_same_bytes_and_is_one_run_without_gaps(
+    whole, project
+):
     _, before = mlflow_runs(project)
-    for step in (3, 9, 21):
-        kill_when(project, "train", saved(project, step))
-        remove_outs(project, "train")
+    kill_when(project, "train", saved(project, 9))
+    remove_outs(project, "train")
+    *_, good, damaged = checkpoints(project)
+    (path,) = project.folder.glob(f".state/checkpoints/*/{damaged}/state.safetensors")
+    path.write_bytes(path.read_bytes()[:-100])
+    kill_when(project, "train", saved(project, 21))
+    said = printed(project)
+    assert f"{damaged} cannot be used and is skipped" in said
+    assert f"resuming from step {int(good.removeprefix('step-'))} " in said
+    remove_outs(project, "train")
     assert "train: resuming from step 2" in finish(project, "train")  # 21, or 24 where the kill came late
     assert read_outs(project, "train") == whole.outs
     assert not list(project.folder.glob(".state/checkpoints/*/step-*"))
@@ -91,103 +101,73 @@ def test_a_training_killed_three_times_ends_with_the_same_bytes_and_is_one_run_w
     assert len(pictures) == 2
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_training_asked_to_stop_saves_its_state_first_and_says_how_to_resume(whole, project, number, status):
-    process = start(project, "train")
-    while not saved(project, EVERY)():
-        assert process.is_alive()
-    os.kill(process.pid, number)
-    printed = end(project, process)
-    assert process.exitcode == status, printed
-    assert f"of {STEPS}; the state is saved, the same command resumes from there" in printed
-    assert "Traceback" not in printed
-    step = int(printed.split("stopped at step ")[1].split()[0])
-    assert f"step-{step:06d}" in checkpoints(project)
-    _, runs = mlflow_runs(project)
-    assert "KILLED" in {run.info.status for run in runs}
-    remove_outs(project, "train")
+def test_a_training_asked_to_stop_saves_its_state_first_and_says_how_to_resume(whole, project):
+    step = 0
+    for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        process = start(project, "train")
+        while not saved(project, step + 1)():
+            assert process.is_alive(), end(project, process)
+            time.sleep(0.002)
+        os.kill(process.pid, number)
+        said = end(project, process)
+        assert process.exitcode == status, said
+        assert ("resuming from step" in said) == (step > 0)
+        assert f"of {STEPS}; the state is saved, the same command resumes from there" in said
+        assert "Traceback" not in said
+        step = int(said.split("stopped at step ")[1].split()[0])
+        assert f"step-{step:06d}" in checkpoints(project)
+        _, runs = mlflow_runs(project)
+        assert "KILLED" in {run.info.status for run in runs}
+        remove_outs(project, "train")
     assert f"resuming from step {step} of {STEPS}" in finish(project, "train")
     assert read_outs(project, "train") == whole.outs
 
 
-def test_a_damaged_checkpoint_is_skipped_for_the_one_before(whole, project):
-    kill_when(project, "train", saved(project, 9))
-    remove_outs(project, "train")
-    *_, before, last = checkpoints(project)
-    (path,) = project.folder.glob(f".state/checkpoints/*/{last}/state.safetensors")
-    path.write_bytes(path.read_bytes()[:-100])
-    printed = finish(project, "train")
-    assert f"{last} cannot be used and is skipped" in printed
-    assert f"resuming from step {int(before.removeprefix('step-'))} " in printed
-    assert read_outs(project, "train") == whole.outs
-
-
-def test_a_training_with_other_params_starts_anew_and_leaves_the_others_checkpoints(project):
-    kill_when(project, "train", saved(project, 6))
-    remove_outs(project, "train")
-    left = checkpoints(project)
-    project.set_params(train__learning_rate=5e-4)
-    assert "resuming from step" not in finish(project, "train")
-    assert checkpoints(project) == left
-
-
 def test_a_finished_training_is_extended_from_its_end_to_the_bytes_of_one_that_ran_at_once(uninterrupted, tmp_path):
-    first, second, third = 11, 16, STEPS
-    options = {"train__lr_schedule": "warmup_stable_decay", "train__warmup_steps": 2, "train__decay_steps": 4}
-    direct, extended = (
-        with_longer_training(copy_project(uninterrupted.project, tmp_path / name / "project"), **options)
-        for name in ("direct", "extended")
-    )
-    for project in (direct, extended):
-        remove_outs(project, "train")
-    finish(direct, "train")
-    for steps in (first, second, third):
-        extended.set_params(train__steps=steps)
-        remove_outs(extended, "train")
-        printed = finish(extended, "train")
-        end_of_last = {first: None, second: first, third: second}[steps]
-        if end_of_last:
-            kept = end_of_last - 4  # where the decay began
-            assert f"resuming from step {kept} of {steps}" in printed
-    assert read_outs(extended, "train") == read_outs(direct, "train")
-    client, runs = mlflow_runs(extended)
+    first, decay = 11, 4
+    options = {"train__lr_schedule": "warmup_stable_decay", "train__warmup_steps": 2, "train__decay_steps": decay}
+    project = with_longer_training(copy_project(uninterrupted.project, tmp_path / "project"), **options)
+    project.set_params(train__steps=first)
+    remove_outs(project, "train")
+    finish(project, "train")
+    project.set_params(train__steps=STEPS)
+    remove_outs(project, "train")
+    assert f"resuming from step {first - decay} of {STEPS}" in finish(project, "train")  # where the decay began
+    client, runs = mlflow_runs(project)
     newest = max(runs, key=lambda run: run.info.start_time).info.run_id
     assert steps_logged(client, newest, "train/mae") == list(range(2, STEPS + 1, 2))
-    remove_outs(extended, "train")  # asked for again, as `dvc repro --force` does, nothing is taken over
-    assert "resuming from step" not in finish(extended, "train")
-    assert read_outs(extended, "train") == read_outs(direct, "train")
+    extended = read_outs(project, "train")
+    remove_outs(project, "train")  # asked for again, as `dvc repro --force` does, it runs at once from its beginning
+    assert "resuming from step" not in finish(project, "train")
+    assert read_outs(project, "train") == extended
 
 
 def test_a_training_that_diverges_stops_by_itself_and_keeps_its_last_good_checkpoint(project):
     project.set_params(train__learning_rate=1e30, train__lr_schedule="constant", train__warmup_steps=20)
     process = start(project, "train")
-    printed = end(project, process)
+    said = end(project, process)
     assert process.exitcode == 1
-    assert "train: training diverged at step" in printed
-    assert "Try a lower train.learning_rate" in printed
-    assert "Traceback" not in printed
-    step = int(printed.split("diverged at step ")[1].split(":")[0])
+    assert "train: training diverged at step" in said
+    assert "Try a lower train.learning_rate" in said
+    assert "Traceback" not in said
+    step = int(said.split("diverged at step ")[1].split(":")[0])
     kept = [int(name.removeprefix("step-")) for name in checkpoints(project)]
     assert not any(later >= step for later in kept)
     assert not (project.folder / "models/unet/model.safetensors").exists()
 
 
-def test_code_that_changes_while_a_training_runs_is_warned_of(project):
+def test_the_state_may_be_deleted_while_a_training_runs_and_code_that_changes_meanwhile_is_warned_of(whole, project):
     process = start(project, "train")
     while not saved(project, EVERY)():
-        assert process.is_alive()
+        assert process.is_alive(), end(project, process)
+        time.sleep(0.002)
     with open(project.folder / "src/latentloom/training/loop.py", "a") as file:
         file.write("# changed\n")
-    printed = end(project, process)
-    assert process.exitcode == 0
-    assert "the code changed while the training ran: run `dvc repro --force train`" in printed
-
-
-def test_the_state_may_be_deleted_while_a_training_runs(whole, project):
-    process = start(project, "train")
     while process.is_alive():
-        if saved(project, EVERY)():
+        if checkpoints(project):
             shutil.rmtree(project.folder / ".state", ignore_errors=True)
-    printed = end(project, process)
-    assert process.exitcode == 0, printed
+        time.sleep(0.002)
+    said = end(project, process)
+    assert process.exitcode == 0, said
+    assert "the code changed while the training ran: run `dvc repro --force train`" in said
     assert read_outs(project, "train") == whole.outs

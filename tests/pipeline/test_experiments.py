@@ -1,5 +1,5 @@
-"""docs/experiments.md, from top to bottom: four experiments at once into a fresh store, MLflow's page in a browser, and
-a run of a machine without MLflow."""
+"""docs/experiments.md, from top to bottom: experiments at the same time into a fresh store, MLflow's page in a browser,
+and a run of a machine without MLflow. Of the page's four experiments, two are run here."""
 
 import io
 import os
@@ -37,11 +37,19 @@ def block(command: str) -> str:
     return found
 
 
+def with_two(block: str) -> str:
+    """A block of the page for two of its experiments, `rate-2` and `rate-3`, which are numbered anew."""
+    shorter = {"=0.0003,0.0005,0.002,0.003": "=0.0005,0.002", "rate-1 rate-2 rate-4": "rate-1", "rate-3": "rate-2"}
+    for long, short in shorter.items():
+        block = block.replace(long, short)
+    return block
+
+
 QUEUE, STATUS, STOP = block("dvc exp run --queue"), block("dvc queue status"), block("dvc queue stop")
 UI, BEST, TAKE = block("latentloom ui"), block("dvc exp show"), block("dvc exp apply")
 BACK, ELSEWHERE = block("git checkout"), block("latentloom sync")
-NAMES = [f"rate-{number}" for number in range(1, 5)]
-RATES = ["0.0003", "0.0005", "0.002", "0.003"]
+NAMES = ["rate-1", "rate-2"]
+RATES = ["0.0005", "0.002"]
 STEPS, SHOWN = [2, 4, 6, 8], [4, 8]  # of the tiny params: logged, and validated or drawn
 PATIENCE, PAGE_PATIENCE = 600, 120  # seconds until the queue, or a page, counts as hanging
 
@@ -60,11 +68,11 @@ def project(finished: Project, tmp_path_factory) -> Iterator[Project]:
 @pytest.fixture(scope="module")
 def overnight(project: Project) -> Project:
     """The project when all that the page queues is done and the workers have left."""
-    shell(project, QUEUE)
+    shell(project, with_two(QUEUE))
     deadline = time.monotonic() + PATIENCE
     while len(done(project)) < len(NAMES):
         assert time.monotonic() < deadline, project.run("dvc", "queue", "status").stdout
-        if not workers(project.folder):  # all of them tripped in starting, which the page tells of
+        if not workers(project.folder):  # all of them failed to start, which the page mentions
             project.run("dvc", "queue", "start", "-j", "4")
         time.sleep(1)
     while workers(project.folder):
@@ -116,7 +124,7 @@ def pictures(run: Run) -> dict[tuple[str, int], Path]:
     return {(name[1], int(name[2])): folder / name[0] for name in found if name}
 
 
-def test_four_experiments_at_once_arrive_whole_in_the_right_experiment(overnight):
+def test_experiments_at_the_same_time_arrive_whole_in_the_right_experiment(overnight):
     assert sorted(found.name for found in client(overnight).search_experiments()) == ["Default", "latentloom"]
     runs = sorted(all_runs(overnight), key=lambda run: run.data.tags["dvc.experiment"])
     assert [run.data.tags["dvc.experiment"] for run in runs] == NAMES
@@ -135,9 +143,9 @@ def test_four_experiments_at_once_arrive_whole_in_the_right_experiment(overnight
         assert 0 <= run.data.metrics["evaluate/memorisation_recall"] <= 1
         assert f"learning rate {float(rate):g}" in run.data.tags["mlflow.note.content"]
         assert len(run.inputs.dataset_inputs) == 2
-    assert len({tuple(curve(overnight, run, "train/mae")) for run in runs}) == 4
+    assert len({tuple(curve(overnight, run, "train/mae")) for run in runs}) == len(NAMES)
     assert list((overnight.folder / ".state" / "tracking").iterdir()) == []
-    assert len({run.info.run_id for run in runs}) == 4
+    assert len({run.info.run_id for run in runs}) == len(NAMES)
 
 
 def test_every_block_of_the_page_is_run_by_a_test():
@@ -242,14 +250,14 @@ def morning(overnight: Project, tmp_path: Path) -> Project:
 
 def test_the_best_is_found_taken_over_and_left_again(morning):
     before = morning.run("git", "rev-parse", "HEAD").stdout
-    printed = shell(morning, BEST)
+    printed = shell(morning, with_two(BEST))
     assert all(name in printed for name in NAMES)
     for change in (r"train\.learning_rate\s+0\.001\s+0\.002\b", r"reports/evaluate/metrics\.json\s+val_mae\s"):
         assert re.search(change, printed)
-    shell(morning, TAKE)
+    shell(morning, with_two(TAKE))
     params = yaml.safe_load((morning.folder / "params.yaml").read_text())
     assert params["train"]["learning_rate"] == 0.002
-    assert done(morning) == ["rate-3"]
+    assert done(morning) == ["rate-2"]
     assert morning.repro() == []
 
     printed = shell(morning, BACK)
@@ -257,7 +265,7 @@ def test_the_best_is_found_taken_over_and_left_again(morning):
     assert morning.run("git", "rev-parse", "HEAD").stdout == before
     params = yaml.safe_load((morning.folder / "params.yaml").read_text())
     assert params["train"]["learning_rate"] == 0.001
-    assert len(all_runs(morning)) == 4
+    assert len(all_runs(morning)) == len(NAMES)
 
 
 def test_what_a_machine_without_mlflow_trained_is_delivered_later(morning):

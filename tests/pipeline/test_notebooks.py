@@ -1,9 +1,12 @@
 """The notebooks run from top to bottom on a finished project, and are committed without what they showed."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
 import pytest
+from jupyter_client import KernelManager
+from jupyter_client.manager import start_new_kernel
 from nbclient import NotebookClient
 from projects import Project
 
@@ -25,12 +28,24 @@ def test_every_notebook_is_tested() -> None:
     assert sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")) == sorted(PICTURES)
 
 
+@pytest.fixture(scope="module")
+def kernel(finished: Project) -> Iterator[KernelManager]:
+    """A kernel for all notebooks, which spend most of their time on the same imports."""
+    kernel, client = start_new_kernel(
+        kernel_name="python3", env=finished.environment, cwd=str(finished.folder / "notebooks")
+    )
+    client.stop_channels()
+    yield kernel
+    kernel.shutdown_kernel(now=True)
+
+
 @pytest.mark.parametrize("name", PICTURES)
-def test_notebook_runs_and_draws_its_pictures(name: str, finished: Project) -> None:
+def test_notebook_runs_and_draws_its_pictures(name: str, finished: Project, kernel: KernelManager) -> None:
     notebook = read(name)
-    folder = {"metadata": {"path": str(finished.folder / "notebooks")}}
     before = finished.run("git", "status", "--porcelain").stdout
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=folder).execute(env=finished.environment)
+    forget = nbformat.v4.new_code_cell(f"%reset -f\n%cd -q {finished.folder / 'notebooks'}")
+    NotebookClient(nbformat.v4.new_notebook(cells=[forget]), timeout=60, km=kernel).execute(cleanup_kc=False)
+    NotebookClient(notebook, timeout=300, km=kernel).execute(cleanup_kc=False)
 
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
     assert all(cell.execution_count for cell in code_cells(notebook))

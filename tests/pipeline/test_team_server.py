@@ -227,10 +227,10 @@ def test_one_promotes_and_the_other_samples_with_the_champion(champion):
 
 @needs_servers
 def test_only_who_made_a_model_or_the_administrator_deletes_what_belongs_to_it(champion):
-    with pytest.raises(urllib.error.HTTPError) as refused:
+    with pytest.raises(urllib.error.HTTPError) as rejected:
         ask(champion, "registered-models/delete", person="grace", delete={"name": "latentloom"})
-    assert refused.value.code == 403
-    assert "Permission denied" in refused.value.read().decode()
+    assert rejected.value.code == 403
+    assert "Permission denied" in rejected.value.read().decode()
     assert "`403` and `Permission denied`" in PAGE
     ask(champion, "registered-models/alias", person="ada", delete={"name": "latentloom", "alias": "champion"})
 
@@ -298,14 +298,14 @@ def in_store(store: ObjectStore) -> dict[str, bytes]:
 
 @needs_servers
 def test_the_errors_of_the_page_are_what_one_sees(team):
-    with pytest.raises(urllib.error.HTTPError) as refused:
+    with pytest.raises(urllib.error.HTTPError) as rejected:
         ask(team, "experiments/get?experiment_id=0", Host="elsewhere.example.org")
-    assert refused.value.code == 403
-    assert refused.value.read().decode() in PAGE
-    with pytest.raises(urllib.error.HTTPError) as refused:
+    assert rejected.value.code == 403
+    assert rejected.value.read().decode() in PAGE
+    with pytest.raises(urllib.error.HTTPError) as rejected:
         ask(team, "experiments/get?experiment_id=0", Authorization="Basic Z3JhY2U6d3Jvbmc=")
-    assert refused.value.code == 401
-    assert "You are not authenticated" in refused.value.read().decode()
+    assert rejected.value.code == 401
+    assert "You are not authenticated" in rejected.value.read().decode()
     assert "`401` and `You are not authenticated`" in PAGE
 
 

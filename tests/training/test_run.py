@@ -7,6 +7,7 @@ import shutil
 import signal
 import warnings
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,11 +34,13 @@ QUICK |= {"learning_rate": 1e-2}
 OFTEN = {"log_every": 4, "validate_every": 4, "sample_every": 1000, "sample_count": 2}
 
 
-def quick(*, monitor: dict | None = None, machine: dict | None = None, **train) -> Params:
+def quick(
+    *, monitor: dict | None = None, machine: dict | None = None, widths: Sequence[int] = (16, 32), **train
+) -> Params:
     return Params.model_validate(
         SHIPPED
         | {
-            "model": {"widths": [16, 32], "block_depth": 1, "emb_size": 16},
+            "model": {"widths": list(widths), "block_depth": 1, "emb_size": 16},
             "train": SHIPPED["train"] | QUICK | train,
             "monitor": SHIPPED["monitor"] | OFTEN | (monitor or {}),
             "machine": SHIPPED["machine"] | (machine or {}),
@@ -207,6 +210,9 @@ def test_once_it_is_loaded_nothing_holds_a_checkpoints_tensors(run, tmp_path, mo
         loaded.extend(map(weakref.ref, tensors.values()))
         return tensors
 
+    gc.collect()
+    gc.freeze()  # what is there already holds none of them, and to look through it takes a second each time
+
     def look(request, accelerator, step, every) -> int:
         gc.collect()
         alive.append(sum(tensor() is not None for tensor in loaded))
@@ -214,7 +220,10 @@ def test_once_it_is_loaded_nothing_holds_a_checkpoints_tensors(run, tmp_path, mo
 
     monkeypatch.setattr(Checkpoint, "load_tensors", load)
     monkeypatch.setattr(run_module, "_asked_to_stop", look)
-    run(params, resumed=usable_checkpoint(kept(tmp_path), params))
+    try:
+        run(params, resumed=usable_checkpoint(kept(tmp_path), params))
+    finally:
+        gc.unfreeze()
     assert len(loaded) > 100
     assert alive == [0] * 6
 
@@ -290,7 +299,7 @@ def test_previews_are_generated_in_parts_of_bounded_size(run, logger, make_data,
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_a_compiled_training_learns_the_same_within_rounding(run):
-    few = {"steps": 8, "monitor": {"log_every": 1}}
+    few = {"steps": 8, "monitor": {"log_every": 1}, "widths": [16]}  # the compiler takes long over each layer
     plain = run(quick(**few))
     compiled = run(quick(**few, machine={"compile": True}))
     assert compiled.val_mae == pytest.approx(plain.val_mae, abs=1e-3)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from latentloom.diffusion.blocks import ConditionedLayer, DownBlock, UpBlock, group_norm
-from latentloom.diffusion.embeddings import NoiseEmbedding
+from latentloom.diffusion.embeddings import NoiseEmbedding, TextWhitening
 
 NOISE_EMB_DIM = 32  # of the noise-level embedding
 TEXT_TOKENS = 8  # that the text embedding is spread over for cross-attention
@@ -80,6 +80,7 @@ class UNet(nn.Module):
         self.halvings = len(widths) - 1
 
         self.noise_embedding = NoiseEmbedding(NOISE_EMB_DIM)
+        self.text_whitening = TextWhitening(text_dim)
         self.text_projection = nn.Linear(text_dim, emb_size)
         self.text_tokens = nn.Sequential(
             nn.Linear(text_dim, TEXT_TOKENS * emb_size), nn.Unflatten(1, (TEXT_TOKENS, -1))
@@ -131,11 +132,11 @@ class UNet(nn.Module):
         `text_embeddings` `(B, text_dim)`.
 
         Returns `x0_hat` `(B, C, H, W)` in float32 or better, under autocast too. A text embedding of zeros is
-        "no text"; of any other only the direction counts, so encoders of unit and of larger norm train alike.
+        "no text".
         """
         self._check_shapes(x_t, noise_levels, text_embeddings)
         dtype = self.head.weight.dtype
-        text = F.normalize(text_embeddings.to(dtype), dim=1) * self.text_dim**0.5
+        text = self.text_whitening(text_embeddings)
         noise = self.noise_embedding(noise_levels).expand(x_t.shape[0], -1)
         embedding = torch.cat([noise, self.text_projection(text)], dim=1)
         condition, tokens = self.condition(embedding), self.text_tokens(text)

@@ -178,7 +178,7 @@ def _fetch(client: "MlflowClient", root: Path, stored: StoredModel, provenance: 
     tried = ""
     if out := provenance.outs.get(str(MODEL)):
         try:
-            bring(root, out, fetched)
+            bring(root, {out: fetched})
         except UserError as error:
             tried = f" ({error})"
     if version and not is_model(fetched, sha256):

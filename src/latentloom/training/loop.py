@@ -1,7 +1,7 @@
 """The training loop: it computes steps and yields what they measured; logging, files and tracking are the caller's.
 
 A step: take this process's part of the global batch, noise the clean latents, predict them back, and update the weights
-(AdamW) and their exponential moving average. With several processes, each holds the whole network, and Accelerate
+and their exponential moving average. With several processes, each holds the whole network, and Accelerate
 averages the gradients over them.
 """
 
@@ -21,9 +21,8 @@ from latentloom.encoding.dataset import LatentDataset
 from latentloom.errors import UserError
 from latentloom.params import DiffusionParams, TrainParams
 from latentloom.training.batches import Batch, batches
+from latentloom.training.optimizers import build_optimizers
 from latentloom.training.processes import make_accelerator
-
-MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each weight, besides the count of steps
 
 
 @dataclass
@@ -33,45 +32,46 @@ class TrainingState:
     Attributes:
         network: predicts clean latents from (noisy latents, noise levels, text embeddings).
         average: the same with averaged weights, in evaluation mode.
-        optimizer: of the network's weights.
+        optimizers: of the network's weights; each weight has one.
         step: steps done.
     """
 
     network: nn.Module
     average: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     step: int = 0
 
     @classmethod
-    def start(cls, network: nn.Module, params: TrainParams) -> "TrainingState":
-        """The state before the first step of training ``network``, on the device where it lies."""
+    def start(cls, network: nn.Module, params: TrainParams, dtype: torch.dtype | None = None) -> "TrainingState":
+        """The state before the first step of training ``network``, on the device where it lies.
+
+        ``dtype`` is what the training computes in; None is fp32.
+        """
         average = copy.deepcopy(network).eval().requires_grad_(False)
-        optimizer = torch.optim.AdamW(
-            _decay_groups(network, params.weight_decay),
-            lr=0.0,  # each step sets its own, see `learning_rate_at`
-            betas=(0.9, 0.99),
-            fused=next(network.parameters()).device.type in ("cpu", "cuda"),
-        )
+        state = cls(network, average, build_optimizers(network, params, dtype or torch.float32))
         for weight in network.parameters():
             weight.grad = torch.zeros_like(weight)
-        optimizer.step()  # moves no weight, but makes the moments, so that a state always has them
-        optimizer.zero_grad()
-        state = cls(network, average, optimizer)
+        for optimizer in state.optimizers:
+            optimizer.step()  # moves no weight, at a rate of 0, but makes the moments, so that a state always has them
+            optimizer.zero_grad()
         state.set_step(0)
         return state
 
     def set_step(self, step: int) -> None:
         """Set how many steps are done."""
         self.step = step
-        for moments in self.optimizer.state.values():
-            moments["step"].fill_(step)
+        for optimizer in self.optimizers:
+            for moments in optimizer.state.values():
+                if "step" in moments:
+                    moments["step"].fill_(step)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor of the state by name, not copied."""
         tensors = {f"network.{name}": weight for name, weight in self.network.named_parameters()}
         tensors |= {f"average.{name}": weight for name, weight in self.average.named_parameters()}
+        moments = {weight: own for optimizer in self.optimizers for weight, own in optimizer.state.items()}
         for name, weight in self.network.named_parameters():
-            tensors |= {f"{key}.{name}": self.optimizer.state[weight][key] for key in MOMENTS}
+            tensors |= {f"{key}.{name}": moment for key, moment in moments[weight].items() if key != "step"}
         return tensors
 
     @torch.no_grad()
@@ -212,7 +212,8 @@ def train(
         ),
     )
     for step, parts in enumerate(steps, start=state.step):
-        state.optimizer.zero_grad()
+        for optimizer in state.optimizers:
+            optimizer.zero_grad()
         measured = []
         for number, batch in enumerate(parts, start=1):
             last = number == len(parts)
@@ -221,9 +222,10 @@ def train(
                 accelerator.backward(loss / len(parts))
             measured.append(torch.stack([loss.detach(), mae.detach()]))
         gradient_norm = nn.utils.clip_grad_norm_(weights, params.gradient_clip, foreach=True)
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, params)
-        state.optimizer.step()
+        for optimizer in state.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(step, params)
+            optimizer.step()
         with torch.no_grad():  # else the average would remember every step in a graph that grows
             torch._foreach_lerp_(averaged, weights, 1.0 - ema_decay_at(step, params.batch_size, params.ema_images))
         state.step = step + 1
@@ -242,10 +244,3 @@ def losses(predicted: torch.Tensor, latents: torch.Tensor, params: TrainParams) 
     if params.loss == "huber":
         return nn.functional.smooth_l1_loss(predicted, latents, beta=params.huber_delta), mae
     return mae, mae
-
-
-def _decay_groups(network: nn.Module, weight_decay: float) -> list[dict]:
-    """Weight decay for matrices and kernels alone: biases and norms have nothing to shrink to."""
-    kernels = [weight for weight in network.parameters() if weight.ndim > 1]
-    others = [weight for weight in network.parameters() if weight.ndim <= 1]
-    return [{"params": kernels, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

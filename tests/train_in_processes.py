@@ -3,13 +3,15 @@
     python train_in_processes.py OUT [FAIL]     # or: python -m torch.distributed.run --nproc-per-node 2 ...
 
 Writes OUT/RANK.safetensors: the network's inputs in this process, in order, and each step's loss over all processes.
-With FAIL, the process of that rank raises an error in its fifth step.
+With FAIL, the training then continues, and the process of that rank raises an error in the next step.
 """
 
 import sys
+from itertools import islice
 from pathlib import Path
 
 import torch
+from latent_data import TensorDataset
 from safetensors.torch import save_file
 
 from latentloom.diffusion.unet import get_network
@@ -17,9 +19,6 @@ from latentloom.encoding.dataset import LatentDataset
 from latentloom.params import load_params
 from latentloom.training.loop import TrainingState, train
 from latentloom.training.processes import make_accelerator
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from latent_data import TensorDataset
 
 ROWS, STEPS, BATCH, PARTS = 21, 20, 8, 2
 
@@ -38,30 +37,33 @@ def make_data() -> LatentDataset:
     )
 
 
-def main(out: Path, failing: int | None) -> None:
-    torch.set_num_threads(1)
+def main(out: Path, failing: int | None = None) -> None:
+    """Train and save, in this process alone or as one of several."""
     accelerator = make_accelerator(torch.device("cpu"))
-    params = load_params(Path(__file__).parents[2] / "params.yaml")
-    settings = params.train.model_copy(update={"steps": STEPS, "batch_size": BATCH, "gradient_accumulation": PARTS})
+    params = load_params(Path(__file__).parents[1] / "params.yaml")
+    settings = params.train.model_copy(update={"steps": 2 * STEPS, "batch_size": BATCH, "gradient_accumulation": PARTS})
     torch.manual_seed(0)
     network = get_network(8, 1, 16, 4, widths=(16, 32), text_dim=12).to(memory_format=torch.channels_last)
     seen: list[tuple[torch.Tensor, ...]] = []
 
     def see(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        if accelerator.process_index == failing and len(seen) == 4 * PARTS:
+        if accelerator.process_index == failing and len(seen) == STEPS * PARTS:
             raise RuntimeError("the power of this node went out")
         seen.append(inputs)
 
     network.register_forward_pre_hook(see)
     state = TrainingState.start(network, settings)
     steps = train(state, make_data(), params=settings, diffusion=params.diffusion, seed=0, accelerator=accelerator)
-    losses = [float(accelerator.reduce(step.loss, "mean")) for step in steps]
+    losses = [float(accelerator.reduce(step.loss, "mean")) for step in islice(steps, STEPS)]
     noisy, levels, labels = (torch.stack(values) for values in zip(*seen, strict=True))
     out.mkdir(parents=True, exist_ok=True)
     tensors = {"noisy": noisy, "levels": levels, "labels": labels, "loss": torch.tensor(losses)}
     save_file(tensors, out / f"{accelerator.process_index}.safetensors")
+    if failing is not None:
+        list(steps)
     accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None)
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
