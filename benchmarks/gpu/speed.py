@@ -122,6 +122,8 @@ def _graphed_network(settings: Settings) -> Contender:
 
 def compiled(job: Job, record: Record) -> None:
     """The training step compiled, for each batch size anew."""
+    if choose_device().type == "cpu":
+        raise Unmeasurable("compiling for a CPU takes minutes: `train_step.py --compile` measures it")
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise Unmeasurable("torch.compile needs a C++ compiler")
     first = job.sizes.batches[0]

@@ -46,13 +46,14 @@ def run(*arguments: object, absent: tuple[str, ...] = ABSENT) -> subprocess.Comp
     program += "runpy.run_path(sys.argv[0], run_name='__main__')"
     command = [sys.executable, "-c", program, str(script), *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.slow
 def test_every_part_is_measured_and_what_it_makes_is_whole(carry, tmp_path):
     out = tmp_path / "out"
-    ended = run("--device", "cpu", "--minutes", 1, "--carry", carry, "--out", out)
+    # Half a minute of a processor; more time is for machines that are busy with other tests.
+    ended = run("--device", "cpu", "--minutes", 4, "--carry", carry, "--out", out)
     assert ended.returncode == 0, ended.stderr
     measured = {part["name"]: part for part in json.loads((out / "on_gpu.json").read_text())["parts"]}
     assert list(measured) == PARTS
@@ -81,7 +82,7 @@ def test_every_part_is_measured_and_what_it_makes_is_whole(carry, tmp_path):
 def test_without_diffusers_and_caches_the_rest_is_measured_and_reasons_are_given(tmp_path):
     parts = ("sampling", "encoding", "peers")
     absent = (*ABSENT, "diffusers")
-    ended = run("--device", "cpu", "--minutes", 0.5, "--out", tmp_path, "--parts", *parts, absent=absent)
+    ended = run("--device", "cpu", "--minutes", 2, "--out", tmp_path, "--parts", *parts, absent=absent)
     assert ended.returncode == 0, ended.stderr
     sampling, encoding, peers = json.loads((tmp_path / "on_gpu.json").read_text())["parts"]
     rows = {row["name"]: row for row in sampling["rows"]}
