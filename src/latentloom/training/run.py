@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from latentloom.devices import autocast_dtype
+from latentloom.diffusion.unet import UNet
 from latentloom.encoding.dataset import Caches
 from latentloom.errors import UserError
 from latentloom.model_files import FORMAT_VERSION, EncoderReference, ModelConfig, save_model
@@ -76,8 +77,7 @@ def run_training(
         raise UserError(
             f"model.widths = {params.model.widths}: {error}; use fewer widths or another ingest.image_size"
         ) from error
-    fitted = torch.linspace(0, len(caches.train) - 1, min(len(caches.train), WHITENED_CAPTIONS)).long()
-    network.text_whitening.fit(caches.train.embeddings_at(caches.train.captions[fitted.to(device), 0]))
+    fit_whitening(network, caches)
     network.gradient_checkpointing = params.machine.gradient_checkpointing
     state = TrainingState.start(network, settings, dtype)
     curves = Curves(curves_folder)
@@ -138,6 +138,12 @@ def run_training(
     if figures.best_val_mae is not None:
         metrics |= {"best_val_mae": round(figures.best_val_mae, 4), "best_step": figures.best_step}
     return TrainingResult(metrics, figures.val_mae, settings.steps * settings.batch_size / figures.seconds)
+
+
+def fit_whitening(network: UNet, caches: Caches) -> None:
+    """Fit the network's whitening of texts to primary captions of the training split."""
+    fitted = torch.linspace(0, len(caches.train) - 1, min(len(caches.train), WHITENED_CAPTIONS)).long()
+    network.text_whitening.fit(caches.train.embeddings_at(caches.train.captions[fitted.to(caches.train.device), 0]))
 
 
 def usable_checkpoint(checkpoints: Checkpoints, params: Params) -> Checkpoint | None:
