@@ -62,8 +62,9 @@ def batches_in_memory(vae: Vae, images: Path) -> list[torch.Tensor]:
     ]
 
 
-def encode_whole(vae: Vae, images: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=images.parent) as folder:
+def encode_whole(vae: Vae, images: Path, beside: Path) -> None:
+    """Encode into a folder that is made in ``beside`` and removed."""
+    with tempfile.TemporaryDirectory(dir=beside) as folder:
         encode_images(vae, images, Path(folder) / "latents", RowStore(Path(folder) / "state", limit=0))
 
 
@@ -91,7 +92,7 @@ def main() -> None:
         batches = batches_in_memory(vae, images)
         count = sum(map(len, batches))
         actions = {
-            "whole": lambda: encode_whole(vae, images),
+            "whole": lambda: encode_whole(vae, images, images.parent),
             "bare": lambda: encode_bare(vae, batches),
             "decoding": lambda: decode(images),
         }

@@ -23,10 +23,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from statistics import median
 
-import diffusers
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -45,7 +42,9 @@ def our_network(widths: Sequence[int], depth: int, device: torch.device) -> UNet
     return network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
-def peer_network(widths: Sequence[int], depth: int, device: torch.device) -> UNet2DConditionModel:
+def peer_network(widths: Sequence[int], depth: int, device: torch.device) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
     attends = [level > 0 for level in range(len(widths))]
     network = UNet2DConditionModel(
         sample_size=SIDE,
@@ -74,8 +73,10 @@ def our_sampling(network: UNet, images: int, device: torch.device, dtype: torch.
 
 
 def peer_sampling(
-    network: UNet2DConditionModel, images: int, device: torch.device, dtype: torch.dtype, autocast: torch.dtype | None
+    network: nn.Module, images: int, device: torch.device, dtype: torch.dtype, autocast: torch.dtype | None
 ) -> Sample:
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
     pipeline = StableDiffusionPipeline(
         vae=None,
         text_encoder=None,
@@ -138,6 +139,9 @@ def describe(name: str, network: nn.Module, *inputs: torch.Tensor) -> float:
 
 
 def main() -> None:
+    import diffusers
+    from diffusers.models.attention_processor import AttnProcessor
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=36)
     parser.add_argument("--steps", type=int, default=70)
@@ -147,7 +151,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=1)
     arguments = parser.parse_args()
     widths, depth, images, device = arguments.widths, arguments.depth, arguments.images, arguments.device
-    diffusers.utils.logging.set_verbosity_error()
+    diffusers.logging.set_verbosity_error()
     torch.manual_seed(0)
     ours = our_network(widths, depth, device)
     latent, level = torch.randn(1, CHANNELS, SIDE, SIDE, device=device), torch.ones(1, device=device)

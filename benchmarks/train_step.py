@@ -30,7 +30,7 @@ import importlib
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -46,7 +46,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentloom.devices import autocast, autocast_dtype, choose_device
-from latentloom.diffusion import get_network
+from latentloom.diffusion import UNet, get_network
 from latentloom.encoding.codec import LatentCodec
 from latentloom.encoding.dataset import LatentDataset
 from latentloom.encoding.row_sources import InMemoryRows
@@ -68,6 +68,7 @@ class Settings:
     dtype: torch.dtype | None  # for autocast; None computes in fp32
     device: torch.device
     compile: bool
+    rows: int = ROWS  # of synthetic data
 
 
 @dataclass(frozen=True)
@@ -80,21 +81,31 @@ class Contender:
     step: Callable[[], object]
 
 
-def ours(settings: Settings) -> Contender:
+def our_network(settings: Settings) -> UNet:
+    torch.manual_seed(0)
+    network = get_network(SIZE, settings.depth, 256, CHANNELS, widths=settings.widths, text_dim=TEXT_DIM)
+    return network.to(settings.device, memory_format=torch.channels_last)
+
+
+def our_params(settings: Settings) -> tuple[TrainParams, DiffusionParams]:
+    """Those of the shipped params.yaml, for batches of this size and no end of steps."""
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    changed = {"steps": 10**9, "batch_size": settings.batch, "gradient_accumulation": 1}
+    return TrainParams(**(params["train"] | changed)), DiffusionParams(**params["diffusion"])
+
+
+def ours(settings: Settings, network: UNet | None = None) -> Contender:
     """All that this script knows of our training loop."""
     from latentloom.training.loop import TrainingState, train
 
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    changed = {"steps": 10**9, "batch_size": settings.batch, "gradient_accumulation": 1}
-    torch.manual_seed(0)
-    network = get_network(SIZE, settings.depth, 256, CHANNELS, widths=settings.widths, text_dim=TEXT_DIM)
-    network = network.to(settings.device, memory_format=torch.channels_last)
-    train_params = TrainParams(**(params["train"] | changed))
+    network = network or our_network(settings)
+    train_params, diffusion = our_params(settings)
+    train_params = train_params.model_copy(update={"optimizer": "adamw"})  # as the others have it
     steps = train(
-        TrainingState.start(network, train_params),
-        synthetic_data(settings.device),
+        TrainingState.start(network, train_params, settings.dtype),
+        synthetic_data(settings),
         params=train_params,
-        diffusion=DiffusionParams(**params["diffusion"]),
+        diffusion=diffusion,
         seed=0,
         dtype=settings.dtype,
         compiled=settings.compile,
@@ -103,15 +114,16 @@ def ours(settings: Settings) -> Contender:
     return Contender("ours", network, example, lambda: next(steps))
 
 
-def synthetic_data(device: torch.device) -> LatentDataset:
+def synthetic_data(settings: Settings) -> LatentDataset:
+    rows, device = settings.rows, settings.device
     return LatentDataset(
-        ids=[str(row) for row in range(ROWS)],
-        latents=InMemoryRows({"mean": latents(ROWS, device)}),
+        ids=[str(row) for row in range(rows)],
+        latents=InMemoryRows({"mean": latents(rows, device)}),
         codec=LatentCodec([0.0] * CHANNELS, [1.0] * CHANNELS),
-        text=InMemoryRows({"embedding": texts(ROWS, device)}),
-        texts=pd.Series([str(row) for row in range(ROWS)]),
-        captions=torch.arange(ROWS, device=device).unsqueeze(1),
-        caption_counts=torch.ones(ROWS, dtype=torch.long, device=device),
+        text=InMemoryRows({"embedding": texts(rows, device)}),
+        texts=pd.Series([str(row) for row in range(rows)]),
+        captions=torch.arange(rows, device=device).unsqueeze(1),
+        caption_counts=torch.ones(rows, dtype=torch.long, device=device),
     )
 
 
@@ -145,10 +157,10 @@ def diffusers(settings: Settings, channels_last: bool) -> Contender:
     noise_scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="scaled_linear")
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=1e-2)
     average = EMAModel(network.parameters(), model_cls=UNet2DConditionModel, model_config=network.config)
-    data, text = latents(ROWS, settings.device), texts(ROWS, settings.device).unsqueeze(1)
+    data, text = latents(settings.rows, settings.device), texts(settings.rows, settings.device).unsqueeze(1)
 
     def step() -> float:
-        rows = torch.randint(ROWS, (settings.batch,), device=settings.device)
+        rows = torch.randint(settings.rows, (settings.batch,), device=settings.device)
         clean = data[rows]
         noise = torch.randn_like(clean)
         timesteps = torch.randint(0, 1000, (settings.batch,), device=settings.device)
@@ -179,11 +191,11 @@ def ddpm(settings: Settings) -> Contender:
     diffusion = GaussianDiffusion(network, image_size=SIZE, auto_normalize=False).to(settings.device)
     optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99))
     average = EMA(diffusion, beta=0.995, update_every=10).to(settings.device)
-    data = latents(ROWS, settings.device)
+    data = latents(settings.rows, settings.device)
 
     def step() -> float:
         with autocast(settings.dtype, settings.device):
-            loss = diffusion(data[torch.randint(ROWS, (settings.batch,), device=settings.device)])
+            loss = diffusion(data[torch.randint(settings.rows, (settings.batch,), device=settings.device)])
         shown = loss.item()
         loss.backward()
         nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
@@ -240,10 +252,10 @@ def synchronize(device: torch.device) -> None:
 
 
 @torch.no_grad()
-def matrix_gflops(dtype: torch.dtype, device: torch.device) -> float:
+def matrix_gflops(dtype: torch.dtype, device: torch.device, sizes: Sequence[int] | None = None) -> float:
     """The GFLOP/s of a square matrix product, at the best of several sizes."""
     rates = []
-    for size in MATRIX_SIZES if device.type == "cpu" else (*MATRIX_SIZES, 8192):
+    for size in sizes or (MATRIX_SIZES if device.type == "cpu" else (*MATRIX_SIZES, 8192)):
         left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         product = torch.empty_like(left)
 

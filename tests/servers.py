@@ -253,7 +253,7 @@ def postgres() -> Iterator[dict[str, str]]:
 
 
 def _anyone_but_root() -> pwd.struct_passwd | None:
-    """Who may run Postgres, which refuses to be run by root; None: the present user."""
+    """Who may run Postgres, which root may not run; None: the present user."""
     if os.geteuid() != 0:
         return None
     try:

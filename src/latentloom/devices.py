@@ -5,18 +5,44 @@ count as changed because it moved to another machine.
 """
 
 import os
+from collections.abc import Callable
+from functools import cache
 
 import torch
+from torch.nn import functional as F
 
 from latentloom.errors import UserError
 
+# Of a feature map (B, 16, 8, 8): each kind of convolution that the network and the VAE have, with fixed weights.
+CONVOLUTIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "3x3": lambda x, weight: F.conv2d(x, weight[:, :, :3, :3], padding=1),
+    "1x1": lambda x, weight: F.conv2d(x, weight[:, :, :1, :1]),
+    "strided": lambda x, weight: F.conv2d(x, weight[:, :, :3, :3], stride=2, padding=1),
+    "transposed": lambda x, weight: F.conv_transpose2d(x, weight, stride=2, padding=1),
+}
+CONVOLUTIONS_AGREE = 1e-3  # relative to the largest value
+
 
 def choose_device() -> torch.device:
-    """``LATENTLOOM_DEVICE`` where it is set, else CUDA, else Apple's MPS, else the CPU.
+    """``LATENTLOOM_DEVICE`` where it is set, else CUDA, else Apple's MPS, else the CPU; set up to compute as asked.
+
+    On CUDA, fp32 is fp32: without this, torch computes its convolutions in TF32, with 10 bits of mantissa, but not its
+    matrix products. What may be less exact is asked for as bf16.
 
     Raises:
-        UserError: when ``LATENTLOOM_DEVICE`` names a device that torch does not know or this machine does not have.
+        UserError: when ``LATENTLOOM_DEVICE`` names a device that torch does not know or this machine does not have, or
+            the convolutions of MPS are wrong.
     """
+    device = _wanted_device()
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.benchmark = False  # the algorithm, and so the bytes, would depend on what it timed
+    if device.type == "mps":
+        check_convolutions(device)
+    return device
+
+
+def _wanted_device() -> torch.device:
     name = os.environ.get("LATENTLOOM_DEVICE")
     if name:
         try:
@@ -33,6 +59,30 @@ def choose_device() -> torch.device:
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
+
+
+@cache
+def check_convolutions(device: torch.device) -> None:
+    """Compare one convolution of each kind on ``device`` with the CPU, on a slice of the channels of channels-last
+    memory, which some versions of torch get wrong on MPS (https://github.com/pytorch/pytorch/issues/180984).
+
+    Raises:
+        UserError: naming the kinds that differ.
+    """
+    draws = torch.Generator().manual_seed(0)
+    whole = torch.randn(2, 32, 8, 8, generator=draws).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(16, 16, 4, 4, generator=draws)
+    wrong = []
+    for kind, convolution in CONVOLUTIONS.items():
+        expected = convolution(whole[:, 16:], weight)
+        found = convolution(whole.to(device)[:, 16:], weight.to(device)).cpu()
+        if not (found - expected).abs().max() <= CONVOLUTIONS_AGREE * expected.abs().max():
+            wrong.append(kind)
+    if wrong:
+        raise UserError(
+            f"{device} computes wrong convolutions ({', '.join(wrong)}) with torch {torch.__version__}: use another "
+            "version of torch, or LATENTLOOM_DEVICE=cpu"
+        )
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:

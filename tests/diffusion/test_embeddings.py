@@ -30,7 +30,7 @@ def test_features_are_those_of_zca_in_float64():
     np.testing.assert_allclose(fitted(embeddings)(embeddings).numpy(), expected, atol=2e-3)
 
 
-def test_near_captions_are_told_apart():
+def test_captions_of_near_embeddings_get_features_far_apart():
     embeddings = captions()
     features = fitted(embeddings)(embeddings)
     near = torch.nn.functional.cosine_similarity(embeddings[:1], embeddings[1:]).mean()

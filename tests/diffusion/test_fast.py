@@ -1,5 +1,7 @@
 """Layers that are computed in quicker forms than they are described in: against the plain forms, with gradients."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -63,9 +65,65 @@ def test_upsampling_without_the_large_map_saves_five_ninths_of_its_operations():
     counts = []
     for compute in (
         lambda: conv(torch.randn(2, 32, 8, 8)),
-        lambda: fast.conv_of_upsampled(torch.randn(2, 32, 4, 4), conv.weight, conv.bias),
+        lambda: fast.conv_of_upsampled(torch.randn(2, 32, 4, 4), fast.summed_kernel(conv.weight), conv.bias),
     ):
         with FlopCounterMode(display=False) as counter:
             compute()
         counts.append(counter.get_total_flops())
     assert counts[1] * 9 == counts[0] * 4
+
+
+@pytest.fixture
+def summed(monkeypatch) -> list:
+    """The weights whose kernels were summed, in order."""
+    calls, compute = [], fast.summed_kernel
+    monkeypatch.setattr(fast, "summed_kernel", lambda weight: calls.append(weight) or compute(weight))
+    return calls
+
+
+@torch.enable_grad()
+def fused_step(conv: SkipConv2d) -> None:
+    """Of an optimizer that changes weights without counting their versions up."""
+    optimizer = torch.optim.AdamW(conv.parameters(), lr=0.1, fused=True)
+    conv(torch.randn(2, 5, 4, 4), torch.randn(2, 3, 8, 8)).sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda conv: torch._foreach_lerp_([conv.features.weight], [torch.ones(7, 5, 3, 3)], 0.1),  # the average's own
+        fused_step,
+        lambda conv: conv.load_state_dict({name: weight + 1 for name, weight in conv.state_dict().items()}),
+        lambda conv: conv.double(),
+    ],
+    ids=["average", "optimizer", "loading", "precision"],
+)
+def test_sampling_sums_kernels_once_and_anew_when_weights_have_changed(summed, change):
+    conv = SkipConv2d(5, 3, 7, 3, upsample=True)
+    x, skip = torch.randn(2, 5, 4, 4), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        first = conv(x, skip)
+        assert torch.equal(conv(x, skip), first)
+        assert len(summed) == 1
+        change(conv)
+        x, skip = x.to(conv.skip.weight), skip.to(conv.skip.weight)
+        changed = conv(x, skip)
+    assert torch.equal(changed, conv(x, skip))  # with gradients, where nothing is kept
+    assert not torch.equal(changed, first)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_a_kept_kernel_is_no_weight_and_stays_out_of_training(summed, context):
+    conv = SkipConv2d(5, 3, 7, 3, upsample=True)
+    x, skip = torch.randn(2, 5, 4, 4), torch.randn(2, 3, 8, 8)
+    names = set(conv.state_dict())
+    with context():
+        conv(x, skip)
+    assert set(conv.state_dict()) == names
+    conv(x, skip).sum().backward()
+    assert conv.features.weight.grad.abs().sum() > 0
+    twin = copy.deepcopy(conv)
+    with torch.no_grad():
+        twin.features.weight.zero_()
+        assert not torch.equal(twin(x, skip), conv(x, skip))

@@ -142,6 +142,28 @@ def gradients(network, dtype=None):
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_every_map_in_the_network_is_in_channels_last_memory_forward_and_backward(dtype):
+    network = get_network(16, 1, 32, 4, widths=(16, 32), text_dim=12).to(memory_format=torch.channels_last)
+    maps = []
+
+    def keep(module, given, out):
+        if out.ndim == 4:
+            maps.append((type(module).__name__, out))
+            if out.requires_grad and module is not network.head:  # whose gradient is as the loss leaves it
+                out.register_hook(lambda gradient: maps.append((f"gradient of {type(module).__name__}", gradient)))
+
+    for module in network.modules():
+        if not list(module.children()):
+            module.register_forward_hook(keep)
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        out = network(torch.randn(2, 4, 16, 16), torch.rand(2), torch.randn(2, 12))
+    out.square().mean().backward()
+    copied = [name for name, value in maps if not value.is_contiguous(memory_format=torch.channels_last)]
+    assert len(maps) > 60
+    assert copied == []
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_gradient_checkpointing_gives_the_same_gradients_bit_for_bit_from_less_memory(dtype):
     network = UNet(4, (16, 32), 2, 16, 24)
     generator = torch.Generator().manual_seed(0)

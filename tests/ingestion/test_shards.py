@@ -124,7 +124,7 @@ def every_file(corpus, picture):
         corpus.add(f"{number}.png", f"picture {number}\nnumber {number}", picture(number))
     nearly = picture(0)
     nearly[0, 0] ^= 1
-    corpus.add("twin.png", "nearly picture 0", nearly)
+    corpus.add("near.png", "nearly picture 0", nearly)
     corpus.add("bare.png")
     corpus.add("empty.png", "nothing", b"")
     corpus.ingest(near_duplicate_distance=8)
@@ -138,7 +138,7 @@ def test_pandas_opens_every_file(every_file):
     assert rejects["key"].tolist() == ["bare.png", "empty.png"]
     assert rejects["preview"].notna().tolist() == [True, False]
     ids = every_file.ids()
-    assert pairs[["image_id", "twin_id"]].to_numpy().tolist() == [sorted((ids["0.png"], ids["twin.png"]))]
+    assert pairs[["image_id", "twin_id"]].to_numpy().tolist() == [sorted((ids["0.png"], ids["near.png"]))]
 
 
 def test_duckdb_opens_every_file(every_file):

@@ -33,11 +33,11 @@ WARNING = "MLflow could not be written to"
 def away(root, monkeypatch) -> str:
     """The key of a finished run whose store was away."""
 
-    def refuse(root):
+    def unreachable(root):
         raise ConnectionError("the store is away")
 
     with monkeypatch.context() as patch, pytest.warns(UserWarning, match=WARNING):
-        patch.setattr(delivery, "open_client", refuse)
+        patch.setattr(delivery, "open_client", unreachable)
         with new_run(root, name="patient") as run:
             log_training(run, steps=range(1, 6))
             run.log_file(Path(__file__))

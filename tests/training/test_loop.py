@@ -153,6 +153,11 @@ def test_averaging_forgets_the_first_weights_soon():
     assert ema_decay_at(99, 8, 1e6) == pytest.approx(math.exp(-1 / 10))
 
 
+def test_the_average_remembers_no_step(make_data, train_params, diffusion_params):
+    state, _ = run(make_data(8), train_params, diffusion_params)
+    assert not any(parameter.requires_grad or parameter.grad_fn for parameter in state.average.parameters())
+
+
 def test_the_averages_horizon_means_the_same_images_at_every_batch_size():
     for batch_size in (1, 8, 64):
         decay = ema_decay_at(10**6, batch_size, 12800)

@@ -73,11 +73,11 @@ def test_a_latent_in_another_split_than_ingest_chose(caches):
     assert failing(caches.validate()) == {"splits_as_ingested": (1, tuple(ids))}
 
 
-@pytest.mark.parametrize(("image", "twin"), [(9, 0), (0, 9)])
-def test_a_validation_image_with_a_near_duplicate_in_train(caches, image, twin):
+@pytest.mark.parametrize(("image", "near_duplicate"), [(9, 0), (0, 9)])
+def test_a_validation_image_with_a_near_duplicate_in_train(caches, image, near_duplicate):
     """The validation image is the one named, whichever of the two comes first."""
     pair = caches.read("near_duplicates")
-    apart = pair.assign(image_id=digest(f"image {image}"), twin_id=digest(f"image {twin}"))
+    apart = pair.assign(image_id=digest(f"image {image}"), twin_id=digest(f"image {near_duplicate}"))
     both_held_out = pair.assign(image_id=digest("image 19"), twin_id=digest("image 29"))
     caches.write("near_duplicates", pd.concat([pair, both_held_out, apart]))
     assert failing(caches.validate()) == {"near_duplicates_in_one_split": (1, (digest("image 9"),))}

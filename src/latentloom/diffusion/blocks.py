@@ -75,6 +75,8 @@ class SkipConv2d(nn.Module):
     while it is small. The weights of both start as the parts of one convolution.
     """
 
+    _kept: tuple[tuple, torch.Tensor] | None = None  # a summed kernel, and what it was made of
+
     def __init__(self, in_ch: int, skip_ch: int, out_ch: int, kernel_size: int, *, upsample: bool = False):
         super().__init__()
         self.upsample = upsample
@@ -91,10 +93,27 @@ class SkipConv2d(nn.Module):
         if not self.upsample:
             x = self.features(x)
         elif self.features.kernel_size == (3, 3):
-            x = fast.conv_of_upsampled(x, self.features.weight, self.features.bias)
+            x = fast.conv_of_upsampled(x, self._summed_kernel(), self.features.bias)
         else:  # a 1x1 convolution and nearest neighbours commute
             x = F.interpolate(self.features(x), scale_factor=2.0, mode="nearest")
         return x + self.skip(skip)
+
+    def _summed_kernel(self) -> torch.Tensor:
+        """Kept while only sampling asks for it: a tenth of a step with one image on a CPU.
+
+        Changes of the weight in place count its version up, but for a fused optimizer's, which follow a forward pass
+        with gradients.
+        """
+        weight = self.features.weight
+        if torch.compiler.is_compiling() or weight.is_inference():
+            return fast.summed_kernel(weight)
+        if torch.is_grad_enabled():
+            self._kept = None
+            return fast.summed_kernel(weight)
+        made_of = (weight.data_ptr(), weight._version, weight.dtype)
+        if self._kept is None or self._kept[0] != made_of:
+            self._kept = made_of, fast.summed_kernel(weight)
+        return self._kept[1]
 
 
 class ResidualBlock(nn.Module):

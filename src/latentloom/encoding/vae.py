@@ -4,7 +4,9 @@ A public VAE that is never trained here: the small one that the package carries 
 `AutoencoderTiny` in diffusers' format. Latents are the VAE's raw output; `latentloom.encoding.codec` scales them.
 """
 
+from collections.abc import Callable
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +19,29 @@ from latentloom.errors import UserError
 
 CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Computed = TypeVar("Computed")
+
+
+def in_batches(compute: Callable[[slice], Computed], rows: int, size: int) -> list[Computed]:
+    """What ``compute`` gives for all rows, at most ``size`` at a time; where the device's memory is too small, half.
+
+    Raises:
+        torch.OutOfMemoryError: when one row alone is too much.
+    """
+    results, start = [], 0
+    while start < rows or not results:
+        try:
+            results.append(compute(slice(start, min(start + size, rows))))
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+            size //= 2
+        else:
+            start += size
+            continue
+        torch.cuda.empty_cache()  # here the error holds no tensors any more
+    return results
 
 
 class Vae:
@@ -65,12 +90,18 @@ class Vae:
         """``moments`` where encoding gives a mean and a standard deviation, ``mean`` where it is deterministic."""
         return "moments" if self.class_name == "AutoencoderKL" else "mean"
 
-    @torch.inference_mode()
     def encode(self, pixels: np.ndarray, *, precision: str | None = None) -> dict[str, torch.Tensor]:
         """Encode pixels, uint8 (B, H, W, 3): raw ``mean`` and, for moments, ``std``, each (B, C, H/8, W/8) in fp32.
 
+        All at once, or in parts where the device's memory is too small for that.
+
         ``precision``: another one than the VAE's own.
         """
+        parts = in_batches(lambda part: self._encode(pixels[part], precision), len(pixels), len(pixels))
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    @torch.inference_mode()
+    def _encode(self, pixels: np.ndarray, precision: str | None) -> dict[str, torch.Tensor]:
         images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
         images = images.contiguous(memory_format=torch.channels_last)
         with autocast(PRECISIONS[precision or self.precision], self.device):
@@ -81,10 +112,15 @@ class Vae:
         return {"mean": posterior.mean.float().cpu(), "std": posterior.std.float().cpu()}
 
     def decode(self, raw: torch.Tensor, *, batch_size: int = 32) -> np.ndarray:
-        """Decode raw latents (B, C, h, w) into pixels, uint8 (B, 8h, 8w, 3); ``batch_size`` of them at a time."""
-        return decode_latents(
-            raw, 1.0, vae=self.module, latent_channels=raw.shape[1], layout="nchw", batch_size=batch_size
-        )
+        """Decode raw latents (B, C, h, w) into pixels, uint8 (B, 8h, 8w, 3); at most ``batch_size`` of them at a time,
+        and fewer where the device's memory is too small for that."""
+
+        def decode(part: slice) -> np.ndarray:
+            return decode_latents(
+                raw[part], 1.0, vae=self.module, latent_channels=raw.shape[1], layout="nchw", batch_size=batch_size
+            )
+
+        return np.concatenate(in_batches(decode, len(raw), batch_size))
 
 
 def load_vae(reference: str, device: torch.device | str = "cpu", precision: str = "fp32") -> Vae:

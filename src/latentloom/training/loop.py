@@ -226,7 +226,8 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, params)
             optimizer.step()
-        torch._foreach_lerp_(averaged, weights, 1.0 - ema_decay_at(step, params.batch_size, params.ema_images))
+        with torch.no_grad():  # else the average would remember every step in a graph that grows
+            torch._foreach_lerp_(averaged, weights, 1.0 - ema_decay_at(step, params.batch_size, params.ema_images))
         state.step = step + 1
         loss, mae = torch.stack(measured).mean(0)
         yield Step(state.step, loss, mae, gradient_norm)

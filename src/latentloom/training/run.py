@@ -17,7 +17,7 @@ from tqdm import tqdm
 from latentloom.devices import autocast_dtype
 from latentloom.diffusion.text import Labels, pooled
 from latentloom.diffusion.unet import UNet
-from latentloom.encoding.dataset import Caches, LatentDataset
+from latentloom.encoding.dataset import Caches
 from latentloom.encoding.shard_files import TOKENS
 from latentloom.errors import UserError
 from latentloom.model_files import FORMAT_VERSION, EncoderReference, ModelConfig, save_model
@@ -80,7 +80,7 @@ def run_training(
         raise UserError(
             f"model.widths = {params.model.widths}: {error}; use fewer widths or another ingest.image_size"
         ) from error
-    _fit_whitening(network, caches.train)
+    fit_whitening(network, caches)
     network.gradient_checkpointing = params.machine.gradient_checkpointing
     state = TrainingState.start(network, settings, dtype)
     curves = Curves(curves_folder)
@@ -143,8 +143,9 @@ def run_training(
     return TrainingResult(metrics, figures.val_mae, settings.steps * settings.batch_size / figures.seconds)
 
 
-def _fit_whitening(network: UNet, data: LatentDataset) -> None:
-    """Measure what the network's text features are whitened by, on captions from all over ``data``."""
+def fit_whitening(network: UNet, caches: Caches) -> None:
+    """Fit the network's whitening of texts, and of token states, to primary captions of the training split."""
+    data = caches.train
 
     def captions(at_most: int) -> Labels:
         rows = torch.linspace(0, len(data) - 1, min(len(data), at_most)).long()
@@ -153,8 +154,7 @@ def _fit_whitening(network: UNet, data: LatentDataset) -> None:
     if network.token_dim is None:
         network.text_whitening.fit(pooled(captions(WHITENED_CAPTIONS)))
         return
-    longest = data.text.shapes[TOKENS][0]
-    text = captions(max(WHITENED_TOKENS // longest, 1))
+    text = captions(max(WHITENED_TOKENS // data.text.shapes[TOKENS][0], 1))
     network.text_whitening.fit(text.pooled)
     network.token_whitening.fit(text.tokens[text.mask])
 
