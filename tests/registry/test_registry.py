@@ -14,6 +14,7 @@ from tiny_models import save_clip, save_tiny_unet, save_tiny_vae
 from typer.testing import CliRunner
 
 from latentloom.cli import app
+from latentloom.diffusion.sampling_settings import SamplingSettings
 from latentloom.errors import UserError
 from latentloom.evaluation.text_to_image import load_text_to_image, stored_settings
 from latentloom.model_files import model_hash, read_config
@@ -140,13 +141,15 @@ def closure(names: set[str]) -> set[str]:
 
 def test_encoders_that_are_only_a_folder_here_go_with_the_model(project_root, train, promote, tmp_path):
     vae, clip = save_tiny_vae(tmp_path / "vae"), save_clip(tmp_path / "clip")
-    mine = save_tiny_unet(tmp_path / "mine", vae=str(vae), text_encoder=str(clip))
+    mine = save_tiny_unet(tmp_path / "mine", vae=str(vae), text_encoder=str(clip), tokens=True, max_tokens=20)
     train(mine)
     promote(mine)
     for folder in (vae, clip, mine):
         shutil.rmtree(folder)
     loaded = load_text_to_image(find_model("champion", project_root).folder)
     assert loaded.codec.vae.fingerprint == read_config(find_model("champion", project_root).folder).vae.fingerprint
+    assert loaded.text_encoder.max_tokens == 20
+    assert loaded.generate(["a cat", "a"], SamplingSettings(2, 3.0), seed=0).shape == (2, 1, 64, 64, 3)
 
 
 def test_the_same_model_promoted_twice_is_one_version_and_one_move(project_root, train, promote, tiny_unets):

@@ -1,11 +1,15 @@
 """The loop learns, repeats itself exactly, resumes exactly from any step, and averages its weights."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from latentloom.diffusion.text import Text, no_text
 from latentloom.diffusion.unet import get_network
+from latentloom.encoding.row_sources import InMemoryRows
+from latentloom.encoding.shard_files import TOKENS, ragged
 from latentloom.errors import UserError
 from latentloom.training.loop import TrainingState, ema_decay_at, learning_rate_at, losses, rank_slices, train
 
@@ -185,3 +189,27 @@ def test_without_a_label_the_trained_network_answers_otherwise_than_with_one(mak
     error = (named - data.latents_at(slice(0, 4))[0]).abs().mean()
     assert error < 0.9 * (shuffled - data.latents_at(slice(0, 4))[0]).abs().mean()
     assert error < 0.9 * (null - data.latents_at(slice(0, 4))[0]).abs().mean()
+
+
+@pytest.mark.slow
+def test_what_only_the_token_states_tell_is_learnt(make_data, train_params, diffusion_params):
+    """All captions have one vector here, so that nothing else can tell which image is meant."""
+    data = make_data(4, tokens=True)
+    texts = data.embeddings_at(slice(0, 5))
+    states = [own[mask] for own, mask in zip(texts.tokens, texts.mask, strict=True)]
+    same = InMemoryRows({"embedding": torch.ones(5, 12), **ragged(states, TOKENS)})
+    data = replace(data, text=same, caption_counts=torch.ones(4, dtype=torch.long))
+    torch.manual_seed(0)
+    network = get_network(8, 1, 16, 4, widths=(16, 32), text_dim=12, token_dim=10)
+    network.token_whitening.fit(torch.cat(states))
+    params = train_params.model_copy(update={"steps": 300})
+    state, _ = run(data, params, diffusion_params, state=TrainingState.start(network, params))
+    noise = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    named, latents = data.primary_embeddings(), data.latents_at(slice(0, 4))[0]
+
+    def error(text: Text) -> float:
+        with torch.no_grad():
+            return float((state.average(noise, torch.ones(4), text) - latents).abs().mean())
+
+    assert error(named) < 0.9 * error(named[torch.tensor([1, 2, 3, 0])])
+    assert error(named) < 0.9 * error(no_text(named))
