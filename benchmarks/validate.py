@@ -111,6 +111,7 @@ def make(data: Path, count: int) -> None:
         data / "text/index.parquet",
         id=captions,
         text=[f"caption number {n}" for n in range(count)],
+        tokens=6,
         norm=1.0,
         dim=384,
         **scalars,
@@ -122,7 +123,10 @@ def make(data: Path, count: int) -> None:
     )
     channels = {"mean": [0.0] * 4, "std": [1.0] * 4, "latent_shape": [4, 16, 16], "flip": False}
     write_json(data / "latents/stats.json", {"format_version": 2, "vae": {"fingerprint": "vae"}, **channels})
-    write_json(data / "text/stats.json", {"format_version": 2, "encoder": {"fingerprint": "text"}, "dim": 384})
+    write_json(
+        data / "text/stats.json",
+        {"format_version": 2, "encoder": {"fingerprint": "text"}, "dim": 384, "max_tokens": 77},
+    )
 
 
 def make_images(folder: Path, ids: list[str], split: np.ndarray, random: np.random.Generator) -> None:

@@ -1,4 +1,4 @@
-"""Stage `encode_text`: every distinct caption -> its embedding, in data/text."""
+"""Stage `encode_text`: every distinct caption -> its embedding, and what else `model.text` wants, in data/text."""
 
 from latentloom.devices import choose_device
 from latentloom.encoding.cache import RowStore
@@ -12,20 +12,24 @@ from latentloom.stage import run_stage
 
 
 def main(params: Params) -> str:
-    encoder = TextEncoder(params.encode_text.model, choose_device())
+    encoder = TextEncoder(params.encode_text.model, choose_device(), params.encode_text.max_tokens)
     store = RowStore(state_folder("text"), state_limit())
     store.adopt(pulled_shards(TEXT))
-    counts = encode_captions(encoder, IMAGES, TEXT, store)
+    counts = encode_captions(encoder, IMAGES, TEXT, store, tokens=params.model.text == "tokens")
     write_json(
         ENCODE_TEXT_REPORT,
         {
             "captions": counts.rows,
+            "cut": counts.cut,
             "dim": encoder.dim,
             "encoder": encoder.reference,
             "encoder_fingerprint": encoder.fingerprint,
+            "max_tokens": encoder.max_tokens,
+            "token_dim": encoder.token_dim if params.model.text == "tokens" else None,
         },
     )
-    return f"{counts.rows} captions: encoded {counts.encoded}, reused {counts.reused}"
+    cut = f"; {counts.cut} cut at {encoder.max_tokens} tokens" if counts.cut else ""
+    return f"{counts.rows} captions: encoded {counts.encoded}, reused {counts.reused}{cut}"
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from latentloom.encoding.cache import FORMAT_VERSION, save_shard
 from latentloom.encoding.codec import LatentCodec
 from latentloom.encoding.dataset import LatentDataset
 from latentloom.encoding.row_sources import InMemoryRows
+from latentloom.encoding.shard_files import TOKENS, ragged
 from latentloom.files import read_json, write_json
 
 SHARD_ROWS = 7
@@ -35,6 +36,7 @@ class TensorDataset(LatentDataset):
         weights: torch.Tensor | None = None,
         flipped_mean: torch.Tensor | None = None,
         flipped_std: torch.Tensor | None = None,
+        token_states: Sequence[torch.Tensor] | None = None,
     ) -> "TensorDataset":
         views = {"mean": (mean, flipped_mean), "std": (std, flipped_std)}
         latents = {
@@ -46,7 +48,7 @@ class TensorDataset(LatentDataset):
             ids=ids,
             latents=InMemoryRows(latents),
             codec=LatentCodec([0.0] * mean.shape[1], [1.0] * mean.shape[1]),
-            text=InMemoryRows({"embedding": embeddings}),
+            text=InMemoryRows({"embedding": embeddings} | (ragged(token_states, TOKENS) if token_states else {})),
             texts=pd.Series(texts, dtype="str"),
             captions=captions,
             caption_counts=caption_counts,
@@ -82,10 +84,13 @@ def read_cache(folder: Path) -> tuple[pd.DataFrame, dict[str, torch.Tensor], dic
 def make_data() -> Callable[..., TensorDataset]:
     """``make_data(rows)``: latents (rows, 4, 8, 8) with two captions each, the second shared by all.
 
-    With ``flipped``, a mirrored latent is the latent mirrored, plus 100, and has no spread.
+    With ``flipped``, a mirrored latent is the latent mirrored, plus 100, and has no spread. With ``tokens``, captions
+    have one to five token states (10,).
     """
 
-    def make(rows: int, *, std: bool = False, flipped: bool = False, prefix: str = "image") -> TensorDataset:
+    def make(
+        rows: int, *, std: bool = False, flipped: bool = False, prefix: str = "image", tokens: bool = False
+    ) -> TensorDataset:
         generator = torch.Generator().manual_seed(rows)
         mean = torch.randn(rows, 4, 8, 8, generator=generator)
         return TensorDataset.from_tensors(
@@ -98,6 +103,9 @@ def make_data() -> Callable[..., TensorDataset]:
             caption_counts=torch.full((rows,), 2),
             flipped_mean=mean.flip(-1) + 100 if flipped else None,
             flipped_std=torch.zeros(rows, 4, 8, 8) if flipped and std else None,
+            token_states=[torch.randn(1 + row % 5, 10, generator=generator) for row in range(rows + 1)]
+            if tokens
+            else None,
         )
 
     return make
@@ -107,23 +115,29 @@ def make_data() -> Callable[..., TensorDataset]:
 def write_caches(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
     """``write_caches(rows)`` writes both caches of random latents (4, 8, 8), in shards of 7 rows; gives their folders.
 
-    Images have one, two or three captions; every fifth image is of the validation split, of 20 rows at least 4.
+    Images have one, two or three captions; every fifth image is of the validation split, of 20 rows at least 4. With
+    ``tokens``, captions have one to nine token states (10,).
     """
 
-    def write(rows: int, *, std: bool = True, flip: bool = True, weighted: bool = True) -> tuple[Path, Path]:
+    def write(
+        rows: int, *, std: bool = True, flip: bool = True, weighted: bool = True, tokens: bool = False
+    ) -> tuple[Path, Path]:
         random = np.random.default_rng(rows)
         ids = [hashlib.sha256(f"image {row}".encode()).hexdigest() for row in range(rows)]
         texts = [f"caption {row}" for row in range(2 * rows)]
         text_ids = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
         latents, text = tmp_path / "latents", tmp_path / "text"
 
-        def shards(folder: Path, keys: list[str], **shapes: tuple[int, ...]) -> None:
+        def shards(folder: Path, keys: list[str], tokens: bool = False, **shapes: tuple[int, ...]) -> None:
             for start in range(0, len(keys), SHARD_ROWS):
                 own = keys[start : start + SHARD_ROWS]
                 tensors = {
                     name: torch.from_numpy(random.standard_normal((len(own), *shape), np.float32)).half()
                     for name, shape in shapes.items()
                 }
+                if tokens:
+                    states = [random.standard_normal((random.integers(1, 10), 10), np.float32) for _ in own]
+                    tensors |= ragged([torch.from_numpy(state).half() for state in states], TOKENS)
                 save_shard(folder / f"{start // SHARD_ROWS:05d}.safetensors", tensors, own)
 
         def index(keys: list[str], **columns) -> pd.DataFrame:
@@ -135,7 +149,7 @@ def write_caches(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
         shards(latents, ids, **moments)
         if flip:
             shards(latents / "flipped", ids, **moments)
-        shards(text, text_ids, embedding=(12,))
+        shards(text, text_ids, tokens, embedding=(12,))
         split = np.where(np.arange(rows) % 5 == 4, "validation", "train")
         weight = np.where(np.arange(rows) % 3 == 0, 2.0 if weighted else 1.0, 1.0).astype(np.float32)
         index(ids, split=split, weight=weight).to_parquet(latents / "index.parquet")
@@ -148,7 +162,8 @@ def write_caches(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
         pd.DataFrame(pairs, columns=["image_id", "caption_id", "position"]).to_parquet(text / "pairs.parquet")
         statistics = {"mean": [0.5, -0.25, 0.0, 1.0], "std": [1.5, 0.75, 1.0, 3.0], "bound": 3.5, "flip": flip}
         write_json(latents / "stats.json", {"format_version": FORMAT_VERSION} | statistics)
-        write_json(text / "stats.json", {"format_version": FORMAT_VERSION, "dim": 12})
+        read = {"dim": 12, "token_dim": 10 if tokens else None, "max_tokens": 9}
+        write_json(text / "stats.json", {"format_version": FORMAT_VERSION} | read)
         return latents, text
 
     return write

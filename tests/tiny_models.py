@@ -1,5 +1,6 @@
 """Small models of the classes that users name in params, with random weights, made on the spot."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -38,29 +39,45 @@ def save_kl_vae(folder: Path | str, *, seed: int = 0) -> Path:
     return Path(folder)
 
 
-def save_clip(folder: Path | str, *, dim: int = 24, seed: int = 0) -> Path:
-    """A CLIP text model with a projection to ``dim`` and a byte-level tokenizer of its own."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast
+def save_byte_tokenizer(
+    folder: Path | str, *, start: str | None, end: str, padding: str, max_length: int | None = None
+) -> dict[str, int]:
+    """A tokenizer with a token for each byte, and those that mark a text's start, its end and padding; its ids.
 
-    torch.manual_seed(seed)
+    The special tokens come first, so that padding has the small number that models of the RoBERTa kind want.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    vocabulary = {token: index for index, token in enumerate([*sorted(alphabet), "<|startoftext|>", "<|endoftext|>"])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<|endoftext|>"))
+    special = dict.fromkeys(token for token in (start, padding, end) if token)
+    vocabulary = {token: index for index, token in enumerate([*special, *sorted(alphabet)])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=end))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    start, end = vocabulary["<|startoftext|>"], vocabulary["<|endoftext|>"]
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|startoftext|> $A <|endoftext|>", special_tokens=[("<|startoftext|>", start), ("<|endoftext|>", end)]
+        single=" ".join([start, "$A", end] if start else ["$A", end]),
+        special_tokens=[(token, vocabulary[token]) for token in special],
     )
+    marks = {"bos_token": start} if start else {}
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token="<|startoftext|>",
-        eos_token="<|endoftext|>",
-        pad_token="<|endoftext|>",
-        unk_token="<|endoftext|>",
-        model_max_length=77,
+        **marks,
+        eos_token=end,
+        pad_token=padding,
+        unk_token=end,
+        **({"model_max_length": max_length} if max_length else {}),
     ).save_pretrained(folder)
+    return vocabulary
+
+
+def save_clip(folder: Path | str, *, dim: int = 24, seed: int = 0) -> Path:
+    """A CLIP text model with a projection to ``dim`` and a byte-level tokenizer of its own."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    torch.manual_seed(seed)
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    vocabulary = save_byte_tokenizer(folder, start=start, end=end, padding=end, max_length=77)
     config = CLIPTextConfig(
         vocab_size=len(vocabulary),
         hidden_size=16,
@@ -68,15 +85,70 @@ def save_clip(folder: Path | str, *, dim: int = 24, seed: int = 0) -> Path:
         num_hidden_layers=2,
         num_attention_heads=2,
         projection_dim=dim,
-        bos_token_id=start,
-        eos_token_id=end,
-        pad_token_id=end,
+        bos_token_id=vocabulary[start],
+        eos_token_id=vocabulary[end],
+        pad_token_id=vocabulary[end],
     )
     CLIPTextModelWithProjection(config).save_pretrained(folder)
     return Path(folder)
 
 
-def save_tiny_unet(folder: Path | str, *, seed: int = 0, vae: str = "bundled", text_encoder: str = "bundled") -> Path:
+def save_t5(folder: Path | str, *, seed: int = 0) -> Path:
+    """A whole T5, encoder and decoder, of which a text encoder is a part, with a byte-level tokenizer."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(seed)
+    vocabulary = save_byte_tokenizer(folder, start=None, end="</s>", padding="<pad>")
+    config = T5Config(
+        vocab_size=len(vocabulary),
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        pad_token_id=vocabulary["<pad>"],
+        eos_token_id=vocabulary["</s>"],
+        decoder_start_token_id=vocabulary["<pad>"],
+    )
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    return Path(folder)
+
+
+def save_bert(
+    folder: Path | str, *, model_type: str = "bert", pooling: dict | None = None, positions: int = 40, seed: int = 0
+) -> Path:
+    """A BERT, or a model of its like, with a byte-level tokenizer; ``pooling`` is what its ``1_Pooling`` holds."""
+    from transformers import AutoConfig, AutoModel
+
+    torch.manual_seed(seed)
+    vocabulary = save_byte_tokenizer(folder, start="<s>", end="</s>", padding="<pad>")
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=positions,
+        pad_token_id=vocabulary["<pad>"],
+    )
+    AutoModel.from_config(config).save_pretrained(folder)
+    if pooling is not None:
+        path = Path(folder) / "1_Pooling/config.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps(pooling))
+    return Path(folder)
+
+
+def save_tiny_unet(
+    folder: Path | str,
+    *,
+    seed: int = 0,
+    vae: str = "bundled",
+    text_encoder: str = "bundled",
+    tokens: bool = False,
+    max_tokens: int | None = None,
+) -> Path:
     """A model folder as a training leaves it: 64x64 pictures, random weights, the encoders that are named."""
     from latentloom.encoding.text_encoder import load_text_encoder
     from latentloom.encoding.vae import load_vae
@@ -90,6 +162,8 @@ def save_tiny_unet(folder: Path | str, *, seed: int = 0, vae: str = "bundled", t
         block_depth=1,
         emb_size=16,
         text_dim=loaded_text.dim,
+        token_dim=loaded_text.token_dim if tokens else None,
+        max_tokens=max_tokens,
         schedule="vp",
         latent_mean=(0.1,) * 4,
         latent_std=(0.9,) * 4,

@@ -1,4 +1,4 @@
-"""Train a tiny network for some steps, alone or as one of several processes, and save what it saw and got.
+"""Train a tiny network on vectors and token states, alone or as one of several processes; save what it saw and got.
 
     python train_in_processes.py OUT [FAIL]     # or: python -m torch.distributed.run --nproc-per-node 2 ...
 
@@ -34,6 +34,7 @@ def make_data() -> LatentDataset:
         texts=[f"caption {row}" for row in range(ROWS)],
         captions=torch.arange(ROWS)[:, None],
         caption_counts=torch.ones(ROWS, dtype=torch.long),
+        token_states=[torch.randn(1 + row % 5, 10, generator=generator) for row in range(ROWS)],
     )
 
 
@@ -43,21 +44,22 @@ def main(out: Path, failing: int | None = None) -> None:
     params = load_params(Path(__file__).parents[1] / "params.yaml")
     settings = params.train.model_copy(update={"steps": 2 * STEPS, "batch_size": BATCH, "gradient_accumulation": PARTS})
     torch.manual_seed(0)
-    network = get_network(8, 1, 16, 4, widths=(16, 32), text_dim=12).to(memory_format=torch.channels_last)
+    network = get_network(8, 1, 16, 4, widths=(16, 32), text_dim=12, token_dim=10).to(memory_format=torch.channels_last)
     seen: list[tuple[torch.Tensor, ...]] = []
 
     def see(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         if accelerator.process_index == failing and len(seen) == STEPS * PARTS:
             raise RuntimeError("the power of this node went out")
-        seen.append(inputs)
+        noisy, levels, text = inputs
+        seen.append((noisy, levels, text.pooled, text.tokens * text.mask.unsqueeze(2)))
 
     network.register_forward_pre_hook(see)
     state = TrainingState.start(network, settings)
     steps = train(state, make_data(), params=settings, diffusion=params.diffusion, seed=0, accelerator=accelerator)
     losses = [float(accelerator.reduce(step.loss, "mean")) for step in islice(steps, STEPS)]
-    noisy, levels, labels = (torch.stack(values) for values in zip(*seen, strict=True))
+    noisy, levels, labels, tokens = (torch.stack(values) for values in zip(*seen, strict=True))
     out.mkdir(parents=True, exist_ok=True)
-    tensors = {"noisy": noisy, "levels": levels, "labels": labels, "loss": torch.tensor(losses)}
+    tensors = {"noisy": noisy, "levels": levels, "labels": labels, "tokens": tokens, "loss": torch.tensor(losses)}
     save_file(tensors, out / f"{accelerator.process_index}.safetensors")
     if failing is not None:
         list(steps)

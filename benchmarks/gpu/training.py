@@ -22,8 +22,10 @@ from train_step import Settings
 from gpu import weights
 from gpu.parts import Job, Preset, Record, Unmeasurable
 from latentloom.devices import autocast_dtype, choose_device
+from latentloom.diffusion.text import pooled
 from latentloom.encoding.codec import LatentCodec
 from latentloom.encoding.dataset import Caches, load_caches
+from latentloom.encoding.text_encoder import EncodedText
 from latentloom.encoding.vae import load_vae
 from latentloom.evaluation.report import evaluate
 from latentloom.evaluation.sheet import save_sheet
@@ -181,7 +183,14 @@ class CachedTexts:
     def encode(self, captions: list[str]) -> np.ndarray:
         """Embeddings (N, dim) of captions that all are in the cache."""
         rows = torch.tensor([self.rows[caption] for caption in captions], device=self.device)
-        return self.embeddings_at(rows).cpu().numpy()
+        return pooled(self.embeddings_at(rows)).cpu().numpy()
+
+    def encode_tokens(self, captions: list[str]) -> EncodedText:
+        """These and the token states, where the cache holds them."""
+        rows = torch.tensor([self.rows[caption] for caption in captions], device=self.device)
+        text = self.embeddings_at(rows).to("cpu")
+        states = [own[mask].numpy() for own, mask in zip(text.tokens, text.mask, strict=True)]
+        return EncodedText(text.pooled.numpy(), states)
 
 
 def _evaluate(params: Params, caches: Caches, model: Path, images: Path, sheet: Path) -> dict[str, Any]:

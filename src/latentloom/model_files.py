@@ -37,7 +37,8 @@ class ModelConfig(BaseModel):
     """Everything that sampling needs besides the weights.
 
     ``latent_mean`` and ``latent_std`` turn standardised latents back into the VAE's own; ``latent_bound`` is the bound
-    for dynamic thresholding, in standardised units, measured on the training latents.
+    for dynamic thresholding, in standardised units, measured on the training latents. ``token_dim`` is None where the
+    network reads pooled embeddings alone; of a prompt, as of a caption in training, ``max_tokens`` are read.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -47,12 +48,14 @@ class ModelConfig(BaseModel):
     block_depth: int
     emb_size: int
     text_dim: int
+    token_dim: int | None = None
     schedule: str
     latent_mean: tuple[float, ...]
     latent_std: tuple[float, ...]
     latent_bound: float
     vae: EncoderReference
     text_encoder: EncoderReference
+    max_tokens: int | None = None
     attribution: str | None
     licence: str | None
 
@@ -60,7 +63,13 @@ class ModelConfig(BaseModel):
         """The network that the config describes, with fresh weights."""
         channels, height, _ = self.latent_shape
         return get_network(
-            height, self.block_depth, self.emb_size, channels, widths=self.widths, text_dim=self.text_dim
+            height,
+            self.block_depth,
+            self.emb_size,
+            channels,
+            widths=self.widths,
+            text_dim=self.text_dim,
+            token_dim=self.token_dim,
         )
 
 

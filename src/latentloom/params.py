@@ -122,6 +122,7 @@ class EncodeImagesParams(Section):
 
 class EncodeTextParams(Section):
     model: StrictStr
+    max_tokens: Annotated[StrictInt, Field(ge=4)] | None
 
 
 def _ordered(bounds: list[float]) -> list[float]:
@@ -139,6 +140,7 @@ class ValidateParams(Section):
     caption_length: Range
     latent_mean: Range
     latent_std: Range
+    max_cut_captions: Annotated[float, Field(ge=0.0, le=1.0)]
     embedding_norm: Range
     val_fraction_tolerance: Fraction
 
@@ -147,6 +149,7 @@ class ModelParams(Section):
     widths: Annotated[list[Annotated[StrictInt, Field(ge=16, multiple_of=16)]], Field(min_length=1, max_length=6)]
     block_depth: Count
     emb_size: Annotated[StrictInt, Field(ge=8)]
+    text: Literal["pooled", "tokens"]
 
 
 class DiffusionParams(Section):
@@ -253,6 +256,9 @@ MOVED = {
 }
 ADDED = {
     "ingest.skin_tones": 0,
+    "encode_text.max_tokens": None,
+    "validate.max_cut_captions": 1.0,
+    "model.text": "pooled",
     "train.optimizer": "adamw",
     "monitor.validation_images": 96,
     "evaluate.precision": "auto",
@@ -299,7 +305,7 @@ def _updated(content: dict[str, Any]) -> tuple[dict[str, Any], str]:
         section, name = key.split(".")
         if isinstance(keys := sections.get(section), dict) and name not in keys:
             keys[name] = value
-            changes.append(f"add {key}: {value}")
+            changes.append(f"add {key}: {'null' if value is None else value}")
     return sections, ", ".join(changes)
 
 

@@ -22,6 +22,7 @@ from latentloom.encoding.cache import RowStore
 from latentloom.encoding.captions import caption_id, encode_captions
 from latentloom.encoding.pretrained import text_folder
 from latentloom.encoding.text_encoder import TextEncoder, load_text_encoder
+from latentloom.files import read_json
 from latentloom.ingestion.shards import read_metadata
 
 
@@ -94,6 +95,56 @@ def test_the_stored_rows_are_the_encoders_and_the_index_describes_them(clip, pre
     np.testing.assert_allclose(index["norm"], np.linalg.norm(embeddings.float().numpy(), axis=1), rtol=1e-5)
 
 
+def test_captions_that_are_cut_are_counted_also_when_none_is_encoded(clip, prepare_images, tmp_path):
+    images = prepare_images(range(6))
+    encoder = TextEncoder(clip.reference, max_tokens=len("picture 1") + 2)  # a token for each letter, and two marks
+    for encoded in (9, 0):
+        counts = encode_captions(encoder, images, tmp_path / "text", RowStore(tmp_path / "state", 2**30))
+        assert (counts.encoded, counts.cut) == (encoded, 3)  # "noise of kind 0" and so on
+    index, _, statistics = read_cache(tmp_path / "text")
+    assert index["tokens"].tolist() == [len(text) + 2 for text in index["text"]]
+    assert statistics["max_tokens"] == len("picture 1") + 2
+
+
+def test_with_token_states_each_row_has_those_of_its_caption_without_padding(clip, prepare_images, tmp_path):
+    """Also when some rows come from an earlier run, in shards of other captions."""
+    store = tmp_path / "state"
+    encode_captions(clip, prepare_images(range(4), name="a"), tmp_path / "a", RowStore(store, 2**30), tokens=True)
+    images = prepare_images(range(7), name="b")
+    counts = encode_captions(clip, images, tmp_path / "b", RowStore(store, 2**30), tokens=True)
+    assert (counts.encoded, counts.reused) == (3, 7)
+    index = pd.read_parquet(tmp_path / "b/index.parquet")
+    shard = load_file(tmp_path / "b/00000.safetensors")
+    ends, states = shard["tokens_ends"].tolist(), clip.encode_tokens(index["text"].tolist()).states
+    assert len(shard["tokens"]) == ends[-1] == sum(map(len, states))
+    assert shard["tokens"].dtype == torch.float16
+    for row, end, own in zip(index["row"], ends, states, strict=True):
+        start = ends[row - 1] if row else 0
+        np.testing.assert_allclose(shard["tokens"][start:end].float(), own, atol=2e-3)
+    assert read_json(tmp_path / "b/stats.json")["token_dim"] == 16
+
+
+def test_rows_with_token_states_and_rows_without_are_kept_apart(clip, prepare_images, tmp_path):
+    images, store = prepare_images(range(4)), tmp_path / "state"
+    for tokens, encoded in [(False, 7), (True, 7), (False, 0), (True, 0)]:
+        counts = encode_captions(clip, images, tmp_path / str(tokens), RowStore(store, 2**30), tokens=tokens)
+        assert counts.encoded == encoded
+    vectors = [load_file(tmp_path / name / "00000.safetensors")["embedding"] for name in ("False", "True")]
+    assert torch.equal(*vectors)
+
+
+def test_a_caption_one_of_whose_token_states_is_not_finite_is_marked(clip, prepare_images, tmp_path):
+    class Overflowing(TextEncoder):
+        def encode_tokens(self, texts, **arguments):
+            encoded = super().encode_tokens(texts, **arguments)
+            encoded.states[2][1, 3] = 1e30  # infinity in fp16
+            return encoded
+
+    encoder = Overflowing(clip.reference)
+    encode_captions(encoder, prepare_images(range(6)), tmp_path / "text", RowStore(tmp_path / "s", 2**30), tokens=True)
+    assert np.flatnonzero(~pd.read_parquet(tmp_path / "text/index.parquet")["finite"]).tolist() == [2]
+
+
 def test_new_captions_alone_are_embedded(clip, prepare_images, tmp_path):
     encode_captions(clip, prepare_images(range(6), name="a"), tmp_path / "a", RowStore(tmp_path / "state", 2**30))
     counts = encode_captions(
@@ -120,9 +171,10 @@ def test_two_runs_from_nothing_write_the_same_bytes(clip, prepare_images, tmp_pa
 def test_an_encoder_that_leads_nowhere_is_explained(tmp_path):
     with pytest.raises(ValueError, match=r"encode_text\.model: '\./nowhere' is neither a folder here"):
         load_text_encoder("./nowhere")
-    (tmp_path / "config.json").write_text("{}")
+    folder = tiny_models.save_bert(tmp_path / "bert")
+    (folder / "model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(ValueError, match=r"encode_text\.model: .* cannot be loaded"):
-        load_text_encoder(str(tmp_path))
+        load_text_encoder(str(folder))
 
 
 @pytest.mark.slow
@@ -149,20 +201,20 @@ IMAGES = st.lists(st.integers(0, 12), unique=True, min_size=1, max_size=10)
 
 @pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.tuples(IMAGES, st.integers(0, 3)), min_size=1, max_size=4))
-def test_after_any_history_the_cache_equals_a_rebuild(clip, prepare_images, tmp_path, monkeypatch, history):
-    """Additions, removals, another order, crashes after a number of batches."""
+@given(st.lists(st.tuples(IMAGES, st.integers(0, 3), st.booleans()), min_size=1, max_size=4), st.booleans())
+def test_after_any_history_the_cache_equals_a_rebuild(clip, prepare_images, tmp_path, monkeypatch, history, tokens):
+    """Additions, removals, another order, crashes after a number of batches, with token states and without."""
     monkeypatch.setattr(sharding, "FEWEST_ROWS", 3)
     monkeypatch.setattr(sharding, "MOST_ROWS", 5)
     monkeypatch.setattr(captions, "CAPTIONS_AT_ONCE", 2)
     folder = Path(tempfile.mkdtemp(dir=tmp_path))
-    for seeds, batches in history:
+    for seeds, batches, with_tokens in history:
         images = prepare_images(seeds, name=f"{folder.name}-images")
         with contextlib.suppress(KeyboardInterrupt):
             crash = crashing_after(clip, batches)
-            encode_captions(crash, images, folder / "out", RowStore(folder / "state", 2**30))
-    encode_captions(clip, images, folder / "out", RowStore(folder / "state", 2**30))
-    encode_captions(clip, images, folder / "rebuilt", RowStore(folder / "fresh", 2**30))
+            encode_captions(crash, images, folder / "out", RowStore(folder / "state", 2**30), tokens=with_tokens)
+    encode_captions(clip, images, folder / "out", RowStore(folder / "state", 2**30), tokens=tokens)
+    encode_captions(clip, images, folder / "rebuilt", RowStore(folder / "fresh", 2**30), tokens=tokens)
     assert contents(folder / "out") == contents(folder / "rebuilt")
 
 
@@ -171,10 +223,10 @@ def crashing_after(encoder: TextEncoder, batches: int) -> TextEncoder:
     remaining = iter(range(batches))
 
     class Interrupted(TextEncoder):
-        def encode(self, texts):
+        def encode_tokens(self, texts, **arguments):
             if next(remaining, None) is None:
                 raise KeyboardInterrupt
-            return super().encode(texts)
+            return super().encode_tokens(texts, **arguments)
 
     return Interrupted(encoder.reference)
 

@@ -82,6 +82,50 @@ def test_the_bytes_needed_are_those_of_all_rows(stream):
     assert stream().nbytes == sum(tensor.nbytes for tensor in stream().gather(slice(0, 30)).values())
 
 
+@pytest.fixture
+def captions(tmp_path) -> tuple[StreamedRows, list[np.ndarray]]:
+    """Seven rows of one to five items (3,) in three shards, in another order; and what each of them is."""
+    random, items, places = np.random.default_rng(0), [], []
+    for number, lengths in enumerate([(2, 5, 1), (3,), (1, 4, 2)]):
+        own = [random.standard_normal((length, 3), np.float32).astype(np.float16) for length in lengths]
+        tensors = {"tokens": np.concatenate(own), "tokens_ends": np.cumsum(lengths)}
+        vectors = random.standard_normal((len(own), 2), np.float32).astype(np.float16)
+        save_file({"embedding": vectors} | tensors, tmp_path / f"{number}.safetensors")
+        items += own
+        places += [(f"{number}.safetensors", row) for row in range(len(own))]
+    order = random.permutation(7)
+    index = pd.DataFrame(places, columns=["shard", "row"]).iloc[order]
+    return StreamedRows([tmp_path], index["shard"], index["row"], CPU), [items[place] for place in order]
+
+
+@pytest.mark.parametrize("load", [False, True])
+@pytest.mark.parametrize("rows", [[4], [3, 6, 3, 0], slice(1, 6), slice(0, 7), []])
+def test_rows_of_different_lengths_are_padded_with_zeros_and_masked(captions, rows, load):
+    source, items = captions
+    given = (source.load() if load else source).gather(rows if isinstance(rows, slice) else torch.tensor(rows).long())
+    chosen = items[rows] if isinstance(rows, slice) else [items[row] for row in rows]
+    assert given.keys() == {"embedding", "tokens", "tokens_mask"}
+    assert given["tokens"].shape == (len(chosen), 5, 3) and given["tokens_mask"].dtype == torch.bool
+    for own, mask, expected in zip(given["tokens"].numpy(), given["tokens_mask"].numpy(), chosen, strict=True):
+        assert np.array_equal(own[: len(expected)], expected) and not own[len(expected) :].any()
+        assert mask.tolist() == [step < len(expected) for step in range(5)]
+
+
+def test_rows_of_different_lengths_take_the_bytes_of_their_items(captions):
+    source, items = captions
+    assert source.nbytes == 7 * 2 * 2 + sum(own.nbytes for own in items)
+    assert source.shapes == source.load().shapes == {"embedding": (2,), "tokens": (5, 3)}
+
+
+def test_of_selected_rows_the_longest_decides_the_padding(captions):
+    source, items = captions
+    rows = np.array([row for row in range(7) if len(items[row]) <= 2])
+    for selected in (source.select(rows), source.select(rows).load()):
+        given = selected.gather(slice(0, len(rows)))
+        assert given["tokens"].shape == (len(rows), 2, 3)
+        assert np.array_equal(given["tokens"][given["tokens_mask"]], np.concatenate([items[row] for row in rows]))
+
+
 def test_streamed_rows_are_read_when_they_are_asked_for_and_no_sooner(stream, folders):
     streamed, loaded = stream(), stream().load()
     before = loaded.gather(slice(0, 30))

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import tqdm
+from safetensors.torch import load_file
 
 from latentloom.encoding import cache
+from latentloom.files import read_json
 from latentloom.params import load_params
 from latentloom.source_code import deciding_modules
 
@@ -22,13 +24,21 @@ STAGES = {"encode_images": ("data/latents", "latents"), "encode_text": ("data/te
 
 @pytest.fixture
 def run_stage(tmp_path, monkeypatch, prepare_images):
-    """``run_stage(name)`` runs a stage on 40 images, from an empty out; gives its closing line."""
+    """``run_stage(name)`` runs a stage on 40 images, from an empty out; gives its closing line.
+
+    With ``text`` and ``max_tokens`` as in params.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DVC_ROOT", raising=False)
     prepare_images(range(40), name="data/images")
-    params = load_params(ROOT / "params.yaml")
+    shipped = load_params(ROOT / "params.yaml")
 
-    def run(name: str) -> str:
+    def run(name: str, text: str = "pooled", max_tokens: int | None = None) -> str:
+        changed = {
+            "model": shipped.model.model_copy(update={"text": text}),
+            "encode_text": shipped.encode_text.model_copy(update={"max_tokens": max_tokens}),
+        }
+        params = shipped.model_copy(update=changed)
         shutil.rmtree(STAGES[name][0], ignore_errors=True)
         return runpy.run_path(str(ROOT / "pipelines" / f"{name}.py"))["main"](params)
 
@@ -55,6 +65,22 @@ def test_what_a_stage_leaves_is_the_same_whatever_lay_in_the_state_folder(run_st
         outcomes.append(left(folder))
     assert outcomes[0] == outcomes[1] == outcomes[2]
     assert f"reports/{stage}.json" in outcomes[0]
+
+
+def test_token_states_and_where_captions_are_cut_are_as_params_say(run_stage):
+    """Captions are "picture 7" and "noise of kind 1": with the two marks four tokens, and six."""
+    assert run_stage("encode_text", "tokens", 5) == "43 captions: encoded 43, reused 0; 3 cut at 5 tokens"
+    report = read_json(Path("reports/encode_text.json"))
+    assert {key: report[key] for key in ("captions", "cut", "max_tokens", "token_dim")} == {
+        "captions": 43,
+        "cut": 3,
+        "max_tokens": 5,
+        "token_dim": 384,
+    }
+    assert load_file("data/text/00000.safetensors")["tokens"].shape == (40 * 4 + 3 * 5, 384)
+    assert run_stage("encode_text", max_tokens=5) == "43 captions: encoded 43, reused 0; 3 cut at 5 tokens"
+    assert "tokens" not in load_file("data/text/00000.safetensors")
+    assert run_stage("encode_text", "tokens", 5) == "43 captions: encoded 0, reused 43; 3 cut at 5 tokens"
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -18,7 +18,7 @@ from tiny_models import save_clip, save_tiny_unet, save_tiny_vae
 from typer.testing import CliRunner
 
 from latentloom.cli import app
-from latentloom.diffusion import Diffuser, SamplingSettings
+from latentloom.diffusion import Diffuser, SamplingSettings, Text
 from latentloom.encoding.text_encoder import load_text_encoder
 from latentloom.encoding.vae import load_vae
 from latentloom.errors import UserError
@@ -68,6 +68,25 @@ def test_a_sample_is_what_the_science_gives_step_by_step(sample, model):
     expected = load_vae("bundled").decode(latent * 0.9 + 0.1)[0]
     with Image.open("a.png") as image:
         assert np.abs(np.asarray(image).astype(int) - expected).max() <= 1
+
+
+def test_a_model_of_token_states_reads_them_of_each_prompt_as_in_training(tmp_path):
+    """Cut at as many tokens as in training; and the same whatever longer prompts are beside it."""
+    model = load_text_to_image(save_tiny_unet(tmp_path, tokens=True, max_tokens=6), device=torch.device("cpu"))
+    settings = SamplingSettings(3, 2.5, precision="fp32")
+    prompt, longer = "a red apple", "a very long prompt about a smiling cat with heart-eyes"
+    images = model.generate([prompt, longer], settings, seed=5)
+    assert np.array_equal(images[:1], model.generate([prompt], settings, seed=5))
+    assert np.array_equal(images[1:], model.generate([longer + " and a hat"], settings, seed=5))  # beyond the cut
+
+    encoded = load_text_encoder("bundled").encode_tokens([prompt])
+    states = torch.from_numpy(encoded.states[0])[None]
+    label = Text(torch.from_numpy(encoded.pooled), states, torch.ones(1, states.shape[1], dtype=torch.bool))
+    noise = torch.randn(1, 4, 8, 8, generator=generator("cpu", 5, "sample", "0"))
+    network, config = load_model(tmp_path)
+    latent = Diffuser(network, 2.5, 3, bound=config.latent_bound).reverse_diffusion(noise, label, layout="nchw")
+    expected = load_vae("bundled").decode(latent * 0.9 + 0.1)[0]
+    assert np.abs(images[0, 0].astype(int) - expected).max() <= 1
 
 
 def test_a_sample_is_the_same_bytes_whatever_is_generated_beside_it(sample):

@@ -83,7 +83,7 @@ def test_two_processes_have_the_losses_of_one_step_by_step(compared):
     assert torch.equal(compared.together[0]["loss"], compared.together[1]["loss"])
 
 
-@pytest.mark.parametrize("name", ["noisy", "levels", "labels"])
+@pytest.mark.parametrize("name", ["noisy", "levels", "labels", "tokens"])
 def test_two_processes_train_on_the_very_batches_of_one(compared, name):
     whole = compared.alone[name].unflatten(0, (STEPS, -1)).flatten(1, 2)  # (steps, batch, ...)
     joined = torch.cat([process[name].unflatten(0, (STEPS, -1)).flatten(1, 2) for process in compared.together], dim=1)

@@ -35,12 +35,17 @@ OFTEN = {"log_every": 4, "validate_every": 4, "sample_every": 1000, "sample_coun
 
 
 def quick(
-    *, monitor: dict | None = None, machine: dict | None = None, widths: Sequence[int] = (16, 32), **train
+    *,
+    monitor: dict | None = None,
+    machine: dict | None = None,
+    widths: Sequence[int] = (16, 32),
+    text: str = "pooled",
+    **train,
 ) -> Params:
     return Params.model_validate(
         SHIPPED
         | {
-            "model": {"widths": list(widths), "block_depth": 1, "emb_size": 16},
+            "model": {"widths": list(widths), "block_depth": 1, "emb_size": 16, "text": text},
             "train": SHIPPED["train"] | QUICK | train,
             "monitor": SHIPPED["monitor"] | OFTEN | (monitor or {}),
             "machine": SHIPPED["machine"] | (machine or {}),
@@ -78,11 +83,16 @@ def logger() -> MemoryLogger:
     return MemoryLogger()
 
 
-@pytest.fixture
-def caches(make_data) -> Caches:
+@pytest.fixture(params=["pooled"])
+def caches(make_data, request) -> Caches:
     made_by = {"reference": "somewhere", "class": "AutoencoderTiny", "fingerprint": "0" * 16}
     latents = {"mean": [0.0] * 4, "std": [1.0] * 4, "bound": 3.0, "vae": made_by, "attribution": None, "licence": None}
-    return Caches(make_data(6), make_data(9, prefix="held out"), latents, {"dim": 12, "encoder": made_by})
+    tokens = request.param == "tokens"
+    text = {"dim": 12, "token_dim": 10 if tokens else None, "max_tokens": 5, "encoder": made_by}
+    return Caches(make_data(6, tokens=tokens), make_data(9, prefix="held out", tokens=tokens), latents, text)
+
+
+with_tokens = pytest.mark.parametrize("caches", ["tokens"], indirect=True)
 
 
 @pytest.fixture
@@ -177,6 +187,35 @@ def test_a_stopped_training_resumes_to_the_same_bytes_of_model_and_curves(run, t
     run(params, resumed=usable_checkpoint(kept(tmp_path), params))
     assert outs(tmp_path) == whole
     assert of_curves(logger) == logged
+
+
+@with_tokens
+def test_a_training_on_token_states_resumes_to_the_same_bytes(run, caches, tmp_path, stop_after):
+    params = quick(text="tokens", steps=12, monitor={"sample_every": 6}, machine={"checkpoint_every": 100})
+    run(params)
+    whole = outs(tmp_path)
+    stop_after(5)
+    with pytest.raises(TrainingStopped):
+        run(params)
+    stop_after(0)
+    run(params, resumed=usable_checkpoint(kept(tmp_path), params))
+    assert outs(tmp_path) == whole
+
+
+@with_tokens
+def test_the_model_of_token_states_whitens_them_and_tells_how_many_are_read(run, caches, tmp_path):
+    run(quick(text="tokens", steps=10))
+    network, config = load_model(tmp_path / "model")
+    assert (config.token_dim, config.max_tokens) == (10, 5)
+    text = caches.train.embeddings_at(caches.train.captions[:, 0])
+    features = network.token_whitening(text.tokens[text.mask])
+    assert not torch.equal(network.token_whitening.matrix, torch.eye(10))
+    torch.testing.assert_close(features.square().sum(1), torch.full((len(features),), 10.0))
+
+
+def test_token_states_that_are_not_in_the_cache_are_asked_of_the_stage_that_makes_them(run):
+    with pytest.raises(UserError, match=r"model\.text = tokens: the text cache has no token states; run `dvc repro"):
+        run(quick(text="tokens"))
 
 
 def test_a_training_resumes_with_other_code_and_says_so_once(run, tmp_path, logger, stop_after):

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 from torch import nn
 
 from latentloom.diffusion.denoising_error import denoising_error
+from latentloom.diffusion.text import Labels, Text, concatenate
 from latentloom.encoding.dataset import Caches, load_caches
 from latentloom.training.batches import PREFETCH_THREAD, Batch, batches
 
@@ -31,11 +32,16 @@ def drawn(caches: Caches, steps=STEPS, parts=PARTS) -> list[Batch]:
 
 def assert_equal(ours: list[Batch], theirs: list[Batch]) -> None:
     for one, other in zip(ours, theirs, strict=True):
-        for name, tensor, expected in zip(Batch._fields, one, other, strict=True):
-            assert torch.equal(tensor, expected), name
+        for name, *both in zip(Batch._fields, one, other, strict=True):
+            for tensor, expected in zip(*map(tensors, both), strict=True):
+                assert torch.equal(tensor, expected), name
 
 
-@pytest.mark.parametrize("kind", [{}, {"flip": False}, {"std": False}, {"weighted": False}])
+def tensors(labels: Labels) -> list[torch.Tensor]:
+    return [labels.pooled, labels.tokens, labels.mask] if isinstance(labels, Text) else [labels]
+
+
+@pytest.mark.parametrize("kind", [{}, {"flip": False}, {"std": False}, {"weighted": False}, {"tokens": True}])
 def test_batches_of_several_epochs_are_the_same(write_caches, kind):
     held, streamed = both_ways(write_caches(ROWS, **kind))
     assert_equal(drawn(held), drawn(streamed))
@@ -64,11 +70,27 @@ def test_batches_from_a_later_step_on_are_the_rest(write_caches, way):
     assert_equal(drawn(caches, range(7, 16)), drawn(caches)[2 * 7 :])
 
 
-def test_two_processes_see_the_halves_of_the_batches_of_one(write_caches):
-    held, streamed = both_ways(write_caches(ROWS))
+@pytest.mark.parametrize("tokens", [False, True])
+def test_two_processes_see_the_halves_of_the_batches_of_one(write_caches, tokens):
+    held, streamed = both_ways(write_caches(ROWS, tokens=tokens))
     halves = [drawn(caches, parts=[part]) for caches, part in ((held, slice(0, 6)), (streamed, slice(6, 12)))]
-    together = [Batch(*map(torch.cat, zip(*pair, strict=True))) for pair in zip(*halves, strict=True)]
+    together = [Batch(*map(concatenate, zip(*pair, strict=True))) for pair in zip(*halves, strict=True)]
     assert_equal(together, drawn(held, parts=[slice(0, 12)]))
+
+
+def test_a_batch_has_the_token_states_of_its_captions_and_none_to_see_where_they_are_dropped(write_caches):
+    caches = both_ways(write_caches(ROWS, tokens=True))[1]
+    known = caches.train.embeddings_at(slice(0, len(caches.train.texts)))
+    dropped = 0
+    for batch in drawn(caches):
+        for vector, states, mask in zip(batch.labels.pooled, batch.labels.tokens, batch.labels.mask, strict=True):
+            if not vector.any():
+                dropped += 1
+                assert not mask.any()
+                continue
+            caption = int((known.pooled == vector).all(1).nonzero()[0])
+            assert torch.equal(states[mask], known.tokens[caption][known.mask[caption]]) and mask.any()
+    assert dropped
 
 
 def test_a_latent_comes_with_one_of_its_own_captions(write_caches):
@@ -90,12 +112,14 @@ def test_a_latent_comes_with_one_of_its_own_captions(write_caches):
     assert met == own
 
 
-def test_the_validation_error_is_the_same(write_caches):
-    held, streamed = both_ways(write_caches(ROWS))
+@pytest.mark.parametrize("tokens", [False, True])
+def test_the_validation_error_is_the_same(write_caches, tokens):
+    held, streamed = both_ways(write_caches(ROWS, tokens=tokens))
 
     class Scales(nn.Module):
         def forward(self, x_t, noise_levels, labels):
-            return x_t * noise_levels.view(-1, 1, 1, 1) + labels.mean()
+            told = (labels.tokens * labels.mask.unsqueeze(2) if tokens else labels).mean()
+            return x_t * noise_levels.view(-1, 1, 1, 1) + told
 
     for one, other in ((held.train, streamed.train), (held.validation, streamed.validation)):
         errors = [denoising_error(Scales(), data, schedule="vp", noise_levels="cosine") for data in (one, other)]

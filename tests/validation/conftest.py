@@ -24,6 +24,7 @@ LIMITS = ValidateParams(
     caption_length=[2, 300],
     latent_mean=[-10.0, 10.0],
     latent_std=[0.05, 20.0],
+    max_cut_captions=0.05,
     embedding_norm=[0.1, 1000.0],
     val_fraction_tolerance=0.1,
 )
@@ -175,6 +176,7 @@ def write_caches(root: Path, images: int) -> Caches:
         pd.DataFrame({
             "id": caption_ids,
             "text": texts,
+            "tokens": np.int32(6),
             "key": [digest(f"embedding {n}") for n in range(images)],
             "shard": "00000.safetensors",
             "row": np.arange(images, dtype="int32"),
@@ -216,6 +218,7 @@ def write_caches(root: Path, images: int) -> Caches:
             "format_version": 2,
             "encoder": {"reference": "bundled", "class": "BertModel", "fingerprint": "text-1"},
             "dim": 384,
+            "max_tokens": 77,
             "rows": images,
         },
     )

@@ -61,8 +61,8 @@ def page(caches) -> Page:
 
 def test_the_counts_are_those_of_the_files(caches, page):
     assert (
-        "found 49 kept 41 rejected 8 train 37 validation 4 latents 40 latents rejected 1 captions 40 pairs 81"
-        in page.words
+        "found 49 kept 41 rejected 8 train 37 validation 4 latents 40 latents rejected 1 captions 40 captions cut 0 "
+        "pairs 81" in page.words
     )
     assert ["photos", "39", "31", "8", "29", "2", "1", "the photos of a test", "CC0"] in page.rows
     assert ["drawings", "10", "10", "0", "8", "2", "2", "the drawings of a test", "CC0"] in page.rows

@@ -36,7 +36,7 @@ def test_valid_caches_pass_every_check(caches):
         "dataset": 1,
     }
     names = [check.name for check in report.checks]
-    assert len(set(names)) == len(names) == 17
+    assert len(set(names)) == len(names) == 18
 
 
 def test_an_image_that_was_not_encoded(caches):
@@ -128,6 +128,20 @@ def test_captions_too_short_or_too_long(caches):
     report = caches.validate()
     assert failing(report) == {"caption_length_in_range": (3, tuple(ids))}
     assert report.failures[0].observed == (1, 301, 0)
+
+
+def test_captions_that_are_cut_are_counted_and_may_be_a_few(caches):
+    """Of 40, two are within the limit of 0.05 and three are not; a caption of exactly as many tokens is whole."""
+    caches.set("captions", [1], tokens=77)
+    ids = caches.set("captions", [4, 5], tokens=78)
+    report = caches.validate(docs=True)
+    assert report.success
+    assert "captions cut</dt><dd>2<" in (caches.root / "docs/index.html").read_text()
+    ids += caches.set("captions", [9], tokens=1000)
+    report = caches.validate()
+    assert failing(report) == {"captions_read_whole": (3, tuple(ids))}
+    assert report.failures[0].observed == (78, 78, 1000)
+    assert caches.validate(caches.limits.model_copy(update={"max_cut_captions": 0.1})).success
 
 
 def test_embeddings_that_are_not_finite(caches):
@@ -229,7 +243,7 @@ def test_the_same_input_gives_the_same_bytes(make_caches):
 def test_a_failure_says_what_how_many_which_and_what_to_do(caches, capfd, caplog):
     ids = caches.set("latents", list(range(7)), mean=np.float32(99.0))
     text = caches.validate().explain()
-    assert "1 of 17 checks failed" in text
+    assert "1 of 18 checks failed" in text
     assert "latent_mean_in_range: 7 of 40 latents" in text
     assert "lies in [-10.0, 10.0]" in text
     assert "found: 99.0" in text

@@ -1,9 +1,9 @@
 """The science of latent diffusion, on torch and NumPy alone: noise, a denoiser, and the way back from noise.
 
 `noise` says how latents become noise and what one step back is; `embeddings`, `blocks` and `unet` build the denoiser,
-with `fast` for quick forms of two layers; `samplers` string steps into a trajectory; `diffuser` follows one from
-noise to latents with `sampling_settings`; `decoding` makes pixels of those, and `plotting` shows them. `layouts` takes
-arrays and tensors in either layout.
+with `fast` for quick forms of two layers, and `text` is what it is told of captions; `samplers` string steps into a
+trajectory; `diffuser` follows one from noise to latents with `sampling_settings`; `decoding` makes pixels of those, and
+`plotting` shows them. `layouts` takes arrays and tensors in either layout.
 
 `from latentloom.diffusion import Diffuser` works for each name below; a module is imported when a name of it is first
 asked for, so that reading settings does not load torch. The names `seeds_nhwc`, `labels_np`, `array_nhwc`, `perc`,
@@ -32,6 +32,7 @@ _NAMES = {
         "sampling_levels",
     ],
     "plotting": ["imshow", "plot_images"],
+    "text": ["Text"],
     "samplers": ["SAMPLERS", "ddim", "dpmpp_2m"],
     "sampling_settings": ["SamplingSettings"],
     "unet": ["TiledMerge", "UNet", "get_network"],

@@ -9,6 +9,7 @@ a feature map starts by adding nothing (its last layer is zero), so a deep stack
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,9 +53,18 @@ def split_heads(tokens: torch.Tensor) -> torch.Tensor:
     return tokens.unflatten(2, (1 if channels % 64 else channels // 64, -1)).transpose(1, 2)
 
 
-def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Attention of `(B, N, C)` queries over `(B, T, C)` keys and values."""
-    return fast.attention(*map(split_heads, (query, key, value))).transpose(1, 2).flatten(2)
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attention of `(B, N, C)` queries over `(B, T, C)` keys and values, those that `mask` `(B, T)` shows."""
+    return fast.attention(*map(split_heads, (query, key, value)), mask).transpose(1, 2).flatten(2)
+
+
+class Tokens(NamedTuple):
+    """Text for cross-attention: states `(B, T, txt_ch)` of which `mask` `(B, T)`, bool, shows at least one each."""
+
+    states: torch.Tensor
+    mask: torch.Tensor
 
 
 class SkipConv2d(nn.Module):
@@ -173,8 +183,8 @@ class SpatialAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention of the positions of a feature map `(B, img_ch, H, W)` over text, added to the map.
 
-    The text is tokens `(B, T, txt_ch)`, or one vector `(B, txt_ch)`. Over a single vector attention has
-    nothing to choose from (its one weight is 1), so give several tokens where you can.
+    The text is tokens `(B, T, txt_ch)`, all of them seen, or `Tokens` with a mask; or one vector `(B, txt_ch)`. Over a
+    single vector attention has nothing to choose from (its one weight is 1), so give several tokens where you can.
     """
 
     def __init__(self, img_ch: int, txt_ch: int):
@@ -184,12 +194,13 @@ class CrossAttention(nn.Module):
         self.key_value = nn.Linear(txt_ch, 2 * img_ch, bias=False)
         self.out = _zero(nn.Linear(img_ch, img_ch))
 
-    def forward(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        if text.ndim == 2:
-            text = text[:, None]
-        key, value = self.key_value(text).chunk(2, dim=2)
+    def forward(self, x: torch.Tensor, text: torch.Tensor | Tokens) -> torch.Tensor:
+        states, mask = text if isinstance(text, Tokens) else (text, None)
+        if states.ndim == 2:
+            states = states[:, None]
+        key, value = self.key_value(states).chunk(2, dim=2)
         query = self.query(_to_tokens(self.norm(x)))
-        return x + _to_map(self.out(_attend(query, key, value)), x)
+        return x + _to_map(self.out(_attend(query, key, value, mask)), x)
 
 
 class ConditionedLayer(nn.Module):
@@ -221,7 +232,7 @@ class ConditionedLayer(nn.Module):
         self,
         x: torch.Tensor,
         condition: torch.Tensor | None = None,
-        text: torch.Tensor | None = None,
+        text: torch.Tensor | Tokens | None = None,
         skip: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if self.checkpointed and self.training and torch.is_grad_enabled():
@@ -233,7 +244,7 @@ class ConditionedLayer(nn.Module):
         self,
         x: torch.Tensor,
         condition: torch.Tensor | None,
-        text: torch.Tensor | None,
+        text: torch.Tensor | Tokens | None,
         skip: torch.Tensor | None,
     ) -> torch.Tensor:
         x = self.residual(x, condition, skip)
@@ -270,7 +281,7 @@ class DownBlock(nn.Module):
         self.downsample = nn.Conv2d(out_ch, out_ch, 3, stride=2, padding=1) if downsample else None
 
     def forward(
-        self, x: torch.Tensor, condition: torch.Tensor | None = None, text: torch.Tensor | None = None
+        self, x: torch.Tensor, condition: torch.Tensor | None = None, text: torch.Tensor | Tokens | None = None
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         skips = []
         for layer in self.layers:
@@ -316,7 +327,7 @@ class UpBlock(nn.Module):
         x: torch.Tensor,
         skips: list[torch.Tensor],
         condition: torch.Tensor | None = None,
-        text: torch.Tensor | None = None,
+        text: torch.Tensor | Tokens | None = None,
     ) -> torch.Tensor:
         for layer, skip in zip(self.layers, reversed(skips), strict=True):
             x = layer(x, condition, text, skip)

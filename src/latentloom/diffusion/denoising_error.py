@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from latentloom.diffusion.noise import get_schedule, noise_levels_from_uniform
+from latentloom.diffusion.text import Labels
 
 LEVELS_PER_ROW = 8
 ROWS_PER_CHUNK = 128  # fixed: a chunk's number seeds its noise
@@ -31,7 +32,7 @@ class LatentRows(Protocol):
 
     def latents_at(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor | None]: ...
 
-    def embeddings_at(self, rows: torch.Tensor) -> torch.Tensor: ...
+    def embeddings_at(self, rows: torch.Tensor) -> Labels: ...
 
 
 class Processes(Protocol):

@@ -16,8 +16,9 @@ from latentloom.diffusion.layouts import Array, Layout, home_of, to_nchw, to_ten
 from latentloom.diffusion.noise import Schedule, dynamic_thresholding, get_schedule, sampling_levels
 from latentloom.diffusion.samplers import SAMPLERS
 from latentloom.diffusion.sampling_settings import SamplingSettings
+from latentloom.diffusion.text import Labels, Text, concatenate, no_text
 
-Denoiser = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Denoiser = Callable[[torch.Tensor, torch.Tensor, Labels], torch.Tensor]
 
 
 class Diffuser:
@@ -34,7 +35,8 @@ class Diffuser:
     latent_channels:    C, to tell the layouts apart.
     autocast_dtype:     such as `torch.bfloat16`: the denoiser then runs under autocast, the rest as before.
 
-    Labels are text embeddings `(B, text_dim)`; an embedding of zeros is the null label. Inputs move to the
+    Labels are text embeddings `(B, text_dim)`, an embedding of zeros being the null label; or a `Text` of these and
+    token states, for a denoiser that reads them, which gets labels in the form that came in. Inputs move to the
     denoiser's device, results back to where the inputs came from. Raises `ValueError` naming a wrong argument.
     """
 
@@ -61,22 +63,22 @@ class Diffuser:
         self.noise_levels = sampling_levels(self.settings.diffusion_steps, self.schedule.spacing)
 
     def predict_x_zero(
-        self, x_t: Array, labels: Array, noise_level_scalar: float, *, layout: Layout | None = None
+        self, x_t: Array, labels: Array | Text, noise_level_scalar: float, *, layout: Layout | None = None
     ) -> Array:
         """The guided prediction of the clean latents, before thresholding, in the layout and kind of `x_t`.
 
         Classifier-free guidance (Ho & Salimans 2022) in terms of x0: `w x0(labels) + (1 - w) x0(null)`.
-        `x_t`: `(B, C, H, W)` or `(B, H, W, C)`; `labels`: `(B, text_dim)`; one noise level for all samples.
+        `x_t`: `(B, C, H, W)` or `(B, H, W, C)`; `labels`: `(B, text_dim)` or a `Text`; one noise level for all samples.
         """
         x, text, restore = self._to_device(x_t, labels, layout)
         with torch.no_grad():
             return restore(self._predict(x, text, float(noise_level_scalar)))
 
-    def reverse_diffusion(self, seeds_nhwc: Array, labels_np: Array, *, layout: Layout | None = None) -> Array:
+    def reverse_diffusion(self, seeds_nhwc: Array, labels_np: Array | Text, *, layout: Layout | None = None) -> Array:
         """Denoise standard normal seeds into latents that fit the labels, like the seeds in layout and kind.
 
-        `seeds_nhwc`: `(B, H, W, C)` or `(B, C, H, W)`; `labels_np`: `(B, text_dim)`; arrays or tensors. The
-        same seeds and labels give the same latents; a sample does not depend on the others in its batch.
+        `seeds_nhwc`: `(B, H, W, C)` or `(B, C, H, W)`; `labels_np`: `(B, text_dim)` or a `Text`; arrays or
+        tensors. The same seeds and labels give the same latents; a sample does not depend on the others in its batch.
         """
         x, text, restore = self._to_device(seeds_nhwc, labels_np, layout)
         percentile = self.settings.threshold_percentile
@@ -92,33 +94,37 @@ class Diffuser:
                 x = latents
             return restore(x)
 
-    def _predict(self, x: torch.Tensor, text: torch.Tensor, noise_level: float) -> torch.Tensor:
+    def _predict(self, x: torch.Tensor, text: Labels, noise_level: float) -> torch.Tensor:
         """The guided prediction of x0, or the plain one where guidance changes nothing or is off."""
         low, high = self.settings.guidance_interval
         w = self.settings.class_guidance if low <= noise_level <= high else 1
         if w == 0:
-            return self._ask(x, torch.zeros_like(text), noise_level)
+            return self._ask(x, no_text(text), noise_level)
         if w == 1:
             return self._ask(x, text, noise_level)
-        both = torch.cat([text, torch.zeros_like(text)])
+        both = concatenate([text, no_text(text)])
         conditional, unconditional = self._ask(torch.cat([x, x]), both, noise_level).chunk(2)
         guided = w * conditional + (1 - w) * unconditional
         phi = self.settings.guidance_rescale
         return _rescale(guided, conditional, phi) if phi else guided
 
-    def _ask(self, x: torch.Tensor, text: torch.Tensor, noise_level: float) -> torch.Tensor:
+    def _ask(self, x: torch.Tensor, text: Labels, noise_level: float) -> torch.Tensor:
         levels = x.new_full((x.shape[0],), noise_level)
         with torch.autocast(x.device.type, self.autocast_dtype) if self.autocast_dtype else nullcontext():
             return self.denoiser(x, levels, text).to(x.dtype)
 
     def _to_device(
-        self, latents: Array, labels: Array, layout: Layout | None
-    ) -> tuple[torch.Tensor, torch.Tensor, Callable[[torch.Tensor], Array]]:
+        self, latents: Array, labels: Array | Text, layout: Layout | None
+    ) -> tuple[torch.Tensor, Labels, Callable[[torch.Tensor], Array]]:
         """Latents and labels on the denoiser's device in its precision (float32 at least), and the way back."""
         device, dtype = home_of(self.denoiser)
         if dtype:
             dtype = torch.promote_types(dtype, torch.float32)
         x, restore = to_nchw(latents, latent_channels=self.latent_channels, layout=layout, device=device, dtype=dtype)
+        if isinstance(labels, Text):
+            if len(labels) != len(x):
+                raise ValueError(f"labels must be one per sample: there are {len(labels)} for {len(x)} samples")
+            return x, labels.to(x.device, dtype), restore
         text, _ = to_tensor(labels, device=x.device, dtype=dtype)
         if text.ndim != 2 or text.shape[0] != x.shape[0]:
             raise ValueError(

@@ -11,7 +11,7 @@ from torch import nn
 
 from latentloom.diffusion.layouts import Array, to_tensor
 
-VARIANCE_FLOOR = 0.1  # of the mean variance per direction: what varies less is noise, and stays small
+VARIANCE_FLOOR = 1.0  # of the mean variance per direction: what varies less is mostly noise, and stays small
 
 
 def embedding_frequencies(emb_dim: int = 32) -> torch.Tensor:
@@ -47,12 +47,13 @@ class NoiseEmbedding(nn.Module):
 
 
 class TextWhitening(nn.Module):
-    """Whitened text embeddings `(B, text_dim)`: of zero mean, and of about the same variance along every direction.
+    """Whitened text embeddings or token states `(..., text_dim)`: of zero mean, and of about one variance everywhere.
 
     Captions that share most words have nearly the same embedding (a cosine of 0.87 between the skin tones of an emoji),
     and what tells them apart lies along directions of little variance, which a network would learn last. Only the
     direction of an embedding counts, so encoders of unit and of larger norm train alike. The features have the norm
     `sqrt(text_dim)`; zeros, "no text", stay zeros. Until `fit` has measured captions, only the norm changes.
+    Token states are the same case: most of a caption's tokens stand in most captions.
     """
 
     def __init__(self, text_dim: int):
@@ -62,7 +63,7 @@ class TextWhitening(nn.Module):
 
     @torch.no_grad()
     def fit(self, embeddings: torch.Tensor) -> None:
-        """Measure the captions' embeddings `(M, text_dim)`: ZCA whitening (Kessy, Lewin & Strimmer 2018), with a floor.
+        """Measure embeddings or token states `(M, text_dim)`: ZCA whitening, floored (Kessy, Lewin & Strimmer 2018).
 
         Where all captions are one, there is nothing to tell apart, and nothing changes.
         """
@@ -76,6 +77,6 @@ class TextWhitening(nn.Module):
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
         with torch.autocast(embeddings.device.type, enabled=False):  # small differences are the point
-            directions = F.normalize(embeddings.to(self.mean), dim=1)
-            features = F.normalize((directions - self.mean) @ self.matrix, dim=1) * len(self.mean) ** 0.5
-        return torch.where(embeddings.any(dim=1, keepdim=True), features, 0.0)
+            directions = F.normalize(embeddings.to(self.mean), dim=-1)
+            features = F.normalize((directions - self.mean) @ self.matrix, dim=-1) * len(self.mean) ** 0.5
+        return torch.where(embeddings.any(dim=-1, keepdim=True), features, 0.0)

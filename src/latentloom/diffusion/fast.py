@@ -6,16 +6,23 @@ import torch
 import torch.nn.functional as F
 
 
-def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """`F.scaled_dot_product_attention` of `(B, heads, N, C)` queries, `(B, heads, T, C)` keys and values.
+
+    `mask` `(B, T)`, bool, says which keys are seen; at least one of each `(T,)` must be.
 
     On a CPU it is computed step by step: over some dozens of tokens, forward and backward, that is three to seven
     times as fast as the fused kernel (torch 2.13).
     """
+    seen = None if mask is None else mask[:, None, None]
     if query.device.type != "cpu":
-        return F.scaled_dot_product_attention(query, key, value)
-    weights = ((query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)).softmax(-1)
-    return weights @ value
+        return F.scaled_dot_product_attention(query, key, value, seen)
+    logits = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    if seen is not None:
+        logits = logits.masked_fill(~seen, -torch.inf)
+    return logits.softmax(-1) @ value
 
 
 def conv_of_upsampled(x: torch.Tensor, kernel: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -3,7 +3,10 @@
     x_t ------------------------ 3x3 conv --- merge --- DownBlocks --- middle --- UpBlocks --- head --> x0_hat
     noise level -- 32 sinusoids --.             |           |            |           |
     text embedding --- linear ----'- condition -'-- FiLM ---+------------+-----------'
-                   '-- linear --- 8 tokens --------- cross-attention, at all levels but the finest
+                   '-- linear --- 8 tokens ---.----- cross-attention, at all levels but the finest
+    token states ------ linear --- T tokens --'
+
+The token states are optional, see `Text`: one vector can hardly say which word belongs to which part of a picture.
 
 The condition enters twice. Merged into the input, it reaches every position once; and by FiLM it rescales the
 features of every residual block, since what a layer should do depends on the noise level: find the large
@@ -19,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from latentloom.diffusion.blocks import ConditionedLayer, DownBlock, UpBlock, group_norm
+from latentloom.diffusion.blocks import ConditionedLayer, DownBlock, Tokens, UpBlock, group_norm
 from latentloom.diffusion.embeddings import NoiseEmbedding, TextWhitening
+from latentloom.diffusion.text import Labels, Text, pooled
 
 NOISE_EMB_DIM = 32  # of the noise-level embedding
 TEXT_TOKENS = 8  # that the text embedding is spread over for cross-attention
@@ -55,6 +59,7 @@ class UNet(nn.Module):
     block_depth:      layers per level, down and up.
     emb_size:         size of the projected text, of the conditioning vector and of a text token.
     text_dim:         size of the text embedding that the encoder gives.
+    token_dim:        size of the token states that the encoder gives; None: the network reads the embedding alone.
 
     The layers of all levels but the finest, where it costs the most, have self- and cross-attention.
     `gradient_checkpointing`, False unless set, trades time for memory in training (see `ConditionedLayer`); it changes
@@ -68,15 +73,16 @@ class UNet(nn.Module):
         block_depth: int = 2,
         emb_size: int = 256,
         text_dim: int = 512,
+        token_dim: int | None = None,
     ):
         super().__init__()
-        if not widths or min(*widths, latent_channels, block_depth, emb_size, text_dim) < 1:
+        if not widths or min(*widths, latent_channels, block_depth, emb_size, text_dim, token_dim or 1) < 1:
             raise ValueError(
                 "a UNet needs at least one width, and no size below 1; given were "
-                f"{latent_channels=}, {widths=}, {block_depth=}, {emb_size=}, {text_dim=}"
+                f"{latent_channels=}, {widths=}, {block_depth=}, {emb_size=}, {text_dim=}, {token_dim=}"
             )
         self.latent_channels = latent_channels
-        self.text_dim = text_dim
+        self.text_dim, self.token_dim = text_dim, token_dim
         self.halvings = len(widths) - 1
 
         self.noise_embedding = NoiseEmbedding(NOISE_EMB_DIM)
@@ -85,6 +91,8 @@ class UNet(nn.Module):
         self.text_tokens = nn.Sequential(
             nn.Linear(text_dim, TEXT_TOKENS * emb_size), nn.Unflatten(1, (TEXT_TOKENS, -1))
         )
+        self.token_whitening = TextWhitening(token_dim) if token_dim else None
+        self.token_projection = nn.Linear(token_dim, emb_size) if token_dim else None
         self.condition = nn.Sequential(
             nn.Linear(NOISE_EMB_DIM + emb_size, emb_size), nn.SiLU(), nn.Linear(emb_size, emb_size), nn.SiLU()
         )
@@ -125,21 +133,22 @@ class UNet(nn.Module):
     def _layers(self) -> Iterator[ConditionedLayer]:
         return (module for module in self.modules() if isinstance(module, ConditionedLayer))
 
-    def forward(self, x_t: torch.Tensor, noise_levels: torch.Tensor, text_embeddings: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_t: torch.Tensor, noise_levels: torch.Tensor, text_embeddings: Labels) -> torch.Tensor:
         """Predict the clean latents from noised ones.
 
         `x_t` `(B, C, H, W)`; `noise_levels` in [0, 1], `(B,)`, `(B, 1)` or `(B, 1, 1, 1)`, or one for all;
-        `text_embeddings` `(B, text_dim)`.
+        `text_embeddings` `(B, text_dim)`, or a `Text` of these and token states, which a network with `token_dim` needs
+        and one without does not look at.
 
-        Returns `x0_hat` `(B, C, H, W)` in float32 or better, under autocast too. A text embedding of zeros is
-        "no text".
+        Returns `x0_hat` `(B, C, H, W)` in float32 or better, under autocast too. A text embedding of zeros (without
+        tokens that are seen) is "no text".
         """
         self._check_shapes(x_t, noise_levels, text_embeddings)
         dtype = self.head.weight.dtype
-        text = self.text_whitening(text_embeddings)
+        text = self.text_whitening(pooled(text_embeddings))
         noise = self.noise_embedding(noise_levels).expand(x_t.shape[0], -1)
         embedding = torch.cat([noise, self.text_projection(text)], dim=1)
-        condition, tokens = self.condition(embedding), self.text_tokens(text)
+        condition, tokens = self.condition(embedding), self._tokens(text, text_embeddings)
 
         h = self.stem(x_t.to(dtype).contiguous(memory_format=torch.channels_last))
         h = self.merge(h, embedding)
@@ -155,7 +164,19 @@ class UNet(nn.Module):
         with torch.autocast(x_t.device.type, enabled=False):  # the prediction itself keeps all its digits
             return self.head(h.to(dtype))
 
-    def _check_shapes(self, x_t: torch.Tensor, noise_levels: torch.Tensor, text_embeddings: torch.Tensor) -> None:
+    def _tokens(self, text: torch.Tensor, labels: Labels) -> torch.Tensor | Tokens:
+        """What cross-attention sees: tokens made of the whitened vector, and those of the caption beside them.
+
+        The first are always seen, so there is something to attend to without text too: their biases.
+        """
+        tokens = self.text_tokens(text)
+        if self.token_dim is None:
+            return tokens
+        states = self.token_projection(self.token_whitening(labels.tokens))
+        mask = torch.cat([labels.mask.new_ones(tokens.shape[:2]), labels.mask], dim=1)
+        return Tokens(torch.cat([tokens, states.to(tokens.dtype)], dim=1), mask)
+
+    def _check_shapes(self, x_t: torch.Tensor, noise_levels: torch.Tensor, labels: Labels) -> None:
         if x_t.ndim != 4 or x_t.shape[1] != self.latent_channels:
             raise ValueError(f"x_t must be (B, {self.latent_channels}, H, W), not {tuple(x_t.shape)}")
         height, width = x_t.shape[2:]
@@ -166,11 +187,15 @@ class UNet(nn.Module):
             )
         if noise_levels.numel() not in (1, x_t.shape[0]):
             raise ValueError(f"{noise_levels.numel()} noise levels for {x_t.shape[0]} samples: need one, or one each")
-        if text_embeddings.shape != (x_t.shape[0], self.text_dim):
+        shape = tuple(pooled(labels).shape)
+        if shape != (x_t.shape[0], self.text_dim):
+            raise ValueError(f"text_embeddings must be ({x_t.shape[0]}, {self.text_dim}), one per sample, not {shape}")
+        if self.token_dim is not None and not isinstance(labels, Text):
             raise ValueError(
-                f"text_embeddings must be ({x_t.shape[0]}, {self.text_dim}), one per sample, "
-                f"not {tuple(text_embeddings.shape)}"
+                "this UNet reads token states: give text_embeddings as a Text of vectors, token states and a mask"
             )
+        if self.token_dim is not None and labels.tokens.shape[2] != self.token_dim:
+            raise ValueError(f"token states must be (B, T, {self.token_dim}), not {tuple(labels.tokens.shape)}")
 
 
 def get_network(
@@ -181,6 +206,7 @@ def get_network(
     *,
     widths: Sequence[int] = (128, 256, 512),
     text_dim: int = 512,
+    token_dim: int | None = None,
 ) -> UNet:
     """A `UNet` for square latents of `latent_image_size`, checked to fit.
 
@@ -192,4 +218,4 @@ def get_network(
             f"latent_image_size {latent_image_size} cannot be halved {halvings} times, as {len(widths)} "
             f"widths ask for: it must be a multiple of {2 ** max(halvings, 0)}"
         )
-    return UNet(latent_channels, widths, block_depth, emb_size, text_dim)
+    return UNet(latent_channels, widths, block_depth, emb_size, text_dim, token_dim)

@@ -34,7 +34,16 @@ import torch
 from safetensors.torch import save
 from tqdm import tqdm
 
-from latentloom.encoding.shard_files import SHARDS, DamagedShardError, Tensors, load_shard, read_shard
+from latentloom.encoding.shard_files import (
+    ENDS,
+    SHARDS,
+    DamagedShardError,
+    Tensors,
+    load_shard,
+    ragged,
+    ragged_names,
+    read_shard,
+)
 from latentloom.files import atomic_path
 from latentloom.sharding import shard_ranges
 
@@ -193,7 +202,8 @@ class Plan:
         """Write the shards that the store did not have; other shards that are in the folder are deleted at the end.
 
         Args:
-            batches: the rows ``missing``, in order, in batches of any size, as tensors (rows, ...).
+            batches: the rows ``missing``, in order, in batches of any size, as a shard's tensors; the first of them
+                is (rows, ...).
             stage, unit: for the progress bar: its title, and what a row is of.
 
         Yields:
@@ -237,8 +247,20 @@ def _rows(batches: Iterable[Tensors], progress: tqdm) -> Iterator[Row]:
 
 
 def _stack(rows: Sequence[Row]) -> Tensors:
-    """The tensors of a shard, put together from those of its rows; all rows of a tensor have one shape."""
-    return {name: torch.stack([tensors[name][row] for tensors, row in rows]) for name in rows[0][0]}
+    """The tensors of a shard, put together from those of its rows: of one shape, unless a tensor is ragged."""
+    first = rows[0][0]
+    of_lengths = ragged_names(first)
+    stacked: Tensors = {}
+    for name in of_lengths:
+        stacked |= ragged([_items(tensors, name, row) for tensors, row in rows], name)
+    return stacked | {
+        name: torch.stack([tensors[name][row] for tensors, row in rows]) for name in first if name not in stacked
+    }
+
+
+def _items(tensors: Tensors, name: str, row: int) -> torch.Tensor:
+    ends = tensors[name + ENDS]
+    return tensors[name][int(ends[row - 1]) if row else 0 : int(ends[row])]
 
 
 def _open(path: Path) -> tuple[Tensors, list[str], str]:

@@ -1,7 +1,8 @@
 """The training data: latents and caption embeddings as the caches hold them, standardised a batch at a time.
 
     data/latents  -> raw rows, fp16  -> z0 = (raw - mean) / std per channel, (B, C, h, w), fp32
-    data/text     -> raw rows, fp16  -> embeddings (B, dim), fp32; each image names its captions by row
+    data/text     -> raw rows, fp16  -> embeddings (B, dim), fp32, and token states (B, T, token_dim) where there are
+                                        any; each image names its captions by row
 
 The raw rows are on the device, or streamed from the disk where they do not fit (`latentloom.encoding.row_sources`).
 """
@@ -15,10 +16,11 @@ import numpy as np
 import pandas as pd
 import torch
 
+from latentloom.diffusion.text import Labels, Text
 from latentloom.encoding.codec import LatentCodec
 from latentloom.encoding.free_memory import free_memory
-from latentloom.encoding.row_sources import Rows, RowSource, StreamedRows
-from latentloom.encoding.shard_files import FLIPPED, INDEX, PAIRS, STATS
+from latentloom.encoding.row_sources import MASK, Rows, RowSource, StreamedRows
+from latentloom.encoding.shard_files import FLIPPED, INDEX, PAIRS, STATS, TOKENS
 from latentloom.errors import UserError
 from latentloom.files import read_json, read_table, sha256_file
 
@@ -31,7 +33,8 @@ class LatentDataset:
         ids: the images' ids (N).
         latents: raw latents; a row is ``mean``, and ``std`` unless the VAE is deterministic, (C, h, w) each.
         codec: standardises them.
-        text: raw caption embeddings; a row is an ``embedding`` (dim,).
+        text: raw caption embeddings; a row is an ``embedding`` (dim,), and ``tokens`` (T, token_dim) where the cache
+            holds token states.
         texts: the captions (M).
         captions: for each image the rows of its captions in ``text`` (N, K), the primary one first; short lists
             are filled by repeating from the start, so a uniform choice of a column below ``caption_counts`` is fair.
@@ -82,9 +85,12 @@ class LatentDataset:
         std = self.codec.standardise_std(raw["std"]) if "std" in raw else None
         return self.codec.standardise(raw["mean"]), std
 
-    def embeddings_at(self, rows: Rows) -> torch.Tensor:
-        """Caption embeddings (B, dim), fp32, of ``rows`` of ``text``."""
-        return self.text.gather(rows)["embedding"].float()
+    def embeddings_at(self, rows: Rows) -> Labels:
+        """Caption embeddings (B, dim), fp32, of ``rows`` of ``text``; a `Text` where the cache holds token states."""
+        raw = self.text.gather(rows)
+        if TOKENS not in raw:
+            return raw["embedding"].float()
+        return Text(raw["embedding"].float(), raw[TOKENS].float(), raw[TOKENS + MASK])
 
     def parts(self, size: int) -> Iterator[tuple[slice, torch.Tensor]]:
         """All rows in order, at most ``size`` at a time: which they are, and their ``mean`` (B, C, h, w)."""
@@ -96,8 +102,8 @@ class LatentDataset:
         """Each image's primary caption."""
         return self.texts.iloc[self.captions[:, 0].tolist()].tolist()
 
-    def primary_embeddings(self) -> torch.Tensor:
-        """The embedding of each image's primary caption (N, dim)."""
+    def primary_embeddings(self) -> Labels:
+        """The embedding of each image's primary caption (N, dim), or a `Text` of them."""
         return self.embeddings_at(self.captions[:, 0])
 
     def take(self, count: int) -> "LatentDataset":

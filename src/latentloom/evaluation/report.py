@@ -15,6 +15,7 @@ from PIL import Image
 
 from latentloom.devices import autocast_dtype
 from latentloom.diffusion.denoising_error import BINS, bin_name, denoising_error
+from latentloom.diffusion.text import concatenate
 from latentloom.encoding.codec import LatentCodec
 from latentloom.encoding.dataset import Caches, LatentDataset
 from latentloom.evaluation.held_out import HeldOut, measure
@@ -77,11 +78,11 @@ def evaluate(params: Params, model: TextToImage, caches: Caches, images: Path) -
         noise_levels=params.diffusion.noise_levels,
         dtype=autocast_dtype(settings.sampling.precision, model.device),
     )
-    prompted = torch.from_numpy(model.text_encoder.encode(settings.prompts))
+    prompted = model.embed(settings.prompts)
     # The first by id: as good as random, and the same in each run.
     held_out = caches.validation.take(settings.held_out_captions)
     known = caches.train.take(settings.training_captions)
-    embeddings = torch.cat([prompted, *(data.primary_embeddings().cpu() for data in (known, held_out))])
+    embeddings = concatenate([prompted, *(data.primary_embeddings().to("cpu") for data in (known, held_out))])
     names = [*(f"prompt {prompt}" for prompt in settings.prompts), *known.ids, *held_out.ids]
     latents = model.latents(embeddings, names, settings.sampling, seed=params.seed)
     of_prompts, of_known, of_held_out = latents.split([len(prompted), len(known), len(held_out)])

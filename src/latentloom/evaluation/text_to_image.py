@@ -9,7 +9,7 @@ one number start from the same noise whatever their prompt, so prompts can be co
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import latentloom
 from latentloom.devices import autocast_dtype, choose_device
 from latentloom.diffusion.diffuser import Diffuser
 from latentloom.diffusion.sampling_settings import SamplingSettings
+from latentloom.diffusion.text import Labels, Text, trimmed
 from latentloom.diffusion.unet import UNet
 from latentloom.encoding.codec import LatentCodec
 from latentloom.encoding.text_encoder import TextEncoder, load_text_encoder
@@ -69,22 +70,32 @@ class TextToImage:
     ) -> np.ndarray:
         """``count`` samples of each prompt, uint8 (P, count, H, W, 3); their numbers begin with ``first``."""
         numbers = [str(number) for number in range(first, first + count)]
-        embeddings = torch.from_numpy(self.text_encoder.encode(prompts)).repeat_interleave(count, dim=0)
+        embeddings = self.embed(prompts)[torch.arange(len(prompts)).repeat_interleave(count)]
         batch_size = 1 if self.device.type == "cpu" else BATCH_SIZE
         latents = self.latents(embeddings, numbers * len(prompts), settings, seed=seed, batch_size=batch_size)
         images = self.codec.decode(latents, batch_size=batch_size)
         return images.reshape(len(prompts), count, *images.shape[1:])
 
+    def embed(self, prompts: Sequence[str]) -> Labels:
+        """What the network reads of prompts: embeddings (P, dim), or a `Text` of these and token states; on the CPU."""
+        if self.config.token_dim is None:
+            return torch.from_numpy(self.text_encoder.encode(prompts))
+        encoded = self.text_encoder.encode_tokens(prompts)
+        states = [torch.from_numpy(own) for own in encoded.states]
+        lengths = torch.tensor([len(own) for own in states])
+        tokens = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
+        return Text(torch.from_numpy(encoded.pooled), tokens, torch.arange(tokens.shape[1]) < lengths.unsqueeze(1))
+
     def latents(
         self,
-        embeddings: torch.Tensor,
+        embeddings: Labels,
         names: Sequence[str],
         settings: SamplingSettings,
         *,
         seed: int,
         batch_size: int = BATCH_SIZE,
     ) -> torch.Tensor:
-        """A standardised latent (B, C, h, w) for each text embedding (B, dim), on the network's device.
+        """A standardised latent (B, C, h, w) for each text embedding (B, dim) or text, on the network's device.
 
         The noise that a sample starts from is a function of ``seed`` and its name alone, so asking for more samples
         does not change those already asked for.
@@ -102,7 +113,8 @@ class TextToImage:
         with tqdm(total=len(names), desc="sample", unit="image") as progress:
             for start in range(0, len(names), batch_size):
                 part = slice(start, start + batch_size)
-                samples.append(diffuser.reverse_diffusion(noise[part], embeddings[part].to(self.device), layout="nchw"))
+                labels = trimmed(embeddings[part]).to(self.device)
+                samples.append(diffuser.reverse_diffusion(noise[part], labels, layout="nchw"))
                 progress.update(len(samples[-1]))
         return torch.cat(samples)
 
@@ -140,7 +152,9 @@ def load_text_to_image(
     device = device or choose_device()
     network, config = load_model(folder, device)
     vae = _encoder(load_vae, folder / "vae", config.vae, device)
-    text_encoder = _encoder(load_text_encoder, folder / "text_encoder", config.text_encoder, device)
+    text_encoder = _encoder(
+        partial(load_text_encoder, max_tokens=config.max_tokens), folder / "text_encoder", config.text_encoder, device
+    )
     codec = LatentCodec(config.latent_mean, config.latent_std, load_vae=lambda: vae)
     return TextToImage(network, config, codec, text_encoder, model_hash(folder), provenance)
 

@@ -16,26 +16,27 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from latentloom.diffusion.noise import noise_levels_from_uniform
+from latentloom.diffusion.text import Labels, drop
 from latentloom.encoding.dataset import LatentDataset
 from latentloom.randomness import generator
 
 PREFETCHED_STEPS = 2
 PREFETCH_THREAD = "batch-prefetch"
 
-Parts = TypeVar("Parts", bound=Sequence[Iterable[torch.Tensor]])
+Parts = TypeVar("Parts", bound=Sequence[Iterable[Labels]])
 
 
 class Batch(NamedTuple):
     """What a step computes on, or a part of it.
 
-    Clean latents and noise (B, C, h, w), noise levels (B,), text embeddings (B, dim), and the rows of the data set (B,)
-    that they come from.
+    Clean latents and noise (B, C, h, w), noise levels (B,), text embeddings (B, dim), with token states where the data
+    set has them, and the rows of the data set (B,) that they come from.
     """
 
     latents: torch.Tensor
     noise: torch.Tensor
     noise_levels: torch.Tensor
-    labels: torch.Tensor
+    labels: Labels
     rows: torch.Tensor
 
 
@@ -77,8 +78,8 @@ def draw_batch(
     """Draw what a step's ``rows`` (B,) need: captions, dropped labels, mirroring, samples of latents, noise, levels.
 
     Noise levels are stratified over the batch: one from each of B equal slices of the distribution (in the spirit of
-    Kingma et al. 2021, appendix I.1), which lowers the variance of the loss. A dropped label is the zero embedding
-    (Ho & Salimans 2022).
+    Kingma et al. 2021, appendix I.1), which lowers the variance of the loss. A dropped label is "no text" (Ho &
+    Salimans 2022): the zero embedding, and no token to be seen.
     """
     device, size = data.device, len(rows)
 
@@ -102,7 +103,7 @@ def draw_batch(
         latents, std = data.latents_at(latent_rows[part])
         if std is not None:
             latents = latents + std * deviation[part]
-        labels = data.embeddings_at(captions[part]) * has_label[part].unsqueeze(1)
+        labels = drop(data.embeddings_at(captions[part]), has_label[part])
         return Batch(latents, noise[part], noise_levels[part], labels, rows[part])
 
     return [gather(part) for part in parts]

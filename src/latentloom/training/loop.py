@@ -30,7 +30,7 @@ class TrainingState:
     """All that a step changes.
 
     Attributes:
-        network: predicts clean latents from (noisy latents, noise levels, text embeddings).
+        network: predicts clean latents from (noisy latents, noise levels, labels).
         average: the same with averaged weights, in evaluation mode.
         optimizers: of the network's weights; each weight has one.
         step: steps done.

@@ -9,6 +9,7 @@ from torch import nn
 
 from latentloom.diffusion.diffuser import Diffuser
 from latentloom.diffusion.sampling_settings import SamplingSettings
+from latentloom.diffusion.text import concatenate
 from latentloom.encoding.codec import LatentCodec
 from latentloom.encoding.dataset import Caches
 from latentloom.encoding.vae import Vae
@@ -38,7 +39,7 @@ class Previews:
         from_validation = validation.take(count // 2)
         from_train = train.take(count - len(from_validation))
         captioned = [data for data in (from_train, from_validation) if len(data)]
-        self._embeddings = torch.cat([data.primary_embeddings() for data in captioned])
+        self._embeddings = concatenate([data.primary_embeddings() for data in captioned])
         shape = (len(self._embeddings), *train.latent_shape)
         self._noise = torch.randn(shape, generator=generator("cpu", params.seed, "preview")).to(train.device)
 

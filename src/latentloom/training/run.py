@@ -15,8 +15,10 @@ from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from latentloom.devices import autocast_dtype
+from latentloom.diffusion.text import Labels, pooled
 from latentloom.diffusion.unet import UNet
 from latentloom.encoding.dataset import Caches
+from latentloom.encoding.shard_files import TOKENS
 from latentloom.errors import UserError
 from latentloom.model_files import FORMAT_VERSION, EncoderReference, ModelConfig, save_model
 from latentloom.params import Params, TrainParams
@@ -26,6 +28,7 @@ from latentloom.training.loop import Step, TrainingState, open_ended_steps, trai
 from latentloom.training.monitor import Curves, Logger, TrainingMonitor
 
 WHITENED_CAPTIONS = 10_000  # at most so many are measured
+WHITENED_TOKENS = 50_000  # with their padding
 
 
 @dataclass(frozen=True)
@@ -141,9 +144,19 @@ def run_training(
 
 
 def fit_whitening(network: UNet, caches: Caches) -> None:
-    """Fit the network's whitening of texts to primary captions of the training split."""
-    fitted = torch.linspace(0, len(caches.train) - 1, min(len(caches.train), WHITENED_CAPTIONS)).long()
-    network.text_whitening.fit(caches.train.embeddings_at(caches.train.captions[fitted.to(caches.train.device), 0]))
+    """Fit the network's whitening of texts, and of token states, to primary captions of the training split."""
+    data = caches.train
+
+    def captions(at_most: int) -> Labels:
+        rows = torch.linspace(0, len(data) - 1, min(len(data), at_most)).long()
+        return data.embeddings_at(data.captions[rows.to(data.device), 0])
+
+    if network.token_dim is None:
+        network.text_whitening.fit(pooled(captions(WHITENED_CAPTIONS)))
+        return
+    text = captions(max(WHITENED_TOKENS // data.text.shapes[TOKENS][0], 1))
+    network.text_whitening.fit(text.pooled)
+    network.token_whitening.fit(text.tokens[text.mask])
 
 
 def usable_checkpoint(checkpoints: Checkpoints, params: Params) -> Checkpoint | None:
@@ -215,6 +228,8 @@ def _check_settings(params: Params, caches: Caches) -> None:
             "train.keep = best: the validation split is empty, so no weights can be called the best; raise "
             "ingest.val_fraction, or set it to last"
         )
+    if params.model.text == "tokens" and not caches.text_statistics["token_dim"]:
+        raise UserError("model.text = tokens: the text cache has no token states; run `dvc repro encode_text`")
     if params.machine.compile and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise UserError("machine.compile = True: torch.compile needs a C++ compiler; install g++, or set it to false")
 
@@ -229,6 +244,8 @@ def model_config(params: Params, caches: Caches) -> ModelConfig:
         block_depth=params.model.block_depth,
         emb_size=params.model.emb_size,
         text_dim=text["dim"],
+        token_dim=text["token_dim"] if params.model.text == "tokens" else None,
+        max_tokens=text["max_tokens"],
         schedule=params.diffusion.schedule,
         latent_mean=latents["mean"],
         latent_std=latents["std"],

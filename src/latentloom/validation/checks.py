@@ -23,7 +23,10 @@ MOST_REJECTED = 0.01  # of all latents
 def check(
     name: str, table: str, column: str, *, requirement: str, protects: str, advice: str, **allowed: Any
 ) -> Expectation:
-    """The expectation that a column's values are in ``value_set``, or between ``min_value`` and ``max_value``."""
+    """The expectation that a column's values are in ``value_set``, or between ``min_value`` and ``max_value``.
+
+    With ``mostly``, that at least this fraction of them is.
+    """
     in_set = "value_set" in allowed
     expectation = gxe.ExpectColumnValuesToBeInSet if in_set else gxe.ExpectColumnValuesToBeBetween
     meta = {"name": name, "table": table, "protects": protects}
@@ -72,11 +75,12 @@ def checks(
     val_fraction: float,
     latents: int,
     rejected_latents: int,
+    max_tokens: int,
 ) -> list[Expectation]:
     """All checks, in the order in which they are reported.
 
     The fingerprints and ``val_fraction`` are those that params ask for; ``latents`` images were encoded, and
-    ``rejected_latents`` could not be.
+    ``rejected_latents`` could not be; ``max_tokens`` of a caption were read.
     """
     mean_low, mean_high = limits.latent_mean
     std_low, std_high = limits.latent_std
@@ -129,8 +133,16 @@ def checks(
         ),
         check("caption_length_in_range", "captions", "length", min_value=shortest, max_value=longest,
             requirement=f"every caption is {shortest:g} to {longest:g} characters long",
-            protects="beyond the text encoder's context words are cut off unread; a stray letter describes nothing",
+            protects="a stray letter describes nothing, and of a page of text the network learns little",
             advice="shorten or complete these captions in the source, or set validate.caption_length",
+        ),
+        check("captions_read_whole", "captions", "tokens", max_value=max_tokens,
+            mostly=1.0 - limits.max_cut_captions,
+            requirement=f"at most {limits.max_cut_captions:.4g} of the captions have more than the {max_tokens} tokens "
+            "that the text encoder reads",
+            protects="what is cut is never read: captions that differ only there are one caption to the network",
+            advice="put what matters first, shorten these captions in the source, raise encode_text.max_tokens, choose "
+            "an encode_text.model that reads more, or set validate.max_cut_captions",
         ),
         check("embeddings_finite", "captions", "finite", value_set=[True],
             requirement="every embedding, and its statistics, are free of NaN and infinity",

@@ -94,6 +94,7 @@ def describe(data: Data) -> Overview:
             "latents": len(data.tables["latents"]),
             "latents rejected": len(data.latent_rejects),
             "captions": len(data.tables["captions"]),
+            "captions cut": int((data.tables["captions"]["tokens"] > data.max_tokens).sum()),
             "pairs": data.pairs,
         },
         sources=[

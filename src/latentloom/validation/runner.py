@@ -57,6 +57,7 @@ def validate(
         val_fraction=val_fraction,
         latents=len(tables["latents"]),
         rejected_latents=len(data.latent_rejects),
+        max_tokens=data.max_tokens,
     )
     results = _run(expectations, tables)
     report = ValidationReport(

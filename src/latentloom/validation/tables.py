@@ -38,6 +38,7 @@ class Data:
     rejects: pd.DataFrame  # of samples: source, key, reason, detail, preview
     latent_rejects: pd.DataFrame  # of images whose latent is not finite: id, source, key, reason, detail
     pairs: int  # of an image and a caption
+    max_tokens: int  # that the text encoder read of a caption
 
 
 def read_data(folder: Path) -> Data:
@@ -53,7 +54,7 @@ def read_data(folder: Path) -> Data:
     latents = read_table(folder / "latents/index.parquet", ["id", "split", "mean", "std", "abs_max", "finite"])
     latent_rejects = read_table(folder / "latents/rejects.parquet", LATENT_REJECTS)
     latent_stats = read_json(folder / "latents/stats.json")
-    captions = read_table(folder / "text/index.parquet", ["id", "text", "mean", "std", "norm", "finite"])
+    captions = read_table(folder / "text/index.parquet", ["id", "text", "tokens", "mean", "std", "norm", "finite"])
     pairs = read_table(folder / "text/pairs.parquet", ["image_id"])
     text_stats = read_json(folder / "text/stats.json")
 
@@ -80,6 +81,7 @@ def read_data(folder: Path) -> Data:
         rejects=rejects,
         latent_rejects=latent_rejects,
         pairs=len(pairs),
+        max_tokens=text_stats["max_tokens"],
     )
 
 
