@@ -108,8 +108,7 @@ def test_a_missing_key_is_named(tmp_path, section, key):
 def test_a_decay_that_does_not_fit_into_the_steps_is_rejected(tmp_path):
     decay = {"lr_schedule": "warmup_stable_decay", "warmup_steps": 50, "decay_steps": SHIPPED["train"]["steps"]}
     message = rejected(tmp_path, lambda params: params["train"].update(decay))
-    steps = SHIPPED["train"]["steps"]
-    assert f"warmup_steps 50 and decay_steps {steps} do not fit into steps {steps}" in message
+    assert f"warmup_steps 50 and decay_steps {decay['decay_steps']} do not fit" in message
 
 
 def test_all_faults_are_named_at_once(tmp_path):

@@ -228,7 +228,7 @@ def test_a_job_of_several_processes_does_not_wait_but_says_what_runs(checkpoints
 
 def test_waiting_can_be_interrupted(tmp_path):
     script = (
-        f"import sys, pathlib; sys.path.insert(0, {str(Path(__file__).parents[2] / 'src')!r})\n"
+        f"import signal, sys, pathlib; sys.path.insert(0, {str(Path(__file__).parents[2] / 'src')!r})\n"
         "from latentloom.training.checkpoints import Checkpoints, CodeVersion\n"
         f"folder = pathlib.Path({str(tmp_path / ('f' * 16))!r})\n"
         "own = Checkpoints(folder, code=CodeVersion('c'), keep=2, pinned=0, limit=1)\n"

@@ -11,7 +11,7 @@ from torch import nn
 
 from latentloom.diffusion.layouts import Array, to_tensor
 
-VARIANCE_FLOOR = 0.1  # of the mean variance per direction: what varies less is noise, and stays small
+VARIANCE_FLOOR = 1.0  # of the mean variance per direction: what varies less is mostly noise, and stays small
 
 
 def embedding_frequencies(emb_dim: int = 32) -> torch.Tensor:

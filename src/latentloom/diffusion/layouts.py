@@ -51,7 +51,7 @@ def to_tensor(
     is_numpy = isinstance(array, np.ndarray)
     if not is_numpy and not isinstance(array, torch.Tensor):
         raise TypeError(f"expected a NumPy array or a torch tensor, not {type(array).__name__}")
-    # A copy, as torch refuses negative strides and warns about read-only memory.
+    # A copy, as torch has no negative strides and warns about read-only memory.
     original = torch.from_numpy(np.array(array, order="C")) if is_numpy else array
     home_dtype = original.dtype if original.is_floating_point() else torch.float32
     tensor = original.to(device=device, dtype=dtype or home_dtype)

@@ -147,12 +147,12 @@ def _sections(
 
 def _figures(metrics: Mapping[str, float]) -> str:
     """The main figures, with intervals where they have any, in one line."""
-    told = []
+    shown = []
     for name in MAIN_FIGURES:
         if name in metrics:
             low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
-            told.append(f"{name} {metrics[name]:.3f}" + ("" if low is None else f" ({low:.2f} to {high:.2f})"))
-    return ", ".join(told if "val_mae" in metrics else [*told, NOTHING_HELD_OUT])
+            shown.append(f"{name} {metrics[name]:.3f}" + ("" if low is None else f" ({low:.2f} to {high:.2f})"))
+    return ", ".join(shown if "val_mae" in metrics else [*shown, NOTHING_HELD_OUT])
 
 
 def _footer(params: Params, model: TextToImage, metrics: Mapping[str, float]) -> str:

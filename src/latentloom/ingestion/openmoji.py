@@ -5,6 +5,7 @@ An emoji's captions are its English name, then its aliases, made to read as text
 - A flag's name is its country's alone ("France"); the picture is called "flag of France" first, then "France".
 - An alias that is another emoji's name is dropped ("cat" is the whole cat's name, so the cat's face is "cat face"
   only), and so is one that several emoji share.
+- A picture in a skin tone has its emoji's name and the tone, and no aliases.
 - Aliases with fewer than three letters ("+1", "jp") say nothing to a text encoder, and are dropped.
 
 330 emoji are families: a yellow picture ("woman astronaut"), and one in each skin tone ("woman astronaut, medium-dark
@@ -122,7 +123,7 @@ def _yellow_and_families() -> tuple[Family, list[Family]]:
     for key in sorted(sequences.keys() - yellow.keys(), key=lambda key: (len(set(tones[key])), tones[key], key)):
         base = key_of.get(TONE_IN_NAME.sub("", names[key]))  # None for the tone itself, a coloured square
         family = families.setdefault(base, {base: yellow[base]} if base else {})
-        family[key] = [_with_tones(caption, tones[key]) for caption in (yellow[base] if base else [""])]
+        family[key] = [_with_tones(caption, tones[key]) for caption in (yellow[base][:1] if base else [""])]
     return yellow, sorted(families.values(), key=lambda family: (len(family) > ONE_PERSON, _place(next(iter(family)))))
 
 

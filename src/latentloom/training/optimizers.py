@@ -65,11 +65,12 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """One update of every parameter."""
+        """One update of every parameter that has a gradient."""
         for group in self.param_groups:
             alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
-                alike[parameter.shape].append(parameter)
+                if parameter.grad is not None:  # a network without attention uses no text tokens
+                    alike[parameter.shape].append(parameter)
             for shape, parameters in alike.items():
                 matrices = torch.stack([self._direction(parameter).reshape(shape[0], -1) for parameter in parameters])
                 updates = orthogonalised(matrices, self.dtype).view(-1, *shape)

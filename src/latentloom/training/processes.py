@@ -88,7 +88,7 @@ def make_accelerator(device: torch.device) -> Accelerator:
 
 
 def requested_device(device: torch.device, launched: bool) -> str | None:
-    """The device that Accelerate is told to use, ``cuda:1``; None where its own choice is right."""
+    """The device for Accelerate to use, ``cuda:1``; None where its own choice is right."""
     return None if launched or device.index is None else str(device)
 
 
