@@ -47,7 +47,8 @@ def write_caches(folder: Path, rows: int, validation: int = 0) -> None:
     statistics = {"format_version": FORMAT_VERSION, "flip": False, "mean": [0.0] * SHAPE[0], "std": [1.0] * SHAPE[0]}
     statistics |= {"bound": 3.0, "vae": made_by, "attribution": "", "licence": ""}
     write_json(folder / "latents" / "stats.json", statistics)
-    write_json(folder / "text" / "stats.json", {"format_version": FORMAT_VERSION, "encoder": made_by, "dim": DIM})
+    read = {"dim": DIM, "token_dim": None, "max_tokens": 77}
+    write_json(folder / "text" / "stats.json", {"format_version": FORMAT_VERSION, "encoder": made_by} | read)
 
 
 def memory() -> dict[str, float]:
