@@ -154,7 +154,7 @@ def tiny_params() -> dict[str, Any]:
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["ingest"] |= {"image_size": 64, "limit": 40, "skin_tones": 0, "val_fraction": 0.2}
     params["validate"]["val_fraction_tolerance"] = 0.2
-    params["model"] = {"widths": [16, 32], "block_depth": 1, "emb_size": 16}
+    params["model"] = {"widths": [16, 32], "block_depth": 1, "emb_size": 16, "text": "pooled"}
     params["train"] |= {
         "steps": 8,
         "batch_size": 8,
