@@ -228,7 +228,8 @@ def test_a_job_of_several_processes_does_not_wait_but_says_what_runs(checkpoints
 
 def test_waiting_can_be_interrupted(tmp_path):
     script = (
-        f"import signal, sys, pathlib; sys.path.insert(0, {str(Path(__file__).parents[2] / 'src')!r})\n"
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs ignore it
+        f"import sys, pathlib; sys.path.insert(0, {str(Path(__file__).parents[2] / 'src')!r})\n"
         "from latentloom.training.checkpoints import Checkpoints, CodeVersion\n"
         f"folder = pathlib.Path({str(tmp_path / ('f' * 16))!r})\n"
         "own = Checkpoints(folder, code=CodeVersion('c'), keep=2, pinned=0, limit=1)\n"
