@@ -284,7 +284,9 @@ def load_params(path: Path | str = "params.yaml") -> Params:
     content, changes = _updated(content)
     if changes:
         warnings.warn(
-            f"{path} is of an earlier version; change it, the next version will not read it: {changes}", stacklevel=2
+            f"{path} is of an earlier version. Change it now, since DVC stops at a key that a stage reads and the file "
+            f"lacks, and the next version will not read it: {changes}",
+            stacklevel=2,
         )
     try:
         return Params.model_validate(content)
