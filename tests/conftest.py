@@ -16,18 +16,38 @@ os.environ.setdefault("LATENTLOOM_TESTS_PID", str(os.getpid()))  # of pytest its
 
 # Files of tests that share no more than the projects that are made once for all processes.
 SPREAD = {f"tests/faults/test_{name}.py" for name in ("corruption", "every_write", "full_disk", "kills")}
+# The files that take longest, the longest first: begun last, one of them would run when all else has ended.
+LONGEST = (
+    "tests/pipeline/test_versions.py",
+    "tests/pipeline/test_team_server.py",
+    "tests/pipeline/test_experiments.py",
+    "tests/faults/test_resume.py",
+    "tests/faults/test_every_write.py",
+    "tests/pipeline/test_lineage.py",
+    "tests/faults/test_processes.py",
+    "tests/pipeline/test_notebooks.py",
+    "tests/pipeline/test_fresh_clone.py",
+    "tests/pipeline/test_caches.py",
+    "tests/faults/test_tracking_server.py",
+    "tests/registry/test_serving.py",
+    "tests/pipeline/test_reruns.py",
+)
+MARKED = ("service", "pipeline", "fault")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest comes first, so that short tests fill the gaps at the end."""
-    kinds: dict[str, list[Path]] = {"service": [], "pipeline": [], "fault": []}
+
+    def place(item: pytest.Item) -> int:
+        file = item.nodeid.partition("::")[0]
+        if file in LONGEST:
+            return LONGEST.index(file)
+        return len(LONGEST) + (not any(map(item.get_closest_marker, MARKED)))
+
+    places: dict[Path, float] = {}  # of a file, that of the first of its tests, so that they stay together
     for item in items:
-        for kind, files in kinds.items():
-            if item.get_closest_marker(kind) and item.path not in files:
-                files.append(item.path)
-    # In turns, since the first of each kind makes a project that the others of its kind wait for.
-    turns = {path: turn for files in kinds.values() for turn, path in enumerate(files)}
-    items.sort(key=lambda item: turns.get(item.path, math.inf))  # stable: a file's tests stay in their order
+        places[item.path] = min(places.get(item.path, math.inf), place(item))
+    items.sort(key=lambda item: places[item.path])  # stable: a file's tests stay in their order
 
 
 @pytest.hookimpl(optionalhook=True)

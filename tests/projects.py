@@ -100,15 +100,17 @@ class Project:
 
 
 PYTHON = """#!/bin/sh
-# The tests' python: a stage of a project is handed to the server of stages, anything else to the real interpreter.
-case "$PYTHONPATH $1" in
-"src pipelines/"*.py) exec {python} -SI {client} {socket} "$@" ;;
+# The tests' python: a project's stages and the package's modules are handed to the server of stages, anything else to
+# the real interpreter.
+case "$PYTHONPATH $1 $2" in
+"src pipelines/"*.py" "*) exec {python} -SI {client} {socket} "$@" ;;
+*" -m latentloom."*) exec {python} -SI {client} {socket} "$@" ;;
 *) exec {python} "$@" ;;
 esac
 """
-DVC = """#!/bin/sh
-# The tests' dvc, by the same server.
-exec {python} -SI {client} {socket} dvc "$@"
+PROGRAM = """#!/bin/sh
+# The tests' {program}, by the same server.
+exec {python} -SI {client} {socket} {program} "$@"
 """
 
 
@@ -138,8 +140,8 @@ def stage_socket() -> Path:
                     stderr=log,
                     start_new_session=True,
                 )
-            for name, script in (("dvc", DVC), ("python", PYTHON)):
-                (folder / name).write_text(script.format(**quoted))
+            for name, script in (("dvc", PROGRAM), ("latentloom", PROGRAM), ("python", PYTHON)):
+                (folder / name).write_text(script.format(program=name, **quoted))
                 (folder / name).chmod(0o755)
     return folder / "socket"
 
@@ -173,13 +175,13 @@ def tiny_params() -> dict[str, Any]:
 def new_project(folder: Path) -> Project:
     """A fresh project with tiny params and nothing computed, as a git clone would be."""
     folder.mkdir(parents=True)
+    compileall.compile_dir(ROOT / "src", quiet=2)  # once for all projects, not in each of their stages
     for part in PARTS:
         source = ROOT / part
         if source.is_dir():
-            shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+            shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("*.egg-info"))
         else:
             shutil.copy2(source, folder / part)
-    compileall.compile_dir(folder / "src", quiet=2)  # once, not in each of its stages
     for part in (".gitignore", "config", "plots/page.html"):
         copy = folder / ".dvc" / part
         copy.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 From a cold interpreter, a stage spends most of its time on imports, and the tests run hundreds of stages. The server
 forks a process for each; it runs the script as ``python pipelines/STAGE.py`` does, with the caller's folder,
 environment and open files, and imports the project's own code itself, since each test's project has a copy of its own.
-It runs DVC's commands in the same way.
+It runs DVC's commands and the package's own in the same way.
 
 One server serves all of pytest's processes; it ends with the process that it was started for. A client sends one
 request as JSON and gets two lines: the stage's process id, then its exit status (negative: the signal that ended it).
@@ -24,7 +24,7 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 # What the stages import, at their top or on their way.
 PRELOADED = (
@@ -33,18 +33,24 @@ PRELOADED = (
     "accelerate",
     "pandas",
     "pandas.core.computation.expressions",
+    "pandas.io.formats.csvs",
     "pyarrow.dataset",
     "pyarrow.pandas_compat",
     "pyarrow.parquet",
     "pydantic.dataclasses",
     "diffusers.models.autoencoders.autoencoder_tiny",
     "transformers.models.bert.modeling_bert",
+    "transformers.models.bert.tokenization_bert_fast",
     "transformers.models.clip.modeling_clip",
     "alembic.command",
     "alembic.autogenerate",
+    "alembic.config",
+    "s3fs",
     "sqlalchemy.dialects.sqlite",
     "mlflow.tracking",
     "mlflow.store.tracking.sqlalchemy_store",
+    "mlflow.store.tracking.sqlalchemy_workspace_store",
+    "mlflow.utils.search_logged_model_utils",
     "dvc.cli.parser",
     "dvc.repo.index",
     "dvc.repo.open_repo",
@@ -53,6 +59,10 @@ PRELOADED = (
     "dvc.rwlock",
     "dvc.scm",
     "dulwich.repo",
+    "dulwich.worktree",
+    "fsspec.implementations.local",
+    "networkx",
+    "platformdirs",
     "great_expectations",
     "imagehash",
     "scipy.fftpack",
@@ -67,7 +77,7 @@ PRELOADED = (
 
 def main(folder: Path, owner: int) -> None:
     """Serve on ``folder/socket`` until the process ``owner`` is gone."""
-    import stage_hooks
+    import stage_hooks  # noqa: F401 (before the folder of the tests leaves the path)
 
     for module in PRELOADED:
         importlib.import_module(module)
@@ -78,17 +88,26 @@ def main(folder: Path, owner: int) -> None:
     gc.freeze()
     request = _serve(folder, owner)
     if request:
-        if request["argv"][0] == "dvc":
-            _run_dvc(request["argv"][1:])
-        for name, value in request["hooks"].items():
-            getattr(stage_hooks, name)(value)
-        runpy.run_path(request["argv"][0], run_name="__main__")
+        _run(request["argv"], request["hooks"])
 
 
-def _run_dvc(arguments: list[str]) -> NoReturn:
-    from dvc.cli import main
+def _run(argv: list[str], hooks: dict[str, Any]) -> None:
+    """Do what ``dvc ...``, ``latentloom ...``, ``python -m MODULE ...`` or ``python SCRIPT ...`` does."""
+    import stage_hooks
 
-    sys.exit(main(arguments))
+    if argv[0] == "dvc":
+        from dvc.cli import main as dvc
+
+        sys.exit(dvc(argv[1:]))
+    if argv[0] == "latentloom":
+        argv = ["-m", "latentloom.cli", *argv[1:]]
+    if argv[0] == "-m":
+        sys.argv = argv[1:]
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+        return
+    for name, value in hooks.items():
+        getattr(stage_hooks, name)(value)
+    runpy.run_path(argv[0], run_name="__main__")
 
 
 def _serve(folder: Path, owner: int) -> dict[str, Any] | None:
@@ -176,6 +195,8 @@ def _become(request: dict[str, Any], files: list[int]) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     own = [*filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    if request["argv"][0] == "-m":
+        own.insert(0, request["folder"])
     if request["argv"][0].endswith(".py"):
         own.insert(0, Path(request["argv"][0]).parent)
     sys.path[:1] = [str(Path(part).resolve()) for part in own]

@@ -2,9 +2,10 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
+import resource
+import signal
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import datasets
@@ -17,7 +18,9 @@ from PIL import Image
 
 from latentloom.errors import UserError
 from latentloom.ingestion import shards
+from latentloom.ingestion.ingest import ingest
 from latentloom.ingestion.shards import SCHEMA, decode, encode, iterate_images, read_manifest, read_metadata
+from latentloom.params import IngestParams
 
 COLUMNS = ["id", "image", "captions", "split", "source", "key", "width", "height"]
 
@@ -262,21 +265,16 @@ def test_a_manifest_of_another_format_is_rejected(filled):
         read_metadata(filled.images)
 
 
-UNDER_A_LIMIT = """
-import resource, signal, sys
-from pathlib import Path
-from latentloom.ingestion.ingest import ingest
-from latentloom.params import IngestParams
-if limit := int(sys.argv[3]):
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-out = Path(sys.argv[2])
-try:
-    ingest(IngestParams.model_validate_json(sys.argv[1]), out / "images", out / "rejects.parquet",
-           out / "near_duplicates.parquet", progress=False)
-except OSError as error:
-    sys.exit(str(error))
-"""
+def ingest_under_a_limit(params: IngestParams, out: Path, limit: int, outcome: Connection) -> None:
+    """Ingest in a process of its own in which no file grows beyond ``limit`` bytes (0: any may); send what is said."""
+    if limit:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        ingest(params, out / "images", out / "rejects.parquet", out / "near_duplicates.parquet", progress=False)
+        outcome.send("")
+    except OSError as error:
+        outcome.send(str(error))
 
 
 @pytest.mark.fault
@@ -286,17 +284,20 @@ def test_a_full_disk_is_reported_with_the_file_and_the_room_and_a_rerun_with_roo
     out = tmp_path / "full"
     out.mkdir()
 
-    def run(limit: int) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-c", UNDER_A_LIMIT, corpus.params().model_dump_json(), str(out), str(limit)]
-        path = os.pathsep.join(sys.path)
-        return subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    def run(limit: int) -> str:
+        context = get_context("fork")
+        outcome, inner = context.Pipe()
+        process = context.Process(target=ingest_under_a_limit, args=(corpus.params(), out, limit, inner))
+        process.start()
+        assert outcome.poll(60)
+        process.join(60)
+        return outcome.recv()
 
     failed = run(limit=200_000)
-    assert failed.returncode == 1
-    assert f"could not write {out}/images/00000.parquet: " in failed.stderr
-    assert "it needs " in failed.stderr
-    assert "Make room and run the stage again" in failed.stderr
+    assert f"could not write {out}/images/00000.parquet: " in failed
+    assert "it needs " in failed
+    assert "Make room and run the stage again" in failed
     assert contents(out) == {}
-    assert run(limit=0).returncode == 0
+    assert run(limit=0) == ""
     corpus.ingest()
     assert contents(out) == contents(corpus.out)

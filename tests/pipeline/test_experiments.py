@@ -39,7 +39,7 @@ def block(command: str) -> str:
 
 def with_two(block: str) -> str:
     """A block of the page for two of its experiments, `rate-2` and `rate-3`, which are numbered anew."""
-    shorter = {"=0.0003,0.0005,0.002,0.003": "=0.0005,0.002", "rate-1 rate-2 rate-4": "rate-1", "rate-3": "rate-2"}
+    shorter = {"=0.0003,0.0005,0.002,0.003": "=0.0005,0.002", "rate-1 rate-2 rate-4": "rate-1", "rate-3": "rate-2", "-j 4": "-j 2"}
     for long, short in shorter.items():
         block = block.replace(long, short)
     return block
@@ -73,7 +73,7 @@ def overnight(project: Project) -> Project:
     while len(done(project)) < len(NAMES):
         assert time.monotonic() < deadline, project.run("dvc", "queue", "status").stdout
         if not workers(project.folder):  # all of them failed to start, which the page mentions
-            project.run("dvc", "queue", "start", "-j", "4")
+            project.run("dvc", "queue", "start", "-j", "2")
         time.sleep(1)
     while workers(project.folder):
         assert time.monotonic() < deadline, "the workers are still there though the queue is empty"

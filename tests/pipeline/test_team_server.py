@@ -121,8 +121,13 @@ def team(make_project, tmp_path_factory) -> Iterator[Team]:
             people[name] = Person(where, name=name, own=keys | account | {"MLFLOW_TRACKING_URI": server.address})
         team = Team(people, server, database, store, secrets)
         project = make_project("team")
+        # Few steps and images: of each request, the server checks the password anew, which takes it long.
         project.set_params(
-            ingest__image_size=32, encode_text__model=str(save_clip(homes["clip"], dim=16)), monitor__log_every=1
+            ingest__image_size=32,
+            encode_text__model=str(save_clip(homes["clip"], dim=16)),
+            train__steps=4,
+            monitor__log_every=1,
+            monitor__sample_count=2,
         )
         shutil.copytree(project.folder, people["ada"].folder)
         yield team

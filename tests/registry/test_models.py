@@ -2,7 +2,6 @@
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -98,7 +97,7 @@ def test_a_damaged_copy_of_a_registered_model_is_not_used_but_fetched_again(proj
 @pytest.fixture
 def dvc_project(project_root) -> Path:
     subprocess.run(["git", "init", "-q"], check=True)
-    subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], check=True)
+    Repo.init().close()
     return project_root
 
 

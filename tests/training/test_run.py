@@ -8,6 +8,7 @@ import signal
 import warnings
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -268,11 +269,11 @@ def test_once_it_is_loaded_nothing_holds_a_checkpoints_tensors(run, tmp_path, mo
 
 
 def test_curves_are_appended_at_full_precision(run, tmp_path, logger):
-    params = quick(learning_rate=1.23456789e-6)
+    params = quick(steps=12, learning_rate=1.23456789e-6)
     run(params)
     with open(tmp_path / "plots" / "train.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [int(row["step"]) for row in rows] == list(range(4, 41, 4))
+    assert [int(row["step"]) for row in rows] == [4, 8, 12]
     for row in rows:
         step = int(row["step"])
         assert float(row["train_learning_rate"]) == learning_rate_at(step - 1, params.train)
@@ -337,8 +338,10 @@ def test_previews_are_generated_in_parts_of_bounded_size(run, logger, make_data,
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_a_compiled_training_learns_the_same_within_rounding(run):
-    few = {"steps": 8, "monitor": {"log_every": 1}, "widths": [16]}  # the compiler takes long over each layer
+def test_a_compiled_training_learns_the_same_within_rounding(run, monkeypatch):
+    """The graphs are captured as in earnest; what makes machine code of them is PyTorch's, and takes half a minute."""
+    monkeypatch.setattr("torch.compile", partial(torch.compile, backend="aot_eager"))
+    few = {"steps": 8, "monitor": {"log_every": 1}, "widths": [16]}
     plain = run(quick(**few))
     compiled = run(quick(**few, machine={"compile": True}))
     assert compiled.val_mae == pytest.approx(plain.val_mae, abs=1e-3)

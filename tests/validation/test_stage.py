@@ -2,12 +2,12 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from projects import stage_socket
 
 from latentloom.encoding.pretrained import fingerprint, text_folder, vae_folder
 
@@ -19,6 +19,9 @@ ROOT = Path(__file__).parents[2]
 def run_stage(make_caches, tmp_path):
     """Run the stage on caches with ``faulty`` latents of a mean out of range; gives the result and the report."""
 
+    for part in ("pipelines", "src"):
+        (tmp_path / part).symlink_to(ROOT / part)
+
     def run(on_failure: str, faulty: int) -> tuple[subprocess.CompletedProcess[str], dict]:
         caches = make_caches("data")
         caches.set_stats("latents", vae={"fingerprint": fingerprint(vae_folder("bundled"))})
@@ -29,9 +32,9 @@ def run_stage(make_caches, tmp_path):
         params["validate"]["on_failure"] = on_failure
         (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
         result = subprocess.run(
-            [sys.executable, str(ROOT / "pipelines/validate.py")],
+            [stage_socket().parent / "python", "pipelines/validate.py"],
             cwd=tmp_path,
-            env={"PYTHONPATH": str(ROOT / "src"), "PATH": "", "HF_HUB_OFFLINE": "1"},
+            env={"PYTHONPATH": "src", "PATH": "", "HF_HUB_OFFLINE": "1"},
             capture_output=True,
             text=True,
             timeout=300,
