@@ -39,7 +39,12 @@ def block(command: str) -> str:
 
 def with_two(block: str) -> str:
     """A block of the page for two of its experiments, `rate-2` and `rate-3`, which are numbered anew."""
-    shorter = {"=0.0003,0.0005,0.002,0.003": "=0.0005,0.002", "rate-1 rate-2 rate-4": "rate-1", "rate-3": "rate-2", "-j 4": "-j 2"}
+    shorter = {
+        "=0.0003,0.0005,0.002,0.003": "=0.0005,0.002",
+        "rate-1 rate-2 rate-4": "rate-1",
+        "rate-3": "rate-2",
+        "-j 4": "-j 2",
+    }
     for long, short in shorter.items():
         block = block.replace(long, short)
     return block
