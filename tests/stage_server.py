@@ -40,7 +40,7 @@ PRELOADED = (
     "pydantic.dataclasses",
     "diffusers.models.autoencoders.autoencoder_tiny",
     "transformers.models.bert.modeling_bert",
-    "transformers.models.bert.tokenization_bert_fast",
+    "transformers.models.bert.tokenization_bert",
     "transformers.models.clip.modeling_clip",
     "alembic.command",
     "alembic.autogenerate",

@@ -102,7 +102,7 @@ def test_sources_of_a_list_are_trained_on_by_their_weights(make_project, tmp_pat
     ]
     project.set_params(ingest__source=sources, ingest__image_size=32, ingest__limit=None)
     project.set_params(encode_images__flip=True)
-    project.repro()
+    project.run("dvc", "repro", "train")
     index = pd.read_parquet(project.folder / "data/latents/index.parquet")
     assert index.groupby("source")["weight"].agg(["size", "unique"]).to_dict("index") == {
         "few": {"size": 12, "unique": [4.0]},
