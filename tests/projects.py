@@ -179,7 +179,7 @@ def new_project(folder: Path) -> Project:
     for part in PARTS:
         source = ROOT / part
         if source.is_dir():
-            shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("*.egg-info"))
+            shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("*.egg-info", "showcase"))
         else:
             shutil.copy2(source, folder / part)
     for part in (".gitignore", "config", "plots/page.html"):
