@@ -179,7 +179,8 @@ def new_project(folder: Path) -> Project:
     for part in PARTS:
         source = ROOT / part
         if source.is_dir():
-            shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("*.egg-info", "showcase"))
+            # "*.pyc.*" is what another process is about to give its name.
+            shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("*.egg-info", "showcase", "*.pyc.*"))
         else:
             shutil.copy2(source, folder / part)
     for part in (".gitignore", "config", "plots/page.html"):
