@@ -1,4 +1,4 @@
-"""What is said of the showcase model, by its figures: `card.md` for its folder, `readme.md` for the project's README."""
+"""What is said of the showcase model, by its figures: `card.md` for its folder, `readme.md` for README.md."""
 
 from collections.abc import Mapping
 from pathlib import Path
