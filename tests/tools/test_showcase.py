@@ -33,7 +33,7 @@ def packed(finished, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LATENTLOOM_DEVICE", "cpu")
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        main(finished.folder, folder, folder.parent / "sheet.png")
+        main(finished.folder, folder, folder.parent / "sheet.png", shared=False)
     return folder
 
 
