@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from projects import tiny_params
+from showcase.pack import convert
 from tiny_models import save_tiny_unet, save_tiny_vae
 from typer.testing import CliRunner
 
@@ -28,7 +29,7 @@ from latentloom.params import SourceParams
 from latentloom.registry import registry
 from latentloom.registry.models import find_model
 from latentloom.tracking.git import Git
-from latentloom.tracking.provenance import Provenance, collect, save_run_record
+from latentloom.tracking.provenance import Provenance, collect, save_carried_record, save_run_record
 from latentloom.tracking.store import open_client
 
 DATA = ("data/images", "data/latents", "data/text", "reports/validation.json")
@@ -243,6 +244,39 @@ def test_a_model_that_only_the_registry_has_comes_from_there(lab, trained, tiny_
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     subprocess.run(["bash", "-ec", fetching], cwd=clone, env=os.environ | {"PATH": path}, check=True)
     assert model_hash(clone / "models/unet") == model_hash(tiny_unets[0])
+
+
+def test_a_model_that_was_converted_and_passed_on_needs_neither_the_store_nor_the_caches(
+    lab, trained, tiny_unets, tmp_path_factory, monkeypatch
+):
+    trained()
+    record = Provenance.from_dict(json.loads(next(Path(".state/runs").iterdir()).read_text()))
+    folder = tmp_path_factory.mktemp("package") / "showcase"
+    convert(tiny_unets[0], folder)
+    outs = {path: out for path, out in record.outs.items() if path != "models/unet"}
+    sha256 = model_hash(folder)
+    save_carried_record(
+        folder, replace(record, converted_from=record.model_sha256, model_sha256=sha256, mlflow_run_id=None, outs=outs)
+    )
+    monkeypatch.setattr("latentloom.registry.models.SHOWCASE_FOLDER", folder)
+    forget("models", "data", ".dvc/cache", ".state", "mlartifacts")
+    Path("mlflow.db").unlink()
+
+    sample = ["sample", "a red apple", "--steps", "2", "--model"]
+    assert CliRunner().invoke(app, [*sample, "showcase", "-o", "apple.png"]).exit_code == 0
+    found = trace("apple.png", lab)
+    assert found.links[1:] == trace("showcase", lab).links
+    assert not found.missing
+    assert (link(found, "code").place, link(found, "code").hash) == (Place.HERE, record.commit)
+    assert (link(found, "model").place, link(found, "model").hash) == (Place.HERE, sha256)
+    assert link(found, "latents").hash == record.outs["data/latents"]
+    assert link(found, "source").place is Place.HERE
+    assert f"cp -r {folder} models/unet" in commands(found)
+    assert "dvc repro validate" in commands(found)
+
+    shutil.copytree(folder, "models/unet")
+    assert CliRunner().invoke(app, [*sample, "models/unet", "-o", "again.png"]).exit_code == 0
+    assert Path("again.png").read_bytes() == Path("apple.png").read_bytes()
 
 
 @pytest.mark.parametrize("known_by", ["run record", "PNG", "commit"])

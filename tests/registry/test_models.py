@@ -12,6 +12,7 @@ from latentloom.errors import UserError
 from latentloom.model_files import model_hash
 from latentloom.registry import registry
 from latentloom.registry.models import find_model
+from latentloom.tracking.provenance import Provenance, save_carried_record
 from latentloom.tracking.store import open_client
 
 
@@ -92,6 +93,35 @@ def test_a_damaged_copy_of_a_registered_model_is_not_used_but_fetched_again(proj
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     again = find_model("champion", project_root)
     assert model_hash(again.folder) == model_hash(tiny_unets[0])
+
+
+@pytest.fixture
+def shipped(tiny_unets, tmp_path_factory, monkeypatch) -> Path:
+    """A package whose own model is a small one, with its provenance in its folder."""
+    folder = tmp_path_factory.mktemp("package") / "showcase"
+    shutil.copytree(tiny_unets[1], folder)
+    save_carried_record(folder, Provenance(commit="c" * 40, model_sha256=model_hash(folder)))
+    monkeypatch.setattr("latentloom.registry.models.SHOWCASE_FOLDER", folder)
+    return folder
+
+
+def test_showcase_is_the_packages_own_model_and_needs_no_store(shipped, tiny_unets, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = find_model("showcase", tmp_path)
+    assert (found.folder, found.sha256) == (shipped, model_hash(tiny_unets[1]))
+    assert found.provenance.commit == "c" * 40
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_users_model_in_a_folder_called_showcase_goes_first(shipped, tiny_unets, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_unets[0], "showcase")
+    assert find_model("showcase", tmp_path).sha256 == model_hash(tiny_unets[0])
+
+
+def test_a_provenance_beside_other_weights_than_its_own_is_not_believed(shipped, tiny_unets, tmp_path):
+    shutil.copyfile(tiny_unets[0] / "model.safetensors", shipped / "model.safetensors")
+    assert find_model(str(shipped), tmp_path).provenance is None
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What is said of the showcase model, by its figures: `card.md` for its folder, `readme.md` for the project's README."""
+"""What is said of the showcase model, by its figures: `card.md` for its folder, `readme.md` for README.md."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +33,7 @@ def card(metrics: Mapping[str, Any], params: Params, known: Provenance, config: 
         batch=params.train.batch_size,
         parameters=f"{trained['parameters']:,}",
         widths="/".join(map(str, config.widths)),
-        cost=f" Training took {cost}." if (cost := _cost(metrics["training"])) else "",
+        cost=_cost(metrics["training"]),
         difference=f"{rounding['pixel_difference']:.2%}",
         same_nearest=round(rounding["same_nearest"] * rounding["captions"]),
         compared=rounding["captions"],
@@ -49,7 +49,7 @@ def readme_lines(metrics: Mapping[str, Any]) -> str:
         train=f"{figures['images'] - figures['held_out_images']:,}",
         parameters=f"{trained['parameters'] / 1e6:.0f} million",
         size=f"{2 * trained['parameters'] / 1e6:.0f} MB",
-        cost_short=_cost(metrics["training"]) or "not recorded",
+        cost=_cost(metrics["training"]),
     )
 
 
@@ -84,8 +84,9 @@ def _share(figures: Mapping[str, float], name: str) -> str:
     return f"{figures[name]:.2f} ({figures[f'{name}_low']:.2f} to {figures[f'{name}_high']:.2f})"
 
 
-def _cost(training: Mapping[str, Any]) -> str | None:
+def _cost(training: Mapping[str, Any]) -> str:
     if training["seconds"] is None:
-        return None
+        return "not recorded"
     precision = "bf16" if training["bf16"] else "fp32"
-    return f"{training['seconds'] / 60:.0f} minutes in {precision} on {training['cores']} CPU cores"
+    shared = ", which did other work as well" if training["shared"] else ""
+    return f"{training['seconds'] / 60:.0f} minutes of training in {precision} on {training['cores']} CPU cores{shared}"

@@ -68,10 +68,13 @@ def check_recall(shipped: dict[str, float], trained: dict[str, float], name: str
     Raises:
         UserError: when that lies outside of the shipped share's interval.
     """
-    if name in shipped and not shipped[f"{name}_low"] <= trained[name] <= shipped[f"{name}_high"]:
+    if name not in shipped:
+        return
+    low, high = shipped[f"{name}_low"], shipped[f"{name}_high"]
+    if not low <= trained[name] <= high:
         raise UserError(
-            f"{name} is {shipped[name]} with rounded weights; {trained[name]}, with those that were trained, is outside "
-            f"of its interval, {shipped[f'{name}_low']} to {shipped[f'{name}_high']}: the model does not bear rounding"
+            f"{name} is {shipped[name]} ({low} to {high}) with rounded weights, and {trained[name]} with those before: "
+            "the model does not bear rounding"
         )
 
 

@@ -1,10 +1,10 @@
 """Make the model that ships out of a finished project: rounded to fp16, measured, with its card and its origin.
 
-    PYTHONPATH=src:tools python -m showcase.pack PROJECT [FOLDER [PNG]]
+    PYTHONPATH=src:tools python -m showcase.pack PROJECT
 
 PROJECT is a clone of this repository in which `dvc repro` has ended with the params of presets/openmoji.yaml,
 committed before: the commit is where the shipped model's lineage ends, so it must reach the repository's history.
-FOLDER is src/latentloom/showcase unless it is given, PNG is docs/showcase.png:
+What it writes, into src/latentloom/showcase, and beside it docs/showcase.png:
 
     config.json, model.safetensors   the model; parameters in fp16, what is measured from data in fp32
     sampling.json                    the settings that its figures were measured with
@@ -14,6 +14,7 @@ FOLDER is src/latentloom/showcase unless it is given, PNG is docs/showcase.png:
     README.md                        the card
 """
 
+import argparse
 import os
 import shutil
 import sys
@@ -45,8 +46,8 @@ LARGEST = 30 * 10**6  # bytes of weights
 OWN_TO_THE_MACHINE = ("branch", "experiment", "user", "mlflow_run_id", "run_key")
 
 
-def pack(project: Path, folder: Path) -> None:
-    """Write the model folder that ships, all but the sheet.
+def pack(project: Path, folder: Path, *, shared: bool = False) -> None:
+    """Write the model folder that ships, all but the sheet; ``shared`` says that its training did not have the machine.
 
     Raises:
         UserError: when the project is not finished, or was not trained from a commit; when rounding changes its recall,
@@ -69,7 +70,7 @@ def pack(project: Path, folder: Path) -> None:
         "figures": measured.figures,
         "as_trained": as_trained,
         "rounding": asdict(rounding),
-        "training": _training(project, params, record.mlflow_run_id),
+        "training": _training(project, params, record.mlflow_run_id) | {"shared": shared},
     }
     write_json(folder / METRICS, metrics)
     keys = read_metadata(project / IMAGES).set_index("id")["key"]
@@ -125,14 +126,19 @@ def _training(project: Path, params: Params, run_id: str | None) -> dict[str, An
     return {"steps": train.steps, "batch_size": train.batch_size} | measured
 
 
-def main(project: Path, folder: Path = SHOWCASE_FOLDER, sheet: Path = SHEET) -> None:
-    pack(project.resolve(), folder)
+def main(project: Path, folder: Path, sheet: Path, *, shared: bool) -> None:
+    pack(project.resolve(), folder, shared=shared)
     draw_sheet(folder, sheet)
     print(readme_lines(read_json(folder / METRICS)))
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("project", type=Path, help="a clone whose training has ended")
+    parser.add_argument("--folder", type=Path, default=SHOWCASE_FOLDER, help="where to; the package's own by default")
+    parser.add_argument("--sheet", type=Path, default=SHEET, help="docs/showcase.png by default")
+    parser.add_argument("--shared", action="store_true", help="the machine did other work while it trained: say so")
     try:
-        main(*map(Path, sys.argv[1:]))
+        main(**vars(parser.parse_args()))
     except UserError as error:
         sys.exit(str(error))

@@ -62,8 +62,8 @@ def gather(subject: Subject, root: Path) -> tuple[Link, ...]:
     code = _code(subject, root)
     named = [name for name, path in DATA.items() if path in known.outs or name in ("latents", "text", "images")]
     data = [_out(name, DATA[name], known, found, root / DATA[name]) for name in named]
-    if known.converted_from:  # such a model is complete without the caches, which its source gives again
-        data = [replace(own, needed=False) for own in data]
+    if known.converted_from:
+        data = list(map(_left_behind, data))
     images_are_there = any(link.link == "images" and link.place in AT_HAND for link in data)
     return (
         *([_picture(subject)] if subject.metadata else []),
@@ -175,6 +175,13 @@ def _out(link: str, path: str, known: Provenance, found: Mapping[str, tuple[Plac
         return Link(link, name, out, Place.HERE, f"{local} alone", command=copy)
     bring = f"PYTHONPATH={shlex.quote(str(PRESENT_CODE))} python -m latentloom.dvc_outs {out}={path}"
     return Link(link, name, out, place, where, command=bring)
+
+
+def _left_behind(link: Link) -> Link:
+    """Data of a model that comes without them: it is complete, and their source gives them again."""
+    if link.place in AT_HAND:
+        return link
+    return replace(link, place=Place.LOST, where="did not come with the model", needed=False)
 
 
 def _source(then: Mapping[str, Any], ingested: Mapping[str, Any], *, needed: bool) -> Link:

@@ -13,7 +13,7 @@ from latentloom.evaluation.metadata import ImageMetadata, read_metadata
 from latentloom.layout import DVC_LOCK, MODEL
 from latentloom.model_files import model_hash
 from latentloom.registry.models import (
-    SHOWCASE_FOLDER,
+    SHOWCASE,
     StoredModel,
     is_model,
     look_up,
@@ -54,7 +54,8 @@ def find_subject(reference: str, root: Path) -> Subject:
     path, model = Path(reference).expanduser(), root / MODEL
     if path.is_file() or path.suffix.lower() == ".png":
         metadata = read_metadata(path)
-        folder = SHOWCASE_FOLDER if is_model(SHOWCASE_FOLDER, metadata.model_sha256) else model
+        shipped = named_folder(SHOWCASE)
+        folder = shipped if is_model(shipped, metadata.model_sha256) else model
         subject = Subject(StoredModel(metadata.model_sha256), folder, path.resolve(), metadata)
     elif is_model(folder := named_folder(reference)):
         subject = Subject(StoredModel(model_hash(folder)), folder.resolve())

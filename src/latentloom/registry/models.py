@@ -1,8 +1,8 @@
 """From what a user calls a model to its files: a folder, `showcase`, a name of the registry, or an MLflow run.
 
-`showcase` is the model that comes with this package, in a folder of it.
-A model's bytes may be in several places; its hash says which are the right ones. They are looked for in `models/unet`,
-in `.state/models` (what was fetched before), in DVC's cache and remote, and in the registry, in this order.
+`showcase` is the model that comes with this package, in its folder of that name. The bytes of any other may be in
+several places; its hash says which are the right ones. They are looked for in `models/unet`, in `.state/models` (what
+was fetched before), in DVC's cache and remote, and in the registry, in this order.
 """
 
 import json
