@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from latentloom.devices import autocast
-from latentloom.diffusion import UNet, get_schedule
+from latentloom.diffusion import get_schedule
 from latentloom.diffusion.blocks import SkipConv2d
 from latentloom.training.batches import Batch, batches
 from latentloom.training.loop import TrainingState, losses
@@ -94,20 +94,6 @@ def norm_in_channels_last(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
         shift = norm.bias.float().view(groups, -1) - mean * scale
         out = torch.addcmul(shift.to(x.dtype), tokens, scale.to(x.dtype))
         return out.flatten(2).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
-
-
-def graphed_network(settings: train_step.Settings) -> UNet:
-    """Our network, whose forward and backward pass are a CUDA graph each, for batches of that size alone."""
-    network = train_step.our_network(settings).train()
-    rows = settings.batch
-    example = (
-        train_step.latents(rows, settings.device).contiguous(memory_format=torch.channels_last),
-        torch.rand(rows, device=settings.device),
-        train_step.texts(rows, settings.device),
-    )
-    # Weights that autocast had cast before the capture would be no part of the graph.
-    with torch.autocast(settings.device.type, settings.dtype, enabled=settings.dtype is not None, cache_enabled=False):
-        return torch.cuda.make_graphed_callables(network, example)
 
 
 class StaticStep:
