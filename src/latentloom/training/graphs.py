@@ -22,8 +22,8 @@ register_pytree_node(
 def use_graphs(network: nn.Module, example: Batch, dtype: torch.dtype | None) -> None:
     """Record the passes of ``network``, which is in training mode and on CUDA, and replay them from then on.
 
-    Evaluation is as before. Every weight gets a gradient, which must stay and be set to zero in place: a backward pass
-    adds to it what the graph leaves in its own memory, which the next one overwrites.
+    Evaluation is as before. A backward pass leaves the gradients in memory that the next one overwrites, and autograd
+    makes that memory the gradient of a weight that has none.
 
     Args:
         example: its tensors become the graph's inputs.
@@ -37,5 +37,3 @@ def use_graphs(network: nn.Module, example: Batch, dtype: torch.dtype | None) ->
             (example.latents, example.noise_levels, example.labels),
             allow_unused_input=True,  # a network without attention uses no text tokens
         )
-    for weight in network.parameters():
-        weight.grad = torch.zeros_like(weight)

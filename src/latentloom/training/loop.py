@@ -210,6 +210,11 @@ def train(
     elif compiled:
         state.network.compile(dynamic=False)  # all batches have one shape
     network = distribute(state.network, accelerator, params)
+    # Parts can only be added up in memory that is not the graphs' own.
+    adds_up = graphs and params.gradient_accumulation > 1
+    if adds_up:
+        for weight in state.network.parameters():
+            weight.grad = torch.zeros_like(weight)
     weights, averaged = list(state.network.parameters()), list(state.average.parameters())
 
     def errors(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -220,7 +225,7 @@ def train(
 
     for step, parts in enumerate(draw(steps=range(state.step, params.steps)), start=state.step):
         for optimizer in state.optimizers:
-            optimizer.zero_grad(set_to_none=not graphs)
+            optimizer.zero_grad(set_to_none=not adds_up)
         measured = []
         for number, batch in enumerate(parts, start=1):
             last = number == len(parts)
