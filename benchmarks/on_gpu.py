@@ -2,7 +2,7 @@
 
     machine     what the device is, and what it can do at best: matrix products, copies
     equality    a step in fp32 on the device and on the CPU, memory formats, streamed rows, a resumed training
-    step        the training step in several sizes; without fast.py; norms in bf16; cuDNN's and TF32's settings
+    step        the training step in several sizes; without fast.py; norms in fp32; cuDNN's and TF32's settings
     sampling    36 pictures in 70 guided steps, with and without decoding; 1,000 samples
     encoding    images and captions a second, from prepared shards
     graphs      the training step as CUDA graphs

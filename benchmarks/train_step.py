@@ -50,7 +50,7 @@ from latentloom.diffusion import UNet, get_network
 from latentloom.encoding.codec import LatentCodec
 from latentloom.encoding.dataset import LatentDataset
 from latentloom.encoding.row_sources import InMemoryRows
-from latentloom.params import DiffusionParams, TrainParams
+from latentloom.params import Compile, DiffusionParams, TrainParams
 
 ROOT = Path(__file__).resolve().parents[1]
 CHANNELS, SIZE, TEXT_DIM = 4, 16, 384
@@ -67,7 +67,7 @@ class Settings:
     batch: int
     dtype: torch.dtype | None  # for autocast; None computes in fp32
     device: torch.device
-    compile: bool
+    compile: Compile  # by our own loop as `machine.compile` says; the others are compiled where it is true
     rows: int = ROWS  # of synthetic data
 
 

@@ -33,7 +33,7 @@ from latentloom.training.run import TrainingResult, run_training, usable_checkpo
 
 def main(params: Params) -> str | None:
     launch(__file__)
-    accelerator = make_accelerator(choose_device())
+    accelerator = make_accelerator(choose_device(), static_graph=params.train.gradient_accumulation == 1)
     caches = load_caches(LATENTS, TEXT, device=accelerator.device, memory_share=_memory_share(params, accelerator))
     train = partial(
         run_training, params, caches, accelerator=accelerator, model_folder=MODEL, curves_folder=TRAIN_PLOTS

@@ -2,7 +2,8 @@
 
     python train_in_processes.py OUT [FAIL]     # or: python -m torch.distributed.run --nproc-per-node 2 ...
 
-Writes OUT/RANK.safetensors: the network's inputs in this process, in order, and each step's loss over all processes.
+Writes OUT/RANK.safetensors: the network's inputs in this process, in order, and each step's loss over all processes;
+and of the first steps of whole batches the gradient norms, where gradients are sent in fp32 and in bf16.
 With FAIL, the training then continues, and the process of that rank raises an error in the next step.
 """
 
@@ -14,13 +15,13 @@ import torch
 from latent_data import TensorDataset
 from safetensors.torch import save_file
 
-from latentloom.diffusion.unet import get_network
+from latentloom.diffusion.unet import UNet, get_network
 from latentloom.encoding.dataset import LatentDataset
-from latentloom.params import load_params
+from latentloom.params import Params, load_params
 from latentloom.training.loop import TrainingState, train
 from latentloom.training.processes import make_accelerator
 
-ROWS, STEPS, BATCH, PARTS = 21, 20, 8, 2
+ROWS, STEPS, BATCH, PARTS, FEW = 21, 20, 8, 2, 4
 
 
 def make_data() -> LatentDataset:
@@ -38,13 +39,28 @@ def make_data() -> LatentDataset:
     )
 
 
+def small_network(widths: tuple[int, ...] = (16, 32)) -> UNet:
+    torch.manual_seed(0)
+    network = get_network(8, 1, 16, 4, widths=widths, text_dim=12, token_dim=10)
+    return network.to(memory_format=torch.channels_last)
+
+
+def gradient_norms(params: Params, reduce_precision: str) -> torch.Tensor:
+    """Of a network whose text tokens nobody uses."""
+    changed = {"steps": FEW, "batch_size": BATCH, "warmup_steps": 0, "reduce_precision": reduce_precision}
+    settings = params.train.model_copy(update=changed)
+    accelerator = make_accelerator(torch.device("cpu"), static_graph=True)
+    state = TrainingState.start(small_network(widths=(16,)), settings)
+    steps = train(state, make_data(), params=settings, diffusion=params.diffusion, seed=0, accelerator=accelerator)
+    return torch.stack([step.gradient_norm for step in steps])
+
+
 def main(out: Path, failing: int | None = None) -> None:
     """Train and save, in this process alone or as one of several."""
     accelerator = make_accelerator(torch.device("cpu"))
     params = load_params(Path(__file__).parents[1] / "params.yaml")
     settings = params.train.model_copy(update={"steps": 2 * STEPS, "batch_size": BATCH, "gradient_accumulation": PARTS})
-    torch.manual_seed(0)
-    network = get_network(8, 1, 16, 4, widths=(16, 32), text_dim=12, token_dim=10).to(memory_format=torch.channels_last)
+    network = small_network()
     seen: list[tuple[torch.Tensor, ...]] = []
 
     def see(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -60,6 +76,7 @@ def main(out: Path, failing: int | None = None) -> None:
     noisy, levels, labels, tokens = (torch.stack(values) for values in zip(*seen, strict=True))
     out.mkdir(parents=True, exist_ok=True)
     tensors = {"noisy": noisy, "levels": levels, "labels": labels, "tokens": tokens, "loss": torch.tensor(losses)}
+    tensors |= {f"norm_{precision}": gradient_norms(params, precision) for precision in ("fp32", "bf16")}
     save_file(tensors, out / f"{accelerator.process_index}.safetensors")
     if failing is not None:
         list(steps)

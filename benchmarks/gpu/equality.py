@@ -19,7 +19,7 @@ from torch import nn
 from train_step import Settings
 
 from gpu import variants
-from gpu.parts import Job, Record
+from gpu.parts import Job, Record, Unmeasurable
 from latentloom.devices import autocast_dtype, choose_device
 from latentloom.diffusion import UNet, get_schedule
 from latentloom.encoding.dataset import Caches, load_caches
@@ -50,6 +50,7 @@ def equality(job: Job, record: Record) -> None:
                 "training on streamed and on held rows", partial(_streamed_training, settings, held, streamed)
             )
             record.measure("a resumed training and one in one go", partial(_resumed, settings, held))
+            record.measure("a training with CUDA graphs and one without", partial(_graphed, settings, held))
         with variants.tf32(True):
             record.measure("one step with TF32 and on the CPU", partial(_against_cpu, settings, folder, allowed=1e-2))
         record.measure("layers whose output leaves channels-last memory", partial(_strides, settings))
@@ -156,7 +157,15 @@ def _trained(settings: Settings, caches: Caches, *pieces: int) -> torch.Tensor:
             saved, done = {name: tensor.detach().cpu() for name, tensor in state.tensors().items()}, state.step
             state = TrainingState.start(train_step.our_network(settings), params, dtype)
             state.load(saved, done)
-        running = train(state, caches.train, params=params, diffusion=diffusion, seed=SEED, dtype=dtype)
+        running = train(
+            state,
+            caches.train,
+            params=params,
+            diffusion=diffusion,
+            seed=SEED,
+            dtype=dtype,
+            compiled=settings.compile,
+        )
         for _ in islice(running, steps):
             pass
         running.close()
@@ -170,6 +179,13 @@ def _streamed_training(settings: Settings, held: Caches, streamed: Caches) -> di
 def _resumed(settings: Settings, held: Caches) -> dict[str, Any]:
     half = STEPS // 2
     return _compared(_apart(_trained(settings, held, half, STEPS - half), _trained(settings, held, STEPS)), REPEATED)
+
+
+def _graphed(settings: Settings, held: Caches) -> dict[str, Any]:
+    if settings.device.type != "cuda":
+        raise Unmeasurable("CUDA graphs need CUDA")
+    graphs = replace(settings, compile="cuda_graphs")
+    return _compared(_apart(_trained(graphs, held, STEPS), _trained(settings, held, STEPS)), REPEATED)
 
 
 @torch.no_grad()

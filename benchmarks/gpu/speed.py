@@ -20,6 +20,7 @@ import numpy as np
 import sample
 import torch
 import train_step
+from torch import nn
 from train_step import Contender, Settings
 
 from gpu import variants
@@ -83,7 +84,7 @@ def step(job: Job, record: Record) -> None:
     for what, context in (
         ("plain convolutions", variants.plain_convolutions()),
         ("cuDNN tries its algorithms", variants.cudnn_benchmark()),
-        ("norms in bf16", variants.norms(variants.norm_in_own_precision)),
+        ("norms in fp32, as autocast has them", variants.norms(nn.GroupNorm.forward)),
         ("norms that stay channels-last", variants.norms(variants.norm_in_channels_last)),
     ):
         _measure_step(job, record, f"{name}, batch {first}: {what}", usual, context)
@@ -93,7 +94,7 @@ def step(job: Job, record: Record) -> None:
 
 
 def graphs(job: Job, record: Record) -> None:
-    """The training step as CUDA graphs: the network alone, or all but drawing the batch."""
+    """The training step as CUDA graphs: the network alone, as the training has it, or all but drawing the batch."""
     for batch in sorted(job.sizes.batches):
         settings = _settings(job, batch)
         static = partial(_static_step, settings)
@@ -102,8 +103,8 @@ def graphs(job: Job, record: Record) -> None:
             continue
         whole = partial(_static_step, settings, graph=True)
         _measure_step(job, record, f"batch {batch}: the whole step a graph", settings, make=whole)
-        network = partial(_graphed_network, settings)
-        _measure_step(job, record, f"batch {batch}: the network a graph", settings, make=network)
+        network = replace(settings, compile="cuda_graphs")
+        _measure_step(job, record, f"batch {batch}: the network's passes as graphs", network)
 
 
 def _settings(job: Job, batch: int) -> Settings:
@@ -114,10 +115,6 @@ def _settings(job: Job, batch: int) -> Settings:
 def _static_step(settings: Settings, graph: bool = False) -> Contender:
     static = variants.StaticStep(settings)
     return Contender("ours", static.state.network, (), variants.as_graph(static) if graph else static.run)
-
-
-def _graphed_network(settings: Settings) -> Contender:
-    return train_step.ours(settings, variants.graphed_network(settings))
 
 
 def compiled(job: Job, record: Record) -> None:
@@ -132,7 +129,7 @@ def compiled(job: Job, record: Record) -> None:
         (first, ": norms that stay channels-last", (variants.norms(variants.norm_in_channels_last),)),
         *((batch, "", ()) for batch in job.sizes.batches[1:]),
     ):
-        torch._dynamo.reset()  # else the second shape would be compiled for all shapes, with slower kernels
+        torch._dynamo.reset()  # else what was compiled before would count against its limit
         settings = replace(_settings(job, batch), compile=True)
         _measure_step(job, record, f"compiled, batch {batch}{what}", settings, *contexts, needs=COMPILING)
 

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from latentloom.devices import autocast
-from latentloom.diffusion import UNet, get_schedule
-from latentloom.diffusion.blocks import SkipConv2d
+from latentloom.diffusion import get_schedule
+from latentloom.diffusion.blocks import GroupNorm, SkipConv2d
 from latentloom.training.batches import Batch, batches
 from latentloom.training.loop import TrainingState, losses
 
@@ -63,23 +63,17 @@ def plain_convolutions() -> Iterator[None]:
 
 @contextmanager
 def norms(forward: Callable[[nn.GroupNorm, torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Group norms computed by ``forward``; under autocast torch itself casts their input to fp32."""
-    before = nn.GroupNorm.forward
-    nn.GroupNorm.forward = forward
+    """Group norms computed by ``forward``; that of torch, under autocast on CUDA, casts their input to fp32."""
+    before = GroupNorm.forward
+    GroupNorm.forward = forward
     try:
         yield
     finally:
-        nn.GroupNorm.forward = before
-
-
-def norm_in_own_precision(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
-    """torch's kernel on activations as they are, bf16 under autocast; its sums are in fp32 anyhow."""
-    with torch.autocast(x.device.type, enabled=False):
-        return F.group_norm(x, norm.num_groups, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
+        GroupNorm.forward = before
 
 
 def norm_in_channels_last(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
-    """The same from sums and one multiplication, which keep channels-last memory: torch's CUDA kernel leaves it.
+    """Group norm from sums and one multiplication, which keep channels-last memory: torch's CUDA kernel leaves it.
 
     `(B, C, H, W)`; mean and variance are computed in fp32, the result has the dtype of ``x``.
     """
@@ -94,20 +88,6 @@ def norm_in_channels_last(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
         shift = norm.bias.float().view(groups, -1) - mean * scale
         out = torch.addcmul(shift.to(x.dtype), tokens, scale.to(x.dtype))
         return out.flatten(2).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
-
-
-def graphed_network(settings: train_step.Settings) -> UNet:
-    """Our network, whose forward and backward pass are a CUDA graph each, for batches of that size alone."""
-    network = train_step.our_network(settings).train()
-    rows = settings.batch
-    example = (
-        train_step.latents(rows, settings.device).contiguous(memory_format=torch.channels_last),
-        torch.rand(rows, device=settings.device),
-        train_step.texts(rows, settings.device),
-    )
-    # Weights that autocast had cast before the capture would be no part of the graph.
-    with torch.autocast(settings.device.type, settings.dtype, enabled=settings.dtype is not None, cache_enabled=False):
-        return torch.cuda.make_graphed_callables(network, example)
 
 
 class StaticStep:

@@ -33,6 +33,7 @@ Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Steps = Annotated[StrictInt, Field(ge=2, le=1000)]
 SourceName = Literal["openmoji", "folder", "webdataset", "parquet"]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Compile = Literal[False, True, "cuda_graphs"]
 
 
 class ParamsError(UserError):
@@ -174,6 +175,7 @@ class TrainParams(Section):
     ema_images: Positive
     keep: Literal["last", "best"]
     precision: Literal["auto", "fp32", "bf16"]
+    reduce_precision: Literal["fp32", "bf16"]
 
     @model_validator(mode="after")
     def _numbers_fit(self) -> "TrainParams":
@@ -201,7 +203,7 @@ class MonitorParams(Section):
 
 class MachineParams(Section):
     gradient_checkpointing: StrictBool
-    compile: StrictBool
+    compile: Compile
     checkpoint_every: Count
     checkpoints_kept: Count
     data_memory_share: Annotated[float, Field(ge=0.0, le=1.0)]
@@ -260,6 +262,7 @@ ADDED = {
     "validate.max_cut_captions": 1.0,
     "model.text": "pooled",
     "train.optimizer": "adamw",
+    "train.reduce_precision": "fp32",
     "monitor.validation_images": 96,
     "evaluate.precision": "auto",
 }

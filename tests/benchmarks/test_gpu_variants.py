@@ -8,17 +8,17 @@ from tiny_models import save_tiny_unet
 from torch import nn
 from train_step import Settings
 
-from latentloom.diffusion.blocks import SkipConv2d
+from latentloom.diffusion.blocks import GroupNorm, SkipConv2d
 from latentloom.errors import UserError
 from latentloom.model_files import load_model
 
 SETTINGS = Settings((16, 32), 1, 8, None, torch.device("cpu"), False, rows=32)
 
 
-@pytest.mark.parametrize("norm", [variants.norm_in_own_precision, variants.norm_in_channels_last])
+@pytest.mark.parametrize("norm", [GroupNorm.in_precision_of_input, variants.norm_in_channels_last])
 def test_other_group_norms_are_group_norms_with_gradients_and_memory_format(norm):
     torch.manual_seed(0)
-    layer = nn.GroupNorm(4, 12)
+    layer = GroupNorm(4, 12)
     nn.init.normal_(layer.weight)
     nn.init.normal_(layer.bias)
     x = (3 + 2 * torch.randn(5, 12, 6, 6)).contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -36,14 +36,14 @@ def test_other_group_norms_are_group_norms_with_gradients_and_memory_format(norm
 def test_what_a_context_sets_is_set_back():
     def settings():
         backends = torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32
-        return backends, nn.GroupNorm.forward, SkipConv2d.forward
+        return backends, GroupNorm.forward, SkipConv2d.forward
 
     before = settings()
     for context in (
         variants.tf32(True),
         variants.cudnn_benchmark(),
         variants.plain_convolutions(),
-        variants.norms(variants.norm_in_own_precision),
+        variants.norms(nn.GroupNorm.forward),
     ):
         with pytest.raises(ZeroDivisionError), context:
             _ = 1 / 0

@@ -13,7 +13,7 @@ from latentloom.diffusion import (
     UpBlock,
     sinusoidal_embedding,
 )
-from latentloom.diffusion.blocks import SkipConv2d
+from latentloom.diffusion.blocks import SkipConv2d, group_norm
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -142,3 +142,17 @@ def test_blocks_keep_channels_last_memory():
     up = randomise(UpBlock(64, 64, 1, 8, txt_ch=24))(halved, skips, condition, text)
     for result in (halved, *skips, up):
         assert result.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_norm_on_a_gpu_keeps_the_precision_of_its_input_under_autocast_as_one_on_a_cpu_does():
+    torch.manual_seed(0)
+    layer = group_norm(32)
+    nn.init.normal_(layer.weight)
+    nn.init.normal_(layer.bias)
+    x = (3 + 2 * torch.randn(4, 32, 8, 8)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        on_cpu, on_gpu = layer(x), layer.in_precision_of_input(x)
+    assert on_gpu.dtype is on_cpu.dtype is torch.bfloat16
+    exact = nn.functional.group_norm(x.double(), layer.num_groups, layer.weight.double(), layer.bias.double())
+    torch.testing.assert_close(on_cpu.double(), exact, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(on_gpu.double(), exact, rtol=2e-2, atol=2e-2)

@@ -5,10 +5,10 @@ import pytest
 import tiny_models
 import torch
 
-from latentloom.encoding.vae import in_batches, load_vae
+from latentloom.encoding.vae import FittingBatches, load_vae
 
 
-@pytest.fixture(scope="module", params=["tiny", "kl"])
+@pytest.fixture(params=["tiny", "kl"])
 def vae(request, tmp_path_factory):
     save = tiny_models.save_tiny_vae if request.param == "tiny" else tiny_models.save_kl_vae
     return load_vae(str(save(tmp_path_factory.mktemp("vae") / "vae")))
@@ -39,6 +39,9 @@ def test_encoding_in_halves_gives_the_bytes_of_encoding_at_once(vae, request):
     asked = request.getfixturevalue("small_memory")
     halves = vae.encode(pixels)
     assert asked == [9, 4, 2, 2, 2, 2, 1]
+    asked.clear()
+    vae.encode(pixels)
+    assert asked == [2, 2, 2, 2, 1]  # what did not fit is not tried again
     assert halves.keys() == whole.keys()
     for name, tensor in whole.items():
         assert torch.equal(halves[name].half(), tensor.half()), name  # as the cache stores them
@@ -62,4 +65,4 @@ def test_a_row_for_which_there_is_no_memory_stops_with_torchs_own_error(vae, mon
 
 
 def test_no_rows_are_one_empty_batch():
-    assert in_batches(lambda part: list(range(0)[part]), 0, 8) == [[]]
+    assert FittingBatches()(lambda part: list(range(0)[part]), 0, 8) == [[]]

@@ -24,6 +24,7 @@ def train_params() -> TrainParams:
         ema_images=80.0,
         keep="last",
         precision="fp32",
+        reduce_precision="fp32",
     )
 
 

@@ -272,6 +272,7 @@ def fingerprint(params: Params, **others) -> str:
         ("model", {"block_depth": 2}),
         ("train", {"keep": "best"}),
         ("train", {"loss": "huber"}),
+        ("train", {"reduce_precision": "bf16"}),
     ],
 )
 def test_whatever_decides_the_training_changes_the_fingerprint(section, values):

@@ -353,6 +353,11 @@ def test_without_a_compiler_compiling_is_rejected_before_any_work(run, monkeypat
         run(quick(machine={"compile": True}))
 
 
+def test_cuda_graphs_are_rejected_where_there_is_no_cuda(run):
+    with pytest.raises(UserError, match=r"machine\.compile = cuda_graphs: .* computes on cpu; set it to false"):
+        run(quick(machine={"compile": "cuda_graphs"}))
+
+
 def metadata(params: Params) -> dict:
     settings = params.train
     open_ended = {"cosine": 0, "constant": settings.steps, "warmup_stable_decay": settings.steps - settings.decay_steps}

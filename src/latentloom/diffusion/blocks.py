@@ -25,7 +25,22 @@ def _zero(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
+class GroupNorm(nn.GroupNorm):
+    """In the precision of its input, under autocast too; the sums within are in float32 anyhow.
+
+    A CPU has it so. On CUDA autocast would cast the input to float32, and everything up to the next convolution would
+    then move twice the memory.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) if x.device.type == "cpu" else self.in_precision_of_input(x)
+
+    def in_precision_of_input(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def group_norm(channels: int) -> GroupNorm:
     """At most 32 groups, of at least 16 channels where that divides.
 
     Wu & He 2018 found groups of 16 channels no worse than 32 groups. Smaller groups are up to ten times
@@ -34,7 +49,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
     groups = math.gcd(32, channels)
     while groups > 1 and channels // groups < 16:
         groups //= 2
-    return nn.GroupNorm(groups, channels)
+    return GroupNorm(groups, channels)
 
 
 def _to_tokens(x: torch.Tensor) -> torch.Tensor:

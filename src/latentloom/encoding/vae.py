@@ -4,6 +4,7 @@ A public VAE that is never trained here: the small one that the package carries 
 `AutoencoderTiny` in diffusers' format. Latents are the VAE's raw output; `latentloom.encoding.codec` scales them.
 """
 
+import sys
 from collections.abc import Callable
 from functools import cached_property
 from typing import TypeVar
@@ -23,25 +24,32 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 Computed = TypeVar("Computed")
 
 
-def in_batches(compute: Callable[[slice], Computed], rows: int, size: int) -> list[Computed]:
-    """What ``compute`` gives for all rows, at most ``size`` at a time; where the device's memory is too small, half.
+class FittingBatches:
+    """Rows computed in batches that fit into the device's memory: where one did not, all later ones are half of it."""
 
-    Raises:
-        torch.OutOfMemoryError: when one row alone is too much.
-    """
-    results, start = [], 0
-    while start < rows or not results:
-        try:
-            results.append(compute(slice(start, min(start + size, rows))))
-        except torch.OutOfMemoryError:
-            if size == 1:
-                raise
-            size //= 2
-        else:
-            start += size
-            continue
-        torch.cuda.empty_cache()  # here the error holds no tensors any more
-    return results
+    def __init__(self) -> None:
+        self._fits = sys.maxsize
+
+    def __call__(self, compute: Callable[[slice], Computed], rows: int, size: int) -> list[Computed]:
+        """What ``compute`` gives for all rows, at most ``size`` at a time.
+
+        Raises:
+            torch.OutOfMemoryError: when one row alone is too much.
+        """
+        results, start = [], 0
+        while start < rows or not results:
+            size = min(size, self._fits)
+            try:
+                results.append(compute(slice(start, min(start + size, rows))))
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                self._fits = size // 2
+            else:
+                start += size
+                continue
+            torch.cuda.empty_cache()  # here the error holds no tensors any more
+        return results
 
 
 class Vae:
@@ -67,6 +75,7 @@ class Vae:
         if self.class_name not in CLASSES:
             raise UserError(f"encode_images.vae: {reference} is a {self.class_name}; supported: {', '.join(CLASSES)}")
         self.fingerprint = pretrained.fingerprint(self._folder)
+        self._encoding, self._decoding = FittingBatches(), FittingBatches()
 
     @cached_property
     def module(self) -> torch.nn.Module:
@@ -97,7 +106,7 @@ class Vae:
 
         ``precision``: another one than the VAE's own.
         """
-        parts = in_batches(lambda part: self._encode(pixels[part], precision), len(pixels), len(pixels))
+        parts = self._encoding(lambda part: self._encode(pixels[part], precision), len(pixels), len(pixels))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     @torch.inference_mode()
@@ -120,7 +129,7 @@ class Vae:
                 raw[part], 1.0, vae=self.module, latent_channels=raw.shape[1], layout="nchw", batch_size=batch_size
             )
 
-        return np.concatenate(in_batches(decode, len(raw), batch_size))
+        return np.concatenate(self._decoding(decode, len(raw), batch_size))
 
 
 def load_vae(reference: str, device: torch.device | str = "cpu", precision: str = "fp32") -> Vae:

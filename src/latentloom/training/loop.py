@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -19,10 +20,11 @@ from latentloom.devices import autocast
 from latentloom.diffusion.noise import get_schedule
 from latentloom.encoding.dataset import LatentDataset
 from latentloom.errors import UserError
-from latentloom.params import DiffusionParams, TrainParams
+from latentloom.params import Compile, DiffusionParams, TrainParams
 from latentloom.training.batches import Batch, batches
+from latentloom.training.graphs import use_graphs
 from latentloom.training.optimizers import build_optimizers
-from latentloom.training.processes import make_accelerator
+from latentloom.training.processes import distribute, make_accelerator
 
 
 @dataclass
@@ -172,7 +174,7 @@ def train(
     seed: int,
     dtype: torch.dtype | None = None,
     accelerator: Accelerator | None = None,
-    compiled: bool = False,
+    compiled: Compile = False,
 ) -> Iterator[Step]:
     """Train from ``state``, which is updated in place, to ``params.steps``; yield after every step.
 
@@ -181,26 +183,15 @@ def train(
         seed: every random number is a function of it, the step and the position in the global batch.
         dtype: for autocast; None computes in fp32.
         accelerator: of this process; None: the only one.
-        compiled: by `torch.compile`.
+        compiled: what ``machine.compile`` says.
     """
     device = data.device
     accelerator = accelerator or make_accelerator(device)
     schedule = get_schedule(diffusion.schedule)
-    if compiled:
-        state.network.compile()
-    network = accelerator.prepare_model(state.network.train())
-    weights, averaged = list(state.network.parameters()), list(state.average.parameters())
-
-    def errors(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        noisy = schedule.add_noise(batch.latents, batch.noise, batch.noise_levels)
-        with autocast(dtype, device):
-            predicted = network(noisy, batch.noise_levels, batch.labels)
-        return losses(predicted.float(), batch.latents, params)
-
-    steps = batches(
+    draw = partial(
+        batches,
         data,
         seed=seed,
-        steps=range(state.step, params.steps),
         batch_size=params.batch_size,
         distribution=diffusion.noise_levels,
         label_dropout=diffusion.label_dropout,
@@ -211,9 +202,30 @@ def train(
             accelerator.num_processes,
         ),
     )
-    for step, parts in enumerate(steps, start=state.step):
+    state.network.train()
+    graphs = compiled == "cuda_graphs"
+    if graphs:
+        [(example, *_)] = draw(steps=[state.step])
+        use_graphs(state.network, example, dtype)
+    elif compiled:
+        state.network.compile(dynamic=False)  # all batches have one shape
+    network = distribute(state.network, accelerator, params)
+    # Parts can only be added up in memory that is not the graphs' own.
+    adds_up = graphs and params.gradient_accumulation > 1
+    if adds_up:
+        for weight in state.network.parameters():
+            weight.grad = torch.zeros_like(weight)
+    weights, averaged = list(state.network.parameters()), list(state.average.parameters())
+
+    def errors(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        noisy = schedule.add_noise(batch.latents, batch.noise, batch.noise_levels)
+        with autocast(dtype, device):
+            predicted = network(noisy, batch.noise_levels, batch.labels)
+        return losses(predicted.float(), batch.latents, params)
+
+    for step, parts in enumerate(draw(steps=range(state.step, params.steps)), start=state.step):
         for optimizer in state.optimizers:
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=not adds_up)
         measured = []
         for number, batch in enumerate(parts, start=1):
             last = number == len(parts)

@@ -13,8 +13,13 @@ from collections.abc import Mapping
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import GradientAccumulationPlugin
+from torch import nn
+from torch.distributed import GradBucket, ProcessGroup
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from latentloom.errors import UserError
+from latentloom.params import TrainParams
 
 LAUNCH = "LATENTLOOM_LAUNCH"
 LAUNCHED = "LATENTLOOM_LAUNCHED"  # marks what `launch` started, which must not launch again
@@ -51,12 +56,14 @@ def launch(script: str) -> None:
         ) from error
 
 
-def make_accelerator(device: torch.device) -> Accelerator:
+def make_accelerator(device: torch.device, *, static_graph: bool = False) -> Accelerator:
     """The `Accelerator` of this process, on ``device``, with no setting but its own.
 
     Args:
         device: where a single process computes. In a job of several, it decides between CPU and GPU alone: the
             launcher's ``LOCAL_RANK`` says which GPU.
+        static_graph: every backward pass uses the same weights, not all of them perhaps, and averages their gradients.
+            torch 2.13 fails where some do not average, as with ``train.gradient_accumulation``.
 
     Raises:
         UserError: when the environment asks for an algorithm other than this one, such as DeepSpeed.
@@ -82,9 +89,27 @@ def make_accelerator(device: torch.device) -> Accelerator:
         dynamo_backend="no",
         # A plugin, because the environment overrides the plain argument.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        # The network's buffers are constants.
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                gradient_as_bucket_view=True,
+                broadcast_buffers=False,  # the network's are constants
+                static_graph=static_graph,
+            )
+        ],
     )
+
+
+def distribute(network: nn.Module, accelerator: Accelerator, params: TrainParams) -> nn.Module:
+    """``network``, whose gradients are averaged over all processes, sent in ``train.reduce_precision``."""
+    network = accelerator.prepare_model(network)
+    if isinstance(network, DistributedDataParallel) and params.reduce_precision == "bf16":
+        network.register_comm_hook(None, _average_in_bf16)
+    return network
+
+
+def _average_in_bf16(group: ProcessGroup | None, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """torch's hook under another name, by which torch does not know it: it allows its own on GPUs alone."""
+    return bf16_compress_hook(group, bucket)
 
 
 def requested_device(device: torch.device, launched: bool) -> str | None:

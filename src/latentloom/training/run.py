@@ -65,10 +65,11 @@ def run_training(
         TrainingDivergedError: when the training has diverged; the checkpoints from before are kept.
         TrainingStopped: after SIGTERM or Ctrl-C, when the state is saved.
         UserError: when ``train.batch_size`` does not divide over the processes, the latents' size does not suit
-            ``model.widths``, ``train.keep`` is ``best`` without a validation split, or no compiler is there.
+            ``model.widths``, ``train.keep`` is ``best`` without a validation split, or ``machine.compile`` asks for
+            what is not there.
     """
     settings, device = params.train, accelerator.device
-    _check_settings(params, caches)
+    _check_settings(params, caches, device)
     if accelerator.is_main_process and not caches.has_validation:
         print("train: the validation split is empty, so no validation error is measured", file=sys.stderr, flush=True)
     dtype = autocast_dtype(settings.precision, device)
@@ -222,7 +223,7 @@ def _asked_to_stop(request: StopRequest, accelerator: Accelerator, step: Step, e
     return int(accelerator.gather(torch.tensor([request.number], device=accelerator.device)).max())
 
 
-def _check_settings(params: Params, caches: Caches) -> None:
+def _check_settings(params: Params, caches: Caches, device: torch.device) -> None:
     if params.train.keep == "best" and not caches.has_validation:
         raise UserError(
             "train.keep = best: the validation split is empty, so no weights can be called the best; raise "
@@ -230,7 +231,13 @@ def _check_settings(params: Params, caches: Caches) -> None:
         )
     if params.model.text == "tokens" and not caches.text_statistics["token_dim"]:
         raise UserError("model.text = tokens: the text cache has no token states; run `dvc repro encode_text`")
-    if params.machine.compile and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+    if params.machine.compile == "cuda_graphs":
+        if device.type != "cuda":
+            raise UserError(
+                f"machine.compile = cuda_graphs: graphs need a CUDA device, and this training computes on {device}; "
+                "set it to false"
+            )
+    elif params.machine.compile and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise UserError("machine.compile = True: torch.compile needs a C++ compiler; install g++, or set it to false")
 
 
