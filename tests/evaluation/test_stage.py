@@ -1,4 +1,4 @@
-"""The stage `evaluate` by hand: each other one is a run; with a sweep, it leaves chart and table, here and in MLflow."""
+"""The stage `evaluate` by hand: an MLflow run each, and not twice the same; with a sweep, chart and table too."""
 
 import json
 from pathlib import Path
