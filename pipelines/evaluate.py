@@ -8,10 +8,21 @@ from dataclasses import asdict
 import numpy as np
 
 from latentloom.encoding.dataset import load_caches
+from latentloom.evaluation.noise_curves import save_noise_curves
 from latentloom.evaluation.report import evaluate
 from latentloom.evaluation.sweep import CHART, TABLE, save_sweep, sweep
 from latentloom.evaluation.text_to_image import SETTINGS_FILE, load_text_to_image
-from latentloom.layout import DVC_LOCK, EXTREMES_SHEET, IMAGES, LATENTS, MODEL, SAMPLE_SHEET, TEXT, project_root
+from latentloom.layout import (
+    DVC_LOCK,
+    EXTREMES_SHEET,
+    IMAGES,
+    LATENTS,
+    MODEL,
+    SAMPLE_SHEET,
+    TEXT,
+    TRAIN_PLOTS,
+    project_root,
+)
 from latentloom.params import Params
 from latentloom.registry.models import stored_model
 from latentloom.stage import run_stage
@@ -26,15 +37,22 @@ def main(params: Params) -> str:
     caches = load_caches(LATENTS, TEXT, device=model.device, memory_share=params.machine.data_memory_share)
     evaluation = evaluate(params, model, caches, IMAGES)
     evaluation.save()
-    chart = save_sweep(sweep(model, caches, params.evaluate, params.seed))
+    charts = {
+        "sweep": save_sweep(sweep(model, caches, params.evaluate, params.seed)),
+        "noise_curves": save_noise_curves(TRAIN_PLOTS),
+    }
     with training_run(model.model_sha256) as tracked:
         step = params.train.steps
         tracked.log_metrics({f"evaluate/{name}": value for name, value in evaluation.metrics.items()}, step)
         tracked.log_text(json.dumps(asdict(params.evaluate.sampling), indent=2), SETTINGS_FILE)
         tracked.log_image(np.asarray(evaluation.sheet), "evaluation", step)
         tracked.log_image(np.asarray(evaluation.extremes), "extremes", step)
-        if chart is not None:
-            tracked.log_image(chart, "sweep", step)
+        tracked.log_metrics({f"evaluate/seconds/{name}": own for name, own in evaluation.seconds.items()}, step)
+        if evaluation.encoders:
+            tracked.log_text(json.dumps(evaluation.encoders, indent=2), "feature_encoders.json")
+        for name, chart in charts.items():
+            if chart is not None:
+                tracked.log_image(chart, name, step)
         for path in (SAMPLE_SHEET, EXTREMES_SHEET, DVC_LOCK, CHART, TABLE):  # dvc.lock names the model by now
             if path.exists():
                 tracked.log_file(path)

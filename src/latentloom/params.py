@@ -33,6 +33,7 @@ Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Steps = Annotated[StrictInt, Field(ge=2, le=1000)]
 SourceName = Literal["openmoji", "folder", "webdataset", "parquet"]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Reference = Annotated[StrictStr, Field(min_length=1)]  # of a pretrained model
 
 
 class ParamsError(UserError):
@@ -217,6 +218,10 @@ class EvaluateParams(Section):
     prompts: Annotated[list[Annotated[StrictStr, Field(min_length=1)]], Field(min_length=1)]
     held_out_captions: Annotated[StrictInt, Field(ge=0)]
     training_captions: Count
+    features: Reference | None
+    clip: Reference | None
+    samples: Count
+    real_images: Literal["held_out", "training"]
     sweep: SweepParams | None
 
     @model_validator(mode="before")
@@ -262,6 +267,10 @@ ADDED = {
     "train.optimizer": "adamw",
     "monitor.validation_images": 96,
     "evaluate.precision": "auto",
+    "evaluate.features": None,
+    "evaluate.clip": None,
+    "evaluate.samples": 1000,
+    "evaluate.real_images": "held_out",
 }
 
 
