@@ -93,6 +93,7 @@ def test_mlflow_has_one_run_with_curves_pictures_data_and_tags(finished, monkeyp
     assert [metric.step for metric in client.get_metric_history(run.info.run_id, "val/mae")] == [4, 8]
     bins = [name for name in run.data.metrics if name.startswith("val/mae_noise_")]
     assert len(bins) >= 3
+    assert all(name.replace("val/", "train/") in run.data.metrics for name in bins)
     for name in ("train/learning_rate", "train/images_per_second", "evaluate/memorisation_recall"):
         assert name in run.data.metrics
     pictures = [artifact.path for artifact in client.list_artifacts(run.info.run_id, "images")]

@@ -5,7 +5,7 @@ pictures, and sheets that show it.
 what it leaves.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -127,7 +127,8 @@ def evaluate(params: Params, model: TextToImage, caches: Caches, images: Path) -
     metrics |= distribution.figures
 
     sections, extremes = _sections(params.evaluate.prompts, of_prompts, known, of_known, measured, model.codec, images)
-    footer = _footer(params, model, metrics) + _beside_real(params, encoders, distribution)
+    said = [_made(params, metrics), *_beside_real(params, encoders, distribution), model.config.attribution]
+    footer = " ".join(filter(None, said))
     sheets = render_sheet(sections, footer), render_sheet(extremes, footer)
     return Evaluation(metrics, *sheets, distribution, encoders.described)
 
@@ -193,17 +194,18 @@ def _figures(metrics: Mapping[str, float]) -> str:
     return ", ".join(shown if "val_mae" in metrics else [*shown, NOTHING_HELD_OUT])
 
 
-def _beside_real(params: Params, encoders: Encoders, distribution: Distribution) -> str:
-    """What of the footer says how samples were measured beside real images, and which figures are left out."""
-    said, figures = "", distribution.figures
-    if figures:
+def _beside_real(params: Params, encoders: Encoders, distribution: Distribution) -> Iterator[str]:
+    """Sentences of the footer: how samples were measured beside real images, and which figures are left out."""
+    if figures := distribution.figures:
         named = [f"{key} {own['reference']} ({own['fingerprint'][:12]}…)" for key, own in encoders.described.items()]
         real = f"{figures['distribution_images']} {params.evaluate.real_images.replace('_', '-')} images"
-        said += f" {figures['distribution_samples']} samples beside {real}, by {', '.join(named)}."
-    return said + (f" Not measured: {distribution.left_out}." if distribution.left_out else "")
+        yield f"{figures['distribution_samples']} samples beside {real}, by {', '.join(named)}."
+    if distribution.left_out:
+        yield f"Not measured: {distribution.left_out}."
 
 
-def _footer(params: Params, model: TextToImage, metrics: Mapping[str, float]) -> str:
+def _made(params: Params, metrics: Mapping[str, float]) -> str:
+    """The footer's first sentence: how the samples were made, and the main figures."""
     sampling = params.evaluate.sampling
     guidance, (low, high) = f"guidance {sampling.class_guidance:g}", sampling.guidance_interval
     if (low, high) != (0.0, 1.0):
@@ -214,5 +216,4 @@ def _footer(params: Params, model: TextToImage, metrics: Mapping[str, float]) ->
         f"{metrics['held_out_combinations']} held-out combinations, {metrics['training_captions']} training captions"
     )
     made = f"{sampling.diffusion_steps} steps of {sampling.sampler}, {guidance}, seed {params.seed}; {counts}: "
-    made += f"{_figures(metrics)}."
-    return f"{made} {model.config.attribution}" if model.config.attribution else made
+    return f"{made}{_figures(metrics)}."
