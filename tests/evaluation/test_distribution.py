@@ -19,7 +19,7 @@ from latentloom.ingestion.shards import iterate_images, read_metadata
 
 CPU = torch.device("cpu")
 DISTANCES = {"fid", "kid", "kid_standard_error", "cmmd", "fid_real", "kid_real", "cmmd_real"}
-OF_CLIP = {"clip_score", "clip_score_standard_error", "clip_score_real"}
+OF_CLIP = {"clip_score", "clip_score_standard_error", "clip_score_real", "clip_score_chance"}
 COUNTS = {"distribution_samples", "distribution_images"}
 
 
@@ -100,8 +100,12 @@ def test_the_whole_path_gives_the_figures_of_the_encoders_features(data, folders
     assert (figures["kid"], figures["kid_standard_error"]) == pytest.approx(kernel_distance(real, samples), rel=1e-3)
     assert figures["fid_real"] == pytest.approx(frechet_distance(real, other), rel=1e-3)
     captions = encoders.clip.text.encode(caches.validation.primary_texts())
-    for name, shown in (("clip_score", of_samples), ("clip_score_real", of_real)):
-        pairs = zip(encoders.clip.vision.encode(np.stack(shown)), captions, strict=True)
+    for name, shown, own in (
+        ("clip_score", of_samples, captions),
+        ("clip_score_real", of_real, captions),
+        ("clip_score_chance", of_real, captions[[-1, *range(5)]]),
+    ):
+        pairs = zip(encoders.clip.vision.encode(np.stack(shown)), own, strict=True)
         scores = [max(100 * (1 - cosine(picture, caption)), 0) for picture, caption in pairs]
         assert figures[name] == pytest.approx(np.mean(scores), rel=1e-3, abs=1e-6)
     assert (figures["distribution_samples"], figures["distribution_images"]) == (6, 6)
@@ -170,13 +174,19 @@ def test_without_encoders_nothing_is_sampled(data):
     assert result.left_out == "fid, kid, cmmd (evaluate.features is null), clip_score (evaluate.clip is null)"
 
 
-@pytest.mark.parametrize("held_out", [0, 2])
-def test_too_few_real_pictures_have_no_distance_and_that_is_said(data, folders, held_out):
+@pytest.mark.parametrize(
+    ("held_out", "kept", "left_out"),
+    [
+        (0, set(), "fid, kid, cmmd (there are no held-out images), clip_score (there are no held-out images)"),
+        (2, OF_CLIP | COUNTS, "fid, kid, cmmd (of 2 images and samples, at the fewest 3 are needed)"),
+    ],
+)
+def test_figures_of_too_few_real_pictures_are_left_out_and_that_is_said(data, folders, held_out, kept, left_out):
     caches, images = data
     few = Caches(caches.train, caches.validation.take(held_out), {}, {})
     result = measured((few, images), Paints(noise), **folders)
-    assert result.figures.keys() == (OF_CLIP | COUNTS if held_out else set())
-    assert result.left_out == f"fid, kid, cmmd (of 3 images and samples or more, not {held_out})"
+    assert result.figures.keys() == kept
+    assert result.left_out == left_out
 
 
 def test_what_is_wrong_with_an_encoder_is_said_by_its_key(tmp_path):

@@ -95,17 +95,15 @@ def measure_distribution(
     ``clip_score``: 100 times the cosine between a sample and its caption, or 0 where that is negative (Hessel et al.
     2021), on average, with its standard error. Each ``…_real`` is the same figure with real pictures in the place of
     samples, which no model needs to surpass: for the distances, as many images of the other split as samples; for
-    ``clip_score``, the images themselves. ``distribution_samples`` and ``distribution_images`` count.
+    ``clip_score``, the images themselves. ``clip_score_chance`` is that of images with the caption of another.
+    ``distribution_samples`` and ``distribution_images`` count.
     """
-    nulls = {"evaluate.features": (encoders.features, "fid, kid, cmmd"), "evaluate.clip": (encoders.clip, "clip_score")}
-    left_out = [f"{names} ({key} is null)" for key, (encoder, names) in nulls.items() if encoder is None]
     splits = [caches.validation, caches.train]
     real, other = splits if settings.real_images == "held_out" else reversed(splits)
     real, other = real.take(settings.samples), other.take(settings.samples)
-    if encoders.features and min(len(real), settings.samples) < FEWEST:
-        left_out.append(f"fid, kid, cmmd (of {FEWEST} images and samples or more, not {len(real)})")
+    left_out = _left_out(encoders, settings, len(real))
     if not encoders.vision or not len(real):
-        return Distribution(left_out=", ".join(left_out))
+        return Distribution(left_out=left_out)
 
     seconds: dict[str, float] = {}
     rows = torch.arange(settings.samples) % len(real)
@@ -113,7 +111,7 @@ def measure_distribution(
     with _timed(seconds, "image_features"):
         of_real = {name: features_of(encoder, images, real.ids) for name, encoder in encoders.vision.items()}
     figures = {"distribution_samples": settings.samples, "distribution_images": len(real)}
-    if encoders.features and min(len(real), settings.samples) >= FEWEST:
+    if encoders.features and len(real) >= FEWEST:  # and as many samples, or more
         name = encoders.features.fingerprint
         figures |= _distances(of_real[name], of_samples[name], seconds)
         if len(other) >= FEWEST:
@@ -129,7 +127,24 @@ def measure_distribution(
             figures["clip_score"] = float(scores.mean())
             figures[f"clip_score{ERROR}"] = float(scores.std() / np.sqrt(len(scores)))
             figures["clip_score_real"] = float(_clip_scores(of_real[name], captions).mean())
-    return Distribution({key: _rounded(value) for key, value in figures.items()}, seconds, ", ".join(left_out))
+            figures["clip_score_chance"] = float(_clip_scores(of_real[name], np.roll(captions, 1, axis=0)).mean())
+    return Distribution({key: _rounded(value) for key, value in figures.items()}, seconds, left_out)
+
+
+def _left_out(encoders: Encoders, settings: EvaluateParams, images: int) -> str:
+    """Which figures cannot be measured with so many real images, and why."""
+    reasons = []
+    for names, encoder, key in (
+        ("fid, kid, cmmd", encoders.features, "evaluate.features"),
+        ("clip_score", encoders.clip, "evaluate.clip"),
+    ):
+        if encoder is None:
+            reasons.append(f"{names} ({key} is null)")
+        elif not images:
+            reasons.append(f"{names} (there are no {settings.real_images.replace('_', '-')} images)")
+        elif encoder is encoders.features and images < FEWEST:
+            reasons.append(f"{names} (of {images} images and samples, at the fewest {FEWEST} are needed)")
+    return ", ".join(reasons)
 
 
 def _features_of_samples(

@@ -1,7 +1,7 @@
 """The error of a training on its own and on held-out images, at low and at high noise, over its steps.
 
-Both were measured alike, so where the two curves of a panel part, the training memorises: usually at high noise first,
-where there is little of the picture left to go by. The chart is drawn from what `train` left in its plots.
+Both were measured alike, so where the two curves of a panel part, the training memorises: most at high noise, where
+there is little of the picture left to go by. The chart is drawn from what `train` left in its plots.
 """
 
 import io
