@@ -12,6 +12,9 @@ from tiny_models import save_tiny_unet
 
 from latentloom.diffusion.sampling_settings import SamplingSettings
 from latentloom.model_files import model_hash
+from latentloom.tracking.delivery import KEY_TAG
+from latentloom.tracking.evaluations import EVALUATED_TAG, STEP
+from latentloom.tracking.provenance import HASH_TAG
 from latentloom.tracking.runs import new_run
 from latentloom.tracking.store import open_client
 
@@ -49,7 +52,7 @@ def project_root(tmp_path, empty_store, monkeypatch) -> Path:
 
 @pytest.fixture
 def train(project_root) -> Callable[..., str]:
-    """``train(folder, recall=..., ...)`` logs the run of a model, as `train` and `evaluate` do; the run's id."""
+    """``train(folder, recall=..., ...)`` logs the runs of a model, as `train` and `evaluate` do; the training's id."""
 
     def log(
         folder: Path,
@@ -67,14 +70,16 @@ def train(project_root) -> Callable[..., str]:
         known = {"failed_checks": None if failed_checks is None else list(failed_checks)} | (provenance or {})
         settings = SamplingSettings(diffusion_steps=4, class_guidance=2.5, precision="fp32")
         with new_run(project_root, name=name) as run:
-            run.set_tags({"model.sha256": model_hash(folder), "input.latents": latents} | (tags or {}))
+            run.set_tags({HASH_TAG: model_hash(folder), "input.latents": latents} | (tags or {}))
             run.log_text(json.dumps(known), "provenance.json")
             if code_diff:
                 run.log_text(code_diff, "code.diff")
-            run.log_params({"diffusion": {"schedule": "vp", "noise_levels": noise_levels}})
+        with new_run(project_root, name=f"{name}, evaluated", parent=(KEY_TAG, run.key)) as evaluation:
+            evaluation.set_tags({EVALUATED_TAG: model_hash(folder), "input.latents": latents})
+            evaluation.log_params({"diffusion": {"schedule": "vp", "noise_levels": noise_levels}})
             figures = {"held_out_recall_at_1": recall, "val_mae": val_mae}
-            run.log_metrics({f"evaluate/{key}": value for key, value in figures.items() if value is not None}, 10)
-            run.log_text(json.dumps(asdict(settings)), "sampling.json")
+            evaluation.log_metrics({f"evaluate/{key}": own for key, own in figures.items() if own is not None}, STEP)
+            evaluation.log_text(json.dumps(asdict(settings)), "sampling.json")
         return run.id
 
     return log

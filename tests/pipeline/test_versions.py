@@ -221,9 +221,10 @@ def go_to_main(project):
     project.run("dvc", "checkout", "-q", "-f")
 
 
-def test_an_experiment_is_one_run_of_its_name_in_the_projects_own_store(project, tried):
-    (run,) = runs_of(project, "gentle")
+def test_an_experiment_is_one_training_and_its_evaluation_in_the_projects_own_store(project, tried):
+    evaluation, run = runs_of(project, "gentle")
     assert run.data.params["train.learning_rate"] == "0.0005"
+    assert evaluation.data.tags["mlflow.parentRunId"] == run.info.run_id
 
 
 def runs_of(project, experiment):
@@ -268,9 +269,13 @@ def test_the_page_has_each_curve_once_and_the_sheets_side_by_side(project, tried
     found = json.loads(html.unescape(re.search("<title>(.*?)</title>", drawn)[1]))
     curves = [name.replace(" ", "_") for name in CURVES]
     explained = ["offline"]  # this browser finds no address, so the curves are missing and the page says why
-    sheets = ["reports_evaluate_extremes_png", "reports_evaluate_samples_png"]
+    sheets = [
+        "reports_evaluate_extremes_png",
+        "reports_evaluate_plots_noise_curves_png",
+        "reports_evaluate_samples_png",
+    ]
     assert sorted(found["shown"]) == sorted([*curves, *sheets, *explained])
-    for left, right in (found["sheets"][:2], found["sheets"][2:]):
+    for left, right in zip(found["sheets"][::2], found["sheets"][1::2], strict=True):
         assert left["y"] == right["y"]
         assert left["x"] + left["width"] < right["x"]
         assert right["x"] + right["width"] < 1400

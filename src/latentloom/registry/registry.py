@@ -20,7 +20,15 @@ from latentloom.errors import UserError
 from latentloom.evaluation.text_to_image import SETTINGS_FILE, default_settings
 from latentloom.layout import PARAMS, state_folder
 from latentloom.model_files import read_config
-from latentloom.registry.models import NAME, SERVED, FoundModel, read_artifact, run_provenance, stored_model
+from latentloom.registry.models import (
+    NAME,
+    SERVED,
+    FoundModel,
+    StoredModel,
+    read_artifact,
+    run_provenance,
+    stored_model,
+)
 from latentloom.registry.packing import save_served_model
 from latentloom.tracking.provenance import HASH_TAG, Provenance
 from latentloom.tracking.store import existing_store, has_error_code
@@ -54,7 +62,10 @@ class Figures:
     noise: str | None = None
 
     @classmethod
-    def of_run(cls, run: "Run") -> "Figures":
+    def of_run(cls, run: "Run | None") -> "Figures":
+        """Those of an evaluation's run."""
+        if run is None:
+            return cls()
         metrics, params = run.data.metrics, run.data.params
         noise = f"{params.get('diffusion.schedule')}/{params.get('diffusion.noise_levels')}"
         return cls(metrics.get(RECALL), metrics.get(VAL_MAE), run.data.tags.get("input.latents"), noise)
@@ -110,7 +121,7 @@ def promote(
     """
     client = existing_store(root)
     with _one_at_a_time():
-        stored, aliases = stored_model(client, found.sha256, found.run_id), current(root)
+        stored, aliases = stored_model(client, found.sha256, found.run_id, found.evaluation_id), current(root)
         if stored.run is None:
             raise UserError(
                 f"this store has no run of the model {found.sha256[:12]}…, so its figures are not known: `latentloom "
@@ -120,14 +131,14 @@ def promote(
         if number and aliases.get(alias) == number:
             return number, False
         provenance = run_provenance(client, stored.run) or Provenance()
-        figures, champion = Figures.of_run(stored.run), aliases.get("champion")
+        figures, champion = Figures.of_run(stored.evaluation), aliases.get("champion")
         objections = [_invalid(provenance)]
         if champion not in (None, number):
             objections.append(worse(figures, Figures.of_version(client.get_model_version(NAME, champion))))
         if any(objections) and not force:
             listed = "\n".join(f"- {objection}" for objection in objections if objection)
             raise UserError(f'not promoted:\n{listed}\nTo promote it all the same: --force --why "..."')
-        number = number or _register(client, root, found, stored.run, provenance)
+        number = number or _register(client, root, found, stored, provenance)
         client.set_model_version_tag(NAME, number, "figures", json.dumps(asdict(figures)))
         client.set_registered_model_alias(NAME, alias, number)
         Move(alias, number, aliases.get(alias), figures, why).save(client)
@@ -216,13 +227,16 @@ def _one_at_a_time() -> AbstractContextManager:
     return FileLock(lock)
 
 
-def _register(client: "MlflowClient", root: Path, found: FoundModel, run: "Run", provenance: Provenance) -> str:
-    """Log the model's files to its run, and create a version of them; none where the logging breaks off.
+def _register(
+    client: "MlflowClient", root: Path, found: FoundModel, stored: StoredModel, provenance: Provenance
+) -> str:
+    """Log the model's files to its training's run, and create a version of them; none where the logging breaks off.
 
     By the client's calls: `mlflow.pyfunc.log_model` would reopen the training's run, in the process's one global store.
     """
-    # Those that the run's figures were measured with, else those of the project.
-    measured = read_artifact(client, run, SETTINGS_FILE)
+    run = stored.run
+    # Those that its figures were measured with, else those of the project.
+    measured = stored.evaluation and read_artifact(client, stored.evaluation, SETTINGS_FILE)
     if measured:
         settings = SamplingSettings.from_dict(json.loads(measured))
     else:

@@ -20,13 +20,13 @@ from accelerate import Accelerator
 from torch import nn
 
 from latentloom.diffusion.denoising_error import denoising_error
-from latentloom.encoding.dataset import Caches
+from latentloom.encoding.dataset import Caches, LatentDataset
 from latentloom.errors import WriteError
 from latentloom.model_files import ModelConfig
 from latentloom.params import Params
 from latentloom.training.divergence import NORMS_COMPARED, check_divergence
 from latentloom.training.loop import Step, learning_rate_at
-from latentloom.training.preview import Previews
+from latentloom.training.preview import Previews, prompt_reader
 
 Result = TypeVar("Result")
 
@@ -39,11 +39,14 @@ class Logger(Protocol):
     def log_image(self, image: np.ndarray, key: str, step: int) -> None:
         """Log an image, uint8 (H, W, 3)."""
 
+    def log_text(self, text: str, name: str) -> None:
+        """Log a text as the file ``name``."""
+
     def set_tags(self, tags: Mapping[str, str]) -> None: ...
 
 
 class Curves:
-    """``train.csv`` and ``validation.csv``: one row per logged step, at full precision.
+    """``train.csv``, ``validation.csv`` and ``train_by_noise.csv``: one row per logged step, at full precision.
 
     Rows are appended, so a killed training leaves its curves so far. They hold what the seed decides and nothing of the
     machine (no times): the same run gives the same files.
@@ -126,13 +129,19 @@ class TrainingMonitor:
         dtype: torch.dtype | None,
     ) -> None:
         self.figures = Figures()
-        self._params, self._validation = params, caches.validation
+        self._params, self._train, self._validation = params, caches.train, caches.validation
         self._average, self._accelerator = average, accelerator
         self._best = copy.deepcopy(average) if params.train.keep == "best" else None
         self._curves, self._logger, self._dtype = curves, logger, dtype
         # In every process, though one uses them: while one downloaded a VAE, the others would wait in their first step,
         # until they gave up.
-        self._previews = self._attempt("preparing the previews", lambda: Previews(params, config, caches, dtype))
+        read = self._attempt("fetching the text encoder of previews.prompts", lambda: prompt_reader(params, config))
+        prompts = self._attempt("embedding previews.prompts", read) if read and logger else None
+        self._previews = self._attempt(
+            "preparing the previews", lambda: Previews(params, config, caches, prompts, dtype)
+        )
+        if self._previews and logger:
+            logger.log_text(self._previews.index(), "previews.json")
         # A row per step: loss, mae, gradient norm. The latest are on the device, of this process; all others on the
         # CPU, over all processes: those that are not logged yet, or that new gradient norms are compared with.
         self._latest: list[torch.Tensor] = []
@@ -140,7 +149,7 @@ class TrainingMonitor:
         self._actions: tuple[tuple[int, Callable[[int], None]], ...] = (
             (params.monitor.log_every, self._log),
             (params.monitor.validate_every, self._validate),
-            (params.monitor.sample_every, self._preview),
+            (params.previews.every, self._preview),
         )
         self._clock = time.monotonic()
 
@@ -232,15 +241,7 @@ class TrainingMonitor:
 
     def _validate(self, step: int) -> None:
         with self.paused():
-            error = denoising_error(
-                self._average,
-                self._validation,
-                schedule=self._params.diffusion.schedule,
-                noise_levels=self._params.diffusion.noise_levels,
-                images=self._params.monitor.validation_images,
-                dtype=self._dtype,
-                accelerator=self._accelerator,
-            )
+            error = self._error(self._validation)
             if not error:
                 return
             figures = self.figures
@@ -250,6 +251,21 @@ class TrainingMonitor:
                 if self._best is not None:
                     self._best.load_state_dict(self._average.state_dict())
             self._record("validation", {"step": step} | {f"val_{name}": mae for name, mae in error.items()}, {})
+            # Measured alike, so that what is between the two is what was memorised; the step's own error has dropout.
+            known = {f"train_{name}": mae for name, mae in self._error(self._train).items() if name != "mae"}
+            self._record("train_by_noise", {"step": step} | known, {})
+
+    def _error(self, data: LatentDataset) -> dict[str, float]:
+        """The denoising error of the averaged weights, on as many images as a validation takes."""
+        return denoising_error(
+            self._average,
+            data,
+            schedule=self._params.diffusion.schedule,
+            noise_levels=self._params.diffusion.noise_levels,
+            images=self._params.monitor.validation_images,
+            dtype=self._dtype,
+            accelerator=self._accelerator,
+        )
 
     def _preview(self, step: int) -> None:
         if self._logger and self._previews:
