@@ -7,10 +7,12 @@ from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny_models import save_tiny_unet
 
 from latentloom.diffusion.sampling_settings import SamplingSettings
+from latentloom.evaluation.recall import with_interval
 from latentloom.model_files import model_hash
 from latentloom.tracking.runs import new_run
 from latentloom.tracking.store import open_client
@@ -56,7 +58,12 @@ def train(project_root) -> Callable[..., str]:
         *,
         name: str = "a run",
         recall: float | None = 0.5,
+        copied: float = 0.0,
         val_mae: float | None = 0.4,
+        samples: int = 100,
+        data: str = "d" * 16,
+        seed: int = 0,
+        guidance: float = 2.5,
         latents: str = "l" * 64,
         noise_levels: str = "cosine",
         failed_checks: tuple[str, ...] | None = (),
@@ -65,16 +72,25 @@ def train(project_root) -> Callable[..., str]:
         code_diff: str = "",
     ) -> str:
         known = {"failed_checks": None if failed_checks is None else list(failed_checks)} | (provenance or {})
-        settings = SamplingSettings(diffusion_steps=4, class_guidance=2.5, precision="fp32")
+        settings = SamplingSettings(diffusion_steps=4, class_guidance=guidance, precision="fp32")
         with new_run(project_root, name=name) as run:
             run.set_tags({"model.sha256": model_hash(folder), "input.latents": latents} | (tags or {}))
             run.log_text(json.dumps(known), "provenance.json")
             if code_diff:
                 run.log_text(code_diff, "code.diff")
-            run.log_params({"diffusion": {"schedule": "vp", "noise_levels": noise_levels}})
-            figures = {"held_out_recall_at_1": recall, "val_mae": val_mae}
-            run.log_metrics({f"evaluate/{key}": value for key, value in figures.items() if value is not None}, 10)
+            run.log_params({"seed": seed, "diffusion": {"schedule": "vp", "noise_levels": noise_levels}})
+            run.log_dataset(name="mine-validation", source="data/latents", digest=data, rows=7, context="validation")
+            figures = {} if val_mae is None else {"val_mae": val_mae}
+            if recall is not None:
+                figures |= share("held_out_recall_at_1", recall, samples) | share("copied_share", copied, samples)
+                figures |= {"held_out_combinations": samples, "new_words_captions": 0}
+            run.log_metrics({f"evaluate/{key}": value for key, value in figures.items()}, 10)
             run.log_text(json.dumps(asdict(settings)), "sampling.json")
         return run.id
 
     return log
+
+
+def share(name: str, value: float, samples: int) -> dict[str, float]:
+    """A share of so many samples, with its interval, as `evaluate` measures it."""
+    return with_interval(name, np.arange(samples) < round(value * samples))

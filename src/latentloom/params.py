@@ -230,6 +230,11 @@ class EvaluateParams(Section):
         return {key: value for key, value in section.items() if key not in SETTING_NAMES} | {"sampling": sampling}
 
 
+class RegistryParams(Section):
+    min_held_out_recall_at_1: Annotated[float, Field(ge=0.0, le=1.0)] | None
+    max_copied_share: Annotated[float, Field(ge=0.0, le=1.0)] | None
+
+
 class Params(Section):
     seed: Annotated[StrictInt, Field(ge=0, lt=2**63)]
     ingest: IngestParams
@@ -242,6 +247,7 @@ class Params(Section):
     monitor: MonitorParams
     machine: MachineParams
     evaluate: EvaluateParams
+    registry: RegistryParams
 
 
 RENAMED = {"recall_captions": "training_captions"}  # what a key of the same meaning is called now
@@ -262,7 +268,10 @@ ADDED = {
     "train.optimizer": "adamw",
     "monitor.validation_images": 96,
     "evaluate.precision": "auto",
+    "registry.min_held_out_recall_at_1": None,
+    "registry.max_copied_share": None,
 }
+NEW_SECTIONS = ("registry",)  # of which the version before had no key
 
 
 def load_params(path: Path | str = "params.yaml") -> Params:
@@ -305,6 +314,8 @@ def _updated(content: dict[str, Any]) -> tuple[dict[str, Any], str]:
             changes.append(f"{old} is now {new}")
     for key, value in ADDED.items():
         section, name = key.split(".")
+        if section in NEW_SECTIONS:
+            sections.setdefault(section, {})
         if isinstance(keys := sections.get(section), dict) and name not in keys:
             keys[name] = value
             changes.append(f"add {key}: {'null' if value is None else value}")
