@@ -95,7 +95,7 @@ def compare(a: str, b: str, root: Path) -> Comparison:
         raise UserError(f"{a} and {b} are the same model, {models[0].sha256[:12]}…")
     known = [_known(found, root) for found in models]
     pair = in_the_same_way(*known)
-    shown = pair or [figures[-1] if figures else Figures() for figures in known]
+    shown = pair or [figures[0] if figures else Figures() for figures in known]
     sides = [Side(*each) for each in zip((a, b), models, shown, strict=True)]
     return Comparison(*sides, pair is not None, _verdict(*sides, comparable=pair is not None))
 

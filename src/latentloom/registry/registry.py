@@ -17,7 +17,7 @@ from latentloom.errors import UserError
 from latentloom.evaluation.text_to_image import default_settings
 from latentloom.layout import PARAMS, state_folder
 from latentloom.model_files import read_config
-from latentloom.params import RegistryParams, load_params
+from latentloom.params import Params, load_params
 from latentloom.registry.description import describe
 from latentloom.registry.figures import Figures, evaluation_run, figures_of, in_the_same_way, sampling_settings
 from latentloom.registry.gate import NO_LIMITS, objections, worse
@@ -69,7 +69,8 @@ def promote(
         provenance = run_provenance(client, stored.run) or Provenance()
         figures, champion = figures_of(client, stored.run), aliases.get("champion")
         if not force:
-            against = objections(figures, provenance, _limits(root))
+            params = _params(root)
+            against = objections(figures, provenance, params.registry if params else NO_LIMITS)
             if not against and champion not in (None, number):
                 against = _compare(client, root, stored.run, figures, champion)
             if against:
@@ -127,28 +128,29 @@ def current(root: Path) -> dict[str, str]:
 
 
 def known_figures(client: "MlflowClient", run: "Run | None", version: "ModelVersion | None") -> list[Figures]:
-    """All that is kept of a model: of its version when promoted and measured again, and of its run as it is now."""
+    """All that is kept of a model: of its run as it is now, of its version when promoted, and when measured again."""
     tags = version.tags if version else {}
     kept = [figures for prefix in ("", REMEASURED) if (figures := Figures.of_tags(tags, prefix)).values]
-    return [*kept, *([figures_of(client, run)] if run else [])]
+    return [*([figures_of(client, run)] if run else []), *kept]
 
 
 def _compare(client: "MlflowClient", root: Path, run: "Run", figures: Figures, champion: str) -> list[str]:
     """Whether a model is worse than the champion, as a list of one; the champion is measured again where it must be."""
     version = client.get_model_version(NAME, champion)
-    stored = stored_model(client, version.tags[HASH_TAG], version.run_id)
+    stored = stored_model(client, version.tags.get(HASH_TAG, ""), version.run_id)
     known = known_figures(client, stored.run, version)
     pair = in_the_same_way([figures], known)
     if pair is None:
         ways = figures.differences(known[0]) if known else ["it has no figures"]
         otherwise = f"the champion (version {champion}) was measured otherwise: {'; '.join(ways) or 'no common figure'}"
-        print(f"{otherwise}. It is measured again, on {figures.samples} captions", file=sys.stderr, flush=True)
+        print(f"{otherwise}. It is measured again", file=sys.stderr, flush=True)
         try:
             settings = sampling_settings(client, evaluation_run(client, run))
             if settings is None:
                 raise UserError("the settings that the model's figures were measured with are not known")
-            folder = find_model(champion, root).folder
-            again = measure_again(folder, figures, settings, root, memory_share=_memory_share(root))
+            folder, params = find_model(champion, root).folder, _params(root)
+            share = params.machine.data_memory_share if params else 1.0
+            again = measure_again(folder, figures, settings, root, memory_share=share)
         except UserError as error:
             return [f"{otherwise}; and it cannot be measured again: {error}"]
         _set_tags(client, champion, again.tags(REMEASURED) | {f"{REMEASURED}by": user_name() or "unknown"})
@@ -156,12 +158,9 @@ def _compare(client: "MlflowClient", root: Path, run: "Run", figures: Figures, c
     return [objection] if (objection := worse(*pair)) else []
 
 
-def _limits(root: Path) -> RegistryParams:
-    return load_params(root / PARAMS).registry if (root / PARAMS).exists() else NO_LIMITS
-
-
-def _memory_share(root: Path) -> float:
-    return load_params(root / PARAMS).machine.data_memory_share if (root / PARAMS).exists() else 1.0
+def _params(root: Path) -> Params | None:
+    """The project's; None where there is only a store."""
+    return load_params(root / PARAMS) if (root / PARAMS).exists() else None
 
 
 def _set_tags(client: "MlflowClient", version: str, tags: dict[str, str]) -> None:
@@ -175,7 +174,7 @@ def _set_tags(client: "MlflowClient", version: str, tags: dict[str, str]) -> Non
 def _describe(client: "MlflowClient", number: str) -> None:
     """Let MLflow's page of a version show its figures and moves; a version whose run is gone stays as it was."""
     version = client.get_model_version(NAME, number)
-    run = stored_model(client, version.tags[HASH_TAG], version.run_id).run
+    run = stored_model(client, version.tags.get(HASH_TAG, ""), version.run_id).run
     if run is not None:
         provenance = run_provenance(client, run) or Provenance()
         text = describe(run, figures_of(client, run), provenance, moves_of(number, version.tags))
