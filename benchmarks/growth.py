@@ -62,7 +62,8 @@ def train_stage(folder: Path, way: str, processes: int, steps: int) -> float:
     params["model"] |= {"widths": list(WIDTHS)}
     params["machine"] |= {"data_memory_share": SHARES[way], "checkpoint_every": steps}
     params["train"] |= {"steps": steps, "batch_size": BATCH, "warmup_steps": 1, "decay_steps": 1}
-    params["monitor"] |= dict.fromkeys(("log_every", "validate_every", "sample_every"), steps) | {"sample_count": 1}
+    params["monitor"] |= dict.fromkeys(("log_every", "validate_every"), steps)
+    params["previews"] |= {"every": steps, "captions": 1, "prompts": []}
     with tempfile.TemporaryDirectory(dir=folder) as name:
         project = Path(name)
         (project / "data").mkdir()

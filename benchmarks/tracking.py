@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1300, help="of the training to compare with")
     parser.add_argument("--step-seconds", type=float, default=1.3, help="processor time of one of its steps")
     options = parser.parse_args()
-    monitor = load_params().monitor
+    log_every, preview_every = load_params().monitor.log_every, load_params().previews.every
     with tempfile.TemporaryDirectory() as root:
         begun = time.process_time()
         opened = new_run(Path(root))
@@ -37,14 +37,14 @@ def main() -> None:
         while run.id is None:
             time.sleep(0.05)
         once = time.process_time() - begun
-        rate = observed(run, options.seconds, options.step_seconds, monitor.log_every, monitor.sample_every)
+        rate = observed(run, options.seconds, options.step_seconds, log_every, preview_every)
         begun = time.process_time()
         opened.__exit__(None, None, None)
         once += time.process_time() - begun
         with new_run(Path(root)) as run:
             metrics_call = seconds_of_a_call(lambda step: run.log_metrics(METRICS, step), 1000)
             image_call = seconds_of_a_call(lambda step: run.log_image(IMAGE, "samples", step), 20)
-    logs, images = options.steps / monitor.log_every, options.steps / monitor.sample_every
+    logs, images = options.steps / log_every, options.steps / preview_every
     training = options.steps * options.step_seconds
     tracking = once + rate * training + logs * metrics_call + images * image_call
     print(f"metrics: {1e6 * metrics_call:.0f} microseconds per call in the training's own thread")
@@ -62,7 +62,7 @@ def seconds_of_a_call(call: Callable[[int], None], count: int) -> float:
     return (time.thread_time() - begun) / count
 
 
-def observed(run: TrackedRun, seconds: float, step_seconds: float, log_every: int, sample_every: int) -> float:
+def observed(run: TrackedRun, seconds: float, step_seconds: float, log_every: int, preview_every: int) -> float:
     """Processor time of the delivering thread per second, while ``run`` logs at the pace of a training."""
     (thread,) = (thread for thread in threading.enumerate() if thread.name == "tracking")
     clock = time.pthread_getcpuclockid(thread.ident)
@@ -72,7 +72,7 @@ def observed(run: TrackedRun, seconds: float, step_seconds: float, log_every: in
         step += 1
         if step % log_every == 0:
             run.log_metrics(METRICS, step)
-        if step % sample_every == 0:
+        if step % preview_every == 0:
             run.log_image(IMAGE, "samples", step)
         time.sleep(step_seconds)
     return (time.clock_gettime(clock) - begun) / (time.monotonic() - wall)

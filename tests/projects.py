@@ -160,7 +160,8 @@ def tiny_params() -> dict[str, Any]:
         "batch_size": 8,
         "warmup_steps": 2,
     }
-    params["monitor"] |= {"log_every": 2, "validate_every": 4, "sample_every": 4, "sample_count": 4}
+    params["monitor"] |= {"log_every": 2, "validate_every": 4}
+    params["previews"] |= {"every": 4, "captions": 4, "prompts": []}  # no text encoder is loaded for them
     params["evaluate"] |= {
         "diffusion_steps": 4,
         "prompts": ["red apple", "snowman"],

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from latentloom.image_grid import image_grid
+from latentloom.image_grid import captioned_grid, image_grid
 
 
 @pytest.mark.parametrize(
@@ -18,3 +18,17 @@ def test_images_lie_row_by_row_and_places_left_over_are_white(count, columns, ro
         shown = grid[row * 4 : row * 4 + 4, column * 6 : column * 6 + 6]
         expected = images[place] if place < count else np.full((4, 6, 3), 255)
         np.testing.assert_array_equal(shown, expected)
+
+
+def test_each_image_has_its_own_caption_below_it():
+    images = np.full((3, 4, 6, 3), 200, dtype=np.uint8)
+    grid = captioned_grid(images, ["lion", "a very long caption " * 20, "lion"])
+    height, width = 4 + 56, 128
+    cells = [grid[y : y + height, x : x + width] for y, x in ((0, 0), (0, width), (height, 0))]
+    assert grid.shape == (2 * height, 2 * width, 3)
+    for cell in cells:
+        np.testing.assert_array_equal(cell[:4, 61:67], images[0])  # centred
+        assert cell[:4].min() == 200
+    written = [int((cell[4:] < 128).any(-1).sum()) for cell in cells]
+    assert 0 < written[0] < written[1]
+    assert (cells[0] == cells[2]).all()

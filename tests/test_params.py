@@ -147,7 +147,10 @@ def test_a_file_of_the_version_before_is_read_with_a_warning_that_names_each_key
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     for old, new in MOVED.items():
         (section, name), (new_section, new_name) = old.split("."), new.split(".")
-        params[section][name] = params[new_section].pop(new_name)
+        params[section][name] = params[new_section][new_name]
+    for new in set(MOVED.values()):
+        section, name = new.split(".")
+        del params[section][name]
     for key in ADDED:
         section, name = key.split(".")
         del params[section][name]
@@ -162,6 +165,8 @@ def test_a_file_of_the_version_before_is_read_with_a_warning_that_names_each_key
     assert (read.machine, read.evaluate) == (now.machine, now.evaluate)
     assert read.train == now.train.model_copy(update={"optimizer": "adamw"})
     assert read.monitor == now.monitor.model_copy(update={"validation_images": ADDED["monitor.validation_images"]})
+    added = {key.removeprefix("previews."): value for key, value in ADDED.items() if key.startswith("previews.")}
+    assert read.previews == now.previews.model_copy(update=added)
     assert read.ingest == now.ingest.model_copy(update={"skin_tones": 0})
 
 

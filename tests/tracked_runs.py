@@ -14,6 +14,9 @@ from tiny_models import save_tiny_unet
 from latentloom.diffusion.sampling_settings import SamplingSettings
 from latentloom.evaluation.recall import with_interval
 from latentloom.model_files import model_hash
+from latentloom.tracking.delivery import KEY_TAG
+from latentloom.tracking.evaluations import EVALUATED_TAG, STEP
+from latentloom.tracking.provenance import HASH_TAG
 from latentloom.tracking.runs import new_run
 from latentloom.tracking.store import open_client
 
@@ -51,7 +54,7 @@ def project_root(tmp_path, empty_store, monkeypatch) -> Path:
 
 @pytest.fixture
 def train(project_root) -> Callable[..., str]:
-    """``train(folder, recall=..., ...)`` logs the run of a model, as `train` and `evaluate` do; the run's id."""
+    """``train(folder, recall=..., ...)`` logs the runs of a model, as `train` and `evaluate` do; the training's id."""
 
     def log(
         folder: Path,
@@ -74,18 +77,21 @@ def train(project_root) -> Callable[..., str]:
         known = {"failed_checks": None if failed_checks is None else list(failed_checks)} | (provenance or {})
         settings = SamplingSettings(diffusion_steps=4, class_guidance=guidance, precision="fp32")
         with new_run(project_root, name=name) as run:
-            run.set_tags({"model.sha256": model_hash(folder), "input.latents": latents} | (tags or {}))
+            run.set_tags({HASH_TAG: model_hash(folder), "input.latents": latents} | (tags or {}))
             run.log_text(json.dumps(known), "provenance.json")
             if code_diff:
                 run.log_text(code_diff, "code.diff")
-            run.log_params({"seed": seed, "diffusion": {"schedule": "vp", "noise_levels": noise_levels}})
-            run.log_dataset(name="mine-validation", source="data/latents", digest=data, rows=7, context="validation")
-            figures = {} if val_mae is None else {"val_mae": val_mae}
-            if recall is not None:
-                figures |= share("held_out_recall_at_1", recall, samples) | share("copied_share", copied, samples)
-                figures |= {"held_out_combinations": samples, "new_words_captions": 0}
-            run.log_metrics({f"evaluate/{key}": value for key, value in figures.items()}, 10)
-            run.log_text(json.dumps(asdict(settings)), "sampling.json")
+        figures = {} if val_mae is None else {"val_mae": val_mae}
+        if recall is not None:
+            figures |= share("held_out_recall_at_1", recall, samples) | share("copied_share", copied, samples)
+            figures |= {"held_out_combinations": samples, "new_words_captions": 0}
+        given = {"name": "mine-validation", "source": "data/latents", "digest": data, "rows": 7}
+        with new_run(project_root, name=f"{name}, evaluated", parent=(KEY_TAG, run.key)) as evaluation:
+            evaluation.set_tags({EVALUATED_TAG: model_hash(folder), "input.latents": latents})
+            evaluation.log_params({"seed": seed, "diffusion": {"schedule": "vp", "noise_levels": noise_levels}})
+            evaluation.log_dataset(context="validation", **given)
+            evaluation.log_metrics({f"evaluate/{key}": value for key, value in figures.items()}, STEP)
+            evaluation.log_text(json.dumps(asdict(settings)), "sampling.json")
         return run.id
 
     return log

@@ -102,10 +102,11 @@ def _of_length(sections: dict[str, Any], steps: int) -> dict[str, Any]:
         "ema_images": train["ema_images"] * share,
     }
     # One preview, at the end: the sheet shows more.
-    monitor = {"log_every": max(steps // 200, 1), "validate_every": every, "sample_every": 10 * steps}
+    monitor = {"log_every": max(steps // 200, 1), "validate_every": every}
     return sections | {
         "train": train | shorter,
         "monitor": sections["monitor"] | monitor,
+        "previews": sections["previews"] | {"every": 10 * steps, "prompts": []},
         "machine": sections["machine"] | {"checkpoint_every": 2 * every},
     }
 
@@ -169,6 +170,8 @@ class Unlogged:
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None: ...
 
     def log_image(self, image: np.ndarray, key: str, step: int) -> None: ...
+
+    def log_text(self, text: str, name: str) -> None: ...
 
     def set_tags(self, tags: Mapping[str, str]) -> None: ...
 

@@ -31,6 +31,8 @@ Count = Annotated[StrictInt, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Steps = Annotated[StrictInt, Field(ge=2, le=1000)]
+Seed = Annotated[StrictInt, Field(ge=0, lt=2**63)]
+Prompt = Annotated[StrictStr, Field(min_length=1)]
 SourceName = Literal["openmoji", "folder", "webdataset", "parquet"]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
@@ -194,9 +196,15 @@ class MonitorParams(Section):
     log_every: Count
     validate_every: Count
     validation_images: Count
-    sample_every: Count
-    sample_count: Count
-    sample_guidance: NonNegative
+
+
+class PreviewParams(Section):
+    every: Count
+    captions: Count
+    prompts: list[Prompt]
+    seed: Seed
+    guidance: NonNegative
+    steps: Steps
 
 
 class MachineParams(Section):
@@ -214,7 +222,7 @@ class SweepParams(Section):
 
 class EvaluateParams(Section):
     sampling: SamplingSettings  # its settings are keys of the section itself
-    prompts: Annotated[list[Annotated[StrictStr, Field(min_length=1)]], Field(min_length=1)]
+    prompts: Annotated[list[Prompt], Field(min_length=1)]
     held_out_captions: Annotated[StrictInt, Field(ge=0)]
     training_captions: Count
     sweep: SweepParams | None
@@ -236,7 +244,7 @@ class RegistryParams(Section):
 
 
 class Params(Section):
-    seed: Annotated[StrictInt, Field(ge=0, lt=2**63)]
+    seed: Seed
     ingest: IngestParams
     encode_images: EncodeImagesParams
     encode_text: EncodeTextParams
@@ -245,6 +253,7 @@ class Params(Section):
     diffusion: DiffusionParams
     train: TrainParams
     monitor: MonitorParams
+    previews: PreviewParams
     machine: MachineParams
     evaluate: EvaluateParams
     registry: RegistryParams
@@ -255,8 +264,10 @@ RENAMED = {"recall_captions": "training_captions"}  # what a key of the same mea
 
 # What a params file of the version before has elsewhere, and what it lacks, at the value that changes nothing.
 MOVED = {
-    **{f"train.{key}": f"monitor.{key}" for key in ("log_every", "validate_every", "sample_every")},
-    **{f"train.{key}": f"monitor.{key}" for key in ("sample_count", "sample_guidance")},
+    **{f"train.{key}": f"monitor.{key}" for key in ("log_every", "validate_every")},
+    **{f"{section}.sample_every": "previews.every" for section in ("train", "monitor")},
+    **{f"{section}.sample_count": "previews.captions" for section in ("train", "monitor")},
+    **{f"{section}.sample_guidance": "previews.guidance" for section in ("train", "monitor")},
     **{f"train.{key}": f"machine.{key}" for key in ("gradient_checkpointing", "compile")},
     "evaluate.recall_captions": "evaluate.training_captions",
 }
@@ -267,6 +278,9 @@ ADDED = {
     "model.text": "pooled",
     "train.optimizer": "adamw",
     "monitor.validation_images": 96,
+    "previews.prompts": [],
+    "previews.seed": 0,
+    "previews.steps": 20,
     "evaluate.precision": "auto",
     "registry.min_held_out_recall_at_1": None,
     "registry.max_copied_share": None,

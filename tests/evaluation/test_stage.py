@@ -1,4 +1,4 @@
-"""The stage `evaluate` by hand: with a sweep it leaves chart and table, here and in MLflow; without, neither."""
+"""The stage `evaluate` by hand: an MLflow run each, and not twice the same; with a sweep, chart and table too."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,8 @@ import pytest
 import yaml
 from mlflow.tracking import MlflowClient
 from stages import finish
+
+from latentloom.tracking.delivery import PARENT_TAG
 
 pytestmark = pytest.mark.pipeline
 
@@ -33,7 +35,9 @@ def test_a_sweep_is_left_in_the_reports_and_in_mlflow_and_goes_when_it_is_no_lon
     first = (plots / "sweep.png").read_bytes()
 
     client = MlflowClient(f"sqlite:///{project.folder / 'mlflow.db'}")
-    (run,) = client.search_runs(["1"])
+    run, as_shipped, training = client.search_runs(["1"])
+    assert run.data.tags[PARENT_TAG] == as_shipped.data.tags[PARENT_TAG] == training.info.run_id
+    assert [own.data.params["evaluate.sampler"] for own in (run, as_shipped)] == ["dpmpp_2m", "ddim"]
     artifacts = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
     assert {"samples.png", "sweep.png", "sweep.csv"} <= artifacts
     images = [artifact.path for artifact in client.list_artifacts(run.info.run_id, "images")]
@@ -43,5 +47,6 @@ def test_a_sweep_is_left_in_the_reports_and_in_mlflow_and_goes_when_it_is_no_lon
 
     evaluate(project)
     assert (plots / "sweep.png").read_bytes() == first
+    assert len(client.search_runs(["1"])) == 3  # the same again is the same run
     evaluate(project, sweep=None)
     assert {path.name for path in plots.iterdir()} == left

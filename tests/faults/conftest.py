@@ -34,7 +34,7 @@ def _run_all(folder: Path) -> str:
         encode_text__model=str(save_clip(folder / "clip", dim=384)),
         model__widths=[16, 32],
         train__steps=4,
-        monitor__sample_count=2,
+        previews__captions=2,
     )
     return "".join(finish(project, stage) for stage in STAGES)
 

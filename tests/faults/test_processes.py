@@ -104,7 +104,7 @@ def project(uninterrupted, tmp_path) -> Project:
         monitor__log_every=1,
         train__precision="fp32",
         machine__checkpoint_every=5,
-        monitor__sample_every=STAGE_STEPS,
+        previews__every=STAGE_STEPS,
     )
     remove_outs(copy, "train")
     return copy

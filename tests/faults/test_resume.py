@@ -30,7 +30,7 @@ def with_longer_training(project: Project, **changes) -> Project:
             "train__steps": STEPS,
             "monitor__log_every": 2,
             "monitor__validate_every": 5,
-            "monitor__sample_every": 12,
+            "previews__every": 12,
             "train__keep": "best",
             "machine__checkpoint_every": EVERY,
         }

@@ -155,7 +155,8 @@ def test_the_chain_goes_from_the_model_to_the_sources_with_hashes_and_counts(lab
     head = git("rev-parse", "HEAD")
     found = trace(run_id, lab)
     assert [own.link for own in found.links] == [
-        *("model", "run", "params", "code", "latents", "text", "images", "validation", "source", "VAE", "text encoder")
+        *("model", "run", "evaluation", "params", "code", "latents", "text", "images", "validation", "source", "VAE"),
+        "text encoder",
     ]
     assert {own.place for own in found.links} == {Place.HERE}
     assert not found.missing
@@ -173,7 +174,8 @@ def test_a_run_a_version_an_alias_a_folder_and_an_image_have_one_lineage(lab, tr
     registry.promote(find_model("gentle", lab), "champion", lab)
     sampled = CliRunner().invoke(app, ["sample", "a red apple", "--steps", "2", "-o", "drawn.png"])
     assert sampled.exit_code == 0, sampled.output
-    chains = [trace(reference, lab).links for reference in ("gentle", run_id, "1", "champion", "models/unet")]
+    references = ("gentle", run_id, "gentle, evaluated", "1", "champion", "models/unet")
+    chains = [trace(reference, lab).links for reference in references]
     assert all(chain == chains[0] for chain in chains)
     image = trace("drawn.png", lab)
     assert image.links[1:] == chains[0]

@@ -112,6 +112,14 @@ def all_runs(project: Project) -> list[Run]:
     return client(project).search_runs([experiment.experiment_id])
 
 
+def evaluations(project: Project) -> list[Run]:
+    return [run for run in all_runs(project) if "mlflow.parentRunId" in run.data.tags]
+
+
+def trainings(project: Project) -> list[Run]:
+    return [run for run in all_runs(project) if "mlflow.parentRunId" not in run.data.tags]
+
+
 def curve(project: Project, run: Run, metric: str) -> list[tuple[int, float]]:
     history = client(project).get_metric_history(run.info.run_id, metric)
     return [(point.step, round(point.value, 6)) for point in history]
@@ -126,21 +134,30 @@ def pictures(run: Run) -> dict[tuple[str, int], Path]:
 
 def test_experiments_at_the_same_time_arrive_whole_in_the_right_experiment(overnight):
     assert sorted(found.name for found in client(overnight).search_experiments()) == ["Default", "latentloom"]
-    runs = sorted(all_runs(overnight), key=lambda run: run.data.tags["dvc.experiment"])
+    runs, evaluated = (
+        sorted(found, key=lambda run: run.data.tags["dvc.experiment"])
+        for found in (trainings(overnight), evaluations(overnight))
+    )
     assert [run.data.tags["dvc.experiment"] for run in runs] == NAMES
     assert [run.info.run_name for run in runs] == NAMES
     assert [run.data.params["train.learning_rate"] for run in runs] == RATES
+    assert [run.data.tags["mlflow.parentRunId"] for run in evaluated] == [run.info.run_id for run in runs]
+    assert [run.info.run_name for run in evaluated] == NAMES
+    for run in evaluated:
+        assert sorted(pictures(run)) == [("evaluation", 0), ("extremes", 0)]
+        files = {found.path for found in client(overnight).list_artifacts(run.info.run_id)}
+        assert files >= {"dvc.lock", "params.yaml", "sampling.json", "samples.png"}
+        assert 0 <= run.data.metrics["evaluate/memorisation_recall"] <= 1
     for run, rate in zip(runs, RATES, strict=True):
         assert run.info.status == "FINISHED"
         assert [step for step, _ in curve(overnight, run, "train/mae")] == STEPS
         assert [step for step, _ in curve(overnight, run, "val/mae")] == SHOWN
-        assert sorted(pictures(run)) == [("evaluation", 8), ("extremes", 8), *(("samples", step) for step in SHOWN)]
+        assert sorted(pictures(run)) == [("samples", step) for step in SHOWN]
         files = {found.path for found in client(overnight).list_artifacts(run.info.run_id)}
-        assert files >= {"provenance.json", "dvc.lock", "sampling.json", "samples.png", "model"}
+        assert files >= {"provenance.json", "previews.json", "model"}
         artifacts = Path(urlparse(run.info.artifact_uri).path)
         assert re.search(rf"^\+ +learning_rate: {rate}$", (artifacts / "code.diff").read_text(), re.MULTILINE)
         assert artifacts.parent.parent == overnight.folder / "mlartifacts"
-        assert 0 <= run.data.metrics["evaluate/memorisation_recall"] <= 1
         assert f"learning rate {float(rate):g}" in run.data.tags["mlflow.note.content"]
         assert len(run.inputs.dataset_inputs) == 2
     assert len({tuple(curve(overnight, run, "train/mae")) for run in runs}) == len(NAMES)
@@ -199,7 +216,7 @@ def test_the_page_opens_on_the_curves_of_all_runs(overnight, charts):
     lines = """card => [...card.querySelectorAll('.js-plotly-plot')].flatMap(plot => plot.data)
         .map(line => Array.from(line.x, (step, place) => [step, line.y[place]]))"""
     for metric in ("train/mae", "val/mae"):
-        expected = {tuple(curve(overnight, run, metric)) for run in all_runs(overnight)}
+        expected = {tuple(curve(overnight, run, metric)) for run in trainings(overnight)}
         panel, deadline = card(charts, metric), time.monotonic() + PAGE_PATIENCE
         while (shown := {tuple((x, round(y, 6)) for x, y in line) for line in panel.evaluate(lines)}) != expected:
             assert time.monotonic() < deadline, shown
@@ -208,7 +225,7 @@ def test_the_page_opens_on_the_curves_of_all_runs(overnight, charts):
 
 @needs_browser
 def test_the_page_shows_the_samples_of_all_runs_and_its_slider_goes_through_their_steps(overnight, charts):
-    runs = {run.info.run_id: run for run in all_runs(overnight)}
+    runs = {run.info.run_id: run for run in trainings(overnight)}
     samples = card(charts, "samples")
     for step in SHOWN:
         samples.get_by_role("slider").press("ArrowRight")
@@ -228,7 +245,7 @@ def test_the_page_shows_the_samples_of_all_runs_and_its_slider_goes_through_thei
 
 @needs_browser
 def test_a_run_shows_its_description_and_its_data_sets_with_their_digests(overnight, browser, address):
-    run = all_runs(overnight)[0]
+    run = trainings(overnight)[0]
     experiment = run.info.experiment_id
     (given,) = [each.dataset for each in run.inputs.dataset_inputs if each.dataset.name == "openmoji-training"]
     with browser.new_page() as page:
@@ -265,7 +282,7 @@ def test_the_best_is_found_taken_over_and_left_again(morning):
     assert morning.run("git", "rev-parse", "HEAD").stdout == before
     params = yaml.safe_load((morning.folder / "params.yaml").read_text())
     assert params["train"]["learning_rate"] == 0.001
-    assert len(all_runs(morning)) == len(NAMES)
+    assert len(trainings(morning)) == len(NAMES)
 
 
 def test_what_a_machine_without_mlflow_trained_is_delivered_later(morning):

@@ -16,7 +16,7 @@ from latentloom.cli import app
 pytestmark = pytest.mark.pipeline
 
 PAGE = (ROOT / "docs" / "lineage.md").read_text(encoding="utf-8")
-LINKS = ["run", "params", "code", "latents", "text", "images", "rejects", "near duplicates", "validation"]
+LINKS = ["run", "evaluation", "params", "code", "latents", "text", "images", "rejects", "near duplicates", "validation"]
 LINKS += ["source", "VAE", "text encoder"]
 
 

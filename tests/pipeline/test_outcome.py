@@ -80,21 +80,25 @@ def test_dvc_shows_metrics_and_renders_plots(finished, tmp_path):
     assert "samples.png" in page
 
 
-def test_mlflow_has_one_run_with_curves_pictures_data_and_tags(finished, monkeypatch):
+def test_mlflow_has_the_training_with_curves_pictures_data_and_tags_and_its_evaluation_below(finished, monkeypatch):
     from mlflow.tracking import MlflowClient
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     client = MlflowClient(f"sqlite:///{finished.folder / 'mlflow.db'}")
     (experiment,) = [found for found in client.search_experiments() if found.name == "latentloom"]
-    (run,) = client.search_runs([experiment.experiment_id])
+    evaluation, run = client.search_runs([experiment.experiment_id])  # the newest first
     assert run.info.run_id == finished.run_record()["mlflow_run_id"]
     assert run.info.status == "FINISHED"
     assert [metric.step for metric in client.get_metric_history(run.info.run_id, "train/mae")] == [2, 4, 6, 8]
     assert [metric.step for metric in client.get_metric_history(run.info.run_id, "val/mae")] == [4, 8]
     bins = [name for name in run.data.metrics if name.startswith("val/mae_noise_")]
     assert len(bins) >= 3
-    for name in ("train/learning_rate", "train/images_per_second", "evaluate/memorisation_recall"):
-        assert name in run.data.metrics
+    assert {"train/learning_rate", "train/images_per_second"} <= run.data.metrics.keys()
+    assert evaluation.data.tags["mlflow.parentRunId"] == run.info.run_id
+    assert evaluation.data.tags["evaluated.model.sha256"] == run.data.tags["model.sha256"]
+    assert evaluation.data.tags["input.latents"] == run.data.tags["input.latents"]
+    assert "evaluate/memorisation_recall" in evaluation.data.metrics
+    assert not run.data.metrics.keys() & evaluation.data.metrics.keys()
     pictures = [artifact.path for artifact in client.list_artifacts(run.info.run_id, "images")]
     assert sum(path.startswith("images/samples") and path.endswith(".png") for path in pictures) == 2
     assert run.data.params["train.learning_rate"] == "0.001"

@@ -170,16 +170,24 @@ def run_of(person: Person) -> dict:
     return person.run_record()
 
 
-def ask(team: Team, path: str, *, person: str = "admin", delete: dict | None = None, **headers: str) -> dict:
-    """What MLflow's server answers to a person: to a GET, or to a DELETE of what is named."""
+def ask(
+    team: Team,
+    path: str,
+    *,
+    person: str = "admin",
+    delete: dict | None = None,
+    post: dict | None = None,
+    **headers: str,
+) -> dict:
+    """What MLflow's server answers to a person: to a GET, to a POST, or to a DELETE of what is named."""
     password = team.secrets["MLFLOW_ADMIN_PASSWORD" if person == "admin" else f"password of {person}"]
     account = base64.b64encode(f"{person}:{password}".encode()).decode()
     given = {"Authorization": f"Basic {account}", "Content-Type": "application/json"} | headers
     request = urllib.request.Request(
         f"{team.server.address}/api/2.0/mlflow/{path}",
-        data=json.dumps(delete).encode() if delete else None,
+        data=json.dumps(delete or post).encode() if delete or post else None,
         headers=given,
-        method="DELETE" if delete else "GET",
+        method="DELETE" if delete else "POST" if post else "GET",
     )
     with urllib.request.urlopen(request, timeout=60) as response:
         return json.load(response)
@@ -200,9 +208,13 @@ def test_two_people_train_at_the_same_time_and_both_runs_arrive_whole(trained):
         assert [(int(each["step"]), each["value"]) for each in history] == [
             (int(step), pytest.approx(float(mae))) for step, mae, *_ in (row.split(",") for row in curve)
         ]
-        assert "evaluate/memorisation_recall" in {metric["key"] for metric in run["data"]["metrics"]}
-        listed = ask(trained, f"artifacts/list?run_id={run['info']['run_id']}")["files"]
-        assert {"provenance.json", "dvc.lock", "samples.png", "images"} <= {file["path"] for file in listed}
+        condition = f"tags.mlflow.parentRunId = '{run['info']['run_id']}'"
+        found = {"experiment_ids": [run["info"]["experiment_id"]], "filter": condition}
+        (evaluation,) = ask(trained, "runs/search", post=found)["runs"]
+        assert "evaluate/memorisation_recall" in {metric["key"] for metric in evaluation["data"]["metrics"]}
+        for files, own in (({"provenance.json", "images"}, run), ({"dvc.lock", "samples.png", "images"}, evaluation)):
+            listed = ask(trained, f"artifacts/list?run_id={own['info']['run_id']}")["files"]
+            assert files <= {file["path"] for file in listed}
     assert trained.people["ada"].folder != trained.people["grace"].folder
     models = {run_of(person)["model_sha256"] for person in trained.people.values()}
     assert len(models) == 2

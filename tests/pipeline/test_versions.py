@@ -221,9 +221,10 @@ def go_to_main(project):
     project.run("dvc", "checkout", "-q", "-f")
 
 
-def test_an_experiment_is_one_run_of_its_name_in_the_projects_own_store(project, tried):
-    (run,) = runs_of(project, "gentle")
+def test_an_experiment_is_one_training_and_its_evaluation_in_the_projects_own_store(project, tried):
+    evaluation, run = runs_of(project, "gentle")
     assert run.data.params["train.learning_rate"] == "0.0005"
+    assert evaluation.data.tags["mlflow.parentRunId"] == run.info.run_id
 
 
 def runs_of(project, experiment):

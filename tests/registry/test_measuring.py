@@ -57,7 +57,8 @@ def test_a_champion_of_other_data_is_measured_again_as_the_stage_measures_and_co
 
     client = open_client(project.folder)
     measured = json.loads(Path("reports/evaluate/metrics.json").read_text())
-    own = figures_of(client, stored_model(client, model_hash(MODEL)).run)
+    stored = stored_model(client, model_hash(MODEL))
+    own = figures_of(client, stored)
     assert {name: own.values[name] for name in measured} == pytest.approx(measured)
     tags = client.get_model_version("latentloom", "1").tags
     before, again = Figures.of_tags(tags), Figures.of_tags(tags, registry.REMEASURED)
@@ -73,7 +74,7 @@ def test_a_champion_of_other_data_is_measured_again_as_the_stage_measures_and_co
 
     # A model that is measured again on the data that it was measured on has the figures of the stage.
     like = replace(own, values={})
-    settings = sampling_settings(client, stored_model(client, model_hash(MODEL)).run)
+    settings = sampling_settings(client, stored)
     values = measuring.measure_again(MODEL, like, settings, project.folder).values
     assert {name: value for name, value in measured.items() if name in values} == pytest.approx(dict(values))
 

@@ -12,7 +12,9 @@ from latentloom.dvc_outs import out_hash
 from latentloom.errors import UserError
 from latentloom.model_files import model_hash
 from latentloom.registry import registry
-from latentloom.registry.models import find_model
+from latentloom.registry.models import find_model, look_up
+from latentloom.tracking.evaluations import EVALUATED_TAG
+from latentloom.tracking.runs import new_run
 from latentloom.tracking.store import open_client
 
 
@@ -31,6 +33,17 @@ def test_a_run_is_found_by_id_and_by_name(project_root, train, tiny_unets):
         found = find_model(reference, project_root)
         assert (found.run_id, found.sha256) == (run_id, model_hash(tiny_unets[0]))
         assert found.folder == project_root / "models/unet"
+
+
+def test_an_evaluation_stands_for_its_model_and_of_several_the_last_has_the_figures(project_root, train, tiny_unets):
+    shutil.copytree(tiny_unets[0], "models/unet")
+    run_id = train(tiny_unets[0], name="gentle")
+    with new_run(project_root, name="mild") as mild:
+        mild.set_tags({EVALUATED_TAG: model_hash(tiny_unets[0])})
+    found = find_model("mild", project_root)
+    assert (found.run_id, found.evaluation_id, found.sha256) == (run_id, mild.id, model_hash(tiny_unets[0]))
+    assert find_model("gentle", project_root).evaluation_id == mild.id
+    assert look_up("gentle, evaluated", project_root).evaluation.info.run_name == "gentle, evaluated"
 
 
 def test_of_two_runs_of_a_name_the_one_with_a_model_is_taken(project_root, train, tiny_unets):

@@ -268,12 +268,13 @@ def test_jsons_of_an_earlier_version_become_tags_that_a_person_can_read(project_
 def test_the_page_of_a_version_shows_its_figures_its_picture_and_who_promoted_it(
     project_root, train, promote, tiny_unets
 ):
-    run_id = train(tiny_unets[0], name="gentle", recall=0.75)
+    train(tiny_unets[0], name="gentle", recall=0.75)
     promote(tiny_unets[0], why="sharper\noutlines")
     made = open_client(project_root).get_model_version("latentloom", "1")
     assert f"promoted to champion instead of none, by {user_name()}: sharper outlines\n" in made.description
     assert "| `held_out_recall_at_1` | 0.75 (0.66 to 0.82) |" in made.description
-    assert f"](get-artifact?path=samples.png&run_uuid={run_id})" in made.description
+    (evaluation,) = re.findall(r"\]\(get-artifact\?path=samples\.png&run_uuid=(\w+)\)", made.description)
+    assert open_client(project_root).get_run(evaluation).info.run_name == "gentle, evaluated"
     assert "run [gentle](#/experiments/" in made.description
     assert made.tags["held_out_recall_at_1"] == "0.75"
 

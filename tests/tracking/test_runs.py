@@ -19,7 +19,7 @@ from logged_runs import (
 )
 
 from latentloom.tracking import delivery
-from latentloom.tracking.runs import journals, new_run, reopened_run
+from latentloom.tracking.runs import journals, new_run
 from latentloom.tracking.store import experiment_id
 
 
@@ -84,24 +84,6 @@ def test_the_status_of_a_run_tells_how_it_broke_off(root, error, status):
     with pytest.raises(error), new_run(root) as run:
         raise error
     assert client(root).get_run(run.id).info.status == status
-
-
-def test_a_finished_run_is_reopened_and_added_to(root):
-    with new_run(root) as run:
-        run.log_metrics({"train/mae": 0.5}, 10)
-    with reopened_run(root, run.key) as again:
-        again.log_metrics({"evaluate/val_mae": 0.7}, 10)
-    assert client(root).get_run(run.id).data.metrics == {"train/mae": 0.5, "evaluate/val_mae": 0.7}
-
-
-def test_a_second_evaluation_is_logged_as_well(root):
-    with new_run(root) as run:
-        run.log_metrics({"train/mae": 0.5}, 10)
-    for value in (0.7, 0.6):
-        with reopened_run(root, run.key) as again:
-            again.log_metrics({"evaluate/val_mae": value}, 10)
-    assert client(root).get_run(run.id).data.metrics["evaluate/val_mae"] == 0.6
-    assert len(logged_steps(root, run.id, "evaluate/val_mae")) == 2
 
 
 def test_a_killed_and_resumed_training_is_one_run_without_gaps_or_doubled_steps(root):

@@ -287,6 +287,7 @@ def test_data_and_precision_change_the_fingerprint(others):
     ("section", "values"),
     [
         *(("monitor", {key: 7}) for key in SHIPPED["monitor"]),
+        ("previews", {"every": 7, "captions": 7, "prompts": ["another"], "seed": 7, "guidance": 7.0, "steps": 7}),
         *(("machine", {key: not value}) for key, value in SHIPPED["machine"].items() if isinstance(value, bool)),
         ("machine", {"checkpoint_every": 7}),
         ("evaluate", {"class_guidance": 5.0}),

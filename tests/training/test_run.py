@@ -2,6 +2,7 @@
 
 import csv
 import gc
+import json
 import os
 import shutil
 import signal
@@ -31,12 +32,14 @@ SHIPPED = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text()
 pytestmark = pytest.mark.filterwarnings("error:the preview at step")
 QUICK = {"steps": 40, "batch_size": 8, "warmup_steps": 2, "precision": "fp32", "ema_images": 40, "decay_steps": 10}
 QUICK |= {"learning_rate": 1e-2}
-OFTEN = {"log_every": 4, "validate_every": 4, "sample_every": 1000, "sample_count": 2}
+OFTEN = {"log_every": 4, "validate_every": 4}
+SELDOM = {"every": 1000, "captions": 2, "prompts": []}
 
 
 def quick(
     *,
     monitor: dict | None = None,
+    previews: dict | None = None,
     machine: dict | None = None,
     widths: Sequence[int] = (16, 32),
     text: str = "pooled",
@@ -48,6 +51,7 @@ def quick(
             "model": {"widths": list(widths), "block_depth": 1, "emb_size": 16, "text": text},
             "train": SHIPPED["train"] | QUICK | train,
             "monitor": SHIPPED["monitor"] | OFTEN | (monitor or {}),
+            "previews": SHIPPED["previews"] | SELDOM | (previews or {}),
             "machine": SHIPPED["machine"] | (machine or {}),
         }
     )
@@ -66,6 +70,7 @@ class MemoryLogger:
         self.metrics: dict[tuple[str, int], float] = {}
         self.images: dict[int, np.ndarray] = {}
         self.tags: dict[str, str] = {}
+        self.texts: dict[str, str] = {}
 
     def log_metrics(self, metrics, step):
         for name, value in metrics.items():
@@ -73,6 +78,9 @@ class MemoryLogger:
 
     def log_image(self, image, key, step):
         self.images[step] = image
+
+    def log_text(self, text, name):
+        self.texts[name] = text
 
     def set_tags(self, tags):
         self.tags |= tags
@@ -191,7 +199,7 @@ def test_a_stopped_training_resumes_to_the_same_bytes_of_model_and_curves(run, t
 
 @with_tokens
 def test_a_training_on_token_states_resumes_to_the_same_bytes(run, caches, tmp_path, stop_after):
-    params = quick(text="tokens", steps=12, monitor={"sample_every": 6}, machine={"checkpoint_every": 100})
+    params = quick(text="tokens", steps=12, previews={"every": 6}, machine={"checkpoint_every": 100})
     run(params)
     whole = outs(tmp_path)
     stop_after(5)
@@ -293,11 +301,11 @@ def test_no_more_rows_are_validated_than_asked_for(run, caches, monkeypatch):
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), ValueError("no VAE"), OSError("gone")])
 def test_a_preview_that_fails_costs_a_warning_and_no_weight(run, tmp_path, logger, monkeypatch, error):
-    params = quick(steps=8, monitor={"sample_every": 5})
+    params = quick(steps=8, previews={"every": 5})
     run(params)
     whole = outs(tmp_path)
     assert sorted(logger.images) == [5, 8]
-    params = quick(steps=8, monitor={"sample_every": 8})
+    params = quick(steps=8, previews={"every": 8})
     logger.images.clear()
 
     def fail(*args, **options):
@@ -331,8 +339,58 @@ def test_the_vae_is_fetched_before_the_first_step_also_by_processes_that_show_no
 def test_previews_are_generated_in_parts_of_bounded_size(run, logger, make_data, caches):
     object.__setattr__(caches, "train", make_data(30))
     object.__setattr__(caches, "validation", make_data(30, prefix="held out"))
-    run(quick(steps=4, monitor={"sample_every": 4, "sample_count": 40, "validate_every": 100}))
-    assert logger.images[4].shape == (6 * 8, 7 * 8, 3)
+    run(quick(steps=4, monitor={"validate_every": 100}, previews={"every": 4, "captions": 40}))
+    assert logger.images[4].shape == (6 * (8 + 56), 7 * 128, 3)  # each with its caption below
+
+
+class LatentVae:
+    """Shows three channels of the latents themselves."""
+
+    def decode(self, latents, *, batch_size):
+        return (128 + 40 * latents[:, :3].permute(0, 2, 3, 1)).clamp(0, 255).byte().cpu().numpy()
+
+
+class AnyTextEncoder:
+    def __init__(self, reference, *, max_tokens):
+        self.fingerprint = "0" * 16
+
+    def encode(self, captions):
+        return np.ones((len(captions), 12), dtype=np.float32)
+
+
+def test_prompts_of_ones_own_come_first_and_change_neither_weights_nor_the_other_previews(
+    run, logger, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("latentloom.training.preview.Vae", lambda reference, device: LatentVae())
+    monkeypatch.setattr("latentloom.training.preview.TextEncoder", AnyTextEncoder)
+    run(quick(steps=4, previews={"every": 4}))
+    whole, before = outs(tmp_path), logger.images[4].astype(int)
+    run(quick(steps=4, previews={"every": 2, "prompts": ["a prompt"]}))
+    assert outs(tmp_path) == whole
+    assert sorted(logger.images) == [2, 4]
+    index = json.loads(logger.texts["previews.json"])
+    assert [own["from"] for own in index] == ["prompt", "training", "validation"]
+    assert index[0]["caption"] == "a prompt"
+    height, width = before.shape[0], before.shape[1] // 2
+    after = logger.images[4].astype(int)
+    for shown, place in ((before[:, :width], after[:height, width:]), (before[:, width:], after[height:, :width])):
+        assert np.abs(shown - place).max() <= 1  # batches of another size round otherwise
+
+
+@pytest.mark.parametrize("missing", ["files", "the same weights"])
+def test_without_the_text_encoder_prompts_are_left_out_with_a_warning(run, logger, monkeypatch, caches, missing):
+    def gone(*args, **options):
+        raise UserError("no such folder")
+
+    if missing == "files":
+        monkeypatch.setattr("latentloom.training.preview.TextEncoder", gone)
+    else:
+        monkeypatch.setattr("latentloom.training.preview.TextEncoder", AnyTextEncoder)
+        caches.text_statistics["encoder"] = caches.text_statistics["encoder"] | {"fingerprint": "1" * 16}
+    with pytest.warns(UserWarning, match=r"text encoder of previews\.prompts failed, the training continues"):
+        run(quick(steps=4, previews={"every": 4, "prompts": ["a prompt"]}))
+    assert [own["from"] for own in json.loads(logger.texts["previews.json"])] == ["training", "validation"]
+    assert sorted(logger.images) == [4]
 
 
 @pytest.mark.slow

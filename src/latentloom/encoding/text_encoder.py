@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
+from latentloom.diffusion.text import Labels, Text
 from latentloom.encoding import pretrained
 from latentloom.errors import UserError
 from latentloom.files import read_json
@@ -205,6 +206,17 @@ class TextEncoder:
             return torch.nn.functional.normalize(states[:, 0], dim=-1), states
         mask = inputs["attention_mask"].unsqueeze(-1).float()
         return torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1), states
+
+
+def embed(encoder: TextEncoder, captions: Sequence[str], *, tokens: bool) -> Labels:
+    """What a network reads of captions, on the CPU: embeddings (N, dim), or a `Text` of these and token states."""
+    if not tokens:
+        return torch.from_numpy(encoder.encode(captions))
+    encoded = encoder.encode_tokens(captions)
+    states = [torch.from_numpy(own) for own in encoded.states]
+    lengths = torch.tensor([len(own) for own in states])
+    padded = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
+    return Text(torch.from_numpy(encoded.pooled), padded, torch.arange(padded.shape[1]) < lengths.unsqueeze(1))
 
 
 def load_text_encoder(reference: str, device: torch.device | str = "cpu", max_tokens: int | None = None) -> TextEncoder:

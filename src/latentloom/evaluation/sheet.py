@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from latentloom.files import atomic_path
+from latentloom.image_grid import CELL, INK, LINE, draw_caption, font
 
-CELL = 128
 GAP = 12
 MARGIN = 24
 COLUMNS = 8
 LABEL_LINES = 2
 LEFT = MARGIN + 56  # room for the names of rows
 WIDTH = LEFT + COLUMNS * (CELL + GAP) - GAP + MARGIN
-INK, SOFT, PAPER = (25, 25, 30), (110, 110, 120), (255, 255, 255)
+SOFT, PAPER = (110, 110, 120), (255, 255, 255)
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ def _text(
     text: str, *, height: int, size: int = 11, bold: bool = False, ink: tuple[int, int, int] = INK
 ) -> Image.Image:
     strip = Image.new("RGB", (WIDTH, height), PAPER)
-    ImageDraw.Draw(strip).text((MARGIN, 0), text, fill=ink, font=_font(size, bold=bold))
+    ImageDraw.Draw(strip).text((MARGIN, 0), text, fill=ink, font=font(size, bold=bold))
     return strip
 
 
 def _images(name: str, images: np.ndarray) -> Image.Image:
     strip = Image.new("RGB", (WIDTH, CELL + 4), PAPER)
-    ImageDraw.Draw(strip).text((MARGIN, CELL // 2 - 7), name, fill=SOFT, font=_font(11))
+    ImageDraw.Draw(strip).text((MARGIN, CELL // 2 - 7), name, fill=SOFT, font=font(11))
     for column, image in enumerate(images):
         cell = Image.fromarray(image).resize((CELL, CELL), Image.Resampling.LANCZOS)
         strip.paste(cell, (LEFT + column * (CELL + GAP), 0))
@@ -74,17 +74,7 @@ def _images(name: str, images: np.ndarray) -> Image.Image:
 
 
 def _labels(labels: Sequence[str]) -> Image.Image:
-    strip = Image.new("RGB", (WIDTH, LABEL_LINES * 14 + 6), PAPER)
+    strip = Image.new("RGB", (WIDTH, LABEL_LINES * LINE + 6), PAPER)
     for column, label in enumerate(labels):
-        lines = textwrap.wrap(label, width=20, max_lines=LABEL_LINES, placeholder="…")
-        middle = LEFT + column * (CELL + GAP) + CELL // 2
-        for number, line in enumerate(lines):
-            ImageDraw.Draw(strip).text((middle, number * 14), line, fill=INK, font=_font(12), anchor="ma")
+        draw_caption(strip, label, (LEFT + column * (CELL + GAP) + CELL // 2, 0), width=CELL, lines=LABEL_LINES)
     return strip
-
-
-def _font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
-    import matplotlib
-
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)

@@ -21,10 +21,10 @@ import latentloom
 from latentloom.devices import autocast_dtype, choose_device
 from latentloom.diffusion.diffuser import Diffuser
 from latentloom.diffusion.sampling_settings import SamplingSettings
-from latentloom.diffusion.text import Labels, Text, trimmed
+from latentloom.diffusion.text import Labels, trimmed
 from latentloom.diffusion.unet import UNet
 from latentloom.encoding.codec import LatentCodec
-from latentloom.encoding.text_encoder import TextEncoder, load_text_encoder
+from latentloom.encoding.text_encoder import TextEncoder, embed, load_text_encoder
 from latentloom.encoding.vae import load_vae
 from latentloom.errors import UserError
 from latentloom.evaluation.metadata import ImageMetadata
@@ -78,13 +78,7 @@ class TextToImage:
 
     def embed(self, prompts: Sequence[str]) -> Labels:
         """What the network reads of prompts: embeddings (P, dim), or a `Text` of these and token states; on the CPU."""
-        if self.config.token_dim is None:
-            return torch.from_numpy(self.text_encoder.encode(prompts))
-        encoded = self.text_encoder.encode_tokens(prompts)
-        states = [torch.from_numpy(own) for own in encoded.states]
-        lengths = torch.tensor([len(own) for own in states])
-        tokens = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
-        return Text(torch.from_numpy(encoded.pooled), tokens, torch.arange(tokens.shape[1]) < lengths.unsqueeze(1))
+        return embed(self.text_encoder, prompts, tokens=self.config.token_dim is not None)
 
     def latents(
         self,

@@ -69,6 +69,7 @@ def gather(subject: Subject, root: Path) -> tuple[Link, ...]:
         *([_picture(subject)] if subject.metadata else []),
         _model(subject, found, root),
         _run(subject, root),
+        *_evaluation(subject, root),
         Link("params", str(PARAMS), None, code.place, "of the code"),
         code,
         *_changes(subject, root),
@@ -126,6 +127,16 @@ def _run(subject: Subject, root: Path) -> Link:
     name = f"{run.info.run_name} ({run.info.run_id}), {run.info.status.lower()}"
     name += f", DVC experiment {known.experiment}" if known.experiment else ""
     return Link("run", name, run.info.run_id, _store_place(root), without_credentials(tracking_uri(root)))
+
+
+def _evaluation(subject: Subject, root: Path) -> list[Link]:
+    """The MLflow run that holds the model's figures and sheets; nothing depends on it."""
+    run = subject.stored.evaluation
+    if run is None:
+        return []
+    name = f"{run.info.run_name} ({run.info.run_id})"
+    where = without_credentials(tracking_uri(root))
+    return [Link("evaluation", name, run.info.run_id, _store_place(root), where, needed=False)]
 
 
 def _code(subject: Subject, root: Path) -> Link:

@@ -135,8 +135,7 @@ def _known(found: FoundModel, root: Path) -> list[Figures]:
         client = existing_store(root)
     except UserError:
         return []
-    stored = stored_model(client, found.sha256, found.run_id)
-    return known_figures(client, stored.run, stored.version)
+    return known_figures(client, stored_model(client, found.sha256, found.run_id, found.evaluation_id))
 
 
 def _verdict(a: Side, b: Side, *, comparable: bool) -> str:

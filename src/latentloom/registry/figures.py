@@ -12,20 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 from latentloom.diffusion.sampling_settings import SamplingSettings
 from latentloom.evaluation.text_to_image import SETTINGS_FILE
-from latentloom.registry.models import read_artifact
+from latentloom.registry.models import StoredModel, read_artifact
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
 METRICS = "evaluate/"  # before the names of figures among a run's metrics
-PARENT_TAG, CONTEXT_TAG = "mlflow.parentRunId", "mlflow.data.context"
+CONTEXT_TAG = "mlflow.data.context"  # of a data set that was logged to a run
 RECALLS = ("held_out_recall_at_1", "new_words_recall_at_1")  # the first that both models have decides
 COPIED, VAL_MAE = "copied_share", "val_mae"
+RECALL_NAMES = tuple(f"{kind}_recall_at_{among}" for kind in ("held_out", "new_words") for among in (1, 5))
 KEPT = (*RECALLS, COPIED, VAL_MAE)  # as tags of a version
-SHOWN_FIRST = ("held_out_recall_at_1", "held_out_recall_at_5", *RECALLS[1:], COPIED, VAL_MAE, "memorisation_recall")
+SHOWN_FIRST = (*RECALL_NAMES, COPIED, VAL_MAE, "memorisation_recall")
 COUNTS = ("held_out_combinations", "new_words_captions")  # of the samples of held-out captions
-NO_FIGURES = (*COUNTS, "training_captions", "copied_limit")
+NO_FIGURES = (*COUNTS, "training_captions", "copied_limit", "distribution_samples", "distribution_images")
+ERROR = "_standard_error"  # behind the name of a figure
 OLD_TAG = "figures"  # where earlier versions kept them, as JSON, without intervals
 # How figures were measured, and what a person calls it.
 WAYS = {"data": "data", "samples": "number of samples", "seed": "seed", "sampling": "sampling settings"}
@@ -81,14 +83,16 @@ class Figures:
         return None if None in found else Share(*found)
 
     def in_words(self, name: str) -> str:
-        """A figure for people, with its interval if it has one."""
-        return str(self.share(name) or f"{self.values[name]:.4g}")
+        """A figure for people, with its interval or its standard error if it has one."""
+        error = f" ± {self.values[name + ERROR]:.2g}" if name + ERROR in self.values else ""
+        return str(self.share(name) or f"{self.values[name]:.4g}{error}")
 
     @property
     def names(self) -> list[str]:
-        """Of the figures, the main ones first; without the bounds of intervals, counts, and errors by noise level."""
-        bounds = {f"{name}{bound}" for name in self.values for bound in ("_low", "_high")}
-        shown = [name for name in self.values if name not in bounds and name not in NO_FIGURES]
+        """Of the figures, the main ones first; without what lies behind one, counts, and errors by noise level."""
+        behind = {f"{name}{end}" for name in self.values for end in ("_low", "_high", ERROR)}
+        # Those with a slash are the seconds that parts of the work took.
+        shown = [name for name in self.values if name not in behind and name not in NO_FIGURES and "/" not in name]
         rest = sorted(name for name in shown if name not in SHOWN_FIRST and not name.startswith(f"{VAL_MAE}_noise"))
         return [*(name for name in SHOWN_FIRST if name in shown), *rest]
 
@@ -127,37 +131,31 @@ class Figures:
         return cls(values, **ways | {"samples": int(ways["samples"]) if ways["samples"] else None})
 
 
-def figures_of(client: "MlflowClient", run: "Run") -> Figures:
-    """The figures of a training's model: those in the training's own run, else those of its newest evaluation."""
-    holder = evaluation_run(client, run)
-    metrics = {key: value for key, value in holder.data.metrics.items() if key.startswith(METRICS)}
+def figures_of(client: "MlflowClient", stored: StoredModel) -> Figures:
+    """The figures of a model's evaluation; none where MLflow has no run of the model."""
+    run = _evaluation(stored)
+    if run is None:
+        return Figures()
+    metrics = {key: value for key, value in run.data.metrics.items() if key.startswith(METRICS)}
     values = {key.removeprefix(METRICS): value for key, value in metrics.items()}
-    params, sampling = run.data.params | holder.data.params, sampling_settings(client, holder)
+    params, sampling = run.data.params, sampling_settings(client, stored)
     counts = [int(values[name]) for name in COUNTS if name in values]
     return Figures(
         values,
-        data=_digest(holder) or _digest(run),
+        data=_digest(run),
         samples=sum(counts) if counts else None,
         seed=params.get("seed"),
         sampling=None if sampling is None else in_words(sampling),
         noise=f"{params.get('diffusion.schedule')}/{params.get('diffusion.noise_levels')}",
-        run_id=holder.info.run_id,
+        run_id=run.info.run_id,
     )
 
 
-def sampling_settings(client: "MlflowClient", run: "Run") -> SamplingSettings | None:
-    """The settings that the samples of a run's figures were generated with; None where the run does not hold them."""
-    written = read_artifact(client, run, SETTINGS_FILE)
+def sampling_settings(client: "MlflowClient", stored: StoredModel) -> SamplingSettings | None:
+    """The settings that a model's figures were measured with; None where no run holds them."""
+    run = _evaluation(stored)
+    written = read_artifact(client, run, SETTINGS_FILE) if run else None
     return None if written is None else SamplingSettings.from_dict(json.loads(written))
-
-
-def evaluation_run(client: "MlflowClient", run: "Run") -> "Run":
-    """The run that holds a training's figures: its own, else the newest child that has any, else its own."""
-    if _evaluated(run):
-        return run
-    condition = f"tags.`{PARENT_TAG}` = '{run.info.run_id}'"
-    children = client.search_runs([run.info.experiment_id], condition, order_by=["attributes.start_time DESC"])
-    return next(filter(_evaluated, children), run)
 
 
 def in_words(settings: SamplingSettings) -> str:
@@ -177,8 +175,9 @@ def deciding_recall(one: Figures, other: Figures) -> str | None:
     return next((name for name in RECALLS if one.share(name) and other.share(name)), None)
 
 
-def _evaluated(run: "Run") -> bool:
-    return any(key.startswith(METRICS) for key in run.data.metrics)
+def _evaluation(stored: StoredModel) -> "Run | None":
+    """The run with the figures; before evaluations had runs of their own, the training's."""
+    return stored.evaluation or stored.run
 
 
 def _digest(run: "Run") -> str | None:

@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from latentloom.dvc_outs import bring
 from latentloom.errors import UserError
 from latentloom.layout import MODEL
 from latentloom.model_files import MODEL_FILES, model_hash
+from latentloom.tracking.evaluations import EVALUATED_TAG
 from latentloom.tracking.provenance import (
     HASH_TAG,
     PROVENANCE,
@@ -43,20 +44,29 @@ URI = re.compile(rf"^(runs:/|(models:/)?{NAME}[@:/])")  # as MLflow writes runs,
 
 @dataclass(frozen=True)
 class StoredModel:
-    """What MLflow has of a model: its hash (None: the run made no model), the run that trained it, its version."""
+    """What MLflow has of a model.
+
+    Attributes:
+        sha256: the model's hash; None: the run made no model.
+        run: that trained it.
+        evaluation: the run with its figures: the last that is finished, unless another was asked for.
+        version: of the registry.
+    """
 
     sha256: str | None
     run: "Run | None" = None
+    evaluation: "Run | None" = None
     version: "ModelVersion | None" = None
 
 
 @dataclass(frozen=True)
 class FoundModel:
-    """A model's files and hash, and where they are known its run, its version, and what its training wrote down."""
+    """A model's files and hash, and where they are known its runs, its version, and what its training wrote down."""
 
     folder: Path
     sha256: str
     run_id: str | None = None
+    evaluation_id: str | None = None
     version: str | None = None
     provenance: Provenance | None = None
 
@@ -66,8 +76,8 @@ def find_model(reference: str, root: Path) -> FoundModel:
 
     Args:
         reference: a folder; ``showcase``; ``champion``, ``candidate`` or another alias; a version's number; the id of
-            an MLflow run, or its name; or any of these as MLflow writes them, ``models:/latentloom@champion`` or
-            ``runs:/ID``.
+            an MLflow run, of a training or an evaluation, or its name; or any of these as MLflow writes them,
+            ``models:/latentloom@champion`` or ``runs:/ID``.
         root: the project's root, which decides the store; MLflow is not imported for a folder or ``showcase``.
 
     Raises:
@@ -80,7 +90,7 @@ def find_model(reference: str, root: Path) -> FoundModel:
         known = read_run_record(root, sha256) or read_carried_record(folder, sha256)
         return FoundModel(folder, sha256, provenance=known)
     stored = look_up(reference, root)
-    run, version = stored.run, stored.version
+    run, evaluation, version = stored.run, stored.evaluation, stored.version
     if stored.sha256 is None:
         raise UserError(
             f"the run {run.info.run_id} ({run.info.run_name}) has no model: it is {run.info.status.lower()}; train "
@@ -89,7 +99,14 @@ def find_model(reference: str, root: Path) -> FoundModel:
     client = existing_store(root)
     provenance = run_provenance(client, run) if run else None  # the run of a version may be deleted
     folder = _fetch(client, root, stored, provenance or Provenance())
-    return FoundModel(folder, stored.sha256, run and run.info.run_id, version and str(version.version), provenance)
+    return FoundModel(
+        folder,
+        stored.sha256,
+        run and run.info.run_id,
+        evaluation and evaluation.info.run_id,
+        version and str(version.version),
+        provenance,
+    )
 
 
 def named_folder(reference: str) -> Path:
@@ -105,7 +122,9 @@ def is_model(folder: Path, sha256: str | None = None) -> bool:
 
 
 def look_up(reference: str, root: Path) -> StoredModel:
-    """What a version's number, an alias, or a run's id or name stands for; of runs of one name, the one with a model.
+    """What a version's number, an alias, or a run's id or name stands for.
+
+    Of runs of one name the one that made a model is taken, else the last that evaluated it.
 
     Raises:
         UserError: when it names nothing, or several runs, or a folder.
@@ -122,11 +141,14 @@ def look_up(reference: str, root: Path) -> StoredModel:
     if version := _or_none(get_version, NAME, reference):
         if HASH_TAG not in version.tags:
             raise UserError(f"version {version.version} of {NAME} was not made by `latentloom promote`: promote a run")
-        return StoredModel(version.tags[HASH_TAG], _or_none(client.get_run, version.run_id), version)
+        stored = stored_model(client, version.tags[HASH_TAG])
+        return replace(stored, run=_or_none(client.get_run, version.run_id), version=version)
     quote = '"' if "'" in reference else "'"
     named = _search(client, f"attributes.run_name = {quote}{reference}{quote}")
     named += [run] if (run := _or_none(client.get_run, reference)) else []
-    runs = [run for run in named if HASH_TAG in run.data.tags] or named
+    evaluated = {run.data.tags.get(EVALUATED_TAG): run for run in reversed(named)}  # the newest of each model
+    evaluated.pop(None, None)
+    runs = [run for run in named if HASH_TAG in run.data.tags] or list(evaluated.values()) or named
     if not runs:
         raise UserError(
             f"{reference} names no folder, no version or alias of the registry (`latentloom promote RUN --to champion` "
@@ -135,16 +157,28 @@ def look_up(reference: str, root: Path) -> StoredModel:
     if len(runs) > 1:
         shown = ", ".join(f"{run.info.run_id} ({run.info.run_name})" for run in runs)
         raise UserError(f"{reference} names {len(runs)} runs: {shown}; give the id")
-    sha256 = runs[0].data.tags.get(HASH_TAG)
-    return StoredModel(sha256, runs[0], stored_model(client, sha256).version if sha256 else None)
+    tags = runs[0].data.tags
+    sha256 = tags.get(HASH_TAG) or tags.get(EVALUATED_TAG)
+    return stored_model(client, sha256, runs[0].info.run_id) if sha256 else StoredModel(None, runs[0])
 
 
-def stored_model(client: "MlflowClient", sha256: str, run_id: str | None = None) -> StoredModel:
-    """What MLflow has of the model with that hash: the run ``run_id`` if that made it, else the newest that did."""
-    runs = _search(client, f"tags.`{HASH_TAG}` = '{sha256}'")
-    run = next((run for run in runs if run.info.run_id == run_id), next(iter(runs), None))
+def stored_model(client: "MlflowClient", sha256: str, *run_ids: str | None) -> StoredModel:
+    """What MLflow has of the model with that hash: the newest run that made it, and that measured it.
+
+    Args:
+        client: of the store.
+        sha256: the model's hash.
+        run_ids: runs to take rather than the newest, where they made or measured it.
+    """
+
+    def last(condition: str) -> "Run | None":
+        runs = _search(client, condition)
+        return next((run for run in runs if run.info.run_id in run_ids), next(iter(runs), None))
+
+    run = last(f"tags.`{HASH_TAG}` = '{sha256}'")
+    evaluation = last(f"tags.`{EVALUATED_TAG}` = '{sha256}' and attributes.status = 'FINISHED'")
     versions = client.search_model_versions(f"name = '{NAME}' and tags.`{HASH_TAG}` = '{sha256}'")
-    return StoredModel(sha256, run, max(versions, key=lambda version: int(version.version), default=None))
+    return StoredModel(sha256, run, evaluation, max(versions, key=lambda version: int(version.version), default=None))
 
 
 def run_provenance(client: "MlflowClient", run: "Run") -> Provenance | None:

@@ -7,6 +7,7 @@ the aliases as they were.
 
 import sys
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
@@ -19,10 +20,10 @@ from latentloom.layout import PARAMS, state_folder
 from latentloom.model_files import read_config
 from latentloom.params import Params, load_params
 from latentloom.registry.description import describe
-from latentloom.registry.figures import Figures, evaluation_run, figures_of, in_the_same_way, sampling_settings
+from latentloom.registry.figures import Figures, figures_of, in_the_same_way, sampling_settings
 from latentloom.registry.gate import NO_LIMITS, objections, worse
 from latentloom.registry.measuring import measure_again
-from latentloom.registry.models import NAME, SERVED, FoundModel, find_model, run_provenance, stored_model
+from latentloom.registry.models import NAME, SERVED, FoundModel, StoredModel, find_model, run_provenance, stored_model
 from latentloom.registry.moves import Move, all_moves, moves_of, rewrite_json
 from latentloom.registry.packing import save_served_model
 from latentloom.tracking.provenance import HASH_TAG, Provenance
@@ -30,8 +31,6 @@ from latentloom.tracking.store import existing_store, has_error_code
 from latentloom.user import user_name
 
 if TYPE_CHECKING:
-    from mlflow.entities import Run
-    from mlflow.entities.model_registry import ModelVersion
     from mlflow.tracking import MlflowClient
 
 Alias = Literal["champion", "candidate"]
@@ -57,7 +56,7 @@ def promote(
     client = existing_store(root)
     with _one_at_a_time():
         rewrite_json(client)
-        stored, aliases = stored_model(client, found.sha256, found.run_id), current(root)
+        stored, aliases = stored_model(client, found.sha256, found.run_id, found.evaluation_id), current(root)
         if stored.run is None:
             raise UserError(
                 f"this store has no run of the model {found.sha256[:12]}…, so its figures are not known: `latentloom "
@@ -67,16 +66,16 @@ def promote(
         if number and aliases.get(alias) == number:
             return number, False
         provenance = run_provenance(client, stored.run) or Provenance()
-        figures, champion = figures_of(client, stored.run), aliases.get("champion")
+        figures, champion = figures_of(client, stored), aliases.get("champion")
         if not force:
             params = _params(root)
             against = objections(figures, provenance, params.registry if params else NO_LIMITS)
             if not against and champion not in (None, number):
-                against = _compare(client, root, stored.run, figures, champion)
+                against = _compare(client, root, stored, figures, champion)
             if against:
                 listed = "\n".join(f"- {objection}" for objection in against)
                 raise UserError(f'not promoted:\n{listed}\nTo promote it all the same: --force --why "..."')
-        number = number or _register(client, root, found, stored.run, provenance)
+        number = number or _register(client, root, found, stored, provenance)
         _set_tags(client, number, figures.tags())
         client.set_registered_model_alias(NAME, alias, number)
         Move("force" if force else "promote", alias, number, aliases.get(alias), why).save(client)
@@ -127,25 +126,24 @@ def current(root: Path) -> dict[str, str]:
     return {alias: str(version) for model in found for alias, version in model.aliases.items()}
 
 
-def known_figures(client: "MlflowClient", run: "Run | None", version: "ModelVersion | None") -> list[Figures]:
-    """All that is kept of a model: of its run as it is now, of its version when promoted, and when measured again."""
-    tags = version.tags if version else {}
-    kept = [figures for prefix in ("", REMEASURED) if (figures := Figures.of_tags(tags, prefix)).values]
-    return [*([figures_of(client, run)] if run else []), *kept]
+def known_figures(client: "MlflowClient", stored: StoredModel) -> list[Figures]:
+    """All that is kept of a model: of its evaluation, of its version when promoted, and when measured again."""
+    tags = stored.version.tags if stored.version else {}
+    kept = [Figures.of_tags(tags, prefix) for prefix in ("", REMEASURED)]
+    return [figures for figures in (figures_of(client, stored), *kept) if figures.values]
 
 
-def _compare(client: "MlflowClient", root: Path, run: "Run", figures: Figures, champion: str) -> list[str]:
+def _compare(client: "MlflowClient", root: Path, own: StoredModel, figures: Figures, champion: str) -> list[str]:
     """Whether a model is worse than the champion, as a list of one; the champion is measured again where it must be."""
     version = client.get_model_version(NAME, champion)
-    stored = stored_model(client, version.tags.get(HASH_TAG, ""), version.run_id)
-    known = known_figures(client, stored.run, version)
+    known = known_figures(client, replace(stored_model(client, version.tags.get(HASH_TAG, "")), version=version))
     pair = in_the_same_way([figures], known)
     if pair is None:
         ways = figures.differences(known[0]) if known else ["it has no figures"]
         otherwise = f"the champion (version {champion}) was measured otherwise: {'; '.join(ways) or 'no common figure'}"
         print(f"{otherwise}. It is measured again", file=sys.stderr, flush=True)
         try:
-            settings = sampling_settings(client, evaluation_run(client, run))
+            settings = sampling_settings(client, own)
             if settings is None:
                 raise UserError("the settings that the model's figures were measured with are not known")
             folder, params = find_model(champion, root).folder, _params(root)
@@ -174,10 +172,10 @@ def _set_tags(client: "MlflowClient", version: str, tags: dict[str, str]) -> Non
 def _describe(client: "MlflowClient", number: str) -> None:
     """Let MLflow's page of a version show its figures and moves; a version whose run is gone stays as it was."""
     version = client.get_model_version(NAME, number)
-    run = stored_model(client, version.tags.get(HASH_TAG, ""), version.run_id).run
-    if run is not None:
-        provenance = run_provenance(client, run) or Provenance()
-        text = describe(run, figures_of(client, run), provenance, moves_of(number, version.tags))
+    stored = stored_model(client, version.tags.get(HASH_TAG, ""), version.run_id)
+    if stored.run is not None:
+        provenance = run_provenance(client, stored.run) or Provenance()
+        text = describe(stored.run, figures_of(client, stored), provenance, moves_of(number, version.tags))
         client.update_model_version(NAME, number, description=text)
 
 
@@ -188,13 +186,16 @@ def _one_at_a_time() -> AbstractContextManager:
     return FileLock(lock)
 
 
-def _register(client: "MlflowClient", root: Path, found: FoundModel, run: "Run", provenance: Provenance) -> str:
-    """Log the model's files to its run, and create a version of them; none where the logging breaks off.
+def _register(
+    client: "MlflowClient", root: Path, found: FoundModel, stored: StoredModel, provenance: Provenance
+) -> str:
+    """Log the model's files to its training's run, and create a version of them; none where the logging breaks off.
 
     By the client's calls: `mlflow.pyfunc.log_model` would reopen the training's run, in the process's one global store.
     """
-    # Those that the run's figures were measured with, else those of the project.
-    settings = sampling_settings(client, evaluation_run(client, run)) or default_settings(found.folder, root / PARAMS)
+    run = stored.run
+    # Those that its figures were measured with, else those of the project.
+    settings = sampling_settings(client, stored) or default_settings(found.folder, root / PARAMS)
     with TemporaryDirectory() as temporary:
         path = Path(temporary) / SERVED
         save_served_model(path, found.folder, settings, provenance.in_images())

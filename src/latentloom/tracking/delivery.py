@@ -3,7 +3,8 @@
 A store that cannot be reached costs one warning. The thread tries again until the run ends; what is left then waits in
 the journal for ``latentloom sync``. What may have arrived before a connection broke is sent again, which changes
 nothing: MLflow keeps one copy of a metric with the same time, step and value, params and tags have one value, files
-have one name, data sets one digest, and for images it is asked first.
+have one name, data sets one digest, and for images it is asked first. To a run that another journal has finished,
+nothing is sent.
 """
 
 import json
@@ -13,13 +14,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from latentloom.errors import UserError
 from latentloom.tracking.journal import Event, Journal
 from latentloom.tracking.store import experiment_id, first_line, has_error_code, open_client
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
-KEY_TAG = "latentloom.key"
+KEY_TAG, PARENT_TAG = "latentloom.key", "mlflow.parentRunId"
 EVERY = 10.0  # seconds between two deliveries
 PATIENCE = 60.0  # seconds that the end of a run waits for the last delivery
 LARGEST_BATCH = 25  # events per request: MLflow takes 1,000 metrics, and a machine of eight GPUs has 36
@@ -59,11 +62,9 @@ def deliver(journal: Journal, root: Path) -> None:
     """
     client = open_client(root)
     run_id = _run_id(client, journal, root)
-    if run_id is None:
-        warnings.warn(f"MLflow has no run {journal.key}: nothing is added to it", stacklevel=2)
     for batch, end in _batches(journal):
         try:
-            if run_id is not None:
+            if not journal.about["known"]:
                 _send(client, run_id, batch, journal.folder)
         except Exception as error:
             if not has_error_code(error, "INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
@@ -72,21 +73,41 @@ def deliver(journal: Journal, root: Path) -> None:
         journal.update(delivered=end)
 
 
-def _run_id(client: "MlflowClient", journal: Journal, root: Path) -> str | None:
-    """The run's id in the store, which is created if need be; None for a run that was only added to, and is gone.
+def _run_id(client: "MlflowClient", journal: Journal, root: Path) -> str:
+    """The run's id in the store, which is created if need be.
 
     It is found by our own key: MLflow's id may never have come back.
     """
+    run, about = _find(client, KEY_TAG, journal.key), journal.about
+    if run is None:
+        tags, experiment = {KEY_TAG: journal.key, **_link(client, journal)}, experiment_id(client, root)
+        run = client.create_run(experiment, start_time=about["started"], tags=tags, run_name=about["name"])
+    if run.info.run_id != about["mlflow_run_id"]:  # a store that lost the run, or another one, gets all of it
+        known = run.info.status == "FINISHED"  # by another journal, which is gone, or of which this is a copy
+        journal.update(mlflow_run_id=run.info.run_id, delivered=0, known=known)
+    return run.info.run_id
+
+
+def _find(client: "MlflowClient", tag: str, value: str) -> "Run | None":
+    """The newest run with that tag."""
     everywhere = [experiment.experiment_id for experiment in client.search_experiments()]
-    found = client.search_runs(everywhere, f"tags.`{KEY_TAG}` = '{journal.key}'", max_results=1)
-    run_id, started = found[0].info.run_id if found else None, journal.about["started"]
-    if not found and started is not None:
-        tags, name = {KEY_TAG: journal.key}, journal.about["name"]
-        experiment = experiment_id(client, root)
-        run_id = client.create_run(experiment, start_time=started, tags=tags, run_name=name).info.run_id
-    if run_id != journal.about["mlflow_run_id"]:  # a store that lost the run, or another one, gets all of it
-        journal.update(mlflow_run_id=run_id, delivered=0)
-    return run_id
+    return next(iter(client.search_runs(everywhere, f"tags.`{tag}` = '{value}'", max_results=1)), None)
+
+
+def _link(client: "MlflowClient", journal: Journal) -> dict[str, str]:
+    """The tag by which MLflow knows a run's parent; none where the store does not have that.
+
+    Raises:
+        UserError: when the parent waits to be delivered: once a run is created, nobody would link it.
+    """
+    if journal.about["parent"] is None:
+        return {}
+    tag, value = journal.about["parent"]
+    if parent := _find(client, tag, value):
+        return {PARENT_TAG: parent.info.run_id}
+    if tag == KEY_TAG and (journal.folder.parent / value).exists():
+        raise UserError(f"the run {value} that it belongs to is still to be delivered")
+    return {}
 
 
 def _batches(journal: Journal) -> Iterator[tuple[list[Event], int]]:

@@ -1,6 +1,6 @@
 """What a run logs, on disk before anything else: MLflow may be slow, away or not installed, and nothing is lost.
 
-    FOLDER/KEY/about.json    the run's name and store, its id there once it has one, and how much the store has
+    FOLDER/KEY/about.json    the run's name, parent and store, its id there once it has one, how much the store has
     FOLDER/KEY/events.jsonl  what was logged, one JSON object per line, in order
     FOLDER/KEY/files/        copies of the files and images, until the store has all of the run
 
@@ -28,7 +28,8 @@ class Journal:
     Args:
         folder: the run's own, ``FOLDER/KEY``; made where it is not there.
         wait: seconds, for another process that writes to it or delivers it.
-        about: of a new journal: ``name`` and ``started`` (milliseconds since 1970; None to add to a finished run).
+        about: of a new journal: ``name``, ``started`` (milliseconds since 1970), and ``parent``, the tag and its value
+            by which the store knows the run that this one belongs to; None: to none.
 
     Raises:
         filelock.Timeout: when another process holds it.
@@ -46,7 +47,7 @@ class Journal:
         self._file = open(folder / "events.jsonl", "ab")  # noqa: SIM115
         end = max((end for _, end in self.events()), default=0)
         self._file.truncate(end)
-        unknown = {"target": None, "mlflow_run_id": None, "delivered": 0}
+        unknown = {"parent": None, "target": None, "mlflow_run_id": None, "delivered": 0, "known": False}
         self.about: dict[str, Any] = unknown | read_json(folder / "about.json")
         self.about["delivered"] = min(self.about["delivered"], end)  # bytes of events.jsonl; a power cut may lose some
 

@@ -152,18 +152,7 @@ def record_start(
         device: what trains.
         code_diff: how the code differs from its commit, for ``git apply``.
     """
-    tracked.set_tags(
-        {
-            "mlflow.source.git.commit": provenance.commit,
-            "git.dirty": None if provenance.dirty is None else str(provenance.dirty).lower(),
-            "git.branch": provenance.branch,
-            "dvc.experiment": provenance.experiment,
-            "mlflow.user": provenance.user,
-            "device": device,
-            "input.latents": provenance.inputs.get("latents"),
-            "input.validation": provenance.inputs.get("validation"),
-        }
-    )
+    tracked.set_tags({**origin_tags(provenance), "device": device})
     tracked.log_params(params.model_dump(mode="json", by_alias=True, include=SECTIONS))
     tracked.log_text(json.dumps(asdict(provenance), indent=2) + "\n", PROVENANCE)
     if code_diff:
@@ -176,6 +165,30 @@ def record_start(
         if path.exists():
             tracked.log_file(path)
     tracked.set_tags({NOTE: _description(params, provenance, images, sources)})
+
+
+def origin_tags(provenance: Provenance) -> dict[str, str | None]:
+    """What MLflow shows of the code and the data of a run, as tags."""
+    return {
+        "mlflow.source.git.commit": provenance.commit,
+        "git.dirty": None if provenance.dirty is None else str(provenance.dirty).lower(),
+        "git.branch": provenance.branch,
+        "dvc.experiment": provenance.experiment,
+        "mlflow.user": provenance.user,
+        "input.latents": provenance.inputs.get("latents"),
+        "input.validation": provenance.inputs.get("validation"),
+    }
+
+
+def origin(provenance: Provenance) -> list[str]:
+    """What a run's description says of its code and its DVC experiment, in paragraphs."""
+    said = []
+    if provenance.commit:
+        changes = f", with local changes (`{CODE_DIFF}`)" if provenance.dirty else ""
+        said.append(f"Code: commit `{provenance.commit[:10]}` of branch `{provenance.branch}`{changes}.")
+    if name := provenance.experiment:
+        said.append(f"DVC experiment `{name}`; `dvc exp apply {name}` restores it.")
+    return said
 
 
 def record_model(tracked: TrackedRun, provenance: Provenance, folder: Path) -> None:
@@ -219,15 +232,11 @@ def _read(path: Path, otherwise: Any) -> Any:
 def _description(params: Params, provenance: Provenance, images: Mapping[str, int], sources: list[str]) -> str:
     training, *held_out = images.values()
     train, widths = params.train, "/".join(map(str, params.model.widths))
-    lines = [
+    described = (
         f"**{training:,} images of {' and '.join(sources)}** ({sum(held_out):,} held out), {train.steps:,} steps of "
         f"{train.batch_size} images, widths {widths}, learning rate {train.learning_rate:g}, seed {params.seed}."
-    ]
-    if provenance.commit:
-        changes = f", with local changes (`{CODE_DIFF}`)" if provenance.dirty else ""
-        lines.append(f"Code: commit `{provenance.commit[:10]}` of branch `{provenance.branch}`{changes}.")
-    if name := provenance.experiment:
-        lines.append(f"DVC experiment `{name}`; `dvc exp apply {name}` restores it.")
+    )
+    lines = [described, *origin(provenance)]
     if (failed := provenance.failed_checks) is not None:
         lines.append(f"Validation failed: **{', '.join(failed)}**." if failed else "Validation: all checks passed.")
     return "\n\n".join(lines)

@@ -15,7 +15,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,13 +33,12 @@ class TrackedRun:
     """A run to log to; without a journal it takes everything and keeps nothing.
 
     Args:
-        journal: where everything goes.
-        resumed: whether to skip params, metrics and images that the journal holds already.
+        journal: where everything goes; params, metrics and images that it holds already are skipped.
     """
 
-    def __init__(self, journal: Journal | None = None, *, resumed: bool = False) -> None:
+    def __init__(self, journal: Journal | None = None) -> None:
         self._journal = journal
-        self._held = _held(journal) if journal and resumed else set()
+        self._held = _held(journal) if journal else set()
 
     @property
     def key(self) -> str | None:
@@ -113,55 +112,30 @@ class Synced:
 
 
 @contextmanager
-def new_run(root: Path, *, name: str | None = None, key: str | None = None) -> Iterator[TrackedRun]:
+def new_run(
+    root: Path, *, name: str | None = None, key: str | None = None, parent: tuple[str, str] | None = None
+) -> Iterator[TrackedRun]:
     """Open a run, in the experiment ``latentloom``; it ends as ``FINISHED``, ``FAILED`` or, at Ctrl-C, ``KILLED``.
+
+    Its journal is delivered in the background; at the end, all that can be delivered is.
 
     Args:
         root: where the journals are, and the store, unless the environment names another.
         name: the name of a new run.
-        key: the run of an interrupted training that is resumed. What its journal holds is not logged again.
+        key: the run of an interrupted training that is resumed, or one that is named by what it holds. What its journal
+            holds is not logged again, and a run that the store has finished stays as it is.
+        parent: a tag and its value, of the run that a new one is shown below.
     """
-    with _open(root, key or uuid.uuid4().hex, resumed=True, name=name, started=_now()) as run:
-        run.set_status("RUNNING")
-        yield run
-
-
-def reopened_run(root: Path, key: str) -> AbstractContextManager[TrackedRun]:
-    """Open a finished run to add to it, whatever it holds; where the store does not have it, warn and keep nothing."""
-    return _open(root, key, resumed=False, name=None, started=None)
-
-
-def journals(root: Path) -> Path:
-    """The folder of all runs' journals."""
-    return root / ".state" / "tracking"
-
-
-def sync(root: Path) -> Iterator[Synced]:
-    """Deliver the journals that wait, one after the other.
-
-    A run whose process was killed is marked ``KILLED``; a run whose process is alive is left alone.
-    """
-    for folder in sorted(path.parent for path in journals(root).glob("*/about.json")):
-        try:
-            with closing(Journal(folder)) as journal:
-                yield _sync(journal, root)
-        except filelock.Timeout:
-            yield Synced(folder.name, "still running")
-        except (OSError, ValueError) as error:
-            yield Synced(folder.name, f"cannot be read: {first_line(error)}", waits=True)
-
-
-@contextmanager
-def _open(root: Path, key: str, *, resumed: bool, **about: Any) -> Iterator[TrackedRun]:
-    """A run whose journal is delivered in the background; at the end, all that can be delivered is."""
     try:
-        journal = Journal(journals(root) / key, wait=5, **about)
+        about = {"name": name, "started": _now(), "parent": parent}
+        journal = Journal(journals(root) / (key or uuid.uuid4().hex), wait=5, **about)
         journal.update(target=current_target())  # a resumed run, and all of it, goes to the present store
     except (OSError, ValueError) as error:
-        warnings.warn(f"nothing of this run is tracked ({first_line(error)})", stacklevel=4)
+        warnings.warn(f"nothing of this run is tracked ({first_line(error)})", stacklevel=3)
         yield TrackedRun()
         return
-    run, started = TrackedRun(journal, resumed=resumed), journal.about["started"] or _now()
+    run, started = TrackedRun(journal), journal.about["started"]
+    run.set_status("RUNNING")
     stopping = threading.Event()
     work = (stopping, journal, root, lambda: run.log_metrics(system_metrics(), (_now() - started) // 1000))
     thread = threading.Thread(target=delivery.deliver_until, args=work, name="tracking", daemon=True)
@@ -185,6 +159,26 @@ def _open(root: Path, key: str, *, resumed: bool, **about: Any) -> Iterator[Trac
             )
         if not thread.is_alive():  # else the store hangs, and the thread is left to itself
             journal.close()
+
+
+def journals(root: Path) -> Path:
+    """The folder of all runs' journals."""
+    return root / ".state" / "tracking"
+
+
+def sync(root: Path) -> Iterator[Synced]:
+    """Deliver the journals that wait, one after the other.
+
+    A run whose process was killed is marked ``KILLED``; a run whose process is alive is left alone.
+    """
+    for folder in sorted(path.parent for path in journals(root).glob("*/about.json")):
+        try:
+            with closing(Journal(folder)) as journal:
+                yield _sync(journal, root)
+        except filelock.Timeout:
+            yield Synced(folder.name, "still running")
+        except (OSError, ValueError) as error:
+            yield Synced(folder.name, f"cannot be read: {first_line(error)}", waits=True)
 
 
 def _sync(journal: Journal, root: Path) -> Synced:

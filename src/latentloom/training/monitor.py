@@ -26,7 +26,7 @@ from latentloom.model_files import ModelConfig
 from latentloom.params import Params
 from latentloom.training.divergence import NORMS_COMPARED, check_divergence
 from latentloom.training.loop import Step, learning_rate_at
-from latentloom.training.preview import Previews
+from latentloom.training.preview import Previews, prompt_reader
 
 Result = TypeVar("Result")
 
@@ -38,6 +38,9 @@ class Logger(Protocol):
 
     def log_image(self, image: np.ndarray, key: str, step: int) -> None:
         """Log an image, uint8 (H, W, 3)."""
+
+    def log_text(self, text: str, name: str) -> None:
+        """Log a text as the file ``name``."""
 
     def set_tags(self, tags: Mapping[str, str]) -> None: ...
 
@@ -132,7 +135,13 @@ class TrainingMonitor:
         self._curves, self._logger, self._dtype = curves, logger, dtype
         # In every process, though one uses them: while one downloaded a VAE, the others would wait in their first step,
         # until they gave up.
-        self._previews = self._attempt("preparing the previews", lambda: Previews(params, config, caches, dtype))
+        read = self._attempt("fetching the text encoder of previews.prompts", lambda: prompt_reader(params, config))
+        prompts = self._attempt("embedding previews.prompts", read) if read and logger else None
+        self._previews = self._attempt(
+            "preparing the previews", lambda: Previews(params, config, caches, prompts, dtype)
+        )
+        if self._previews and logger:
+            logger.log_text(self._previews.index(), "previews.json")
         # A row per step: loss, mae, gradient norm. The latest are on the device, of this process; all others on the
         # CPU, over all processes: those that are not logged yet, or that new gradient norms are compared with.
         self._latest: list[torch.Tensor] = []
@@ -140,7 +149,7 @@ class TrainingMonitor:
         self._actions: tuple[tuple[int, Callable[[int], None]], ...] = (
             (params.monitor.log_every, self._log),
             (params.monitor.validate_every, self._validate),
-            (params.monitor.sample_every, self._preview),
+            (params.previews.every, self._preview),
         )
         self._clock = time.monotonic()
 

@@ -3,48 +3,92 @@
 Nothing here decides a weight.
 """
 
+import json
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import nn
 
 from latentloom.diffusion.diffuser import Diffuser
 from latentloom.diffusion.sampling_settings import SamplingSettings
-from latentloom.diffusion.text import concatenate
+from latentloom.diffusion.text import Labels, concatenate
 from latentloom.encoding.codec import LatentCodec
 from latentloom.encoding.dataset import Caches
+from latentloom.encoding.text_encoder import TextEncoder, embed
 from latentloom.encoding.vae import Vae
-from latentloom.image_grid import image_grid
+from latentloom.errors import UserError
+from latentloom.image_grid import captioned_grid
 from latentloom.model_files import ModelConfig
 from latentloom.params import Params
 from latentloom.randomness import generator
 
-DIFFUSION_STEPS, SAMPLER = 20, "dpmpp_2m"
+SAMPLER = "dpmpp_2m"
 IMAGES_AT_ONCE = 16
+
+
+def prompt_reader(params: Params, config: ModelConfig) -> Callable[[], Labels] | None:
+    """What embeds ``previews.prompts`` when it is called; None where there are none.
+
+    The text encoder's files are fetched here, its weights are loaded in the call, and let go of.
+
+    Raises:
+        UserError: when the text encoder is not to be had, or is not the one that embedded the captions.
+    """
+    prompts, wanted = params.previews.prompts, config.text_encoder
+    if not prompts:
+        return None
+    encoder = TextEncoder(wanted.reference, max_tokens=config.max_tokens)
+    if encoder.fingerprint != wanted.fingerprint:
+        raise UserError(f"{wanted.reference} is another text encoder now than when it embedded the captions")
+    return lambda: embed(encoder, prompts, tokens=config.token_dim is not None)
 
 
 class Previews:
     """Generates the preview grids of one training.
 
-    Half of the images have captions of the training split, half of validation (or as many as there are): the first ones
-    by id. The VAE's files are fetched here, which may be a long download; its weights are loaded for the first grid.
-    ``dtype`` is for autocast; None computes in fp32.
+    First come the prompts, then captions of the training split, then as many of validation (or as many as there are):
+    the first ones by id. The VAE's files are fetched here, which may be a long download; its weights are loaded for the
+    first grid.
+
+    Args:
+        params: of all stages.
+        config: of the model.
+        caches: the captions.
+        prompts: what the network reads of ``previews.prompts``; None: they are not shown.
+        dtype: for autocast; None computes in fp32.
     """
 
-    def __init__(self, params: Params, config: ModelConfig, caches: Caches, dtype: torch.dtype | None) -> None:
-        train, validation, count = caches.train, caches.validation, params.monitor.sample_count
+    def __init__(
+        self, params: Params, config: ModelConfig, caches: Caches, prompts: Labels | None, dtype: torch.dtype | None
+    ) -> None:
+        settings, train = params.previews, caches.train
         vae = Vae(config.vae.reference, train.device)
         self._codec = LatentCodec(config.latent_mean, config.latent_std, lambda: vae)
-        self._settings = SamplingSettings(DIFFUSION_STEPS, params.monitor.sample_guidance, SAMPLER)
+        self._settings = SamplingSettings(settings.steps, settings.guidance, SAMPLER)
         self._config, self._dtype = config, dtype
-        from_validation = validation.take(count // 2)
-        from_train = train.take(count - len(from_validation))
-        captioned = [data for data in (from_train, from_validation) if len(data)]
-        self._embeddings = concatenate([data.primary_embeddings() for data in captioned])
-        shape = (len(self._embeddings), *train.latent_shape)
-        self._noise = torch.randn(shape, generator=generator("cpu", params.seed, "preview")).to(train.device)
+        held_out = caches.validation.take(settings.captions // 2)
+        known = train.take(settings.captions - len(held_out))
+        shown = settings.prompts if prompts is not None else []
+        self._captions = [(prompt, "prompt") for prompt in shown]
+        self._captions += [(caption, "training") for caption in known.primary_texts()]
+        self._captions += [(caption, "validation") for caption in held_out.primary_texts()]
+        labels = [] if prompts is None else [prompts.to(train.device)]
+        self._embeddings = concatenate(labels + [data.primary_embeddings() for data in (known, held_out) if len(data)])
+        # A function of seed and name alone: with another prompt, the others stay as they were.
+        names = [*(f"prompt {prompt}" for prompt in shown), *known.ids, *held_out.ids]
+        noise = [
+            torch.randn(train.latent_shape, generator=generator("cpu", settings.seed, "preview", name))
+            for name in names
+        ]
+        self._noise = torch.stack(noise).to(train.device)
+
+    def index(self) -> str:
+        """The captions of a grid's images, row by row, in full and with where they are from, as JSON."""
+        return json.dumps([{"caption": caption, "from": source} for caption, source in self._captions], indent=2)
 
     def generate(self, network: nn.Module) -> np.ndarray:
-        """A grid of samples, uint8 (H, W, 3), in the captions' order; ``IMAGES_AT_ONCE`` are computed at a time."""
+        """A grid of captioned samples, uint8 (H, W, 3); ``IMAGES_AT_ONCE`` are computed at a time."""
         diffuser = Diffuser(
             network,
             settings=self._settings,
@@ -58,4 +102,4 @@ class Previews:
             part = slice(start, start + IMAGES_AT_ONCE)
             latents = diffuser.reverse_diffusion(self._noise[part], self._embeddings[part], layout="nchw")
             images.append(self._codec.decode(latents, batch_size=IMAGES_AT_ONCE))
-        return image_grid(np.concatenate(images))
+        return captioned_grid(np.concatenate(images), [caption for caption, _ in self._captions])
