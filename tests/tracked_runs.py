@@ -63,10 +63,7 @@ def train(project_root) -> Callable[..., str]:
         recall: float | None = 0.5,
         copied: float = 0.0,
         val_mae: float | None = 0.4,
-        samples: int = 100,
         data: str = "d" * 16,
-        seed: int = 0,
-        guidance: float = 2.5,
         latents: str = "l" * 64,
         noise_levels: str = "cosine",
         failed_checks: tuple[str, ...] | None = (),
@@ -75,7 +72,7 @@ def train(project_root) -> Callable[..., str]:
         code_diff: str = "",
     ) -> str:
         known = {"failed_checks": None if failed_checks is None else list(failed_checks)} | (provenance or {})
-        settings = SamplingSettings(diffusion_steps=4, class_guidance=guidance, precision="fp32")
+        settings = SamplingSettings(diffusion_steps=4, class_guidance=2.5, precision="fp32")
         with new_run(project_root, name=name) as run:
             run.set_tags({HASH_TAG: model_hash(folder), "input.latents": latents} | (tags or {}))
             run.log_text(json.dumps(known), "provenance.json")
@@ -83,12 +80,12 @@ def train(project_root) -> Callable[..., str]:
                 run.log_text(code_diff, "code.diff")
         figures = {} if val_mae is None else {"val_mae": val_mae}
         if recall is not None:
-            figures |= share("held_out_recall_at_1", recall, samples) | share("copied_share", copied, samples)
-            figures |= {"held_out_combinations": samples, "new_words_captions": 0}
+            figures |= share("held_out_recall_at_1", recall, 100) | share("copied_share", copied, 100)
+            figures |= {"held_out_combinations": 100, "new_words_captions": 0}
         given = {"name": "mine-validation", "source": "data/latents", "digest": data, "rows": 7}
         with new_run(project_root, name=f"{name}, evaluated", parent=(KEY_TAG, run.key)) as evaluation:
             evaluation.set_tags({EVALUATED_TAG: model_hash(folder), "input.latents": latents})
-            evaluation.log_params({"seed": seed, "diffusion": {"schedule": "vp", "noise_levels": noise_levels}})
+            evaluation.log_params({"seed": 0, "diffusion": {"schedule": "vp", "noise_levels": noise_levels}})
             evaluation.log_dataset(context="validation", **given)
             evaluation.log_metrics({f"evaluate/{key}": value for key, value in figures.items()}, STEP)
             evaluation.log_text(json.dumps(asdict(settings)), "sampling.json")

@@ -3,8 +3,10 @@
 import pytest
 from tracked_runs import share
 
-from latentloom.registry.figures import Figures, Share
-from latentloom.registry.gate import worse
+from latentloom.params import RegistryParams
+from latentloom.registry.figures import Figures, Share, in_the_same_way
+from latentloom.registry.gate import objections, worse
+from latentloom.tracking.provenance import Provenance
 
 NOISE = "vp/cosine"
 
@@ -46,3 +48,33 @@ def test_figures_come_back_from_tags_of_one_value_each():
     own = figures(0.75, 0.25, data="d", samples=100, seed="0", sampling="diffusion_steps 70", run_id="r")
     assert Figures.of_tags(own.tags("remeasured."), "remeasured.") == own
     assert own.tags()["held_out_recall_at_1_low"] == str(own.values["held_out_recall_at_1_low"])
+
+
+def test_figures_compare_only_where_both_were_measured_in_the_same_way():
+    measured = {"data": "d", "samples": 100, "seed": "0", "sampling": "diffusion_steps 70"}
+    own = figures(0.75, **measured)
+    assert own.differences(figures(0.5, **measured)) == []
+    others = {"data": "e", "samples": 50, "seed": None, "sampling": "diffusion_steps 20"}
+    for way, other in others.items():
+        (found,) = own.differences(figures(0.5, **measured | {way: other}))
+        assert found.endswith(f"({measured[way]} against {other or 'not known'})")
+    known = [figures(0.4, **measured | {"data": "e"}), figures(0.5, **measured)]
+    assert in_the_same_way([own], known) == (own, known[1])
+    assert in_the_same_way([own], known[:1]) is None
+
+
+@pytest.mark.parametrize(
+    ("recall", "copied", "why"),
+    [
+        (0.05, 0.3, ""),  # beyond both limits by chance, perhaps
+        (0.0, 0.0, "held_out_recall_at_1 is 0 (0.00 to 0.04), below 0.1 (registry.min_held_out_recall_at_1)"),
+        (0.5, 0.4, "copied_share is 0.4 (0.31 to 0.50), above 0.25 (registry.max_copied_share)"),
+        (0.5, None, "copied_share is not known: set evaluate.held_out_captions"),
+        (None, None, "run `dvc repro evaluate`"),
+    ],
+)
+def test_what_lies_beyond_a_limit_with_its_whole_interval_is_objected_to(recall, copied, why):
+    limits = RegistryParams(min_held_out_recall_at_1=0.1, max_copied_share=0.25)
+    values = figures(recall).values | ({} if copied is None else share("copied_share", copied, 100))
+    found = objections(Figures(values), Provenance(failed_checks=[]), limits)
+    assert [why in objection for objection in found] == [True] * bool(why)
