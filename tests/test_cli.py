@@ -73,7 +73,8 @@ def test_syncing_delivers_what_waits_and_then_has_nothing_to_do(invoke, tmp_path
 
 
 @pytest.mark.parametrize(
-    "command", ["history", "ui", "lineage", "promote x --to champion", "demote --from champion", "sample x"]
+    "command",
+    ["history", "ui", "lineage", "compare a b", "promote x --to champion", "demote --from champion", "sample x"],
 )
 def test_outside_a_project_no_store_is_created(invoke, tmp_path, monkeypatch, command):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

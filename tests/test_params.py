@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from latentloom.params import ADDED, MOVED, ParamsError, load_params
+from latentloom.params import ADDED, MOVED, NEW_SECTIONS, ParamsError, load_params
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -81,6 +81,7 @@ def rejected(tmp_path, change) -> str:
         ("evaluate", "guidance_interval", [0.9, 0.1], "must be [lowest, highest] noise level with lowest < highest"),
         ("evaluate", "sweep", {"class_guidance": [], "diffusion_steps": [20]}, "evaluate.sweep.class_guidance = []"),
         ("evaluate", "sweep", {"class_guidanc": [1]}, "unknown key (did you mean class_guidance?"),
+        ("registry", "max_copied_share", 2, "registry.max_copied_share = 2: input should be less than or equal to 1"),
         ("model", "widths", [64, 60], "model.widths.1 = 60: input should be a multiple of 16"),
         (
             "train",
@@ -94,7 +95,7 @@ def test_a_wrong_value_is_named_with_its_key_and_what_is_allowed(tmp_path, secti
     assert message in rejected(tmp_path, lambda params: params[section].update({key: value}))
 
 
-@pytest.mark.parametrize("section", sorted(SHIPPED))
+@pytest.mark.parametrize("section", sorted(SHIPPED.keys() - set(NEW_SECTIONS)))
 def test_a_missing_section_is_named(tmp_path, section):
     assert f"  {section}: missing" in rejected(tmp_path, lambda params: params.pop(section))
 
@@ -155,6 +156,8 @@ def test_a_file_of_the_version_before_is_read_with_a_warning_that_names_each_key
     for key in ADDED:
         section, name = key.split(".")
         del params[section][name]
+    for section in NEW_SECTIONS:
+        assert not params.pop(section)
     path = tmp_path / "params.yaml"
     path.write_text(yaml.safe_dump(params))
     with pytest.warns(UserWarning, match="of an earlier version") as caught:

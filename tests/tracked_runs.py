@@ -7,10 +7,12 @@ from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny_models import save_tiny_unet
 
 from latentloom.diffusion.sampling_settings import SamplingSettings
+from latentloom.evaluation.recall import with_interval
 from latentloom.model_files import model_hash
 from latentloom.tracking.delivery import KEY_TAG
 from latentloom.tracking.evaluations import EVALUATED_TAG, STEP
@@ -59,7 +61,9 @@ def train(project_root) -> Callable[..., str]:
         *,
         name: str = "a run",
         recall: float | None = 0.5,
+        copied: float = 0.0,
         val_mae: float | None = 0.4,
+        data: str = "d" * 16,
         latents: str = "l" * 64,
         noise_levels: str = "cosine",
         failed_checks: tuple[str, ...] | None = (),
@@ -74,12 +78,22 @@ def train(project_root) -> Callable[..., str]:
             run.log_text(json.dumps(known), "provenance.json")
             if code_diff:
                 run.log_text(code_diff, "code.diff")
+        figures = {} if val_mae is None else {"val_mae": val_mae}
+        if recall is not None:
+            figures |= share("held_out_recall_at_1", recall, 100) | share("copied_share", copied, 100)
+            figures |= {"held_out_combinations": 100, "new_words_captions": 0}
+        given = {"name": "mine-validation", "source": "data/latents", "digest": data, "rows": 7}
         with new_run(project_root, name=f"{name}, evaluated", parent=(KEY_TAG, run.key)) as evaluation:
             evaluation.set_tags({EVALUATED_TAG: model_hash(folder), "input.latents": latents})
-            evaluation.log_params({"diffusion": {"schedule": "vp", "noise_levels": noise_levels}})
-            figures = {"held_out_recall_at_1": recall, "val_mae": val_mae}
-            evaluation.log_metrics({f"evaluate/{key}": own for key, own in figures.items() if own is not None}, STEP)
+            evaluation.log_params({"seed": 0, "diffusion": {"schedule": "vp", "noise_levels": noise_levels}})
+            evaluation.log_dataset(context="validation", **given)
+            evaluation.log_metrics({f"evaluate/{key}": value for key, value in figures.items()}, STEP)
             evaluation.log_text(json.dumps(asdict(settings)), "sampling.json")
         return run.id
 
     return log
+
+
+def share(name: str, value: float, samples: int) -> dict[str, float]:
+    """A share of so many samples, with its interval, as `evaluate` measures it."""
+    return with_interval(name, np.arange(samples) < round(value * samples))

@@ -184,19 +184,44 @@ def demote(
 
 @app.command()
 def history() -> None:
-    """Show which model was the champion or the candidate, since when, why, and how good it was."""
+    """Show what was done to champion and candidate: promotions, forced ones, demotions; by whom, why, how good."""
     from latentloom.registry import registry
 
     root = project_root()
     moves, current = registry.history(root), registry.current(root)
-    row = "{:<20}  {:<9}  {:<7}  {:<10}  {:<10}  {:<7}  {:<10}  {}".format
-    print(row("when", "alias", "version", "instead of", "by", "recall", "val_mae", "why"))
-    for move in moves:
-        names = (f"{move.when[:19]}Z", move.alias, move.version or "none", move.previous or "none", move.by or "")
-        recall, val_mae = move.figures.held_out_recall, move.figures.val_mae
-        figures = ["" if value is None else f"{value:.4g}" for value in (recall, val_mae)]
-        print(row(*names, *figures, move.why or ("taken back" if move.taken_back else "")).rstrip())
+    row = "{:<20}  {:<7}  {:<9}  {:<4}  {:<4}  {:<10}  {:<7}  {:<10}  {}".format
+    print(row("when", "what", "alias", "from", "to", "by", "recall", "val_mae", "why"))
+    for move, figures in moves:
+        names = (move.kind, move.alias, move.previous or "none", move.version or "none", move.by or "")
+        values = [figures.values.get(name) for name in ("held_out_recall_at_1", "val_mae")]
+        shown = ["" if value is None else f"{value:.4g}" for value in values]
+        print(row(f"{move.when:%Y-%m-%dT%H:%M:%SZ}", *names, *shown, move.why or "").rstrip())
     print("now: " + (", ".join(f"{alias} is version {version}" for alias, version in current.items()) or "nothing"))
+
+
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(metavar="A", help=MODEL_HELP)],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another one.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The sheet; by default comparisons/A-B.png.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Of the sheet, may be repeated; by default evaluate.prompts.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise that samples start from.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="Samples per prompt and model.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts: docs/models.md has the form.")] = False,
+) -> None:
+    """Say which of two models is better, as far as their figures tell, and show samples of both side by side."""
+    from latentloom.registry import compare as comparing
+
+    root = project_root()
+    found = comparing.compare(a, b, root)
+    if not as_json:
+        print(found.text())
+    sheet = comparing.make_sheet(found, root, prompts=prompt, seed=seed, count=count, path=output)
+    print(found.json(sheet) if as_json else f"sheet: {sheet}")
 
 
 @app.command()

@@ -30,6 +30,8 @@ EVALUATE_PLOTS = REPORTS / "evaluate" / "plots"
 SAMPLE_SHEET = REPORTS / "evaluate" / "samples.png"
 EXTREMES_SHEET = REPORTS / "evaluate" / "extremes.png"
 
+COMPARISONS = Path("comparisons")
+
 
 def project_root() -> Path:
     """The project's root, which DVC names in ``DVC_ROOT`` when it runs an experiment in a temporary copy."""

@@ -245,6 +245,11 @@ class EvaluateParams(Section):
         return {key: value for key, value in section.items() if key not in SETTING_NAMES} | {"sampling": sampling}
 
 
+class RegistryParams(Section):
+    min_held_out_recall_at_1: Annotated[float, Field(ge=0.0, le=1.0)] | None
+    max_copied_share: Annotated[float, Field(ge=0.0, le=1.0)] | None
+
+
 class Params(Section):
     seed: Seed
     ingest: IngestParams
@@ -258,6 +263,7 @@ class Params(Section):
     previews: PreviewParams
     machine: MachineParams
     evaluate: EvaluateParams
+    registry: RegistryParams
 
 
 RENAMED = {"recall_captions": "training_captions"}  # what a key of the same meaning is called now
@@ -288,7 +294,10 @@ ADDED = {
     "evaluate.clip": None,
     "evaluate.samples": 1000,
     "evaluate.real_images": "held_out",
+    "registry.min_held_out_recall_at_1": None,
+    "registry.max_copied_share": None,
 }
+NEW_SECTIONS = ("registry",)  # of which the version before had no key
 
 
 def load_params(path: Path | str = "params.yaml") -> Params:
@@ -331,6 +340,8 @@ def _updated(content: dict[str, Any]) -> tuple[dict[str, Any], str]:
             changes.append(f"{old} is now {new}")
     for key, value in ADDED.items():
         section, name = key.split(".")
+        if section in NEW_SECTIONS:
+            sections.setdefault(section, {})
         if isinstance(keys := sections.get(section), dict) and name not in keys:
             keys[name] = value
             changes.append(f"add {key}: {'null' if value is None else value}")

@@ -34,6 +34,7 @@ RERUNS = {  # section of params.yaml, or a key of it -> the stages that a change
     "monitor": [],  # decides no weight
     "machine": [],
     "evaluate": AFTER["evaluate"],
+    "registry": [],  # what promotions ask for
 }
 
 

@@ -5,12 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import distribution, packages_distributions, version
 from pathlib import Path
 from urllib.parse import urlparse
 
 import pytest
 from tiny_models import save_clip, save_tiny_unet, save_tiny_vae
+from tracked_runs import share
 from typer.testing import CliRunner
 
 from latentloom.cli import app
@@ -20,8 +22,8 @@ from latentloom.evaluation.text_to_image import load_text_to_image, stored_setti
 from latentloom.model_files import model_hash, read_config
 from latentloom.registry import packing, registry
 from latentloom.registry.models import find_model
-from latentloom.registry.registry import Figures, worse
 from latentloom.tracking.store import open_client
+from latentloom.user import user_name
 
 ROOT = Path(__file__).parents[2]
 
@@ -98,6 +100,7 @@ def test_the_required_packages_are_enough_to_sample(tiny_unets):
     assert {"dvc", "great_expectations"} <= set(hidden)
     code = f"""
 import sys
+from dataclasses import replace
 from importlib.machinery import PathFinder
 
 class Hiding(PathFinder):
@@ -157,52 +160,95 @@ def test_the_same_model_promoted_twice_is_one_version_and_one_move(project_root,
     assert promote(tiny_unets[0], "candidate") == promote(tiny_unets[0], "candidate") == promote(tiny_unets[0]) == "1"
     assert versions(project_root) == ["1"]
     assert aliases(project_root) == {"candidate": "1", "champion": "1"}
-    assert [(move.alias, move.version) for move in registry.history(project_root)] == [
+    assert [(move.alias, move.version) for move, _ in registry.history(project_root)] == [
         ("candidate", "1"),
         ("champion", "1"),
     ]
 
 
-GOOD = Figures(held_out_recall=0.9, val_mae=0.3, latents="a", noise="vp/cosine")
-
-
-@pytest.mark.parametrize(
-    ("figures", "verdict"),
-    [
-        (GOOD, None),
-        (Figures(0.8, 0.1, "a", "vp/cosine"), "held_out_recall_at_1 is 0.8, worse than the champion's 0.9"),
-        (Figures(0.95, 0.5, "a", "vp/cosine"), None),
-        (Figures(0.9, 0.31, "a", "vp/cosine"), "val_mae is 0.31, worse than the champion's 0.3"),
-        (Figures(0.9, 0.29, "a", "vp/cosine"), None),
-        (Figures(0.9, 0.5, "a", "vp/uniform"), None),  # errors over other noise levels do not compare
-        (Figures(0.9, None, "a", "vp/cosine"), None),
-        (Figures(0.99, 0.1, "b", "vp/cosine"), "other images"),
-        (Figures(None, 0.31, "a", "vp/cosine"), "val_mae is 0.31, worse than the champion's 0.3"),
-        (Figures(None, 0.29, "a", "vp/cosine"), None),
-        (Figures(None, None, "a", "vp/cosine"), "dvc repro evaluate"),
-    ],
-)
-def test_recall_decides_then_the_error_on_held_out_images_and_only_what_compares(figures, verdict):
-    found = worse(figures, GOOD)
-    assert found is None if verdict is None else verdict in found
-
-
-def test_a_first_champion_needs_only_figures_and_a_champion_without_them_gives_way():
-    assert worse(GOOD, Figures(None, None, None, None)) is None
-
-
 def test_a_worse_model_is_rejected_unless_someone_says_why(project_root, train, promote, tiny_unets):
     train(tiny_unets[0], recall=0.9)
-    train(tiny_unets[1], recall=0.8)
+    train(tiny_unets[1], recall=0.5)
     promote(tiny_unets[0])
     for alias in ("champion", "candidate"):
-        with pytest.raises(UserError, match=r"0\.8, worse than the champion's 0\.9(.|\n)*--force --why"):
+        with pytest.raises(UserError, match=r"0\.5.*, worse than the champion's 0\.9(.|\n)*--force --why"):
             promote(tiny_unets[1], alias)
     assert (aliases(project_root), versions(project_root)) == ({"champion": "1"}, ["1"])
-    assert promote(tiny_unets[1], force=True, why="the hands are right") == "2"
+    assert promote(tiny_unets[1], force=True, why="the hands: right") == "2"
     assert aliases(project_root) == {"champion": "2"}
-    note = open_client(project_root).get_model_version("latentloom", "2").tags["champion.promoted"]
-    assert json.loads(note)["why"] == "the hands are right"
+    move, _ = registry.history(project_root)[-1]
+    assert (move.kind, move.version, move.previous, move.why) == ("force", "2", "1", "the hands: right")
+
+
+def test_a_model_that_chance_may_have_made_look_worse_becomes_the_champion(project_root, train, promote, tiny_unets):
+    train(tiny_unets[0], recall=0.8)
+    train(tiny_unets[1], recall=0.75)
+    assert [promote(folder) for folder in tiny_unets[:2]] == ["1", "2"]
+
+
+def test_a_first_champion_must_be_within_the_limits_of_the_params(project_root, train, promote, tiny_unets):
+    shutil.copyfile(ROOT / "params.yaml", "params.yaml")
+    train(tiny_unets[0], copied=0.6)
+    with pytest.raises(UserError, match=r"copied_share is 0\.6 .* above 0\.2"):
+        promote(tiny_unets[0])
+    assert promote(tiny_unets[0], force=True, why="a start") == "1"
+
+
+def test_a_champion_of_other_data_is_measured_again_and_where_it_cannot_be_the_message_says_what_differs(
+    project_root, train, promote, tiny_unets, monkeypatch
+):
+    train(tiny_unets[0], recall=0.9)
+    promote(tiny_unets[0])
+    train(tiny_unets[1], recall=0.5, data="e" * 16)
+    with pytest.raises(UserError, match=r"data \(e{16} against d{16}\).* cannot be measured again"):
+        promote(tiny_unets[1])  # there are no caches here to measure on
+
+    def measured(model, like, sampling, root, **more):
+        assert (model_hash(model), sampling.class_guidance) == (model_hash(tiny_unets[0]), 2.5)
+        return replace(like, values=share("held_out_recall_at_1", 0.4, like.samples), noise=None, run_id=None)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "measure_again", measured)
+        assert promote(tiny_unets[1]) == "2"
+    tags = open_client(project_root).get_model_version("latentloom", "1").tags
+    assert (tags["held_out_recall_at_1"], tags["remeasured.held_out_recall_at_1"]) == ("0.9", "0.4")
+    registry.demote("champion", project_root)
+    assert promote(tiny_unets[1]) == "2"  # by what was measured before
+
+
+def test_jsons_of_an_earlier_version_become_tags_that_a_person_can_read(project_root, train, promote, tiny_unets):
+    train(tiny_unets[0])
+    promote(tiny_unets[0])
+    client = open_client(project_root)
+    for key in list(client.get_model_version("latentloom", "1").tags):
+        if key != "model.sha256":
+            client.delete_model_version_tag("latentloom", "1", key)
+    figures = {"held_out_recall": 0.5, "val_mae": 0.4, "latents": "l" * 64, "noise": "vp/cosine"}
+    old = {"alias": "champion", "version": "1", "previous": None, "figures": figures, "why": "a: b", "by": "ada"}
+    old |= {"taken_back": False, "when": "2026-11-24T00:31:07.000001Z"}
+    client.set_model_version_tag("latentloom", "1", "champion.promoted", json.dumps(old))
+    client.set_model_version_tag("latentloom", "1", "figures", json.dumps(figures))
+    before = registry.history(project_root)
+    assert [(move.kind, move.why, own.values["val_mae"]) for move, own in before] == [("promote", "a: b", 0.4)]
+    promote(tiny_unets[0], "candidate")
+    assert registry.history(project_root)[0][0] == before[0][0]
+    tags = client.get_model_version("latentloom", "1").tags
+    assert tags["move 2026-11-24 00.31.07.000001"] == "promoted to champion instead of none, by ada: a: b"
+    assert not [value for value in tags.values() if "{" in value]
+
+
+def test_the_page_of_a_version_shows_its_figures_its_picture_and_who_promoted_it(
+    project_root, train, promote, tiny_unets
+):
+    train(tiny_unets[0], name="gentle", recall=0.75)
+    promote(tiny_unets[0], why="sharper\noutlines")
+    made = open_client(project_root).get_model_version("latentloom", "1")
+    assert f"promoted to champion instead of none, by {user_name()}: sharper outlines\n" in made.description
+    assert "| `held_out_recall_at_1` | 0.75 (0.66 to 0.82) |" in made.description
+    (evaluation,) = re.findall(r"\]\(get-artifact\?path=samples\.png&run_uuid=(\w+)\)", made.description)
+    assert open_client(project_root).get_run(evaluation).info.run_name == "gentle, evaluated"
+    assert "run [gentle](#/experiments/" in made.description
+    assert made.tags["held_out_recall_at_1"] == "0.75"
 
 
 def test_a_model_of_data_that_failed_its_validation_is_rejected(project_root, train, promote, tiny_unets):
@@ -235,15 +281,15 @@ def test_taken_back_the_champion_before_is_champion_again_until_there_is_none(pr
     assert aliases(project_root) == {}
     with pytest.raises(UserError, match="there is no champion"):
         registry.demote("champion", project_root)
-    moves = registry.history(project_root)
-    # The last promotion of each version, and its demotion.
-    assert [(move.taken_back, move.previous, move.version) for move in moves] == [
-        (False, None, "1"),
-        (False, "1", "2"),
-        (True, "2", "1"),
-        (False, "1", "3"),
-        (True, "3", "1"),
-        (True, "1", None),
+    assert [(move.kind, move.previous, move.version) for move, _ in registry.history(project_root)] == [
+        ("promote", None, "1"),
+        ("promote", "1", "2"),
+        ("promote", "2", "3"),
+        ("demote", "3", "2"),
+        ("demote", "2", "1"),
+        ("promote", "1", "3"),
+        ("demote", "3", "1"),
+        ("demote", "1", None),
     ]
 
 
@@ -253,7 +299,7 @@ def test_demotions_that_follow_each_other_come_to_an_end(project_root, train, pr
     for folder in (tiny_unets[0], tiny_unets[1], tiny_unets[0]):
         promote(folder)
     assert registry.demote("champion", project_root, why="too yellow") == ("1", "2")
-    assert registry.history(project_root)[-1].why == "too yellow"
+    assert registry.history(project_root)[-1][0].why == "too yellow"
     assert registry.demote("champion", project_root) == ("2", None)
 
 
@@ -328,12 +374,13 @@ def test_at_the_keyboard(invoke, train, tiny_unets):
     assert invoke("promote", bold, "--to", "champion", "--force", "--why", "sharper")[0] == 0
     status, output = invoke("history")
     lines = output.splitlines()
-    assert re.search(r"Z +champion +2 +1 .* 0\.5 .* sharper", lines[2])
+    assert re.search(r"Z +force +champion +1 +2 .* 0\.5 .* sharper", lines[2])
     assert lines[-1] == "now: champion is version 2"
     assert invoke("demote", "--from", "champion") == (
         0,
         "version 2 of latentloom is no longer the champion; version 1 is\n",
     )
+    assert re.search(r"Z +demote +champion +2 +1 .* 0\.75", invoke("history")[1].splitlines()[3])
     assert invoke("sample", "a red apple", "--model", "champion", "--steps", "2", "-o", "out.png") == (0, "out.png\n")
 
 

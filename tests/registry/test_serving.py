@@ -47,7 +47,7 @@ def keyboard(*words: str) -> str:
 @pytest.fixture
 def project(project_root, train, tiny_unets) -> Path:
     """Two trainings, `gentle` and the worse `bold`; the last one is in models/unet, the other in `.state`."""
-    for name, folder, recall in (("gentle", tiny_unets[0], 0.9), ("bold", tiny_unets[1], 0.8)):
+    for name, folder, recall in (("gentle", tiny_unets[0], 0.9), ("bold", tiny_unets[1], 0.5)):
         train(folder, name=name, recall=recall)
     shutil.copytree(tiny_unets[1], "models/unet")
     shutil.copytree(tiny_unets[0], Path(".state/models") / model_hash(tiny_unets[0]))
@@ -60,7 +60,7 @@ def project(project_root, train, tiny_unets) -> Path:
 
 def test_every_command_of_the_page_does_what_it_says(project):
     commands = shown("latentloom")
-    assert len(commands) == 10
+    assert len(commands) == 11
     served = commands.pop()
     printed = [keyboard(*words) for _, *words in commands]
     for name in ("sample.png", "apples.png", "quick.png"):
@@ -70,12 +70,9 @@ def test_every_command_of_the_page_does_what_it_says(project):
     table = re.search(r"```\n(when .*?)```", PAGE, re.DOTALL)[1]
     assert printed[6].splitlines()[0] == table.splitlines()[0]
     assert printed[6].splitlines()[-1] == table.splitlines()[-1]
-    assert [(move.taken_back, move.version) for move in registry.history(project)] == [
-        (False, "1"),
-        (False, "1"),
-        (False, "2"),
-        (True, "1"),
-    ]
+    moves = [(move.kind, move.version) for move, _ in registry.history(project)]
+    assert moves == [("promote", "1"), ("promote", "1"), ("force", "2"), ("demote", "1")]
+    assert "verdict: candidate (version 1) is better: held_out_recall_at_1 differs by -0.4 (" in printed[8]
 
     port = free_port()
     (command,) = shown("mlflow")

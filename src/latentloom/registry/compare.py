@@ -1,0 +1,161 @@
+"""Two models side by side: their figures with intervals, a verdict in words, and samples of the same prompts."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from latentloom.errors import UserError
+from latentloom.evaluation.sheet import Section, render_sheet, save_sheet
+from latentloom.evaluation.text_to_image import default_settings, load_text_to_image
+from latentloom.layout import COMPARISONS, PARAMS
+from latentloom.params import load_params
+from latentloom.registry.figures import VAL_MAE, WAYS, Figures, deciding_recall, in_the_same_way, in_words
+from latentloom.registry.models import FoundModel, find_model, stored_model
+from latentloom.registry.registry import known_figures
+from latentloom.tracking.store import existing_store
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two models: what it was called, its files, and the figures that are compared."""
+
+    reference: str
+    found: FoundModel
+    figures: Figures
+
+    @property
+    def title(self) -> str:
+        """What it was called, and its version."""
+        named = self.found.version is None or self.reference == self.found.version
+        return self.reference if named else f"{self.reference} (version {self.found.version})"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models, whether their figures compare, and in words which is better."""
+
+    a: Side
+    b: Side
+    comparable: bool
+    verdict: str
+
+    @property
+    def names(self) -> list[str]:
+        """Of the figures that both have."""
+        return [name for name in self.a.figures.names if name in self.b.figures.values]
+
+    def text(self) -> str:
+        """A table of the figures, and the verdict below it."""
+        rows = [("", self.a.title, self.b.title, "difference" if self.comparable else "")]
+        rows.append(("model", *(f"{side.found.sha256[:12]}…" for side in (self.a, self.b)), ""))
+        for name in self.names:
+            shown = [side.figures.in_words(name) for side in (self.a, self.b)]
+            rows.append((name, *shown, self._difference(name) if self.comparable else ""))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, f"verdict: {self.verdict}"])
+
+    def json(self, sheet: Path) -> str:
+        """All of it, for scripts."""
+        document: dict[str, Any] = {
+            name: {
+                "reference": side.reference,
+                "sha256": side.found.sha256,
+                "run_id": side.found.run_id,
+                "version": side.found.version,
+                "figures": dict(side.figures.values),
+                "measured": {way: getattr(side.figures, way) for way in WAYS},
+            }
+            for name, side in (("a", self.a), ("b", self.b))
+        }
+        shares = {name: (self.a.figures.share(name), self.b.figures.share(name)) for name in self.names}
+        differences = {name: b.minus(a) for name, (a, b) in shares.items() if a and b} if self.comparable else {}
+        document["differences"] = {name: vars(difference) for name, difference in differences.items()}
+        return json.dumps(document | {"verdict": self.verdict, "sheet": str(sheet)}, indent=2)
+
+    def _difference(self, name: str) -> str:
+        a, b = self.a.figures.share(name), self.b.figures.share(name)
+        if a and b:
+            return str(b.minus(a))
+        return f"{self.b.figures.values[name] - self.a.figures.values[name]:.4g}"
+
+
+def compare(a: str, b: str, root: Path) -> Comparison:
+    """Compare two models, each named as `find_model` takes it.
+
+    Raises:
+        UserError: when one of them is not found, or both are the same model.
+        mlflow.exceptions.MlflowException: when the store cannot be reached.
+    """
+    models = [find_model(reference, root) for reference in (a, b)]
+    if models[0].sha256 == models[1].sha256:
+        raise UserError(f"{a} and {b} are the same model, {models[0].sha256[:12]}…")
+    known = [_known(found, root) for found in models]
+    pair = in_the_same_way(*known)
+    shown = pair or [figures[0] if figures else Figures() for figures in known]
+    sides = [Side(*each) for each in zip((a, b), models, shown, strict=True)]
+    return Comparison(*sides, pair is not None, _verdict(*sides, comparable=pair is not None))
+
+
+def make_sheet(
+    compared: Comparison, root: Path, *, prompts: Sequence[str] | None, seed: int, count: int, path: Path | None
+) -> Path:
+    """Write a sheet of the same prompts and the same noise for both models; its path.
+
+    Args:
+        compared: the two models.
+        root: the project's, whose params give the sampling settings, and the prompts unless they are given.
+        prompts: what to generate.
+        seed: of the noise.
+        count: samples per prompt and model.
+        path: where to; None: into `COMPARISONS`.
+    """
+    a, b = compared.a, compared.b
+    prompts = prompts or load_params(root / PARAMS).evaluate.prompts
+    settings = default_settings(a.found.folder, root / PARAMS)
+    samples = [
+        load_text_to_image(side.found.folder).generate(prompts, settings, seed=seed, count=count) for side in (a, b)
+    ]
+    sections = [
+        Section(f"Seed {seed}, sample {number}", prompts, {"A": samples[0][:, number], "B": samples[1][:, number]})
+        for number in range(count)
+    ]
+    footer = f"A: {a.title}. B: {b.title}. {in_words(settings)}. {compared.verdict}"
+    path = path or COMPARISONS / f"{_file_name(a.reference)}-{_file_name(b.reference)}.png"
+    save_sheet(render_sheet(sections, footer), path)
+    return path
+
+
+def _known(found: FoundModel, root: Path) -> list[Figures]:
+    """All figures that MLflow has of a model; none where there is no store, or it does not know the model."""
+    try:
+        client = existing_store(root)
+    except UserError:
+        return []
+    return known_figures(client, stored_model(client, found.sha256, found.run_id, found.evaluation_id))
+
+
+def _verdict(a: Side, b: Side, *, comparable: bool) -> str:
+    without = [side.title for side in (a, b) if not side.figures.decisive]
+    if without:
+        return f"not known: {' and '.join(without)} has no held-out figures (`dvc repro evaluate`)"
+    if not comparable:
+        ways = "; ".join(a.figures.differences(b.figures))
+        return f"not known: they were measured otherwise: {ways}. `latentloom promote` measures a champion again"
+    if name := deciding_recall(a.figures, b.figures):
+        difference = b.figures.share(name).minus(a.figures.share(name))
+        better = b if difference.low > 0 else a if difference.high < 0 else None
+        if better:
+            return f"{better.title} is better: {name} differs by {difference}"
+        return f"they cannot be told apart: {name} differs by {difference}, which may be chance"
+    if a.figures.noise != b.figures.noise or VAL_MAE not in a.figures.values.keys() & b.figures.values.keys():
+        return "not known: they have no figure in common that decides"
+    better = min((a, b), key=lambda side: side.figures.values[VAL_MAE])
+    return f"{better.title} has the lower {VAL_MAE}, which has no interval: it may be chance"
+
+
+def _file_name(reference: str) -> str:
+    return re.sub(r"[^\w.]+", "-", reference).strip("-")[:60]

@@ -1,0 +1,67 @@
+"""What a model must be to get a name of the registry: valid data, within the limits, no worse than the champion.
+
+"Worse" and "beyond a limit" mean beyond the 95 % intervals: what chance may have done rejects no model.
+"""
+
+from latentloom.params import RegistryParams
+from latentloom.registry.figures import COPIED, RECALLS, VAL_MAE, Figures, deciding_recall
+from latentloom.tracking.provenance import Provenance
+
+NO_LIMITS = RegistryParams(min_held_out_recall_at_1=None, max_copied_share=None)
+
+
+def objections(figures: Figures, provenance: Provenance, limits: RegistryParams) -> list[str]:
+    """What speaks against a model, whoever is the champion; empty: nothing."""
+    return [objection for objection in (_invalid(provenance), *_beyond(figures, limits)) if objection]
+
+
+def worse(figures: Figures, champion: Figures) -> str | None:
+    """Why a model may not take a champion's place; None: it may. Both must have been measured in the same way.
+
+    Recall decides, of held-out combinations, or of captions with new words where there is none; only where there is
+    neither, the validation error, which has no interval, over the same noise levels.
+    """
+    if name := deciding_recall(figures, champion):
+        difference = figures.share(name).minus(champion.share(name))
+        if difference.high >= 0:
+            return None
+        return (
+            f"{name} is {figures.in_words(name)}, worse than the champion's {champion.in_words(name)}: the difference "
+            f"is {difference}"
+        )
+    errors = figures.values.get(VAL_MAE), champion.values.get(VAL_MAE)
+    if None in errors or figures.noise != champion.noise:
+        return None
+    own, others = errors
+    return f"{VAL_MAE} is {own:.4g}, worse than the champion's {others:.4g}" if own > others else None
+
+
+def _invalid(provenance: Provenance) -> str | None:
+    """Why the data of a model are not known to be good; None: they are."""
+    if provenance.failed_checks is None:
+        return "the result of its data's validation is not known: the run does not hold it"
+    failed = ", ".join(provenance.failed_checks)
+    return f"the validation of its data failed: {failed}" if failed else None
+
+
+def _beyond(figures: Figures, limits: RegistryParams) -> list[str]:
+    """Which limits the figures exceed, or may exceed since they are not known."""
+    if not figures.decisive:
+        names = f"{' nor '.join(RECALLS)} nor {VAL_MAE}"
+        return [f"it has neither {names}: run `dvc repro evaluate`; all need a validation split"]
+    found = []
+    floor, recall = limits.min_held_out_recall_at_1, figures.share(RECALLS[0])
+    if floor is not None and recall and recall.high < floor:
+        found.append(f"{RECALLS[0]} is {recall}, below {floor:g} (registry.min_held_out_recall_at_1)")
+    most, copied = limits.max_copied_share, figures.share(COPIED)
+    if most is not None and copied is None:
+        found.append(
+            f"{COPIED} is not known: set evaluate.held_out_captions to 1 or more and run `dvc repro evaluate`, or "
+            "registry.max_copied_share to null"
+        )
+    if most is not None and copied and copied.low > most:
+        found.append(
+            f"{COPIED} is {copied}, above {most:g} (registry.max_copied_share): look at the nearest training images in "
+            "samples.png"
+        )
+    return found

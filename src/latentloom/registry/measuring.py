@@ -1,0 +1,58 @@
+"""A registered model measured again, on the data set of this folder, just as another model was measured.
+
+The text encoder is the model's own. Its samples are compared with the cached latents, as the stage `evaluate` compares
+those of the present model: in their standardised units, so samples are brought there through the VAE's own units.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from latentloom.devices import choose_device
+from latentloom.diffusion.sampling_settings import SamplingSettings
+from latentloom.encoding.dataset import load_caches
+from latentloom.errors import UserError
+from latentloom.evaluation.held_out import measure
+from latentloom.evaluation.text_to_image import load_text_to_image
+from latentloom.layout import LATENTS, TEXT
+from latentloom.model_files import read_config
+from latentloom.registry.figures import Figures
+
+
+def measure_again(
+    model: Path, like: Figures, sampling: SamplingSettings, root: Path, *, memory_share: float = 1.0
+) -> Figures:
+    """The recall and the copies of ``model``, measured as ``like`` was; the validation error is not.
+
+    Args:
+        model: the folder of the model.
+        like: says of how many captions and from which seed.
+        sampling: the settings that ``like`` was measured with.
+        root: the project whose caches are the data.
+        memory_share: of the device's free memory that the caches may take.
+
+    Raises:
+        UserError: when the caches are missing, hold other data than ``like`` was measured on, or latents of another VAE
+            or shape than the model's; or when ``like`` has no samples.
+    """
+    if not like.samples or like.seed is None:
+        raise UserError(
+            "no held-out caption was sampled: raise evaluate.held_out_captions and run `dvc repro evaluate`"
+        )
+    device = choose_device()
+    caches = load_caches(root / LATENTS, root / TEXT, device=device, memory_share=memory_share)
+    here, config = caches.digests["validation"], read_config(model)
+    if here != like.data:
+        raise UserError(
+            f"{LATENTS} and {TEXT} hold other data ({here}) than it was measured on ({like.data}): check out its "
+            "commit and run `dvc checkout`"
+        )
+    if caches.latent_statistics["vae"]["fingerprint"] != config.vae.fingerprint:
+        raise UserError(f"{LATENTS} holds latents of another VAE than its own, {config.vae.reference}")
+    if tuple(caches.train.latent_shape) != tuple(config.latent_shape):
+        raise UserError(f"{LATENTS} holds latents of another shape than its own, {config.latent_shape}")
+    loaded = load_text_to_image(model, device=device)
+    held_out = caches.validation.take(like.samples)
+    embeddings = loaded.embed(held_out.primary_texts())
+    samples = loaded.latents(embeddings, held_out.ids, sampling, seed=int(like.seed))
+    samples = held_out.codec.standardise(loaded.codec.destandardise(samples))
+    return replace(like, values=measure(samples, held_out, caches).figures, noise=None, run_id=None)
