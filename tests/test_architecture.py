@@ -16,7 +16,7 @@ CORE = (
 READERS = (
     *("ingestion.shards", "ingestion.rejects"),
     *("encoding.dataset", "encoding.codec", "encoding.vae", "encoding.text_encoder", "encoding.pretrained"),
-    *("encoding.row_sources", "encoding.shard_files"),
+    *("encoding.row_sources", "encoding.shard_files", "encoding.vision_encoder", "encoding.features"),
 )
 STAGE_PACKAGES = ("ingestion", "encoding", "validation", "training", "evaluation")
 # Room -> what it may import besides itself: rooms and modules, by the beginning of their names.

@@ -73,6 +73,8 @@ def rejected(tmp_path, change) -> str:
         ("train", "lr_schedule", "linear", "train.lr_schedule = 'linear': input should be 'cosine', 'constant' or"),
         ("machine", "data_memory_share", 2, "machine.data_memory_share = 2: input should be less than or equal to 1"),
         ("evaluate", "prompts", [], "evaluate.prompts = []"),
+        ("evaluate", "features", "", "evaluate.features = '': string should have at least 1 character"),
+        ("evaluate", "real_images", "all", "evaluate.real_images = 'all': input should be 'held_out' or 'training'"),
         ("evaluate", "sampler", "euler", "evaluate.sampler = 'euler'"),
         ("evaluate", "diffusion_steps", 1, "evaluate.diffusion_steps = 1"),
         ("evaluate", "smapler", "ddim", "evaluate.smapler = 'ddim': unknown key (did you mean sampler?"),

@@ -93,6 +93,43 @@ def save_clip(folder: Path | str, *, dim: int = 24, seed: int = 0) -> Path:
     return Path(folder)
 
 
+def save_whole_clip(folder: Path | str, *, seed: int = 0) -> Path:
+    """A CLIP model with both towers, for pictures of 32x32, with its tokenizer and its image processor."""
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(seed)
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    vocabulary = save_byte_tokenizer(folder, start=start, end=end, padding=end, max_length=77)
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tower |= {"projection_dim": 24}
+    tokens = {"vocab_size": len(vocabulary), "bos_token_id": vocabulary[start], "eos_token_id": vocabulary[end]}
+    config = CLIPConfig(
+        text_config=tower | tokens | {"pad_token_id": vocabulary[end]},
+        vision_config=tower | {"image_size": 32, "patch_size": 8},
+        projection_dim=24,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    _save_image_processor(folder, "CLIPImageProcessor", edge=32, crop=32)
+    return Path(folder)
+
+
+def save_dinov2(folder: Path | str, *, seed: int = 0) -> Path:
+    """A DINOv2, which crops 28x28 pixels out of pictures resized to 32x32."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(seed)
+    config = Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
+    Dinov2Model(config).save_pretrained(folder)
+    _save_image_processor(folder, "BitImageProcessor", edge=32, crop=28)
+    return Path(folder)
+
+
+def _save_image_processor(folder: Path | str, name: str, *, edge: int, crop: int) -> None:
+    settings = {"image_processor_type": name, "size": {"shortest_edge": edge}}
+    settings |= {"crop_size": {"height": crop, "width": crop}}
+    (Path(folder) / "preprocessor_config.json").write_text(json.dumps(settings))
+
+
 def save_t5(folder: Path | str, *, seed: int = 0) -> Path:
     """A whole T5, encoder and decoder, of which a text encoder is a part, with a byte-level tokenizer."""
     from transformers import T5Config, T5ForConditionalGeneration

@@ -35,6 +35,7 @@ Seed = Annotated[StrictInt, Field(ge=0, lt=2**63)]
 Prompt = Annotated[StrictStr, Field(min_length=1)]
 SourceName = Literal["openmoji", "folder", "webdataset", "parquet"]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Reference = Annotated[StrictStr, Field(min_length=1)]  # of a pretrained model
 
 
 class ParamsError(UserError):
@@ -225,6 +226,10 @@ class EvaluateParams(Section):
     prompts: Annotated[list[Prompt], Field(min_length=1)]
     held_out_captions: Annotated[StrictInt, Field(ge=0)]
     training_captions: Count
+    features: Reference | None
+    clip: Reference | None
+    samples: Count
+    real_images: Literal["held_out", "training"]
     sweep: SweepParams | None
 
     @model_validator(mode="before")
@@ -282,6 +287,10 @@ ADDED = {
     "previews.seed": 0,
     "previews.steps": 20,
     "evaluate.precision": "auto",
+    "evaluate.features": None,
+    "evaluate.clip": None,
+    "evaluate.samples": 1000,
+    "evaluate.real_images": "held_out",
     "registry.min_held_out_recall_at_1": None,
     "registry.max_copied_share": None,
 }

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from latentloom.diffusion import Diffuser, SamplingSettings
 from latentloom.encoding.codec import LatentCodec
 from latentloom.encoding.dataset import Caches, LatentDataset
 from latentloom.evaluation import report
+from latentloom.evaluation.distribution import Distribution, Encoders
 from latentloom.evaluation.report import Evaluation, evaluate
 from latentloom.evaluation.sheet import CELL, Section, render_sheet, save_sheet
 from latentloom.evaluation.text_to_image import TextToImage
@@ -251,6 +253,30 @@ def test_a_sample_does_not_depend_on_what_else_is_asked_for():
     torch.testing.assert_close(alone[0], together[2], atol=1e-5, rtol=1e-4)
     other_seed = made.latents(embeddings, names, SETTINGS, seed=2)
     assert not torch.allclose(other_seed, together, atol=1e-2)
+
+
+def test_figures_beside_real_images_are_in_the_report_or_said_to_be_left_out(caches, params, monkeypatch):
+    footers = []
+    monkeypatch.setattr(report, "render_sheet", lambda sections, footer: footers.append(footer))
+    data, images = caches
+    network = model(Remembers(data.train.primary_embeddings(), means(data.train)))
+    left_out = "fid, kid, cmmd (evaluate.features is null), clip_score (evaluate.clip is null)"
+    assert f"; not measured: {left_out}; see" in evaluate(params, network, data, images).summary
+    assert footers[0].endswith(f" Not measured: {left_out}. Drawn by somebody")
+
+    encoder = SimpleNamespace(reference="org/dino", fingerprint="ab" * 32)
+    figures = {"fid": 123.456, "kid": 0.01234, "kid_standard_error": 0.0021}
+    figures |= {"distribution_samples": 6, "distribution_images": 4}
+    found = Distribution(figures, {"sampling": 2.0, "fid": 0.1}, "clip_score (evaluate.clip is null)")
+    monkeypatch.setattr(report, "load_encoders", lambda settings, device: Encoders(encoder, None))
+    monkeypatch.setattr(report, "measure_distribution", lambda *arguments, seed: found)
+    result = evaluate(params, network, data, images)
+    assert figures.items() <= result.metrics.items()
+    assert "fid 123, kid 0.0123 ± 0.0021; not measured: clip_score" in result.summary
+    assert "; sampling 2.0 s, fid 0.1 s; see" in result.summary
+    assert " 6 samples beside 4 held-out images, by features org/dino (abababababab…)." in footers[-1]
+    assert " s," not in footers[-1]  # two runs give one picture
+    assert result.encoders == {"features": {"reference": "org/dino", "fingerprint": "ab" * 32}}
 
 
 def test_the_sheet_shows_every_image_whole_and_grows_with_their_number(tmp_path):

@@ -1,4 +1,4 @@
-"""The stage `evaluate` by hand: an MLflow run each, and not twice the same; with a sweep, chart and table too."""
+"""The stage `evaluate` by hand is a run each; a sweep, and figures beside real images, are in it if asked for."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,9 @@ import pytest
 import yaml
 from mlflow.tracking import MlflowClient
 from stages import finish
+from tiny_models import save_dinov2, save_whole_clip
 
+from latentloom.evaluation.distribution import BESIDE_REAL
 from latentloom.tracking.delivery import PARENT_TAG
 
 pytestmark = pytest.mark.pipeline
@@ -26,10 +28,13 @@ def evaluate(project, **settings):
     finish(project, "evaluate")
 
 
-def test_a_sweep_is_left_in_the_reports_and_in_mlflow_and_goes_when_it_is_no_longer_asked_for(project):
+def test_what_is_asked_for_is_left_in_the_reports_and_in_mlflow_and_goes_with_the_wish(project, tmp_path):
     plots = project.folder / "reports/evaluate/plots"
     left = {path.name for path in plots.iterdir()}
-    evaluate(project, sampler="dpmpp_2m", sweep={"class_guidance": [1, 3], "diffusion_steps": [2, 4]})
+    assert "noise_curves.png" in left
+    encoders = {"features": str(save_dinov2(tmp_path / "dinov2")), "clip": str(save_whole_clip(tmp_path / "clip"))}
+    sweep = {"class_guidance": [1, 3], "diffusion_steps": [2, 4]}
+    evaluate(project, sampler="dpmpp_2m", sweep=sweep, samples=5, **encoders)
     assert {path.name for path in plots.iterdir()} == left | {"sweep.png", "sweep.csv"}
     assert len((plots / "sweep.csv").read_text().splitlines()) == 1 + 4
     first = (plots / "sweep.png").read_bytes()
@@ -41,12 +46,17 @@ def test_a_sweep_is_left_in_the_reports_and_in_mlflow_and_goes_when_it_is_no_lon
     artifacts = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
     assert {"samples.png", "sweep.png", "sweep.csv"} <= artifacts
     images = [artifact.path for artifact in client.list_artifacts(run.info.run_id, "images")]
-    assert any(path.startswith("images/sweep") for path in images)
+    assert all(any(path.startswith(f"images/{name}") for path in images) for name in ("sweep", "noise_curves"))
+    figures = json.loads((project.folder / "reports/evaluate/metrics.json").read_text())
+    for name in BESIDE_REAL:
+        assert run.data.metrics[f"evaluate/{name}"] == figures[name]
+    assert "evaluate/seconds/fid" in run.data.metrics and not any("seconds" in name for name in figures)
     settings = json.loads(Path(client.download_artifacts(run.info.run_id, "sampling.json")).read_text())
     assert settings["sampler"] == "dpmpp_2m"
 
     evaluate(project)
     assert (plots / "sweep.png").read_bytes() == first
     assert len(client.search_runs(["1"])) == 3  # the same again is the same run
-    evaluate(project, sweep=None)
+    evaluate(project, sweep=None, features=None, clip=None)
+    assert "fid" not in json.loads((project.folder / "reports/evaluate/metrics.json").read_text())
     assert {path.name for path in plots.iterdir()} == left

@@ -144,7 +144,7 @@ def test_experiments_at_the_same_time_arrive_whole_in_the_right_experiment(overn
     assert [run.data.tags["mlflow.parentRunId"] for run in evaluated] == [run.info.run_id for run in runs]
     assert [run.info.run_name for run in evaluated] == NAMES
     for run in evaluated:
-        assert sorted(pictures(run)) == [("evaluation", 0), ("extremes", 0)]
+        assert sorted(pictures(run)) == [("evaluation", 0), ("extremes", 0), ("noise_curves", 0)]
         files = {found.path for found in client(overnight).list_artifacts(run.info.run_id)}
         assert files >= {"dvc.lock", "params.yaml", "sampling.json", "samples.png"}
         assert 0 <= run.data.metrics["evaluate/memorisation_recall"] <= 1

@@ -93,6 +93,7 @@ def test_mlflow_has_the_training_with_curves_pictures_data_and_tags_and_its_eval
     assert [metric.step for metric in client.get_metric_history(run.info.run_id, "val/mae")] == [4, 8]
     bins = [name for name in run.data.metrics if name.startswith("val/mae_noise_")]
     assert len(bins) >= 3
+    assert all(name.replace("val/", "train/") in run.data.metrics for name in bins)
     assert {"train/learning_rate", "train/images_per_second"} <= run.data.metrics.keys()
     assert evaluation.data.tags["mlflow.parentRunId"] == run.info.run_id
     assert evaluation.data.tags["evaluated.model.sha256"] == run.data.tags["model.sha256"]

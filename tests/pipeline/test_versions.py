@@ -269,9 +269,13 @@ def test_the_page_has_each_curve_once_and_the_sheets_side_by_side(project, tried
     found = json.loads(html.unescape(re.search("<title>(.*?)</title>", drawn)[1]))
     curves = [name.replace(" ", "_") for name in CURVES]
     explained = ["offline"]  # this browser finds no address, so the curves are missing and the page says why
-    sheets = ["reports_evaluate_extremes_png", "reports_evaluate_samples_png"]
+    sheets = [
+        "reports_evaluate_extremes_png",
+        "reports_evaluate_plots_noise_curves_png",
+        "reports_evaluate_samples_png",
+    ]
     assert sorted(found["shown"]) == sorted([*curves, *sheets, *explained])
-    for left, right in (found["sheets"][:2], found["sheets"][2:]):
+    for left, right in zip(found["sheets"][::2], found["sheets"][1::2], strict=True):
         assert left["y"] == right["y"]
         assert left["x"] + left["width"] < right["x"]
         assert right["x"] + right["width"] < 1400

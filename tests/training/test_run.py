@@ -287,16 +287,22 @@ def test_curves_are_appended_at_full_precision(run, tmp_path, logger):
         assert float(row["train_mae"]) == logger.metrics["train/mae", step]
 
 
-def test_no_more_rows_are_validated_than_asked_for(run, caches, monkeypatch):
+def test_no_more_rows_of_each_split_are_measured_than_asked_for_and_both_are_logged_by_noise_level(
+    run, caches, logger, tmp_path, monkeypatch
+):
     measured = []
 
     def measure(network, data, *, images, **settings):
-        measured.append(images)
-        return {"mae": 0.5}
+        measured.append((data.ids, images))
+        return {"mae": 0.5, "mae_noise_0.50-0.75": 0.3 if data.ids == caches.train.ids else 0.6}
 
     monkeypatch.setattr("latentloom.training.monitor.denoising_error", measure)
     run(quick(steps=8, monitor={"validation_images": 5}))
-    assert measured == [5, 5]
+    assert measured == [(caches.validation.ids, 5), (caches.train.ids, 5)] * 2
+    assert logger.metrics["train/mae_noise_0.50-0.75", 8] == 0.3
+    assert logger.metrics["val/mae_noise_0.50-0.75", 8] == 0.6
+    table = (tmp_path / "plots" / "train_by_noise.csv").read_text()
+    assert table == "step,train_mae_noise_0.50-0.75\n4,0.3\n8,0.3\n"
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), ValueError("no VAE"), OSError("gone")])

@@ -25,10 +25,10 @@ def vae_folder(reference: str) -> Path:
     return BUNDLED_VAE if reference == "bundled" else _folder(reference, "encode_images.vae")
 
 
-def text_folder(reference: str) -> Path:
-    """The folder of the text encoder that ``encode_text.model`` names; raises as `vae_folder` does."""
+def text_folder(reference: str, key: str = "encode_text.model") -> Path:
+    """The folder of the text encoder that the params' ``key`` names; raises as `vae_folder` does."""
     if reference != "bundled":
-        return _folder(reference, "encode_text.model")
+        return _folder(reference, key)
     spec = importlib.util.find_spec(BUNDLED_TEXT_PACKAGE)
     if spec is None or spec.origin is None:
         package = BUNDLED_TEXT_PACKAGE.replace("_", "-")
@@ -36,8 +36,16 @@ def text_folder(reference: str) -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def _folder(reference: str, what: str) -> Path:
-    """A local folder, or that of a hub id, which is downloaded once into Hugging Face's own cache."""
+def vision_folder(reference: str, key: str) -> Path:
+    """The folder of the vision encoder that the params' ``key`` names; raises as `vae_folder` does."""
+    return _folder(reference, key, without_hub="null")
+
+
+def _folder(reference: str, what: str, without_hub: str = "bundled") -> Path:
+    """A local folder, or that of a hub id, which is downloaded once into Hugging Face's own cache.
+
+    ``without_hub``: the value that needs no hub, for the message.
+    """
     folder = Path(reference).expanduser()
     if (folder / "config.json").is_file():
         return folder
@@ -46,7 +54,7 @@ def _folder(reference: str, what: str) -> Path:
     if reference.startswith((".", "/", "~")) or reference.count("/") != 1:
         raise UserError(
             f"{what}: {reference!r} is neither a folder here nor a hub id; "
-            "allowed: bundled, a hub id (owner/name), a folder"
+            f"allowed: {without_hub}, a hub id (owner/name), a folder"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -60,7 +68,8 @@ def _folder(reference: str, what: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"{what}: could not fetch {reference!r} from the Hugging Face hub ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}); check the name and the network, or use `bundled`, which needs neither"
+            f"{str(error).splitlines()[0]}); check the name and the network, or use `{without_hub}`, which needs "
+            "neither"
         ) from error
 
 

@@ -58,14 +58,22 @@ class TextEncoder:
         reference: ``bundled``, a folder, or a hub id.
         device: where it computes.
         max_tokens: read so many of a caption, with the tokens that mark its start and end; None: all that it can.
+        key: of the params, which named the reference.
 
     Raises:
         UserError: when the reference cannot be resolved, or its files are no model of the three families.
     """
 
-    def __init__(self, reference: str, device: torch.device | str = "cpu", max_tokens: int | None = None) -> None:
-        self.reference, self.device = reference, torch.device(device)
-        self._folder = pretrained.text_folder(reference)
+    def __init__(
+        self,
+        reference: str,
+        device: torch.device | str = "cpu",
+        max_tokens: int | None = None,
+        *,
+        key: str = "encode_text.model",
+    ) -> None:
+        self.reference, self.device, self._key = reference, torch.device(device), key
+        self._folder = pretrained.text_folder(reference, key)
         self._config = pretrained.read_config(self._folder)
         self._type = self._config.get("model_type")
         self._wanted_tokens = max_tokens
@@ -73,9 +81,7 @@ class TextEncoder:
         if not (self._is_clip or self._is_t5 or self._type in BERT_TYPES):
             what = f"is of the type {self._type!r}" if self._type else "has a config.json without a model_type"
             known = ", ".join(sorted({CLIP_TYPES[0], *T5_CLASSES, *BERT_TYPES}))
-            raise UserError(
-                f"encode_text.model: {reference} {what}, which is no text encoder known here; allowed are {known}"
-            )
+            raise UserError(f"{key}: {reference} {what}, which is no text encoder known here; allowed are {known}")
         if self._is_clip:
             self._config = self._config.get("text_config", self._config)
         self.pooling = "projection" if self._is_clip else pretrained.pooling(self._folder)
@@ -136,7 +142,7 @@ class TextEncoder:
         try:
             return getattr(transformers, name).from_pretrained(self._folder, local_files_only=True, **options)
         except (OSError, KeyError, ValueError, SafetensorError) as error:
-            raise UserError(f"encode_text.model: {self.reference} cannot be loaded ({error})") from error
+            raise UserError(f"{self._key}: {self.reference} cannot be loaded ({error})") from error
 
     def _setting(self, name: str) -> int:
         return self._config[name] if name in self._config else getattr(self.model.config, name)

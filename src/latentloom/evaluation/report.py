@@ -1,11 +1,12 @@
-"""One whole evaluation: error and recall on held-out images, what is known by heart, and sheets that show it.
+"""One whole evaluation: error and recall on held-out images, what is known by heart, how samples compare with real
+pictures, and sheets that show it.
 
 `metrics.json`, `plots/mae_by_noise.csv`, the sheet `samples.png` and that of the worst and best, `extremes.png`, are
 what it leaves.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,14 @@ from latentloom.diffusion.denoising_error import BINS, bin_name, denoising_error
 from latentloom.diffusion.text import concatenate
 from latentloom.encoding.codec import LatentCodec
 from latentloom.encoding.dataset import Caches, LatentDataset
+from latentloom.evaluation.distribution import (
+    BESIDE_REAL,
+    ERROR,
+    Distribution,
+    Encoders,
+    load_encoders,
+    measure_distribution,
+)
 from latentloom.evaluation.held_out import HeldOut, measure
 from latentloom.evaluation.recall import memorisation_recall, with_interval
 from latentloom.evaluation.sheet import COLUMNS, Section, render_sheet, save_sheet
@@ -29,17 +38,27 @@ from latentloom.params import Params
 
 SHOWN = COLUMNS  # of each kind on a sheet; of held-out combinations, twice as many
 BY_NOISE = {f"val_mae_{bin_name(low, high)}": (low + high) / 2 for low, high in BINS}
-MAIN_FIGURES = ("held_out_recall_at_1", "held_out_recall_at_5", "val_mae", "copied_share", "memorisation_recall")
+MAIN_FIGURES = (
+    *("held_out_recall_at_1", "held_out_recall_at_5", "val_mae", "copied_share", "memorisation_recall"),
+    *BESIDE_REAL,
+)
 NOTHING_HELD_OUT = "no held-out image: val_mae and held-out recall are not measured"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics by name, the sheet of samples, and that of the worst and the best held-out samples."""
+    """Metrics by name, the sheet of samples, and that of the worst and the best held-out samples.
+
+    Attributes:
+        distribution: what was measured of samples beside real images, which the metrics hold, too; how long it took.
+        encoders: what that was measured with, as `Encoders.described` has it.
+    """
 
     metrics: dict[str, float]
     sheet: Image.Image
     extremes: Image.Image
+    distribution: Distribution = field(default_factory=Distribution)
+    encoders: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def save(self) -> None:
         """Write the metrics, the sheets, and the errors by noise level: a table without rows where there are none."""
@@ -52,9 +71,20 @@ class Evaluation:
         save_sheet(self.extremes, EXTREMES_SHEET)
 
     @property
+    def seconds(self) -> dict[str, float]:
+        """How long parts of the work took, by name: `Distribution.seconds`."""
+        return self.distribution.seconds
+
+    @property
     def summary(self) -> str:
         """One line for the end of the stage."""
-        return f"{_figures(self.metrics)}, see {SAMPLE_SHEET}"
+        left_out, times = self.distribution.left_out, self.distribution.times
+        notes = [
+            _figures(self.metrics),
+            *([f"not measured: {left_out}"] if left_out else []),
+            *([times] if times else []),
+        ]
+        return f"{'; '.join(notes)}; see {SAMPLE_SHEET}"
 
 
 def evaluate(params: Params, model: TextToImage, caches: Caches, images: Path) -> Evaluation:
@@ -62,7 +92,8 @@ def evaluate(params: Params, model: TextToImage, caches: Caches, images: Path) -
 
     The figures on held-out captions are those of `measure`. ``memorisation_recall``: of ``evaluate.training_captions``
     training captions, the share whose sample's nearest training image, among all of them, is one that the caption
-    belongs to. Without a validation split only that is measured.
+    belongs to. Without a validation split only that is measured. Those of samples beside real images are of
+    `measure_distribution`.
 
     Args:
         params: the whole params.
@@ -71,6 +102,7 @@ def evaluate(params: Params, model: TextToImage, caches: Caches, images: Path) -
         images: the prepared images, for the real images beside samples.
     """
     settings = params.evaluate
+    encoders = load_encoders(settings, model.device)
     error = denoising_error(
         model.network,
         caches.validation,
@@ -91,10 +123,14 @@ def evaluate(params: Params, model: TextToImage, caches: Caches, images: Path) -
     metrics = {f"val_{name}": round(value, 4) for name, value in error.items()} | measured.figures
     metrics |= with_interval("memorisation_recall", memorisation_recall(of_known, known, caches.train))
     metrics |= {"training_captions": len(known)}
+    distribution = measure_distribution(encoders, settings, model, caches, images, seed=params.seed)
+    metrics |= distribution.figures
 
     sections, extremes = _sections(params.evaluate.prompts, of_prompts, known, of_known, measured, model.codec, images)
-    footer = _footer(params, model, metrics)
-    return Evaluation(metrics, render_sheet(sections, footer), render_sheet(extremes, footer))
+    said = [_made(params, metrics), *_beside_real(params, encoders, distribution), model.config.attribution]
+    footer = " ".join(filter(None, said))
+    sheets = render_sheet(sections, footer), render_sheet(extremes, footer)
+    return Evaluation(metrics, *sheets, distribution, encoders.described)
 
 
 def _sections(
@@ -151,11 +187,25 @@ def _figures(metrics: Mapping[str, float]) -> str:
     for name in MAIN_FIGURES:
         if name in metrics:
             low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
-            shown.append(f"{name} {metrics[name]:.3f}" + ("" if low is None else f" ({low:.2f} to {high:.2f})"))
+            interval = "" if low is None else f" ({low:.2f} to {high:.2f})"
+            error = f" ± {metrics[name + ERROR]:.2g}" if name + ERROR in metrics else ""
+            value = f"{metrics[name]:.3g}" if name in BESIDE_REAL else f"{metrics[name]:.3f}"
+            shown.append(f"{name} {value}{interval}{error}")
     return ", ".join(shown if "val_mae" in metrics else [*shown, NOTHING_HELD_OUT])
 
 
-def _footer(params: Params, model: TextToImage, metrics: Mapping[str, float]) -> str:
+def _beside_real(params: Params, encoders: Encoders, distribution: Distribution) -> Iterator[str]:
+    """Sentences of the footer: how samples were measured beside real images, and which figures are left out."""
+    if figures := distribution.figures:
+        named = [f"{key} {own['reference']} ({own['fingerprint'][:12]}…)" for key, own in encoders.described.items()]
+        real = f"{figures['distribution_images']} {params.evaluate.real_images.replace('_', '-')} images"
+        yield f"{figures['distribution_samples']} samples beside {real}, by {', '.join(named)}."
+    if distribution.left_out:
+        yield f"Not measured: {distribution.left_out}."
+
+
+def _made(params: Params, metrics: Mapping[str, float]) -> str:
+    """The footer's first sentence: how the samples were made, and the main figures."""
     sampling = params.evaluate.sampling
     guidance, (low, high) = f"guidance {sampling.class_guidance:g}", sampling.guidance_interval
     if (low, high) != (0.0, 1.0):
@@ -166,5 +216,4 @@ def _footer(params: Params, model: TextToImage, metrics: Mapping[str, float]) ->
         f"{metrics['held_out_combinations']} held-out combinations, {metrics['training_captions']} training captions"
     )
     made = f"{sampling.diffusion_steps} steps of {sampling.sampler}, {guidance}, seed {params.seed}; {counts}: "
-    made += f"{_figures(metrics)}."
-    return f"{made} {model.config.attribution}" if model.config.attribution else made
+    return f"{made}{_figures(metrics)}."

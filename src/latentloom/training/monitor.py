@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from latentloom.diffusion.denoising_error import denoising_error
-from latentloom.encoding.dataset import Caches
+from latentloom.encoding.dataset import Caches, LatentDataset
 from latentloom.errors import WriteError
 from latentloom.model_files import ModelConfig
 from latentloom.params import Params
@@ -46,7 +46,7 @@ class Logger(Protocol):
 
 
 class Curves:
-    """``train.csv`` and ``validation.csv``: one row per logged step, at full precision.
+    """``train.csv``, ``validation.csv`` and ``train_by_noise.csv``: one row per logged step, at full precision.
 
     Rows are appended, so a killed training leaves its curves so far. They hold what the seed decides and nothing of the
     machine (no times): the same run gives the same files.
@@ -129,7 +129,7 @@ class TrainingMonitor:
         dtype: torch.dtype | None,
     ) -> None:
         self.figures = Figures()
-        self._params, self._validation = params, caches.validation
+        self._params, self._train, self._validation = params, caches.train, caches.validation
         self._average, self._accelerator = average, accelerator
         self._best = copy.deepcopy(average) if params.train.keep == "best" else None
         self._curves, self._logger, self._dtype = curves, logger, dtype
@@ -241,15 +241,7 @@ class TrainingMonitor:
 
     def _validate(self, step: int) -> None:
         with self.paused():
-            error = denoising_error(
-                self._average,
-                self._validation,
-                schedule=self._params.diffusion.schedule,
-                noise_levels=self._params.diffusion.noise_levels,
-                images=self._params.monitor.validation_images,
-                dtype=self._dtype,
-                accelerator=self._accelerator,
-            )
+            error = self._error(self._validation)
             if not error:
                 return
             figures = self.figures
@@ -259,6 +251,21 @@ class TrainingMonitor:
                 if self._best is not None:
                     self._best.load_state_dict(self._average.state_dict())
             self._record("validation", {"step": step} | {f"val_{name}": mae for name, mae in error.items()}, {})
+            # Measured alike, so that what is between the two is what was memorised; the step's own error has dropout.
+            known = {f"train_{name}": mae for name, mae in self._error(self._train).items() if name != "mae"}
+            self._record("train_by_noise", {"step": step} | known, {})
+
+    def _error(self, data: LatentDataset) -> dict[str, float]:
+        """The denoising error of the averaged weights, on as many images as a validation takes."""
+        return denoising_error(
+            self._average,
+            data,
+            schedule=self._params.diffusion.schedule,
+            noise_levels=self._params.diffusion.noise_levels,
+            images=self._params.monitor.validation_images,
+            dtype=self._dtype,
+            accelerator=self._accelerator,
+        )
 
     def _preview(self, step: int) -> None:
         if self._logger and self._previews:

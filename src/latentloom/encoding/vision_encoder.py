@@ -1,0 +1,135 @@
+"""The vision encoder: pixels -> a feature vector (dim,) each, by which sets of pictures are compared.
+
+Two families, told apart by the ``model_type`` of the model's ``config.json``:
+
+- CLIP's vision towers: the projected embedding (Radford et al. 2021), which compares with embeddings of text, too;
+- DINOv2: the class token after the last norm (Oquab et al. 2023), which was learnt from pictures alone.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+
+from latentloom.encoding import pretrained
+from latentloom.encoding.text_encoder import TextEncoder
+from latentloom.errors import UserError
+
+CLIP_CLASS = "CLIPVisionModelWithProjection"
+CLASSES = {
+    "clip": CLIP_CLASS,
+    "clip_vision_model": CLIP_CLASS,
+    "dinov2": "Dinov2Model",
+    "dinov2_with_registers": "Dinov2WithRegistersModel",
+}
+CPU_BATCH, ACCELERATOR_BATCH = 8, 64
+
+
+class VisionEncoder:
+    """A vision encoder, frozen, in evaluation mode, in fp32. Its weights are loaded when they are first needed.
+
+    Args:
+        reference: a folder, or a hub id.
+        key: of the params, which named the reference.
+        device: where it computes.
+
+    Attributes:
+        fingerprint: a hash of config and weights.
+
+    Raises:
+        UserError: when the reference cannot be resolved, or its files are no model of the two families.
+    """
+
+    def __init__(self, reference: str, key: str, device: torch.device | str = "cpu") -> None:
+        self.reference, self.device, self._key = reference, torch.device(device), key
+        self._folder = pretrained.vision_folder(reference, key)
+        self._type = pretrained.read_config(self._folder).get("model_type")
+        if self._type not in CLASSES:
+            raise UserError(
+                f"{key}: {reference} is of the type {self._type!r}, which is no vision encoder known here; allowed are "
+                f"{', '.join(CLASSES)}"
+            )
+        self.fingerprint = pretrained.fingerprint(self._folder)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the folder holds CLIP's text tower, too."""
+        return self._type == "clip"
+
+    @cached_property
+    def processor(self) -> Any:
+        """What makes of a picture the model's input: by Pillow, whatever else is installed, so that the same is read
+        everywhere."""
+        return self._load("AutoImageProcessor", backend="pil")
+
+    @cached_property
+    def preprocessing(self) -> str:
+        """A hash of how pictures are resized, cropped and scaled: 64 hexadecimal digits."""
+        return hashlib.sha256(json.dumps(self.processor.to_dict(), sort_keys=True, default=str).encode()).hexdigest()
+
+    @cached_property
+    def model(self) -> torch.nn.Module:
+        """The model itself.
+
+        Raises:
+            UserError: when it cannot be loaded, or weights are missing, in whose place transformers puts random ones.
+        """
+        model, loading = self._load(CLASSES[self._type], dtype=torch.float32, output_loading_info=True)
+        if missing := sorted(loading["missing_keys"]):
+            raise UserError(
+                f"{self._key}: {self.reference} lacks {len(missing)} weights of {CLASSES[self._type]}, the first: "
+                f"{missing[0]}; give a model of that class"
+            )
+        return model.eval().requires_grad_(False).to(self.device)
+
+    def _load(self, name: str, **options: Any) -> Any:
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()  # the stage shows its own
+        transformers.utils.logging.set_verbosity_error()  # it lists each weight of a tower that is not asked for
+        try:
+            return getattr(transformers, name).from_pretrained(self._folder, local_files_only=True, **options)
+        except (OSError, KeyError, ValueError, SafetensorError) as error:
+            raise UserError(f"{self._key}: {self.reference} cannot be loaded ({error})") from error
+
+    @torch.inference_mode()
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        """The features (B, dim), fp32, of pictures, uint8 (B, H, W, 3).
+
+        Batches always have the same size, so that a picture's features do not depend on how many others there are.
+        """
+        size = CPU_BATCH if self.device.type == "cpu" else ACCELERATOR_BATCH
+        features = []
+        for start in range(0, len(pixels), size):
+            batch = pixels[start : start + size]
+            filled = np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), axis=0)])
+            read = self.processor(images=list(filled), return_tensors="pt", input_data_format="channels_last")
+            output = self.model(pixel_values=read["pixel_values"].to(self.device))
+            vectors = output.image_embeds if CLASSES[self._type] == CLIP_CLASS else output.pooler_output
+            features.append(vectors[: len(batch)].float().cpu().numpy())
+        return np.concatenate(features)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Both towers of a CLIP model: features of pictures and of captions in one space."""
+
+    vision: VisionEncoder
+    text: TextEncoder
+
+
+def load_clip(reference: str, key: str, device: torch.device | str = "cpu") -> Clip:
+    """The CLIP model that the params' ``key`` names.
+
+    Raises:
+        UserError: when the reference cannot be resolved, or is no whole CLIP model.
+    """
+    vision = VisionEncoder(reference, key, device)
+    if not vision.reads_text:
+        raise UserError(f"{key}: {reference} has no text tower; give a whole CLIP model")
+    return Clip(vision, TextEncoder(reference, device, key=key))
