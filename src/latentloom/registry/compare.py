@@ -12,7 +12,7 @@ from latentloom.evaluation.sheet import Section, render_sheet, save_sheet
 from latentloom.evaluation.text_to_image import default_settings, load_text_to_image
 from latentloom.layout import COMPARISONS, PARAMS
 from latentloom.params import load_params
-from latentloom.registry.figures import VAL_MAE, WAYS, Figures, deciding_recall, in_the_same_way, in_words
+from latentloom.registry.figures import SHOWN_FIRST, VAL_MAE, WAYS, Figures, deciding_recall, in_the_same_way, in_words
 from latentloom.registry.models import FoundModel, find_model, stored_model
 from latentloom.registry.registry import known_figures
 from latentloom.tracking.store import existing_store
@@ -44,8 +44,10 @@ class Comparison:
 
     @property
     def names(self) -> list[str]:
-        """Of the figures that both have."""
-        return [name for name in self.a.figures.names if name in self.b.figures.values]
+        """Of the figures that both have; FID and the like only where they were measured with the same params."""
+        a, b = self.a.figures, self.b.figures
+        same = a.beside_real == b.beside_real
+        return [name for name in a.names if name in b.values and (same or name in SHOWN_FIRST)]
 
     def text(self) -> str:
         """A table of the figures, and the verdict below it."""

@@ -26,6 +26,7 @@ RECALL_NAMES = tuple(f"{kind}_recall_at_{among}" for kind in ("held_out", "new_w
 KEPT = (*RECALLS, COPIED, VAL_MAE)  # as tags of a version
 SHOWN_FIRST = (*RECALL_NAMES, COPIED, VAL_MAE, "memorisation_recall")
 COUNTS = ("held_out_combinations", "new_words_captions")  # of the samples of held-out captions
+BESIDE_REAL = ("features", "clip", "samples", "real_images")  # what decides FID, KID, CMMD and CLIP score
 NO_FIGURES = (*COUNTS, "training_captions", "copied_limit", "distribution_samples", "distribution_images")
 ERROR = "_standard_error"  # behind the name of a figure
 OLD_TAG = "figures"  # where earlier versions kept them, as JSON, without intervals
@@ -66,6 +67,7 @@ class Figures:
         seed: of the samples' noise.
         sampling: the sampling settings, as `in_words` gives them.
         noise: the schedule and the noise levels that ``val_mae`` is a mean over.
+        beside_real: the params that FID and the like were measured with.
         run_id: of the MLflow run that holds them.
     """
 
@@ -75,6 +77,7 @@ class Figures:
     seed: str | None = None
     sampling: str | None = None
     noise: str | None = None
+    beside_real: str | None = None
     run_id: str | None = None
 
     def share(self, name: str) -> Share | None:
@@ -147,6 +150,7 @@ def figures_of(client: "MlflowClient", stored: StoredModel) -> Figures:
         seed=params.get("seed"),
         sampling=None if sampling is None else in_words(sampling),
         noise=f"{params.get('diffusion.schedule')}/{params.get('diffusion.noise_levels')}",
+        beside_real=", ".join(f"{name} {params.get(f'evaluate.{name}')}" for name in BESIDE_REAL),
         run_id=run.info.run_id,
     )
 
