@@ -264,7 +264,7 @@ def test_figures_beside_real_images_are_in_the_report_or_said_to_be_left_out(cac
     assert f"; not measured: {left_out}; see" in evaluate(params, network, data, images).summary
     assert footers[0].endswith(f" Not measured: {left_out}. Drawn by somebody")
 
-    encoder = SimpleNamespace(reference="org/dino", fingerprint="ab" * 32)
+    encoder = SimpleNamespace(reference="org/dino", fingerprint="ab" * 32, preprocessing="cd" * 32)
     figures = {"fid": 123.456, "kid": 0.01234, "kid_standard_error": 0.0021}
     figures |= {"distribution_samples": 6, "distribution_images": 4}
     found = Distribution(figures, {"sampling": 2.0, "fid": 0.1}, "clip_score (evaluate.clip is null)")
@@ -276,7 +276,7 @@ def test_figures_beside_real_images_are_in_the_report_or_said_to_be_left_out(cac
     assert "; sampling 2.0 s, fid 0.1 s; see" in result.summary
     assert " 6 samples beside 4 held-out images, by features org/dino (abababababab…)." in footers[-1]
     assert " s," not in footers[-1]  # two runs give one picture
-    assert result.encoders == {"features": {"reference": "org/dino", "fingerprint": "ab" * 32}}
+    assert result.encoders == {"features": vars(encoder)}
 
 
 def test_the_sheet_shows_every_image_whole_and_grows_with_their_number(tmp_path):

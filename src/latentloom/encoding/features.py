@@ -31,7 +31,7 @@ def features_of(encoder: VisionEncoder, images: Path, ids: Sequence[str]) -> np.
     """
     wanted = set(ids)
     stored = [image for image in read_metadata(images)["id"] if image in wanted]  # the order in which they are read
-    keys = [row_key(image, encoder.fingerprint, encoder.preprocessing, STORED) for image in stored]
+    keys = [row_key(image, encoder.name, STORED) for image in stored]
     store = RowStore(state_folder("features"), state_limit())
     # The shards themselves are kept by the store; their copies are needed only until they have been read.
     with TemporaryDirectory() as out:

@@ -72,6 +72,11 @@ class VisionEncoder:
         """A hash of how pictures are resized, cropped and scaled: 64 hexadecimal digits."""
         return hashlib.sha256(json.dumps(self.processor.to_dict(), sort_keys=True, default=str).encode()).hexdigest()
 
+    @property
+    def name(self) -> str:
+        """What decides the features of a picture."""
+        return f"{self.fingerprint}|{self.preprocessing}"
+
     @cached_property
     def model(self) -> torch.nn.Module:
         """The model itself.

@@ -38,15 +38,16 @@ class Encoders:
 
     @property
     def vision(self) -> dict[str, VisionEncoder]:
-        """All that read pictures, by their fingerprints."""
+        """All that read pictures, by what decides their features: two that are alike count once."""
         named = [self.features, self.clip.vision if self.clip else None]
-        return {encoder.fingerprint: encoder for encoder in named if encoder}
+        return {encoder.name: encoder for encoder in named if encoder}
 
     @property
     def described(self) -> dict[str, dict[str, str]]:
-        """What the figures are measured with, by key of the params: its ``reference`` and its ``fingerprint``."""
+        """By key of the params, what measures: ``reference``, and the hashes ``fingerprint`` and ``preprocessing``."""
         named = {"features": self.features, "clip": self.clip.vision if self.clip else None}
-        return {key: {"reference": own.reference, "fingerprint": own.fingerprint} for key, own in named.items() if own}
+        names = ("reference", "fingerprint", "preprocessing")
+        return {key: {name: getattr(own, name) for name in names} for key, own in named.items() if own}
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ def load_encoders(settings: EvaluateParams, device: torch.device) -> Encoders:
     encoders = Encoders(features, clip)
     for encoder in encoders.vision.values():
         _ = encoder.model, encoder.processor
+    if clip:
+        _ = clip.text.model, clip.text.tokenizer
     return encoders
 
 
@@ -112,7 +115,7 @@ def measure_distribution(
         of_real = {name: features_of(encoder, images, real.ids) for name, encoder in encoders.vision.items()}
     figures = {"distribution_samples": settings.samples, "distribution_images": len(real)}
     if encoders.features and len(real) >= FEWEST:  # and as many samples, or more
-        name = encoders.features.fingerprint
+        name = encoders.features.name
         figures |= _distances(of_real[name], of_samples[name], seconds)
         if len(other) >= FEWEST:
             with _timed(seconds, "image_features"):
@@ -122,7 +125,7 @@ def measure_distribution(
     if encoders.clip:
         with _timed(seconds, "clip_score"):
             captions = encoders.clip.text.encode(real.primary_texts())
-            name = encoders.clip.vision.fingerprint
+            name = encoders.clip.vision.name
             scores = _clip_scores(of_samples[name], captions[rows])
             figures["clip_score"] = float(scores.mean())
             figures[f"clip_score{ERROR}"] = float(scores.std() / np.sqrt(len(scores)))
@@ -156,7 +159,7 @@ def _features_of_samples(
     seed: int,
     seconds: dict[str, float],
 ) -> dict[str, np.ndarray]:
-    """By fingerprint of the encoder, the features (M, dim) of a sample for the primary caption of each of ``rows``."""
+    """By name of the encoder, the features (M, dim) of a sample for the primary caption of each of ``rows``."""
     captions, names = real.captions[rows.to(real.captions.device), 0], _noise_names(real.ids, len(rows))
     found: dict[str, list[np.ndarray]] = {name: [] for name in encoders.vision}
     for start in range(0, len(rows), PART):

@@ -40,8 +40,10 @@ def render_noise_curves(curves: dict[str, pd.DataFrame]) -> Image.Image:
     from matplotlib.figure import Figure
 
     with matplotlib.style.context("default"):  # whatever the user's own settings are
-        figure = Figure(figsize=(12, 3.6), dpi=100, layout="constrained")
+        figure = Figure(figsize=(12, 3.6), dpi=100)
         axes = figure.subplots(1, len(BINS))
+        # In half the time that constrained layout takes: each evaluation draws the chart.
+        figure.subplots_adjust(left=0.06, right=0.99, bottom=0.14, top=0.92, wspace=0.22)
         for ax, (low, high) in zip(axes, BINS, strict=True):
             for split, table in curves.items():
                 column = f"{split}_mae_{bin_name(low, high)}"
