@@ -176,7 +176,9 @@ def new_project(folder: Path) -> Project:
     for part in PARTS:
         source = ROOT / part
         if source.is_dir():
-            shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+            shutil.copytree(
+                source, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "showcase")
+            )
         else:
             shutil.copy2(source, folder / part)
     compileall.compile_dir(folder / "src", quiet=2)  # once, not in each of its stages

@@ -15,7 +15,7 @@ from latentloom.files import read_json
 from latentloom.layout import EVALUATE_METRICS, MODEL, PARAMS, SAMPLE_SHEET, TRAIN_METRICS, project_root
 from latentloom.params import load_params
 
-MODEL_HELP = "A model folder, champion, candidate, a version of the registry, or an MLflow run (id or name)."
+MODEL_HELP = "A model folder, showcase, champion, candidate, a registry's version, or an MLflow run (id or name)."
 
 
 class Commands(TyperGroup):

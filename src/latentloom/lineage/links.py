@@ -22,7 +22,7 @@ from latentloom.ingestion.source_files import fingerprint_sources
 from latentloom.layout import MODEL, PARAMS
 from latentloom.lineage.subject import Subject
 from latentloom.params import SourceParams
-from latentloom.registry.models import PACKED_MODEL
+from latentloom.registry.models import PACKED_MODEL, is_model
 from latentloom.tracking.git import Git
 from latentloom.tracking.provenance import CODE_DIFF, DATA, Provenance
 from latentloom.tracking.store import first_line, tracking_uri, without_credentials
@@ -62,6 +62,8 @@ def gather(subject: Subject, root: Path) -> tuple[Link, ...]:
     code = _code(subject, root)
     named = [name for name, path in DATA.items() if path in known.outs or name in ("latents", "text", "images")]
     data = [_out(name, DATA[name], known, found, root / DATA[name]) for name in named]
+    if known.converted_from:  # such a model is complete without the caches, which its source gives again
+        data = [replace(own, needed=False) for own in data]
     images_are_there = any(link.link == "images" and link.place in AT_HAND for link in data)
     return (
         *([_picture(subject)] if subject.metadata else []),
@@ -99,12 +101,15 @@ def _picture(subject: Subject) -> Link:
 
 
 def _model(subject: Subject, found: Mapping[str, tuple[Place, str]], root: Path) -> Link:
-    """The model: in DVC, in a folder, or in the registry."""
+    """The model: in DVC, in a folder that DVC does not know, or in the registry."""
     stored = subject.stored
     link = _out("model", str(MODEL), subject.provenance, found, subject.folder)
     if stored.sha256 is None:
         return replace(link, where=f"the run is {stored.run.info.status.lower()}") if stored.run else link
     link = replace(link, name=f"sha256 {stored.sha256[:12]}", hash=stored.sha256)
+    if link.place not in AT_HAND and is_model(subject.folder, stored.sha256):
+        copy = f"mkdir -p {MODEL.parent} && " + _join("cp", "-r", subject.folder, MODEL)
+        return replace(link, place=Place.HERE, where=f"{subject.folder} alone", command=copy)
     if stored.version is None or link.place in AT_HAND:
         return link
     command = f"mkdir -p {MODEL.parent} && cp -r {_downloaded(root, stored.version.run_id, PACKED_MODEL)} {MODEL}"

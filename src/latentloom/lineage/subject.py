@@ -1,7 +1,7 @@
 """What `latentloom lineage` was asked for, and the provenance of its model, as it was written down.
 
-The provenance is read in the MLflow run, else on this machine (`.state/runs`), else in the PNG, else in the dvc.lock of
-the commit that is checked out.
+The provenance is read in the MLflow run, else on this machine (`.state/runs`), else in the model's folder, else in the
+PNG, else in the dvc.lock of the commit that is checked out.
 """
 
 from dataclasses import dataclass, field
@@ -13,15 +13,17 @@ from latentloom.evaluation.metadata import ImageMetadata, read_metadata
 from latentloom.layout import DVC_LOCK, MODEL
 from latentloom.model_files import model_hash
 from latentloom.registry.models import (
+    SHOWCASE_FOLDER,
     StoredModel,
     is_model,
     look_up,
+    named_folder,
     read_artifact,
     run_provenance,
     stored_model,
 )
 from latentloom.tracking.git import Git
-from latentloom.tracking.provenance import CODE_DIFF, Provenance, read_run_record
+from latentloom.tracking.provenance import CODE_DIFF, Provenance, read_carried_record, read_run_record
 from latentloom.tracking.store import existing_store, first_line, tracking_uri, without_credentials
 
 
@@ -31,7 +33,7 @@ class Subject:
 
     Attributes:
         stored: what MLflow has of the model; its hash is None where there is none, or only DVC's hash is known.
-        folder: the model's, where it was asked for, or the project's own.
+        folder: the model's, where it was asked for or is the package's, or the project's own.
         image: the PNG, where one was asked for, and its ``metadata``.
         provenance: as it was written down; empty where nothing was found.
         code_diff: what differed from the commit; None where the run does not hold it.
@@ -52,9 +54,10 @@ def find_subject(reference: str, root: Path) -> Subject:
     path, model = Path(reference).expanduser(), root / MODEL
     if path.is_file() or path.suffix.lower() == ".png":
         metadata = read_metadata(path)
-        subject = Subject(StoredModel(metadata.model_sha256), model, path.resolve(), metadata)
-    elif is_model(path):
-        subject = Subject(StoredModel(model_hash(path)), path.resolve())
+        folder = SHOWCASE_FOLDER if is_model(SHOWCASE_FOLDER, metadata.model_sha256) else model
+        subject = Subject(StoredModel(metadata.model_sha256), folder, path.resolve(), metadata)
+    elif is_model(folder := named_folder(reference)):
+        subject = Subject(StoredModel(model_hash(folder)), folder.resolve())
     elif path.resolve() == model and _committed_outs(root):  # a clone that has not pulled
         subject = Subject(StoredModel(None), model)
     else:
@@ -86,7 +89,7 @@ def _ask_store(subject: Subject, root: Path) -> Provenance | None:
 def _known_here(subject: Subject, root: Path) -> Provenance | None:
     """What was written down without MLflow, from the first place that has it."""
     sha256, metadata = subject.stored.sha256, subject.metadata
-    if sha256 and (record := read_run_record(root, sha256)):
+    if sha256 and (record := read_run_record(root, sha256) or read_carried_record(subject.folder, sha256)):
         return record
     if metadata and metadata.provenance:
         return Provenance.from_dict(metadata.provenance)

@@ -1,5 +1,6 @@
-"""From what a user calls a model to its files: a folder, a name of the registry, or an MLflow run.
+"""From what a user calls a model to its files: a folder, `showcase`, a name of the registry, or an MLflow run.
 
+`showcase` is the model that comes with this package, in a folder of it.
 A model's bytes may be in several places; its hash says which are the right ones. They are looked for in `models/unet`,
 in `.state/models` (what was fetched before), in DVC's cache and remote, and in the registry, in this order.
 """
@@ -13,11 +14,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import latentloom
 from latentloom.dvc_outs import bring
 from latentloom.errors import UserError
 from latentloom.layout import MODEL
 from latentloom.model_files import MODEL_FILES, model_hash
-from latentloom.tracking.provenance import HASH_TAG, PROVENANCE, Provenance, read_run_record
+from latentloom.tracking.provenance import (
+    HASH_TAG,
+    PROVENANCE,
+    Provenance,
+    read_carried_record,
+    read_run_record,
+)
 from latentloom.tracking.store import existing_store, has_error_code
 
 if TYPE_CHECKING:
@@ -28,6 +36,8 @@ if TYPE_CHECKING:
 NAME = "latentloom"  # of the registered model
 SERVED = "served"  # where the training's run holds the files of a registered version
 PACKED_MODEL = f"{SERVED}/artifacts/model"
+SHOWCASE = "showcase"
+SHOWCASE_FOLDER = Path(latentloom.__file__).with_name(SHOWCASE)
 URI = re.compile(rf"^(runs:/|(models:/)?{NAME}[@:/])")  # as MLflow writes runs, versions and aliases
 
 
@@ -55,18 +65,20 @@ def find_model(reference: str, root: Path) -> FoundModel:
     """The model that ``reference`` names.
 
     Args:
-        reference: a folder; ``champion``, ``candidate`` or another alias; a version's number; the id of an MLflow run,
-            or its name; or any of these as MLflow writes them, ``models:/latentloom@champion`` or ``runs:/ID``.
-        root: the project's root, which decides the store; MLflow is not imported for a folder.
+        reference: a folder; ``showcase``; ``champion``, ``candidate`` or another alias; a version's number; the id of
+            an MLflow run, or its name; or any of these as MLflow writes them, ``models:/latentloom@champion`` or
+            ``runs:/ID``.
+        root: the project's root, which decides the store; MLflow is not imported for a folder or ``showcase``.
 
     Raises:
         UserError: when it names nothing, or several things, or the bytes are nowhere; it says what to do.
         mlflow.exceptions.MlflowException: when the store cannot be reached.
     """
-    folder = Path(reference).expanduser()
+    folder = named_folder(reference)
     if is_model(folder):
         sha256 = model_hash(folder)
-        return FoundModel(folder, sha256, provenance=read_run_record(root, sha256))
+        known = read_run_record(root, sha256) or read_carried_record(folder, sha256)
+        return FoundModel(folder, sha256, provenance=known)
     stored = look_up(reference, root)
     run, version = stored.run, stored.version
     if stored.sha256 is None:
@@ -78,6 +90,12 @@ def find_model(reference: str, root: Path) -> FoundModel:
     provenance = run_provenance(client, run) if run else None  # the run of a version may be deleted
     folder = _fetch(client, root, stored, provenance or Provenance())
     return FoundModel(folder, stored.sha256, run and run.info.run_id, version and str(version.version), provenance)
+
+
+def named_folder(reference: str) -> Path:
+    """The folder that a reference may name: one of the user's, else the package's own of that name."""
+    folder = Path(reference).expanduser()
+    return SHOWCASE_FOLDER if reference == SHOWCASE and not is_model(folder) else folder
 
 
 def is_model(folder: Path, sha256: str | None = None) -> bool:

@@ -15,6 +15,7 @@ import latentloom
 from latentloom.diffusion.sampling_settings import SamplingSettings
 from latentloom.evaluation.text_to_image import store_settings
 from latentloom.model_files import read_config
+from latentloom.registry.models import SHOWCASE
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
@@ -33,8 +34,10 @@ def save_served_model(path: Path, model: Path, settings: SamplingSettings, prove
         settings: those that a request which names none gets.
         provenance: what goes into the images' metadata.
     """
-    packed = path.parent / "model"
+    packed, code = path.parent / "model", path.parent / "latentloom"
     _pack(model, packed, settings)
+    # The package's own model is large, and no part of its code.
+    shutil.copytree(Path(latentloom.__file__).parent, code, ignore=shutil.ignore_patterns(SHOWCASE, "__pycache__"))
     with warnings.catch_warnings(record=True):  # that type hints are missing; a filter would come too late
         import mlflow.pyfunc
 
@@ -43,7 +46,7 @@ def save_served_model(path: Path, model: Path, settings: SamplingSettings, prove
             str(path),
             python_model=str(SERVED_MODEL),
             artifacts={"model": str(packed)},
-            code_paths=[str(Path(latentloom.__file__).parent)],
+            code_paths=[str(code)],
             signature=_signature(settings),
             pip_requirements=requirements(),
             model_config={"provenance": json.dumps(dict(provenance))},  # as text: MLflow would sort its keys

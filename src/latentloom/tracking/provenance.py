@@ -1,7 +1,8 @@
 """What a model came from, written down when it is trained; `latentloom lineage` reads it back.
 
 It goes into the MLflow run as ``provenance.json``, with tags and a description for people, and into
-``.state/runs/MODEL_SHA256.json`` on this machine. `latentloom sample` writes a part of it into each PNG.
+``.state/runs/MODEL_SHA256.json`` on this machine; a model that is passed on carries it in its folder. `latentloom
+sample` writes a part of it into each PNG.
 """
 
 import json
@@ -71,6 +72,8 @@ class Provenance:
         encoders: ``vae`` and ``text_encoder``, that made the caches: each one's reference and fingerprint.
         failed_checks: the names of the validation's checks that failed; None: there was no validation.
         model_sha256: names the finished model, see `model_files.model_hash`.
+        converted_from: the hash of the model that this training made, where the finished model is a copy of that in
+            another precision, which carries this record and comes without the caches.
         mlflow_run_id: of the training, where MLflow answered.
         run_key: what names the training's run on this machine.
     """
@@ -87,6 +90,7 @@ class Provenance:
     encoders: Mapping[str, dict[str, str]] = field(default_factory=dict)
     failed_checks: list[str] | None = None
     model_sha256: str | None = None
+    converted_from: str | None = None
     mlflow_run_id: str | None = None
     run_key: str | None = None
 
@@ -190,6 +194,18 @@ def read_run_record(root: Path, model_sha256: str) -> Provenance | None:
     """The provenance of a model that was trained on this machine; None where there is none."""
     path = _run_record(root, model_sha256)
     return Provenance.from_dict(read_json(path)) if path.exists() else None
+
+
+def save_carried_record(folder: Path, provenance: Provenance) -> None:
+    """Write the provenance of a model into its folder, so that it goes where the model goes."""
+    write_json(folder / PROVENANCE, asdict(provenance))
+
+
+def read_carried_record(folder: Path, model_sha256: str) -> Provenance | None:
+    """The provenance that a model's folder carries; None where there is none, or it is another model's."""
+    path = folder / PROVENANCE
+    provenance = Provenance.from_dict(read_json(path)) if path.exists() else None
+    return provenance if provenance and provenance.model_sha256 == model_sha256 else None
 
 
 def _run_record(root: Path, model_sha256: str | None) -> Path:
