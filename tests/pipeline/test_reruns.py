@@ -32,6 +32,7 @@ RERUNS = {  # section of params.yaml, or a key of it -> the stages that a change
     "diffusion": AFTER["train"],
     "train": AFTER["train"],
     "monitor": [],  # decides no weight
+    "previews": [],
     "machine": [],
     "evaluate": AFTER["evaluate"],
     "registry": [],  # what promotions ask for
