@@ -10,10 +10,10 @@ export DO_NOT_TRACK ?= 1
 # What is compiled is kept, or every process would compile all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-# Tests side by side, each process with one thread, and one process more than cores: tests of kills and of servers wait a
-# third of their time. What shares a project stays in one process (tests/conftest.py says what).
+# Tests side by side, each process with one thread, and two processes more than cores: tests of kills and of servers wait
+# a third of their time. What shares a project stays in one process (tests/conftest.py says what).
 CORES := $(shell getconf _NPROCESSORS_ONLN)
-PYTEST := OMP_NUM_THREADS=1 python -m pytest -n $(shell echo $$(( $(CORES) < 4 ? $(CORES) + 1 : 4 ))) --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 python -m pytest -n $(shell echo $$(( $(CORES) < 4 ? $(CORES) + 2 : 5 ))) --dist loadfile --no-loadscope-reorder
 
 .PHONY: repro test test-fast test-services ui bench walkthrough lint install install-tests clean
 
