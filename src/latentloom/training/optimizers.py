@@ -1,7 +1,7 @@
 """The optimizers: AdamW for all weights, or Muon for those inside the network and AdamW for the rest.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) takes the momentum of a kernel, flattened to a
-matrix (out, in*k*k), and steps along the nearest semi-orthogonal matrix, so that every direction moves alike. A step
+matrix (out, k*k*in), and steps along the nearest semi-orthogonal matrix, so that every direction moves alike. A step
 costs some matrix products more, and gets much further (docs/training.md). `torch.optim.Muon` takes matrices alone, one
 by one; here kernels are flattened, and those of one shape go together.
 """
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from latentloom.params import TrainParams
+from latentloom.training.orthogonal import orthogonalised
 
 BETAS = (0.9, 0.99)  # AdamW's
 MOMENTUM = 0.95  # Muon's
@@ -29,7 +30,7 @@ def build_optimizers(
     Args:
         network: on the device where it is trained.
         params: the section `train`.
-        dtype: what Muon's matrix products compute in.
+        dtype: what Muon's matrix products compute in, but on a CPU.
     """
     muon, kernels, others = [], [], []
     for name, weight in network.named_parameters():
@@ -71,10 +72,10 @@ class Muon(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:  # a network without attention uses no text tokens
                     alike[parameter.shape].append(parameter)
-            for shape, parameters in alike.items():
-                matrices = torch.stack([self._direction(parameter).reshape(shape[0], -1) for parameter in parameters])
-                updates = orthogonalised(matrices, self.dtype).view(-1, *shape)
-                rate = group["lr"] * self.scale(*matrices.shape[1:])
+            for parameters in alike.values():
+                directions = torch.stack([self._direction(parameter) for parameter in parameters])
+                updates = orthogonalised(directions.flatten(2), self.dtype).view_as(directions).movedim(-1, 2)
+                rate = group["lr"] * self.scale(len(directions[0]), directions[0, 0].numel())
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(parameters, list(updates), alpha=-rate)
 
@@ -83,25 +84,9 @@ class Muon(torch.optim.Optimizer):
         return 0.2 * max(rows, columns) ** 0.5
 
     def _direction(self, parameter: Tensor) -> Tensor:
+        """`(out, k, k, in)`, which is a view of channels-last memory."""
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         state["momentum"].lerp_(parameter.grad, 1 - MOMENTUM)
-        return parameter.grad.lerp(state["momentum"], MOMENTUM)
-
-
-def orthogonalised(matrices: Tensor, dtype: torch.dtype = torch.bfloat16, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrices of a stack `(N, rows, columns)`, roughly: singular values in [0.7, 1.2].
-
-    The quintic Newton-Schulz iteration with Jordan's coefficients, in `dtype`. Matrices of zeros stay.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.to(dtype)
-    tall = x.shape[-2] > x.shape[-1]
-    if tall:
-        x = x.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).to(matrices.dtype)
+        return parameter.grad.lerp(state["momentum"], MOMENTUM).movedim(1, -1)
