@@ -153,6 +153,27 @@ def test_what_mlflow_rejects_is_left_out_with_a_warning_and_the_rest_arrives(roo
     assert logged_steps(root, run.id, "train/mae") == [1]
 
 
+def test_a_data_set_that_another_run_names_at_the_same_moment_arrives_with_both(root, monkeypatch):
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import BAD_REQUEST
+    from mlflow.tracking import MlflowClient
+
+    log_inputs, calls = MlflowClient.log_inputs, Counter()
+
+    def second(self, run_id, *arguments):
+        calls[run_id] += 1
+        if calls[run_id] == 1:  # as MLflow answers: it looked for the data set before the other run had made it
+            raise MlflowException("UNIQUE constraint failed: datasets.experiment_id, datasets.name", BAD_REQUEST)
+        return log_inputs(self, run_id, *arguments)
+
+    monkeypatch.setattr(MlflowClient, "log_inputs", second)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with new_run(root) as run:
+            run.log_dataset(name="training", source="data/latents", digest="5dafefcb", rows=10, context="training")
+    assert [own.dataset.name for own in client(root).get_run(run.id).inputs.dataset_inputs] == ["training"]
+
+
 def test_a_delivered_run_leaves_no_journal_and_no_thread(root):
     with new_run(root) as run:
         log_training(run, steps=range(1, 6))

@@ -63,13 +63,8 @@ def deliver(journal: Journal, root: Path) -> None:
     client = open_client(root)
     run_id = _run_id(client, journal, root)
     for batch, end in _batches(journal):
-        try:
-            if not journal.about["known"]:
-                _send(client, run_id, batch, journal.folder)
-        except Exception as error:
-            if not has_error_code(error, "INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
-                raise
-            warnings.warn(f"MLflow rejected {batch[0]['kind']} ({first_line(error)}); they are left out", stacklevel=2)
+        if not journal.about["known"]:
+            _send_or_leave_out(client, run_id, batch, journal.folder)
         journal.update(delivered=end)
 
 
@@ -122,6 +117,23 @@ def _batches(journal: Journal) -> Iterator[tuple[list[Event], int]]:
         end = event_end
     if batch:
         yield batch, end
+
+
+def _send_or_leave_out(client: "MlflowClient", run_id: str, batch: list[Event], folder: Path) -> None:
+    """Send events, with a warning where MLflow will not have them.
+
+    It is asked twice: where two runs name a new data set at the same moment, it rejects the second, which then exists.
+    """
+    for last in (False, True):
+        try:
+            _send(client, run_id, batch, folder)
+            return
+        except Exception as error:
+            if not has_error_code(error, "INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
+                raise
+            if last:
+                kind, reason = batch[0]["kind"], first_line(error)
+                warnings.warn(f"MLflow rejected {kind} ({reason}); they are left out", stacklevel=3)
 
 
 def _send(client: "MlflowClient", run_id: str, batch: list[Event], folder: Path) -> None:
