@@ -84,6 +84,7 @@ def test_time_that_is_kept_for_the_last_part_is_taken_by_no_other(run):
     assert outcomes["rows_fail"].status == "done"
 
 
+@pytest.mark.slow
 def test_where_the_first_part_fails_in_a_fork_all_run_in_new_interpreters(run, monkeypatch):
     monkeypatch.setenv(
         "PYTHONPATH", os.pathsep.join(map(str, (ROOT / "benchmarks", ROOT / "src", Path(__file__).parent)))

@@ -29,6 +29,7 @@ def test_the_figures_are_taken_on_at_least_128_held_out_emoji(held_out):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize(("noise", "promised_db"), [(0.0, 26.9), (0.2, 25.6), (0.3, 24.2)])
 def test_held_out_emoji_are_reconstructed_as_promised_also_from_noisy_latents(vae, held_out, noise, promised_db):
     assert psnr(reconstruct(vae, held_out, noise), held_out).mean().item() >= promised_db

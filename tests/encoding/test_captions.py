@@ -178,6 +178,7 @@ def test_an_encoder_that_leads_nowhere_is_explained(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_one_percent_more_captions_cost_at_most_two_percent_of_the_encoders_work(bundled, prepare_images, tmp_path):
     work = []
     hook = bundled.model.register_forward_pre_hook(

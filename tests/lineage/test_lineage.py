@@ -233,6 +233,7 @@ def test_data_that_only_the_folder_still_has_are_here_and_are_copied(lab, traine
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_model_that_only_the_registry_has_comes_from_there(lab, trained, tiny_unets):
     run_id = trained()
     registry.promote(find_model(run_id, lab), "champion", lab)
@@ -450,6 +451,7 @@ def test_addresses_are_shown_and_written_without_user_and_password(lab, trained,
     assert "secret" not in result.output
 
 
+@pytest.mark.slow
 def test_of_what_is_in_no_commit_the_bytes_come_back_by_their_hash(lab, trained, tiny_unets):
     """The commit at training cannot name the model that the training makes."""
     run_id = trained()

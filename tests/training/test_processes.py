@@ -135,6 +135,7 @@ def test_what_would_change_the_algorithm_is_rejected_by_name(variable, name):
     check_environment({variable: "false"})
 
 
+@pytest.mark.slow
 def test_settings_of_an_accelerate_config_change_no_bit_of_a_training(tmp_path):
     config = {
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
