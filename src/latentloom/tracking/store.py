@@ -1,13 +1,15 @@
 """Which MLflow store holds our runs, how it is opened, and the experiment in it.
 
 Where `MLFLOW_TRACKING_URI` is set, everything goes there; otherwise into an SQLite store at the project's root, by
-absolute path, so that experiments that DVC runs in temporary copies are stored in the same place.
+absolute path, so that experiments that DVC runs in temporary copies are stored in the same place. The files of its runs
+lie beside it, in ``mlartifacts``: where a project was copied or moved, the store follows.
 """
 
 import logging
 import os
 import re
 import sqlite3
+import sys
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +24,14 @@ EXPERIMENT = "latentloom"
 # So that the UI opens on runs, charts and image grids; without it, it assumes a project of language-model prompts.
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 TIMEOUT = 10  # seconds
+ARTIFACTS = "mlartifacts"
+# Where MLflow keeps absolute addresses of files: tables and columns, those of new runs first.
+ADDRESSES = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
 _CREDENTIALS = re.compile(r"://[^/\s]*@")
 
 # MLflow reads these when it is imported. Its usage statistics are off unless the user turns them on. A server that is
@@ -95,6 +105,8 @@ def open_client(root: Path) -> "MlflowClient":
         _check_database(tracking_uri(root))
         client = MlflowClient(tracking_uri(root))
         client.search_experiments(max_results=1)
+        if not os.environ.get("MLFLOW_TRACKING_URI"):
+            _follow(store, root.resolve() / ARTIFACTS)
     return client
 
 
@@ -118,13 +130,41 @@ def experiment_id(client: "MlflowClient", root: Path) -> str:
     if found := client.get_experiment_by_name(name):
         return found.experiment_id
     own_store = not os.environ.get("MLFLOW_TRACKING_URI")
-    location = (root.resolve() / "mlartifacts").as_uri() if own_store else None
+    location = _artifacts(root) if own_store else None
     try:
         return client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS)
     except Exception as error:
         if not has_error_code(error, "RESOURCE_ALREADY_EXISTS"):
             raise
         return client.get_experiment_by_name(name).experiment_id  # another process was first
+
+
+def _artifacts(root: Path) -> str:
+    """The address of the files of the runs in the project's own store."""
+    return (root.resolve() / ARTIFACTS).as_uri()
+
+
+def _follow(store: Path, files: Path) -> None:
+    """Let the store of a project that was copied or moved name the files beside it.
+
+    MLflow keeps absolute addresses, so a copy's runs would write into the folder that it was copied from.
+    """
+    here = files.as_uri()
+    with closing(sqlite3.connect(store, timeout=TIMEOUT)) as connection, connection:
+        for (there,) in connection.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall():
+            if there == here or not there.startswith("file://") or not there.endswith(f"/{ARTIFACTS}"):
+                continue
+            # Where the store alone was copied, the files of its runs are only where they were.
+            for table, column in ADDRESSES if files.is_dir() else ADDRESSES[:1]:
+                begins = f"substr({column}, 1, {len(there)}) = ?"
+                moved = f"UPDATE {table} SET {column} = ? || substr({column}, {len(there) + 1}) WHERE {begins}"
+                connection.execute(moved, (here, there))
+            print(
+                f"MLflow: {store} came here with a copied or moved project; its runs keep their files in {here} from "
+                f"now on, no longer in {there}",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _sqlite_uri(path: Path) -> str:
