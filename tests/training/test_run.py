@@ -69,7 +69,7 @@ class MemoryLogger:
 
     def __init__(self) -> None:
         self.metrics: dict[tuple[str, int], float] = {}
-        self.images: dict[int, np.ndarray] = {}
+        self.images: dict[tuple[str, int], np.ndarray] = {}
         self.tags: dict[str, str] = {}
         self.texts: dict[str, str] = {}
 
@@ -78,7 +78,7 @@ class MemoryLogger:
             self.metrics.setdefault((name, step), value)
 
     def log_image(self, image, key, step):
-        self.images[step] = image
+        self.images[key, step] = image
 
     def log_text(self, text, name):
         self.texts[name] = text
@@ -311,7 +311,7 @@ def test_a_preview_that_fails_costs_a_warning_and_no_weight(run, tmp_path, logge
     params = quick(steps=8, previews={"every": 5})
     run(params)
     whole = outs(tmp_path)
-    assert sorted(logger.images) == [5, 8]
+    assert sorted(logger.images) == [("final_samples", 0), ("samples", 5), ("samples", 8)]
     params = quick(steps=8, previews={"every": 8})
     logger.images.clear()
 
@@ -347,7 +347,7 @@ def test_previews_are_generated_in_parts_of_bounded_size(run, logger, make_data,
     object.__setattr__(caches, "train", make_data(30))
     object.__setattr__(caches, "validation", make_data(30, prefix="held out"))
     run(quick(steps=4, monitor={"validate_every": 100}, previews={"every": 4, "captions": 40}))
-    assert logger.images[4].shape == (6 * (8 + 56), 7 * 128, 3)  # each with its caption below
+    assert logger.images["samples", 4].shape == (6 * (8 + 56), 7 * 128, 3)  # each with its caption below
 
 
 class LatentVae:
@@ -371,15 +371,15 @@ def test_prompts_of_ones_own_come_first_and_change_neither_weights_nor_the_other
     monkeypatch.setattr("latentloom.training.preview.Vae", lambda reference, device: LatentVae())
     monkeypatch.setattr("latentloom.training.preview.TextEncoder", AnyTextEncoder)
     run(quick(steps=4, previews={"every": 4}))
-    whole, before = outs(tmp_path), logger.images[4].astype(int)
+    whole, before = outs(tmp_path), logger.images["samples", 4].astype(int)
     run(quick(steps=4, previews={"every": 2, "prompts": ["a prompt"]}))
     assert outs(tmp_path) == whole
-    assert sorted(logger.images) == [2, 4]
+    assert sorted(logger.images) == [("final_samples", 0), ("samples", 2), ("samples", 4)]
     index = json.loads(logger.texts["previews.json"])
     assert [own["from"] for own in index] == ["prompt", "training", "validation"]
     assert index[0]["caption"] == "a prompt"
     height, width = before.shape[0], before.shape[1] // 2
-    after = logger.images[4].astype(int)
+    after = logger.images["samples", 4].astype(int)
     for shown, place in ((before[:, :width], after[:height, width:]), (before[:, width:], after[height:, :width])):
         assert np.abs(shown - place).max() <= 1  # batches of another size round otherwise
 
@@ -397,7 +397,7 @@ def test_without_the_text_encoder_prompts_are_left_out_with_a_warning(run, logge
     with pytest.warns(UserWarning, match=r"text encoder of previews\.prompts failed, the training continues"):
         run(quick(steps=4, previews={"every": 4, "prompts": ["a prompt"]}))
     assert [own["from"] for own in json.loads(logger.texts["previews.json"])] == ["training", "validation"]
-    assert sorted(logger.images) == [4]
+    assert sorted(logger.images) == [("final_samples", 0), ("samples", 4)]
 
 
 @pytest.mark.slow
