@@ -402,13 +402,21 @@ def test_without_the_text_encoder_prompts_are_left_out_with_a_warning(run, logge
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_a_compiled_training_learns_the_same_within_rounding(run, monkeypatch):
+def test_a_compiled_training_stopped_twice_and_resumed_uncompiled_learns_the_same_within_rounding(
+    run, tmp_path, monkeypatch, stop_after
+):
     """The graphs are captured as in earnest; what makes machine code of them is PyTorch's, and takes half a minute."""
     monkeypatch.setattr("torch.compile", partial(torch.compile, backend="aot_eager"))
     few = {"steps": 8, "monitor": {"log_every": 1}, "widths": [16]}
-    plain = run(quick(**few))
-    compiled = run(quick(**few, machine={"compile": True}))
-    assert compiled.val_mae == pytest.approx(plain.val_mae, abs=1e-3)
+    plain, compiled = quick(**few), quick(**few, machine={"compile": True})
+    for last in (3, 6):
+        stop_after(last)
+        with pytest.raises(TrainingStopped):
+            run(compiled, resumed=usable_checkpoint(kept(tmp_path), compiled))
+    stop_after(0)
+    resumed = usable_checkpoint(kept(tmp_path), plain)
+    assert resumed.step == 6
+    assert run(plain, resumed=resumed).val_mae == pytest.approx(run(plain).val_mae, abs=1e-3)
 
 
 def test_without_a_compiler_compiling_is_rejected_before_any_work(run, monkeypatch):
@@ -433,6 +441,9 @@ def metadata(params: Params) -> dict:
     [
         ({"lr_schedule": "cosine"}, 20, {"lr_schedule": "cosine"}, True),
         ({"lr_schedule": "cosine"}, 20, {"lr_schedule": "cosine", "decay_steps": 5}, True),
+        # At step 20 another rate would follow, and every step before was at another rate.
+        ({"lr_schedule": "cosine"}, 20, {"lr_schedule": "cosine", "steps": 60}, False),
+        ({"lr_schedule": "cosine"}, 20, {"lr_schedule": "cosine", "steps": 30}, False),
         ({"lr_schedule": "constant"}, 40, {"lr_schedule": "constant", "steps": 60}, True),
         ({"lr_schedule": "constant"}, 40, {"lr_schedule": "constant", "steps": 39}, False),
         ({"lr_schedule": "warmup_stable_decay"}, 30, {"lr_schedule": "warmup_stable_decay", "steps": 60}, True),

@@ -124,7 +124,7 @@ def run_training(
                 )
         monitor.finish()
     if accelerator.is_main_process:
-        save_model(model_folder, monitor.model, config)
+        save_model(model_folder, monitor.model.state_dict(), config)
     figures = monitor.figures
     metrics = {
         "train_mae": round(figures.train_mae, 4),
