@@ -114,14 +114,19 @@ def existing_store(root: Path) -> "MlflowClient":
     """`open_client`, of a store that is there: no store is created to look something up.
 
     Raises:
-        UserError: when the project has no store, or there is no project, and the environment names no store.
+        UserError: when the project has no store, or there is no project, and the environment names no store; when
+            MLflow, or the driver of a database, is not installed.
     """
     if not os.environ.get("MLFLOW_TRACKING_URI") and not (root / "mlflow.db").exists():
         raise UserError(
             f"{root} has no MLflow store (mlflow.db): run this in the project's root, after a training, or set "
             "MLFLOW_TRACKING_URI"
         )
-    return open_client(root)
+    try:
+        return open_client(root)
+    except ImportError as error:
+        store = without_credentials(tracking_uri(root))
+        raise UserError(f"{store} cannot be opened: {error}; install that in this environment") from error
 
 
 def experiment_id(client: "MlflowClient", root: Path) -> str:
