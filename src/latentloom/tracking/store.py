@@ -8,6 +8,7 @@ lie beside it, in ``mlartifacts``: where a project was copied or moved, the stor
 import logging
 import os
 import re
+import shlex
 import sqlite3
 import sys
 from contextlib import closing, suppress
@@ -130,11 +131,21 @@ def existing_store(root: Path) -> "MlflowClient":
 
 
 def experiment_id(client: "MlflowClient", root: Path) -> str:
-    """The id of our runs' experiment: `MLFLOW_EXPERIMENT_NAME`, or ``latentloom``; created if need be."""
+    """The id of our runs' experiment: `MLFLOW_EXPERIMENT_NAME`, or ``latentloom``; created if need be.
+
+    Raises:
+        UserError: when it was deleted, for MLflow neither writes to such an experiment nor gives its name away again.
+    """
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
-    if found := client.get_experiment_by_name(name):
-        return found.experiment_id
     own_store = not os.environ.get("MLFLOW_TRACKING_URI")
+    if found := client.get_experiment_by_name(name):
+        if found.lifecycle_stage == "deleted":
+            store = f"MLFLOW_TRACKING_URI={shlex.quote(tracking_uri(root))} " if own_store else ""
+            raise UserError(
+                f"the MLflow experiment {name} was deleted; bring it back (`{store}mlflow experiments restore -x "
+                f"{found.experiment_id}`) or set MLFLOW_EXPERIMENT_NAME to another name"
+            )
+        return found.experiment_id
     location = _artifacts(root) if own_store else None
     try:
         return client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS)
