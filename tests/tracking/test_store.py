@@ -54,8 +54,12 @@ def test_the_runs_of_a_copied_project_keep_their_files_in_the_copy(project_root,
     # Where only the store was copied, the first run's files are still found where they are.
     assert artifacts(copy, before.id).is_relative_to(copy if files_come_along else original)
     assert capsys.readouterr().err.count("came here with a copied or moved project") == 1
-    with new_run(copy), new_run(original):
-        pass
+    linked = project_root / "linked"
+    linked.mkdir()
+    (linked / "mlflow.db").symlink_to(copy / "mlflow.db")  # one store for two projects, with one place for files
+    with new_run(copy), new_run(original), new_run(linked) as run:
+        run.log_text("third", "note.txt")
+    assert artifacts(linked, run.id).is_relative_to(copy)
     assert "copied" not in capsys.readouterr().err
 
 

@@ -107,7 +107,7 @@ def open_client(root: Path) -> "MlflowClient":
         client = MlflowClient(tracking_uri(root))
         client.search_experiments(max_results=1)
         if not os.environ.get("MLFLOW_TRACKING_URI"):
-            _follow(store, root.resolve() / ARTIFACTS)
+            _follow(store, _artifacts(root))
     return client
 
 
@@ -146,7 +146,7 @@ def experiment_id(client: "MlflowClient", root: Path) -> str:
                 f"{found.experiment_id}`) or set MLFLOW_EXPERIMENT_NAME to another name"
             )
         return found.experiment_id
-    location = _artifacts(root) if own_store else None
+    location = _artifacts(root).as_uri() if own_store else None
     try:
         return client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS)
     except Exception as error:
@@ -155,9 +155,9 @@ def experiment_id(client: "MlflowClient", root: Path) -> str:
         return client.get_experiment_by_name(name).experiment_id  # another process was first
 
 
-def _artifacts(root: Path) -> str:
-    """The address of the files of the runs in the project's own store."""
-    return (root.resolve() / ARTIFACTS).as_uri()
+def _artifacts(root: Path) -> Path:
+    """Where the runs of the project's own store keep their files; beside the store itself where it is a link."""
+    return (root / "mlflow.db").resolve().parent / ARTIFACTS
 
 
 def _follow(store: Path, files: Path) -> None:
@@ -172,9 +172,7 @@ def _follow(store: Path, files: Path) -> None:
                 continue
             # Where the store alone was copied, the files of its runs are only where they were.
             for table, column in ADDRESSES if files.is_dir() else ADDRESSES[:1]:
-                begins = f"substr({column}, 1, {len(there)}) = ?"
-                moved = f"UPDATE {table} SET {column} = ? || substr({column}, {len(there) + 1}) WHERE {begins}"
-                connection.execute(moved, (here, there))
+                connection.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (there, here))
             print(
                 f"MLflow: {store} came here with a copied or moved project; its runs keep their files in {here} from "
                 f"now on, no longer in {there}",
