@@ -309,4 +309,4 @@ def test_what_a_machine_without_mlflow_trained_is_delivered_later(morning):
         (new,) = [run for run in all_runs(morning) if run.info.run_id not in before]
         assert new.info.status == "FINISHED"
         assert [step for step, _ in curve(morning, new, "train/mae")] == STEPS
-        assert sorted(pictures(new)) == [("samples", step) for step in SHOWN]
+        assert sorted(pictures(new)) == [("final_samples", 0), *(("samples", step) for step in SHOWN)]
