@@ -33,7 +33,7 @@ def build_optimizers(
     Args:
         network: on the device where it is trained.
         params: the section `train`.
-        dtype: what Muon's matrix products compute in, but on a CPU.
+        dtype: of Muon's matrix products, see there.
     """
     muon, kernels, others = [], [], []
     for name, weight in network.named_parameters():
@@ -59,6 +59,13 @@ class Muon(torch.optim.Optimizer):
 
     Updates are scaled to the size of AdamW's, so one learning rate and one weight decay serve both (Liu et al. 2025,
     "Muon is scalable for LLM training", section 2.2).
+
+    Args:
+        params: matrices and kernels, on one device.
+        lr: the learning rate.
+        weight_decay: decoupled, as AdamW's.
+        dtype: what the matrix products compute in on an accelerator; on a CPU they are in fp32 whatever it says, see
+            `orthogonalised`.
     """
 
     def __init__(
