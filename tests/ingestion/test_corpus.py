@@ -153,7 +153,7 @@ KINDS = (
     # broken files
     Kind("no bytes", content(b""), "empty_file"),
     Kind("web page", content(b"<!DOCTYPE html><html><body>403 Forbidden</body></html>"), "not_an_image", "jpg"),
-    Kind("SVG", content(b'<svg xmlns="http://www.w3.org/2000/svg"/>'), "not_an_image"),
+    Kind("SVG", content(b'<svg xmlns="http://www.w3.org/2000/svg"/>'), "unsupported_format"),
     Kind("zeros", content(b"\0" * 4096), "not_an_image"),
     Kind("JPEG without its last half", cut("JPEG", 0.5), "truncated", "jpg"),
     Kind("JPEG without its last tenth", cut("JPEG", 0.9), "truncated", "jpg"),

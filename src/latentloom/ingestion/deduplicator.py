@@ -4,6 +4,7 @@ Everything else streams through. For every kept image it remembers the id with t
 duplicate of, the split and the signature by which near duplicates are found: some 450 bytes.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -27,6 +28,7 @@ class Deduplicator:
         self._counts = counts
         self.rejects = RejectTable()
         self.captions = 0
+        self.profiles: Counter[str] = Counter()
         self._keys: dict[bytes, str] = {}
         self._in_train = bytearray()
         self._signatures = bytearray()
@@ -67,3 +69,4 @@ class Deduplicator:
         self._in_train.append(row.split == "train")
         self._signatures += row.signature
         self.captions += len(row.captions)
+        self.profiles[row.profile] += 1

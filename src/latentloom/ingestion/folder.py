@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from latentloom.ingestion.captions import caption_lines, flat_captions
-from latentloom.ingestion.images import EXTENSIONS
+from latentloom.ingestion.image_formats import HEAD, format_of, looks_like_image, may_be_image
 from latentloom.ingestion.metadata import CAPTIONS, COLUMNS_WANTED, FILE_NAME, READERS, read_metadata_rows
 from latentloom.ingestion.rejects import Reason, RejectedSample
 from latentloom.ingestion.source_files import resolve_source_path, visible_files
@@ -35,7 +35,7 @@ class FolderSource(Source):
             what = "is not a folder" if self.root.exists() else "does not exist"
             raise IngestError(f"ingest: the path {self.root} {what}; give the folder that holds your images")
         names = sorted(visible_files(self.root))
-        self._images = {name for name in names if posixpath.splitext(name)[1].lower() in EXTENSIONS}
+        self._images = set(filter(self._is_image, names))
         self._composed = {unicodedata.normalize("NFC", key): key for key in self._images}
         self._captions: dict[str, list[object]] = {}
         self._bad_rows: list[Sample] = []
@@ -46,15 +46,24 @@ class FolderSource(Source):
         self.total = len(self._bad_rows) + len(self._keys)
         if not self.total:
             raise IngestError(
-                f"ingest: the path {self.root} holds no images; looked for the extensions "
-                f"{' '.join(sorted(EXTENSIONS))} in it and its sub-folders, and for metadata files "
-                f"({', '.join(READERS)}; {COLUMNS_WANTED})"
+                f"ingest: the path {self.root} holds no images; looked for them in it and its sub-folders, and for "
+                f"metadata files ({', '.join(READERS)}; {COLUMNS_WANTED})"
             )
 
     def samples(self) -> Iterator[Sample]:
         yield from self._bad_rows
         for key in self._keys:
             yield Sample(key, partial(self._image, key), partial(self._captions_of, key))
+
+    def _is_image(self, name: str) -> bool:
+        """By its name, or where that says nothing by its content: whoever saved it meant an image."""
+        if looks_like_image(name) or not may_be_image(name) or not _is_file(self.root / name):
+            return looks_like_image(name)
+        try:
+            with open(self.root / name, "rb") as file:
+                return format_of(file.read(HEAD)) is not None
+        except OSError:
+            return False
 
     def _read_metadata(self, name: str) -> None:
         for line, row in read_metadata_rows(self.root / name):

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from latentloom.ingestion.colours import Profile
 from latentloom.ingestion.deduplicator import ID_BYTES, Deduplicator
 from latentloom.ingestion.folder import FolderSource
 from latentloom.ingestion.images import pillow_settings
@@ -42,7 +43,9 @@ class IngestReport:
     """The result of an ingestion, in counts.
 
     ``captions`` counts those of all kept images, an image's second one too; ``near_duplicates`` the pairs;
-    ``moved_to_train`` the images that left the validation split because a near duplicate is in train.
+    ``moved_to_train`` the images that left the validation split because a near duplicate is in train. Of kept images
+    with a colour profile other than sRGB's, ``profiles_converted`` counts those that were converted, and
+    ``profiles_ignored`` those whose profile could not be used.
     """
 
     found: int
@@ -55,13 +58,17 @@ class IngestReport:
     sources: list[dict[str, Any]]
     near_duplicates: int
     moved_to_train: int
+    profiles_converted: int
+    profiles_ignored: int
 
     def __str__(self) -> str:
         pairs = f", {self.near_duplicates} pairs of near duplicates" if self.near_duplicates else ""
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.reasons.items())
+        converted = f", {self.profiles_converted} converted to sRGB" if self.profiles_converted else ""
+        ignored = f", {self.profiles_ignored} colour profiles ignored" if self.profiles_ignored else ""
         warning = "; no held-out image: training can neither validate nor keep the best"
         return (
-            f"{self.kept} images ({self.train} train, {self.validation} validation){pairs}, "
+            f"{self.kept} images ({self.train} train, {self.validation} validation){pairs}{converted}{ignored}, "
             f"{self.rejected} rejected{f' ({reasons})' if reasons else ''}{'' if self.validation else warning}"
         )
 
@@ -131,6 +138,8 @@ def ingest(
         ],
         near_duplicates=pairs,
         moved_to_train=len(moved),
+        profiles_converted=deduplicator.profiles[Profile.CONVERTED],
+        profiles_ignored=deduplicator.profiles[Profile.IGNORED],
     )
 
 
@@ -165,6 +174,8 @@ def _too_many_rejects(rejects: RejectTable, found: int, most: float, rejects_pat
         f"\n  {count} {reason.value}, such as {examples[reason]}"
         for reason, count in sorted(rejects.reasons().items(), key=lambda item: (-item[1], item[0]))
     )
+    if not found:
+        return "the sources hold no samples: look at ingest.source and ingest.path"
     bound = "no image is left" if rejected == found else f"ingest.max_reject_fraction allows {most:.1%}"
     return (
         f"{rejected} of {found} samples ({rejected / max(found, 1):.1%}) were rejected, and {bound}:{reasons}\n"

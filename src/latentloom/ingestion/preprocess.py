@@ -39,5 +39,6 @@ def preprocess_sample(
         key=key,
         width=image.width,
         height=image.height,
+        profile=image.profile,
         signature=b"" if params.near_duplicate_distance is None else signature(image.pixels),
     )

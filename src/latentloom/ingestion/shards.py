@@ -69,7 +69,8 @@ PNG_OPTIONS = {"compress_level": 1, "compress_type": zlib.Z_RLE}
 class ImageRow:
     """One prepared image as ``png``; ``width`` and ``height`` are those of the original.
 
-    ``signature`` is not written; it is empty where near duplicates are not looked for.
+    ``profile``, of colours, and ``signature`` are not written; the latter is empty where near duplicates are not looked
+    for.
     """
 
     id: str
@@ -80,6 +81,7 @@ class ImageRow:
     key: str
     width: int
     height: int
+    profile: str = "none"
     signature: bytes = b""
 
 

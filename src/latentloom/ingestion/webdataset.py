@@ -17,10 +17,11 @@ from itertools import groupby
 from pathlib import Path, PureWindowsPath
 
 from latentloom.ingestion.captions import caption_lines, flat_captions
-from latentloom.ingestion.images import EXTENSIONS, MAX_BYTES
+from latentloom.ingestion.image_formats import looks_like_image
+from latentloom.ingestion.images import MAX_BYTES
 from latentloom.ingestion.metadata import CAPTIONS
 from latentloom.ingestion.rejects import Reason, RejectedSample, error_message
-from latentloom.ingestion.source_files import source_files
+from latentloom.ingestion.source_files import is_hidden, source_files
 from latentloom.ingestion.sources import Sample, Source, rejected_sample
 
 TARS = (".tar", ".tar.gz", ".tgz")
@@ -152,6 +153,4 @@ def _split(name: str) -> tuple[str, str]:
 
 def _is_wanted(name: str) -> bool:
     """Images, texts and JSON, but no hidden files; an image's extension may have more dots."""
-    base = posixpath.basename(name)
-    is_text, is_image = _split(base)[1] in (TXT, JSON), posixpath.splitext(base)[1].lower() in EXTENSIONS
-    return (is_text or is_image) and not base.startswith(".")
+    return (_split(name)[1] in (TXT, JSON) or looks_like_image(name)) and not is_hidden(name)
