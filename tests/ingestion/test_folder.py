@@ -184,14 +184,50 @@ def test_names_that_are_not_utf8_are_kept_with_escapes(corpus):
     assert corpus.reasons() == {"b\\udcff.png": "no_caption"}
 
 
-def test_hidden_files_and_other_files_are_skipped(corpus):
+def test_hidden_files_other_files_and_what_systems_leave_are_skipped(corpus):
     corpus.add("a.png", "a picture")
     corpus.write("._a.png", b"\0\5\26\7")
     corpus.write(".thumbnails/a.png", b"junk")
     corpus.write("notes.md", "not an image")
     corpus.write("Thumbs.db", b"junk")
+    for folder in ("@eaDir/a.png", "sub/__MACOSX", "#recycle", "$RECYCLE.BIN"):
+        corpus.add(f"{folder}/SYNOPHOTO_THUMB_M.png", "a thumbnail")
     report = corpus.ingest()
     assert (report.found, report.kept) == (1, 1)
+
+
+def test_what_is_an_image_by_name_or_content_is_never_passed_over(corpus):
+    for name in ("a.jpg_large", "b.tga", "c.png.1", "hash", "d.jpx", "e.PNG~"):
+        corpus.add("x.png").rename(corpus.path / name)
+        corpus.write(f"{name.rpartition('.')[0] or name}.txt", "a picture")
+    for name in ("f.psd", "g.svg", "h.jxl", "i.heic", "j.cr2"):
+        corpus.write(name, "nothing of the sort")
+        corpus.write(f"{name[0]}.txt", "a picture")
+    corpus.write("README", "BM is no bitmap")
+    corpus.write("latents.npz", b"PK")
+    report = corpus.ingest()
+    assert sorted(corpus.captions()) == ["a.jpg_large", "b.tga", "c.png.1", "d.jpx", "e.PNG~", "hash"]
+    assert set(corpus.reasons()) == {"f.psd", "g.svg", "h.jxl", "i.heic", "j.cr2"}
+    assert report.found == report.kept + report.rejected == 11
+
+
+ODD_NAMES = (
+    *("train.png", "metadata.png", "one/same.png", "two/same.png", "a[1].png", "a1.png", "100%20.png", "100 .png"),
+    *("what?*.png", "a;b&c$HOME`.png", "dot..png", "-rf.png", "~.png", "#1.png", "a+b=c.png", "tab\tname.png"),
+    *("back\\slash.png", "quote'\".png", "https:..example.png", "CON.png"),
+)
+
+
+def test_names_mean_themselves_whatever_a_glob_a_url_or_a_shell_would_read(corpus):
+    rows = []
+    for name in ODD_NAMES:
+        corpus.add(name, f"text of {name}" if "/" in name else None)
+        if "/" not in name:
+            rows.append(json.dumps({"file_name": name, "text": f"row of {name}"}))
+    corpus.write("metadata.jsonl", "\n".join(rows))
+    corpus.ingest()
+    expected = {name: [" ".join(f"{'text' if '/' in name else 'row'} of {name}".split())] for name in ODD_NAMES}
+    assert corpus.captions() == expected
 
 
 @pytest.mark.parametrize(

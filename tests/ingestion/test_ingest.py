@@ -42,6 +42,8 @@ def test_what_is_found_is_kept_or_rejected(corpus):
         "sources",
         "near_duplicates",
         "moved_to_train",
+        "profiles_converted",
+        "profiles_ignored",
     }
 
 
@@ -74,6 +76,18 @@ def test_ids_depend_on_pixels_alone(corpus, new_corpus, picture):
     corpus.ingest()
     other.ingest()
     assert list(corpus.ids().values()) == list(other.ids().values())
+
+
+def test_another_size_and_back_never_serves_pictures_of_the_other(corpus, contents, picture):
+    corpus.add("a.png", "a", picture(1, 100, 100))
+    corpus.add("b.png", "b", picture(2, 100, 100))
+    corpus.ingest(image_size=64)
+    first, ids = contents(corpus.images), corpus.ids()
+    corpus.ingest(image_size=96)
+    assert {pixels.shape for pixels in corpus.pixels().values()} == {(96, 96, 3)}
+    assert not set(corpus.ids().values()) & set(ids.values())  # by which latents are known
+    corpus.ingest(image_size=64)
+    assert contents(corpus.images) == first
 
 
 def test_new_data_never_moves_old_data_between_the_splits(corpus):

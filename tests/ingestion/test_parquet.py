@@ -39,6 +39,12 @@ def test_what_hugging_face_datasets_writes_is_read(corpus, picture, tmp_path):
     assert all(np.array_equal(corpus.pixels()[f"train.parquet:{row}"], picture(row)) for row in range(3))
 
 
+def test_a_table_without_rows_is_told_in_plain_words(corpus, tmp_path):
+    path = write(tmp_path / "a.parquet", {"image": pa.array([], pa.binary()), "text": pa.array([], pa.string())})
+    with pytest.raises(IngestError, match="the sources hold no samples: look at ingest.source and ingest.path"):
+        corpus.ingest(source="parquet", path=str(path))
+
+
 def test_prepared_images_are_a_source_themselves(corpus, new_corpus):
     for number in range(5):
         corpus.add(f"{number}.png", f"picture {number}\nagain {number}")
