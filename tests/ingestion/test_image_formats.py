@@ -188,7 +188,7 @@ def test_without_its_plugin_an_image_is_rejected_with_the_extra_that_reads_it(he
         monkeypatch.setattr(module, "installed_plugins", tuple)
     error = rejected(head)
     assert error.reason is Reason.UNSUPPORTED_FORMAT
-    assert f"the extra {extra} (pip install '.[{extra}]')" in error.detail
+    assert f"the extra {extra} (pip install -e '.[{extra}]')" in error.detail
 
 
 @pytest.mark.parametrize(("file_format", "plugin"), [("HEIF", "pillow_heif"), ("JXL", "pillow_jxl")])

@@ -41,7 +41,7 @@ def test_what_hugging_face_datasets_writes_is_read(corpus, picture, tmp_path):
 
 def test_a_table_without_rows_is_told_in_plain_words(corpus, tmp_path):
     path = write(tmp_path / "a.parquet", {"image": pa.array([], pa.binary()), "text": pa.array([], pa.string())})
-    with pytest.raises(IngestError, match="the sources hold no samples: look at ingest.source and ingest.path"):
+    with pytest.raises(IngestError, match=r"hold no samples: look at ingest\.source"):
         corpus.ingest(source="parquet", path=str(path))
 
 

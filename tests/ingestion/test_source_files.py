@@ -74,6 +74,13 @@ def test_files_are_read_only_when_they_may_have_changed(images, tmp_path, monkey
     assert listed(images, tmp_path / "none.json")
 
 
+def test_a_plugin_that_is_installed_later_is_another_fingerprint(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(source_files, "find_spec", lambda module: None)
+    (without,) = listed(images, tmp_path / "none.json")
+    monkeypatch.setattr(source_files, "find_spec", lambda module: module == "pillow_jxl")
+    assert listed(images, tmp_path / "none.json") == [without | {"plugins": ["JXL"]}]
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes in folders")
 def test_a_pipe_is_not_waited_for(images, tmp_path):
     os.mkfifo(images / "pipe")

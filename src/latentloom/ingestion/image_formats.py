@@ -11,7 +11,7 @@ from functools import cache
 
 # Pillow's formats without those that start programs (EPS), show a preview alone (PSD), or are seldom photographs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "QOI")
-PLUGINS = {"HEIF": "heif", "JXL": "jxl"}  # format -> extra
+PLUGINS = {"HEIF": ("heif", "pillow_heif"), "JXL": ("jxl", "pillow_jxl")}  # format -> extra, module
 IMAGE_NAME = re.compile(
     r"""\.(
         a?png | avifs? | bmp | dib | gif | hei[cf]s? | hif | ic[bo] | j2[ck] | jif | jfif? | jp[2cfgx] | jpe?g? | jxl

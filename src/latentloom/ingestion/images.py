@@ -141,7 +141,8 @@ def _unidentified(data: bytes) -> RejectedSample:
     if name in (*FORMATS, *installed_plugins()):
         return RejectedSample(Reason.UNREADABLE, f"begins as {name}, but its header is damaged or cut off")
     if name in PLUGINS:
-        detail = f"{name} is read with the extra {PLUGINS[name]} (pip install '.[{PLUGINS[name]}]'); or save it as PNG"
+        extra = PLUGINS[name][0]
+        detail = f"{name} is read with the extra {extra} (pip install -e '.[{extra}]'); or save it as PNG"
         return RejectedSample(Reason.UNSUPPORTED_FORMAT, detail)
     if name:
         return RejectedSample(Reason.UNSUPPORTED_FORMAT, f"{name} is not read; save it as PNG")

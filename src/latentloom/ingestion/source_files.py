@@ -18,6 +18,7 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 from latentloom.errors import UserError
 from latentloom.files import read_json, write_json
+from latentloom.ingestion.image_formats import PLUGINS
 from latentloom.ingestion.parallel import ordered_map, worker_count
 from latentloom.ingestion.sources import IngestError
 from latentloom.layout import project_root, state_folder
@@ -158,7 +160,9 @@ def _fingerprint(entry: SourceParams, before: dict[str, Any] | None) -> dict[str
         status = file.stat() if file.exists() else file.lstat()  # of a link to nowhere, which `ingest` rejects
         size += status.st_size
         look.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
-    return source | {"files": len(files), "bytes": size, "fingerprint": _remembered_content(look.hexdigest(), files)}
+    source |= {"files": len(files), "bytes": size, "fingerprint": _remembered_content(look.hexdigest(), files)}
+    plugins = [name for name, (_, module) in PLUGINS.items() if find_spec(module)]
+    return source | ({"plugins": plugins} if plugins else {})  # with another one, `ingest` reads more of the files
 
 
 def _remembered_content(look: str, files: dict[str, Path]) -> str:
