@@ -211,6 +211,15 @@ def test_what_is_an_image_by_name_or_content_is_never_passed_over(corpus):
     assert report.found == report.kept + report.rejected == 11
 
 
+def test_a_link_to_nowhere_is_told_also_where_it_stood_for_a_folder(corpus):
+    corpus.add("a.png", "a picture")
+    for name in ("exams of 2023", "b.png", "loop.jpg"):
+        (corpus.path / name).symlink_to("loop.jpg" if name == "loop.jpg" else "/not mounted/there")
+    corpus.ingest()
+    assert corpus.reasons() == dict.fromkeys(["b.png", "exams of 2023", "loop.jpg"], "missing_file")
+    assert set(corpus.details().values()) == {"it is a link to what is not there"}
+
+
 ODD_NAMES = (
     *("train.png", "metadata.png", "one/same.png", "two/same.png", "a[1].png", "a1.png", "100%20.png", "100 .png"),
     *("what?*.png", "a;b&c$HOME`.png", "dot..png", "-rf.png", "~.png", "#1.png", "a+b=c.png", "tab\tname.png"),

@@ -15,7 +15,7 @@ from PIL import Image, ImageCms
 from latentloom.ingestion.rejects import Reason, RejectedSample
 
 MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # colour space of a profile -> mode of the pixels it is for
-COLOURS = dict.fromkeys(("1", "L", "LA"), "L") | dict.fromkeys(("P", "PA", "RGB", "RGBA", "YCbCr"), "RGB")
+COLOURS = dict.fromkeys(("1", "L", "LA"), "L") | dict.fromkeys(("P", "PA", "RGB", "RGBA", "RGBX", "YCbCr"), "RGB")
 COLOURS |= {"CMYK": "CMYK"}  # mode -> that of its colours alone
 PROFILES = 16  # kept ready: most images of a camera or a program have the same
 SAME = 2  # of 255: what two ways of computing sRGB may differ by

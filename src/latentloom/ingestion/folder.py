@@ -56,11 +56,14 @@ class FolderSource(Source):
             yield Sample(key, partial(self._image, key), partial(self._captions_of, key))
 
     def _is_image(self, name: str) -> bool:
-        """By its name, or where that says nothing by its content: whoever saved it meant an image."""
-        if looks_like_image(name) or not may_be_image(name) or not _is_file(self.root / name):
+        """By its name, or where that says nothing by its content. A link to nowhere may be to a folder of images."""
+        path = self.root / name
+        if looks_like_image(name) or not may_be_image(name):
             return looks_like_image(name)
+        if not _is_file(path):
+            return path.is_symlink() and not path.exists()
         try:
-            with open(self.root / name, "rb") as file:
+            with open(path, "rb") as file:
                 return format_of(file.read(HEAD)) is not None
         except OSError:
             return False
@@ -92,6 +95,8 @@ class FolderSource(Source):
             raise RejectedSample(Reason.OUTSIDE_FOLDER, detail)
         if not _is_file(self.root / key):
             named = "metadata names it, but " if key in self._captions else ""
+            if os.path.islink(self.root / key):  # noqa: PTH114
+                raise RejectedSample(Reason.MISSING_FILE, f"{named}it is a link to what is not there")
             raise RejectedSample(Reason.MISSING_FILE, f"{named}there is no such file")
         return _content(self.root / key)
 

@@ -139,7 +139,7 @@ def _open(data: bytes, check: Callable[[int, int], None]) -> Image.Image:
 def _unidentified(data: bytes) -> RejectedSample:
     name = format_of(data)
     if name in (*FORMATS, *installed_plugins()):
-        return RejectedSample(Reason.UNREADABLE, f"begins as {name}, but its header is damaged or cut off")
+        return RejectedSample(Reason.UNREADABLE, f"begins as {name}, but its header is damaged, cut off or unusual")
     if name in PLUGINS:
         extra = PLUGINS[name][0]
         detail = f"{name} is read with the extra {extra} (pip install -e '.[{extra}]'); or save it as PNG"
