@@ -1,11 +1,13 @@
-"""Pixels of any kind -> 8-bit sRGB over white.
+"""Pixels of any kind -> 8 bits, over white, in sRGB.
 
-An embedded colour profile (Display P3, Adobe RGB, a press's CMYK) says what the numbers stand for, and the pixels are
-converted by it. Where there is none, or it is damaged or of another kind than the pixels, the numbers are taken as
+An embedded colour profile (Display P3, Adobe RGB, a press's CMYK) says what the numbers stand for, and a `Conversion`
+goes by it. It comes last, since it takes longer than decoding: of a photograph, only the pixels of the prepared image
+are converted. Where there is no profile, or it is damaged or of another kind than the pixels, the numbers are taken as
 sRGB, as viewers do, and CMYK as the complement of RGB.
 """
 
 import io
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
 
@@ -15,8 +17,9 @@ from PIL import Image, ImageCms
 from latentloom.ingestion.rejects import Reason, RejectedSample
 
 MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # colour space of a profile -> mode of the pixels it is for
-COLOURS = dict.fromkeys(("1", "L", "LA"), "L") | dict.fromkeys(("P", "PA", "RGB", "RGBA", "RGBX", "YCbCr"), "RGB")
-COLOURS |= {"CMYK": "CMYK"}  # mode -> that of its colours alone
+TAKES = {"L": ("L", "RGB"), "RGB": ("RGB",), "CMYK": ("CMYK",)}  # pixels of colours -> modes that they can be given in
+COLOURS = dict.fromkeys(("1", "L", "LA", "La", "I", "F"), "L") | {"CMYK": "CMYK"}  # mode -> colours
+COLOURS |= dict.fromkeys(("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "YCbCr"), "RGB")
 PROFILES = 16  # kept ready: most images of a camera or a program have the same
 SAME = 2  # of 255: what two ways of computing sRGB may differ by
 ADAPTED = ImageCms.Flags.BLACKPOINTCOMPENSATION | ImageCms.Flags.NOCACHE  # the latter: workers share a transform
@@ -30,42 +33,45 @@ class Profile(StrEnum):
     IGNORED = "ignored"  # damaged, too large, or of another kind than the pixels
 
 
-def on_white(image: Image.Image) -> tuple[Image.Image, Profile]:
-    """Any mode -> ``RGB``, of 8 bits, in sRGB; what is transparent shows white.
+@dataclass(frozen=True)
+class Conversion:
+    """The way from an image's numbers to sRGB: an image of ``mode`` -> ``RGB``."""
+
+    profile: Profile
+    mode: str = "RGB"
+    transform: ImageCms.ImageCmsTransform | None = None
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return self.transform.apply(image) if self.transform else image
+
+
+def conversion_of(image: Image.Image) -> Conversion:
+    """The conversion by an image's profile, or one that changes nothing."""
+    if "icc_profile" not in image.info:
+        return Conversion(Profile.NONE)
+    mode, transform = _transform(image.info["icc_profile"] or b"")
+    if mode not in TAKES.get(COLOURS.get(image.mode.partition(";")[0], ""), ()):
+        return Conversion(Profile.IGNORED)
+    return Conversion(Profile.CONVERTED, mode, transform) if transform else Conversion(Profile.NONE)
+
+
+def on_white(image: Image.Image, mode: str = "RGB") -> Image.Image:
+    """Any mode -> ``mode``, of 8 bits a channel; what is transparent shows white.
 
     Raises:
         RejectedSample: ``unsupported_pixels``, where nobody can know which numbers are black and white.
     """
     if image.mode.startswith("I") or image.mode == "F":
-        image = _grey_to_8_bits(image)
+        return _grey_to_8_bits(image).convert(mode)
     if image.mode in ("La", "RGBa"):
         image = image.convert(image.mode.upper())
-    image, profile = _in_srgb(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     try:
-        return image if image.mode == "RGB" else image.convert("RGB"), profile  # convert would copy it
+        return image if image.mode == mode else image.convert(mode)  # which would copy it
     except ValueError as error:
         raise RejectedSample(Reason.UNSUPPORTED_PIXELS, f"{error}; save it as RGB") from error
-
-
-def _in_srgb(image: Image.Image) -> tuple[Image.Image, Profile]:
-    """The image converted by its profile, with its transparency; or as it is."""
-    if "icc_profile" not in image.info:
-        return image, Profile.NONE
-    mode, transform = _transform(image.info["icc_profile"] or b"")
-    own = COLOURS.get(image.mode)
-    if mode is None or (own, mode) not in (("L", "L"), ("L", "RGB"), ("RGB", "RGB"), ("CMYK", "CMYK")):
-        return image, Profile.IGNORED
-    if transform is None:
-        return image, Profile.NONE
-    has_alpha = image.has_transparency_data
-    whole = image.convert(f"{own}A") if has_alpha else image
-    colours = transform.apply(whole.convert(own).convert(mode))
-    if has_alpha:
-        colours.putalpha(whole.getchannel("A"))
-    return colours, Profile.CONVERTED
 
 
 @lru_cache(PROFILES)
@@ -101,6 +107,4 @@ def _grey_to_8_bits(image: Image.Image) -> Image.Image:
     grey = np.rint(values * (255.0 / highest)).astype(np.uint8)
     if (transparent := image.info.get("transparency")) is not None:
         grey[values == transparent] = 255
-    scaled = Image.fromarray(grey)
-    scaled.info = {name: value for name, value in image.info.items() if name == "icc_profile"}
-    return scaled
+    return Image.fromarray(grey)

@@ -1,7 +1,7 @@
 """The bytes of any image file -> prepared pixels: uint8 sRGB ``(S, S, 3)``, upright, on white, its centred square.
 
-File -> first frame -> upright (EXIF) -> centred square -> 8 bits, sRGB, over white -> Lanczos to ``S``. Cropping comes
-before converting, so that a wide picture is never converted whole.
+File -> first frame -> upright (EXIF) -> centred square -> 8 bits, over white -> Lanczos to ``S`` -> sRGB. Cropping
+comes before converting, so that a wide picture is never converted whole.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from latentloom.ingestion.colours import Profile, on_white
+from latentloom.ingestion.colours import Profile, conversion_of, on_white
 from latentloom.ingestion.image_formats import FORMATS, PLUGINS, format_of, formats, installed_plugins, jpeg_xl_size
 from latentloom.ingestion.png_chunks import readable_png
 from latentloom.ingestion.rejects import Reason, RejectedSample
@@ -54,8 +54,10 @@ def prepare_image(data: bytes, size: int, *, max_pixels: int, max_aspect_ratio: 
     width, height = image.size
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
-    image, profile = on_white(image.crop((left, top, left + side, top + side)))
-    return PreparedImage(np.asarray(image.resize((size, size), Image.Resampling.LANCZOS)), width, height, profile)
+    image = image.crop((left, top, left + side, top + side))
+    to_srgb = conversion_of(image)
+    image = to_srgb(on_white(image, to_srgb.mode).resize((size, size), Image.Resampling.LANCZOS))
+    return PreparedImage(np.asarray(image), width, height, to_srgb.profile)
 
 
 def image_id(pixels: np.ndarray) -> str:
@@ -70,7 +72,8 @@ def preview(data: bytes, max_pixels: float = math.inf) -> bytes | None:
         image = _open(data, lambda width, height: _check_pixels(width, height, max_pixels))
         image.thumbnail((PREVIEW_SIZE, PREVIEW_SIZE))
         buffer = io.BytesIO()
-        on_white(_upright(image))[0].save(buffer, "PNG")
+        to_srgb = conversion_of(image)
+        to_srgb(on_white(_upright(image), to_srgb.mode)).save(buffer, "PNG")
         return buffer.getvalue()
     except Exception:  # damaged bytes raise nearly anything, and the file is rejected already
         return None
