@@ -132,7 +132,8 @@ def visible_files(root: Path) -> Iterator[str]:
 
 def is_hidden(name: str) -> bool:
     """Whether a part of a relative name begins with a dot, as ``._photo.jpg`` does, or is a folder of a system."""
-    return any((part.startswith(".") and part.strip(".")) or part in SYSTEM_FOLDERS for part in name.split("/"))
+    parts = (part for part in name.split("/") if part not in (".", ".."))
+    return any(part.startswith(".") or part in SYSTEM_FOLDERS for part in parts)
 
 
 def fingerprint_sources(entries: list[SourceParams], before: Path) -> list[dict[str, Any]]:
