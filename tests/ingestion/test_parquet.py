@@ -9,7 +9,8 @@ import pytest
 from outcomes import Outcome, outcomes
 from PIL import Image
 
-from latentloom.ingestion.parquet import CAPTION_COLUMNS, IMAGE_COLUMNS, ParquetSource
+from latentloom.ingestion.captions import CAPTION_COLUMNS
+from latentloom.ingestion.parquet import IMAGE_COLUMNS, ParquetSource
 from latentloom.ingestion.rejects import Reason
 from latentloom.ingestion.sources import IngestError
 

