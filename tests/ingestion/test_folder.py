@@ -231,7 +231,7 @@ def test_a_parquet_row_that_is_not_utf8_costs_no_other_and_bytes_are_text(corpus
 def test_parquet_without_the_columns_is_an_error(corpus):
     corpus.add("a.png")
     pd.DataFrame({"file_name": ["a.png"], "label": [1]}).to_parquet(corpus.path / "metadata.parquet")
-    with pytest.raises(IngestError, match="has the columns 'file_name'; it needs file_name and one of"):
+    with pytest.raises(IngestError, match="has the columns 'file_name', 'label'; it needs file_name and one of"):
         corpus.ingest()
 
 

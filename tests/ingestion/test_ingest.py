@@ -39,6 +39,7 @@ def test_what_is_found_is_kept_or_rejected(corpus):
         "train",
         "validation",
         "captions",
+        "joined",
         "sources",
         "near_duplicates",
         "moved_to_train",

@@ -104,9 +104,9 @@ def test_params_may_name_the_columns(corpus, picture, tmp_path):
     [
         ({"picture_id": [1], "text": ["x"]}, (), ["picture_id (int64), text (string)", "image_column: ..."]),
         ({"image": ["a.jpg"], "text": ["x"]}, (), ["image (string)", "image_column: ..."]),
-        ({"image": [b"x"], "label": [3]}, (), ["label (int64)", "caption_column: ...", "caption, captions, text"]),
+        ({"image": [b"x"], "label": [3]}, (), ["label (int64)", "caption_column: ...", "text, caption, captions"]),
         ({"image": [b"x"], "text": ["x"]}, ("photo", None), ["called photo", "image_column: ..."]),
-        ({"image": [b"x"], "text": ["x"]}, (None, "alt"), ["called alt", "caption_column: ..."]),
+        ({"image": [b"x"], "text": ["x"]}, (None, ["alt"]), ["called alt", "caption_column: ..."]),
     ],
 )
 def test_a_missing_column_is_an_error_that_names_file_columns_and_param(tmp_path, columns, named, says):

@@ -16,8 +16,8 @@ from threading import Lock
 from latentloom.ingestion.captions import (
     CAPTION_COLUMNS,
     HOW_TO_NAME_COLUMN,
-    columns_of_captions,
     caption_lines,
+    columns_of_captions,
     flat_captions,
 )
 from latentloom.ingestion.rejects import Reason, RejectedSample
@@ -87,7 +87,7 @@ def pair(images: Collection[str], caption_files: Iterable[str]) -> Pairing:
         else:
             several = f"these differ from its name in upper and lower case alone: {', '.join(named)}"
             why = several if named else "no image beside it has its name"
-            pairing.alone |= dict.fromkeys(files, f"{why}; name it as its image, or remove it")
+            pairing.alone.update(dict.fromkeys(files, f"{why}; name it as its image, or remove it"))
     return pairing
 
 
@@ -108,21 +108,20 @@ class CaptionFiles:
         """The raw captions of an image's files, which are given as suffix, in lower case, and content.
 
         Raises:
-            RejectedSample: ``bad_row`` where JSON cannot be read, ``no_caption`` where it is all there is and has none.
+            RejectedSample: ``bad_row`` where JSON is not valid; where it is all there is, also if it is no object, and
+                ``no_caption`` if that has none.
         """
-        captions, others = [], ""
+        captions, problem = [], None
         for suffix, content in sorted(files, key=lambda file: CAPTION_SUFFIXES.index(file[0])):
             if suffix == JSON_SUFFIX:
-                fields = _json_object(content)
-                columns = columns_of_captions(fields, self._columns)
+                fields = _json(content)
+                columns = columns_of_captions(fields, self._columns) if isinstance(fields, dict) else []
                 captions += flat_captions(fields[column] for column in columns)
-                others = "" if columns else ", ".join(map(repr, fields))[:200] or "nothing"
+                problem = problem if columns else self._without_captions(fields)
             else:
                 captions += self._text_captions(content)
-        if others and not captions:
-            wanted = ", ".join(self._columns or CAPTION_COLUMNS)
-            detail = f"its .json has none of {wanted}, but {others}; name the right one: {HOW_TO_NAME_COLUMN}"
-            raise RejectedSample(Reason.NO_CAPTION, detail)
+        if problem and not captions:
+            raise problem
         return captions
 
     def notices(self) -> list[str]:
@@ -135,40 +134,44 @@ class CaptionFiles:
             "entry under ingest.source"
         ]
 
+    def _without_captions(self, fields: object) -> RejectedSample:
+        if not isinstance(fields, dict):
+            return RejectedSample(Reason.BAD_ROW, "its .json does not hold a JSON object; fix it, or leave it out")
+        wanted, there = ", ".join(self._columns or CAPTION_COLUMNS), ", ".join(map(repr, fields))[:200] or "nothing"
+        detail = f"its .json has none of {wanted}, but {there}; name the right one: {HOW_TO_NAME_COLUMN}"
+        return RejectedSample(Reason.NO_CAPTION, detail)
+
     def _text_captions(self, content: bytes) -> list[str]:
         lines = caption_lines(content)
         if not self._lines:
             return ["\n".join(lines)]
-        first, *further = [_words(line) for line in lines if line.strip()] or [set()]
+        first, *further = list(filter(None, map(_words, lines))) or [set()]
         with self._lock:
             self._further += len(further)
             self._unlike += sum(map(first.isdisjoint, further))
         return lines
 
 
-def caption_in_name(key: str, of_folder: bool) -> list[str]:
-    """The caption in the name of an image, ``cats/red_cat (2).png``: "red cat", or "cats", that of its folder.
+def caption_in_name(name: str, of_folder: bool) -> list[str]:
+    """The caption in an image's name without its suffix, ``cats/red_cat (2)``: "red cat", or "cats", of its folder.
 
     Underscores are spaces; a file's counter and a folder's number of repeats, ``10_cats``, are left out.
 
     Raises:
         RejectedSample: ``no_caption`` where the image lies in no folder.
     """
-    folder, base = posixpath.split(key)
-    name, needless = (posixpath.basename(folder), REPEATS) if of_folder else (posixpath.splitext(base)[0], COUNTER)
-    if not name:
+    folder, base = posixpath.split(name)
+    text, needless = (posixpath.basename(folder), REPEATS) if of_folder else (base, COUNTER)
+    if not text:
         raise RejectedSample(Reason.NO_CAPTION, "it lies in no sub-folder whose name could be its caption")
-    return [(needless.sub("", name) or name).replace("_", " ")]
+    return [(needless.sub("", text) or text).replace("_", " ")]
 
 
-def _json_object(content: bytes) -> dict[str, object]:
+def _json(content: bytes) -> object:
     try:
-        fields = json.loads(content.decode("utf-8-sig", errors="surrogateescape"))
+        return json.loads(content.decode("utf-8-sig", errors="surrogateescape"))
     except (ValueError, RecursionError):
-        fields = None
-    if not isinstance(fields, dict):
-        raise RejectedSample(Reason.BAD_ROW, "its .json does not hold a JSON object; fix it, or leave it out")
-    return fields
+        raise RejectedSample(Reason.BAD_ROW, "its .json is not valid JSON; fix it, or leave it out") from None
 
 
 def _words(line: str) -> set[str]:

@@ -16,7 +16,7 @@ from latentloom.ingestion.rejects import Reason, RejectedSample, printable
 
 CAPTION_COLUMNS = ("text", "caption", "captions", "texts", "txt", "prompt", "description")
 HOW_TO_NAME_COLUMN = "ingest.source: [{source: ..., path: ..., caption_column: ...}]"
-LISTED = re.compile(r"""\s*\[\s*(['"]).*\1\s*\]\s*""", re.DOTALL)  # a list of texts, written as one text
+LISTED = re.compile(r"""\s*\[\s*['"].*['"]\s*\]\s*""", re.DOTALL)  # a list of texts, written as one text
 
 
 def clean_caption(text: str) -> str:

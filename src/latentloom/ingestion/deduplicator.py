@@ -1,8 +1,8 @@
 """Keeps each picture once, the first of its kind, and counts; what it remembers decides the splits at the end.
 
 Everything else streams through. For every kept image it remembers the id with source and key, to name in a reject what
-it is a duplicate of, the file's hash, the split and the signature by which near duplicates are found: some 550 bytes. Where
-equal files join their captions, it remembers those of all but the first.
+it is a duplicate of, the file's hash, the split and the signature by which near duplicates are found: some 550 bytes.
+Where equal files join their captions, it remembers those of all but the first.
 """
 
 from collections.abc import Collection, Iterable, Iterator

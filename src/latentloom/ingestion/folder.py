@@ -88,11 +88,11 @@ class FolderSource(Source):
         for name in metadata:
             self._read_metadata(name)
         pairing = pair(self._images, caption_files)
-        self._files_of = {image: files for image, files in pairing.of_image.items() if image not in self._captions}
-        unread = [file for image, files in pairing.of_image.items() if image in self._captions for file in files]
+        self._files_of = {image: files for image, files in pairing.of_image.items() if not self._captions.get(image)}
+        unread = [file for image, files in pairing.of_image.items() if self._captions.get(image) for file in files]
         self._notice(unread, "not read, since metadata gives captions to the images beside them")
-        several = [files[1] for files in self._files_of.values() if sum(map(is_text_file, files)) > 1]
-        self._notice(several, "the second text file of its image; the captions of both are taken")
+        second = [file for files in self._files_of.values() for file in [*filter(is_text_file, files)][1:]]
+        self._notice(second, "not the only text file of its image; the captions of all are taken")
         for name, why in pairing.alone.items():
             self._unused.append(rejected_sample(name, Reason.MISSING_FILE, f"may hold a caption, but {why}"))
         for name in names:
@@ -152,7 +152,7 @@ class FolderSource(Source):
 
     def _captions_of(self, key: str) -> Sequence[object]:
         if self._from_name:
-            return caption_in_name(key, self._from_name == "folder_name")
+            return caption_in_name(posixpath.splitext(key)[0], self._from_name == "folder_name")
         if captions := self._captions.get(key):
             return captions
         return self._reader.read(

@@ -5,10 +5,10 @@ Samples stream through, one source after another:
     source -> ``preprocess`` (in workers) -> ``Deduplicator`` -> ``write_shards``
 
 The first of several images with equal pixels is kept; the others are rejected as duplicates, captions and all, so that
-no image's captions depend on how many copies of it the sources hold. But where samples are a picture with one of
-its captions, as rows of a table are, those of one source whose files are equal are one image with all their captions. ``limit`` counts the
-images kept. An image's id puts it into a split; at the end, near duplicates of training images follow those into the
-training split.
+no image's captions depend on how many copies of it the sources hold. But where samples are a picture with one of its
+captions, as rows of a table are, those of one source whose files are equal are one image with all their captions.
+``limit`` counts the images kept. An image's id puts it into a split; at the end, near duplicates of training images
+follow those into the training split.
 """
 
 import sys

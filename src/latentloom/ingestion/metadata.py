@@ -42,7 +42,6 @@ def read_metadata_rows(path: Path, wanted: Sequence[str] | None = None) -> Rows:
     Raises:
         IngestError: when the file cannot be read as its name says, or lacks a column; file and columns are named.
     """
-    columns: dict[str, None] = {}
     line = 0
     try:
         with open(path, "rb") as file:
@@ -50,7 +49,6 @@ def read_metadata_rows(path: Path, wanted: Sequence[str] | None = None) -> Rows:
                 raise IngestError(f"{path} is UTF-16; save it as UTF-8")
         for line, row in READERS[path.name.lower()](path, wanted):
             if isinstance(row, dict):
-                columns.update(dict.fromkeys(row))
                 file_name = row.get(FILE_NAME)
                 if not isinstance(file_name, str) or not file_name.strip():
                     row = f"has no {FILE_NAME}"
@@ -58,7 +56,6 @@ def read_metadata_rows(path: Path, wanted: Sequence[str] | None = None) -> Rows:
     except (OSError, csv.Error, pa.ArrowException) as error:
         place = f" after line {line}" if line else ""
         raise IngestError(f"{path} cannot be read{place} ({error_message(error)}); fix or remove it") from error
-    _require_columns(path, columns, wanted)
 
 
 def _csv_rows(path: Path, wanted: Sequence[str] | None) -> Rows:
@@ -86,6 +83,7 @@ def _holds_row(cell: str) -> bool:
 
 
 def _jsonl_rows(path: Path, wanted: Sequence[str] | None) -> Rows:
+    columns: dict[str, None] = {}
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
@@ -93,13 +91,15 @@ def _jsonl_rows(path: Path, wanted: Sequence[str] | None) -> Rows:
                     row = json.loads(line)
                 except (ValueError, RecursionError):
                     row = "is not valid JSON"
+                if isinstance(row, dict):
+                    columns.update(dict.fromkeys(row))
                 yield number, row if isinstance(row, dict | str) else "is not a JSON object"
+    _require_columns(path, columns, wanted)
 
 
 def _parquet_rows(path: Path, wanted: Sequence[str] | None) -> Rows:
     with pq.ParquetFile(path) as file:
         names = file.schema_arrow.names
-        _require_columns(path, names, wanted)
         columns = [FILE_NAME, *_distinct_columns(path, names, wanted)]
         rows = (row for batch in file.iter_batches(columns=columns) for row in batch.to_struct_array())
         for number, row in enumerate(rows, start=1):
@@ -109,6 +109,16 @@ def _parquet_rows(path: Path, wanted: Sequence[str] | None) -> Rows:
                 yield number, "is not UTF-8"
 
 
+def _distinct_columns(path: Path, names: Sequence[str], wanted: Sequence[str] | None) -> list[str]:
+    """The columns of captions, of a table which has them and each of them once."""
+    _require_columns(path, names, wanted)
+    columns = columns_of_captions(names, wanted)
+    for name in (FILE_NAME, *columns):
+        if names.count(name) > 1:
+            raise IngestError(f"{path} has two columns {name!r}; rename one, or remove it")
+    return columns
+
+
 def _require_columns(path: Path, columns: Collection[str], wanted: Sequence[str] | None) -> None:
     if FILE_NAME not in columns or len(columns_of_captions(columns, wanted)) < len(wanted or [""]):
         found = f"has the columns {', '.join(map(repr, columns))}" if columns else "has no rows"
@@ -116,14 +126,6 @@ def _require_columns(path: Path, columns: Collection[str], wanted: Sequence[str]
             f"{path} {found}; {columns_wanted(wanted)} (CSV columns are separated by commas; captions of another name: "
             f"{HOW_TO_NAME_COLUMN})"
         )
-
-
-def _distinct_columns(path: Path, names: Sequence[str], wanted: Sequence[str] | None) -> list[str]:
-    columns = columns_of_captions(names, wanted)
-    for name in (FILE_NAME, *columns):
-        if names.count(name) > 1:
-            raise IngestError(f"{path} has two columns {name!r}; rename one, or remove it")
-    return columns
 
 
 READERS = {"metadata.csv": _csv_rows, "metadata.jsonl": _jsonl_rows, "metadata.parquet": _parquet_rows}

@@ -2,8 +2,8 @@
 
 Images are bytes, or Hugging Face's struct of ``bytes`` and ``path``; captions are a text or a list of texts. Where
 params name no column, it is the first of ``IMAGE_COLUMNS`` that holds images, in upper or lower case, and all that
-hold captions (``captions.columns_of_captions``). A table may have a row for each caption: rows of equal pictures are one
-image.
+hold captions (``captions.columns_of_captions``). A table may have a row for each caption: rows of equal pictures are
+one image.
 
 A page of a column (of 1,024 rows or fewer, as the common writers cut them) is in memory at a time, whatever the size
 of a row group. A damaged row group, or file, is one reject; the others are used.

@@ -38,8 +38,8 @@ class Source:
     """A source of captioned images; its samples come in an order that depends on nothing but its content.
 
     ``total`` is how many samples are to come, None where only reading tells. A source that turns out to be damaged
-    half-way may give fewer. ``joins_captions`` says whether a sample may be a picture with one of its captions, as a row
-    of a table is, so that samples with equal files are one image.
+    half-way may give fewer. ``joins_captions`` says whether a sample may be a picture with one of its captions, as a
+    row of a table is, so that samples with equal files are one image.
     """
 
     attribution: str | None = None

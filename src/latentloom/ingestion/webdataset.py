@@ -97,7 +97,7 @@ class WebDatasetSource(Source):
 
     def _captions(self, stem: str, files: dict[str, bytes]) -> list[object]:
         if self._from_name:
-            return caption_in_name(f"{stem}.", self._from_name == "folder_name")
+            return caption_in_name(stem, self._from_name == "folder_name")
         return self._reader.read(files.items())
 
 
