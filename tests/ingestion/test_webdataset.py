@@ -136,6 +136,23 @@ def test_names_with_dots_are_explained_file_by_file_or_end_at_their_last_dot(tmp
     assert [item.key for item in read(tar, key="last_dot") if item.reason] == ["a.tar/IMG.0003"]
 
 
+def test_a_tar_that_is_not_sorted_by_name_is_told_how_to_be_packed(tmp_path):
+    tar = pack(tmp_path / "a.tar", [("a.jpg", JPEG), ("b.jpg", JPEG), ("a.txt", "of a"), ("b.txt", "of b")])
+    assert [(item.key, item.captions, item.reason) for item in read(tar)] == [
+        ("a.tar/a", [], None),
+        ("a.tar/b", [], None),
+        ("a.tar/a", None, Reason.DUPLICATE_KEY),
+        ("a.tar/b", None, Reason.DUPLICATE_KEY),
+    ]
+    assert "tar --sort=name" in read(tar)[2].detail
+
+
+def test_fields_whose_names_have_dots_are_explained_one_by_one(tmp_path):
+    tar = pack(tmp_path / "a.tar", [("s0.input.jpg", JPEG), ("s0.outputs.txt", "of s0")])
+    assert rejects(tar) == dict.fromkeys(["a.tar/s0.input.jpg", "a.tar/s0.outputs.txt"], Reason.MISSING_FILE)
+    assert all("so its key is s0" in item.detail for item in read(tar))
+
+
 @pytest.mark.parametrize("image", [[], [("b.jpg", JPEG)]])
 def test_every_picture_and_caption_of_one_key_is_accounted_for(tmp_path, image):
     tar = pack(tmp_path / "a.tar", [("b.left.jpg", JPEG), *image, ("b.right.jpg", JPEG), ("b.txt", "x")])

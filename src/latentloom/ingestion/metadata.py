@@ -86,14 +86,16 @@ def _jsonl_rows(path: Path, wanted: Sequence[str] | None) -> Rows:
     columns: dict[str, None] = {}
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
         for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    row = "is not valid JSON"
-                if isinstance(row, dict):
-                    columns.update(dict.fromkeys(row))
-                yield number, row if isinstance(row, dict | str) else "is not a JSON object"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                yield number, "is not valid JSON"
+                continue
+            if isinstance(row, dict):
+                columns.update(dict.fromkeys(row))
+            yield number, row if isinstance(row, dict) else "is not a JSON object"
     _require_columns(path, columns, wanted)
 
 

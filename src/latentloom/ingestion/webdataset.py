@@ -86,7 +86,7 @@ class WebDatasetSource(Source):
                     image = content
             key = f"{tar}/{stem}"
             if stem in known and (captions or image is not None):
-                detail = "its key came before in this tar, with others in between"
+                detail = "its key came before in this tar, with others in between; pack by name (tar --sort=name)"
                 yield rejected_sample(key, Reason.DUPLICATE_KEY, detail)
             elif image is not None:
                 yield Sample(key, partial(bytes, image), partial(self._captions, stem, captions))
