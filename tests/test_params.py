@@ -87,7 +87,7 @@ def rejected(tmp_path, change) -> str:
             "ingest",
             "source",
             [{"source": "folder", "path": "x", "caption_column": []}],
-            "ingest.source.0.caption_column = []: list should have at least 1 item",
+            "ingest.source.0: caption_column names no column; null is for the usual names",
         ),
         ("ingest", "path", "pictures", "set source: folder"),
         ("ingest", "image_size", 100, "ingest.image_size = 100: input should be a multiple of 8"),

@@ -13,7 +13,6 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -37,9 +36,6 @@ Prompt = Annotated[StrictStr, Field(min_length=1)]
 SourceName = Literal["openmoji", "folder", "webdataset", "parquet"]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Compile = Literal[False, True, "cuda_graphs"]
-Names = Annotated[
-    list[StrictStr], Field(min_length=1), BeforeValidator(lambda names: [names] if isinstance(names, str) else names)
-]
 Reference = Annotated[StrictStr, Field(min_length=1)]  # of a pretrained model
 
 
@@ -59,7 +55,7 @@ class SourceParams(Section):
     name: Annotated[StrictStr, Field(min_length=1)] | None = None
     weight: Positive = 1.0
     image_column: StrictStr | None = None  # of parquet; null: the first known name that is there
-    caption_column: Names | None = None  # null: all of the usual names that are there
+    caption_column: StrictStr | list[StrictStr] | None = None  # null: all of the usual names that are there
     captions: Literal["lines", "file", "file_name", "folder_name"] = "lines"  # of folder and webdataset
     key: Literal["first_dot", "last_dot"] = "first_dot"  # of webdataset: where the key in a member's name ends
 
@@ -71,10 +67,17 @@ class SourceParams(Section):
             )
         if self.source != "openmoji" and not self.path:
             raise ValueError(f"source: {self.source} needs path, {WHAT_A_PATH_HOLDS[self.source]}")
+        if self.caption_column in ("", []):
+            raise ValueError("caption_column names no column; null is for the usual names")
         for key, sources in KEYS_OF_SOURCES.items():
             if key in self.model_fields_set and self.source not in sources:
                 raise ValueError(f"source: {self.source} takes no {key}, which is for {' and '.join(sources)}")
         return self
+
+    @property
+    def caption_columns(self) -> list[str] | None:
+        """The columns of captions; None for those of the usual names."""
+        return [self.caption_column] if isinstance(self.caption_column, str) else self.caption_column
 
     @property
     def label(self) -> str:
