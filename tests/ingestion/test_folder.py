@@ -2,16 +2,24 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from latentloom.ingestion.metadata import read_metadata_rows
+from latentloom.ingestion.shards import read_metadata
 from latentloom.ingestion.sources import IngestError
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_sidecars_caption_images_in_any_depth(corpus):
@@ -184,6 +192,23 @@ def test_names_that_are_not_utf8_are_kept_with_escapes(corpus):
     assert corpus.reasons() == {"b\\udcff.png": "no_caption"}
 
 
+def test_names_and_captions_are_the_same_in_a_locale_without_them(corpus, tmp_path):
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    params["ingest"] |= {"source": "folder", "path": str(corpus.path), "limit": None}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    corpus.add("\u732b.png", "\u30bd\u30d5\u30a1\u306e\u4e0a\u306e\u732b")
+    corpus.add("\u72ac/b.png")
+    corpus.write("\u72ac/metadata.csv", "file_name,text\nb.png,\u96ea\u306e\u4e2d\u306e\u72ac\n")
+    ascii_only = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, str(ROOT / "pipelines/ingest.py")]
+    subprocess.run(command, env=ascii_only, cwd=tmp_path, check=True, capture_output=True)
+    frame = read_metadata(tmp_path / "data/images")
+    assert dict(zip(frame["key"], frame["captions"], strict=True)) == {
+        "\u72ac/b.png": ["\u96ea\u306e\u4e2d\u306e\u72ac"],
+        "\u732b.png": ["\u30bd\u30d5\u30a1\u306e\u4e0a\u306e\u732b"],
+    }
+
+
 def test_hidden_files_other_files_and_what_systems_leave_are_skipped(corpus):
     corpus.add("a.png", "a picture")
     corpus.write("._a.png", b"\0\5\26\7")
@@ -276,7 +301,7 @@ def test_a_parquet_row_that_is_not_utf8_costs_no_other_and_bytes_are_text(corpus
 def test_parquet_without_the_columns_is_an_error(corpus):
     corpus.add("a.png")
     pd.DataFrame({"file_name": ["a.png"], "label": [1]}).to_parquet(corpus.path / "metadata.parquet")
-    with pytest.raises(IngestError, match="has the columns 'file_name'; it needs file_name and one of"):
+    with pytest.raises(IngestError, match="has the columns 'file_name', 'label'; it needs file_name and one of"):
         corpus.ingest()
 
 
