@@ -173,7 +173,11 @@ def test_caption_files_are_those_of_folders(tmp_path):
 def test_captions_may_be_whole_files_or_names(tmp_path):
     tar = pack(tmp_path / "a.tar", [("my_cats/red_cat (2).jpg", JPEG), ("my_cats/red_cat (2).txt", "one\ntwo")])
     for value, expected in {"file": "one two", "file_name": "red cat", "folder_name": "my cats"}.items():
-        assert list(captions(tar, captions=value).values()) == [[expected]]
+        source = WebDatasetSource(tar, captions=value)
+        assert [item.captions for item in outcomes(source)] == [[expected]]
+        assert [notice.partition(",")[0] for notice in source.notices()] == (
+            [] if value == "file" else ["1 caption files are not read"]
+        )
 
 
 def test_what_programs_leave_beside_pictures_is_no_picture(tmp_path):

@@ -55,6 +55,7 @@ class WebDatasetSource(Source):
         self._tars = source_files(path, TARS + OTHER_ARCHIVES)
         self._reader = CaptionFiles(captions == "lines", caption_columns)
         self._from_name = captions if captions in ("file_name", "folder_name") else None
+        self._unread = 0
         self._split = _split_at_last_dot if key == "last_dot" else _split_at_first_dot
 
     def samples(self) -> Iterator[Sample]:
@@ -62,7 +63,8 @@ class WebDatasetSource(Source):
             yield from self._samples(name, path)
 
     def notices(self) -> list[str]:
-        return self._reader.notices()
+        unread = [f"{self._unread} caption files are not read, since captions are the names of images or folders"]
+        return self._reader.notices() + unread[: self._unread]
 
     def _samples(self, tar: str, path: Path) -> Iterator[Sample]:
         known: set[str] = set()
@@ -89,6 +91,7 @@ class WebDatasetSource(Source):
                 detail = "its key came before in this tar, with others in between; pack by name (tar --sort=name)"
                 yield rejected_sample(key, Reason.DUPLICATE_KEY, detail)
             elif image is not None:
+                self._unread += len(captions) if self._from_name else 0
                 yield Sample(key, partial(bytes, image), partial(self._captions, stem, captions))
             elif captions:
                 yield rejected_sample(key, Reason.MISSING_FILE, f"{' and '.join(captions)} without an image")
