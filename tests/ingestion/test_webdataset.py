@@ -304,9 +304,12 @@ def test_a_damaged_header_is_not_taken_for_the_end_of_the_tar(tmp_path):
 
 def test_a_tar_without_its_end_mark_is_reported_and_its_last_sample_kept(tmp_path):
     tar = pack(tmp_path / "a.tar", [("a.jpg", bytes(512)), ("a.txt", b"x" * 512)])
-    tar.write_bytes(tar.read_bytes()[: 4 * 512])
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[: 4 * 512])
     assert captions(tar) == {"a.tar/a": ["x" * 512]}
     assert rejects(tar) == {"a.tar": Reason.TRUNCATED}
+    tar.write_bytes(whole + bytes(100))
+    assert rejects(tar) == {}
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])

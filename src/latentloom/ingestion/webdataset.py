@@ -63,8 +63,9 @@ class WebDatasetSource(Source):
             yield from self._samples(name, path)
 
     def notices(self) -> list[str]:
-        unread = [f"{self._unread} caption files are not read, since captions are the names of images or folders"]
-        return self._reader.notices() + unread[: self._unread]
+        if self._unread:
+            return [f"{self._unread} caption files are not read, since captions are the names of images or folders"]
+        return self._reader.notices()
 
     def _samples(self, tar: str, path: Path) -> Iterator[Sample]:
         known: set[str] = set()
@@ -176,7 +177,7 @@ def _headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
             ended = False
             tar.members.clear()  # which would list all members in the end
             yield header
-        elif tar.fileobj.tell() != tar.offset:  # a block of zeros
+        elif tar.fileobj.tell() == tar.offset + tarfile.BLOCKSIZE:  # a whole block, of zeros
             ended = True
             tar.offset += tarfile.BLOCKSIZE
         elif ended:
