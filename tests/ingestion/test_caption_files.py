@@ -75,6 +75,14 @@ def test_caption_files_beside_images_that_metadata_names_are_not_read_and_that_i
     assert "1 files, such as a.txt: not read, since metadata" in capsys.readouterr().err
 
 
+def test_a_file_beside_an_image_that_has_another_suffix_is_named(corpus):
+    corpus.add("cat.png")
+    corpus.write("Cat.tags", "cat, sofa")
+    (found,) = outcomes(FolderSource(corpus.path))
+    assert found.reason is Reason.NO_CAPTION
+    assert "Cat.tags beside it does not end in .txt, .caption" in found.detail
+
+
 SENTENCES = "A cat sits on a red sofa.\nSoft light falls through the window.\nBehind it stands a lamp."
 ALTERNATIVES = "A cat sits on a red sofa.\nA red sofa with a sleeping cat.\na cat, indoors"
 

@@ -1,6 +1,7 @@
 """An ingestion as a whole: what is kept, counted and split, and what a crash leaves behind."""
 
 import io
+import tarfile
 from dataclasses import asdict
 from pathlib import Path
 from uuid import uuid4
@@ -153,6 +154,19 @@ def test_rows_of_byte_equal_pictures_of_a_table_are_one_image_with_all_captions(
     assert corpus.captions() == {
         f"coco.parquet:{own}": [f"picture {own}, caption {caption}" for caption in range(5)] for own in range(4)
     }
+
+
+def test_samples_of_byte_equal_pictures_of_a_tar_are_one_image_and_of_a_folder_duplicates(corpus, tmp_path):
+    picture = corpus.add("a.png", "one").read_bytes()
+    corpus.add("b.png", "two", picture)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("a.png", "a.txt", "b.png", "b.txt"):
+            tar.add(corpus.path / name, name)
+    corpus.ingest(source="webdataset", path=str(tmp_path / "a.tar"))
+    assert corpus.captions() == {"a.tar/a": ["one", "two"]}
+    corpus.ingest()
+    assert corpus.captions() == {"a.png": ["one"]}
+    assert corpus.reasons() == {"b.png": "duplicate"}
 
 
 def test_what_a_table_gives_does_not_depend_on_whether_rows_or_lists_hold_the_captions(

@@ -173,7 +173,11 @@ def test_caption_files_are_those_of_folders(tmp_path):
 def test_captions_may_be_whole_files_or_names(tmp_path):
     tar = pack(tmp_path / "a.tar", [("my_cats/red_cat (2).jpg", JPEG), ("my_cats/red_cat (2).txt", "one\ntwo")])
     for value, expected in {"file": "one two", "file_name": "red cat", "folder_name": "my cats"}.items():
-        assert list(captions(tar, captions=value).values()) == [[expected]]
+        source = WebDatasetSource(tar, captions=value)
+        assert [item.captions for item in outcomes(source)] == [[expected]]
+        assert [notice.partition(",")[0] for notice in source.notices()] == (
+            [] if value == "file" else ["1 caption files are not read"]
+        )
 
 
 def test_what_programs_leave_beside_pictures_is_no_picture(tmp_path):
@@ -300,9 +304,12 @@ def test_a_damaged_header_is_not_taken_for_the_end_of_the_tar(tmp_path):
 
 def test_a_tar_without_its_end_mark_is_reported_and_its_last_sample_kept(tmp_path):
     tar = pack(tmp_path / "a.tar", [("a.jpg", bytes(512)), ("a.txt", b"x" * 512)])
-    tar.write_bytes(tar.read_bytes()[: 4 * 512])
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[: 4 * 512])
     assert captions(tar) == {"a.tar/a": ["x" * 512]}
     assert rejects(tar) == {"a.tar": Reason.TRUNCATED}
+    tar.write_bytes(whole + bytes(100))
+    assert rejects(tar) == {}
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])

@@ -16,6 +16,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from latentloom.ingestion.caption_files import (
+    CAPTION_SUFFIXES,
     CaptionFiles,
     as_seen,
     caption_in_name,
@@ -57,6 +58,7 @@ class FolderSource(Source):
         self._captions: dict[str, list[object]] = {}  # from metadata
         self._files_of: dict[str, list[str]] = {}  # caption files
         self._unused: list[Sample] = []
+        self._others: dict[str, str] = {}  # files beside images whose suffix is not known, by name as seen, without it
         self._notices: list[str] = []
         self._columns, self._reader = caption_columns, CaptionFiles(captions == "lines", caption_columns)
         self._from_name = captions if captions in ("file_name", "folder_name") else None
@@ -107,6 +109,8 @@ class FolderSource(Source):
         self._notice(second, "not the only text file of its image; the captions of all are taken")
         for name, why in pairing.alone.items():
             self._unused.append(rejected_sample(name, Reason.MISSING_FILE, f"may hold a caption, but {why}"))
+        for name in sorted(set(names).difference(self._images, caption_files, metadata)):
+            self._others[as_seen(posixpath.splitext(name)[0])] = name
         for name in names:
             if name.lower().endswith(TABLES) and posixpath.basename(name).lower() not in READERS:
                 detail = f"may hold captions, but only {', '.join(READERS)} are read; rename it, or remove it"
@@ -169,6 +173,9 @@ class FolderSource(Source):
             return caption_in_name(posixpath.splitext(key)[0], self._from_name == "folder_name")
         if captions := self._captions.get(key):
             return captions
+        if key not in self._files_of and (other := self._others.get(as_seen(posixpath.splitext(key)[0]))):
+            detail = f"no metadata row or caption file; {other} beside it does not end in {', '.join(CAPTION_SUFFIXES)}"
+            raise RejectedSample(Reason.NO_CAPTION, detail)
         return self._reader.read(
             (caption_suffix(name), _content(self.root / name)) for name in self._files_of.get(key, ())
         )

@@ -56,6 +56,7 @@ class WebDatasetSource(Source):
         self._tars = source_files(path, TARS + OTHER_ARCHIVES)
         self._reader = CaptionFiles(captions == "lines", caption_columns)
         self._from_name = captions if captions in ("file_name", "folder_name") else None
+        self._unread = 0
         self._split = _split_at_last_dot if key == "last_dot" else _split_at_first_dot
 
     def samples(self) -> Iterator[Sample]:
@@ -63,6 +64,8 @@ class WebDatasetSource(Source):
             yield from self._samples(name, path)
 
     def notices(self) -> list[str]:
+        if self._unread:
+            return [f"{self._unread} caption files are not read, since captions are the names of images or folders"]
         return self._reader.notices()
 
     def _samples(self, tar: str, path: Path) -> Iterator[Sample]:
@@ -90,6 +93,7 @@ class WebDatasetSource(Source):
                 detail = "its key came before in this tar, with others in between; pack by name (tar --sort=name)"
                 yield rejected_sample(key, Reason.DUPLICATE_KEY, detail)
             elif image is not None:
+                self._unread += len(captions) if self._from_name else 0
                 yield Sample(key, partial(bytes, image), partial(self._captions, stem, captions))
             elif captions:
                 yield rejected_sample(key, Reason.MISSING_FILE, f"{' and '.join(captions)} without an image")
@@ -174,7 +178,7 @@ def _headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
             ended = False
             tar.members.clear()  # which would list all members in the end
             yield header
-        elif tar.fileobj.tell() != tar.offset:  # a block of zeros
+        elif tar.fileobj.tell() == tar.offset + tarfile.BLOCKSIZE:  # a whole block, of zeros
             ended = True
             tar.offset += tarfile.BLOCKSIZE
         elif ended:
