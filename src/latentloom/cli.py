@@ -16,6 +16,7 @@ from latentloom.errors import UserError
 from latentloom.files import read_json
 from latentloom.layout import EVALUATE_METRICS, MODEL, PARAMS, SAMPLE_SHEET, TRAIN_METRICS, project_root
 from latentloom.params import load_params
+from latentloom.stage import use_utf8
 
 FULL = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT)]  # a library's error may have it in its text alone
 MODEL_HELP = "A model folder, showcase, champion, candidate, a registry's version, or an MLflow run (id or name)."
@@ -25,6 +26,7 @@ class Commands(TyperGroup):
     """Ends with the message alone where the user can fix the cause; anything else is a bug and shows its traceback."""
 
     def invoke(self, context: typer.Context) -> Any:
+        use_utf8()
         try:
             return super().invoke(context)
         except UserError as error:
