@@ -3,6 +3,7 @@
 from latentloom.devices import choose_device
 from latentloom.encoding.cache import RowStore
 from latentloom.encoding.latents import encode_images
+from latentloom.encoding.named_encoders import pinned_reference
 from latentloom.encoding.pulled_shards import pulled_shards
 from latentloom.encoding.vae import Vae
 from latentloom.files import write_json
@@ -13,7 +14,7 @@ from latentloom.stage import run_stage
 
 def main(params: Params) -> str:
     settings = params.encode_images
-    vae = Vae(settings.vae, choose_device(), settings.precision)
+    vae = Vae(pinned_reference("encode_images.vae", settings.vae), choose_device(), settings.precision)
     store = RowStore(state_folder("latents"), state_limit())
     store.adopt(pulled_shards(LATENTS))
     counts = encode_images(vae, IMAGES, LATENTS, store, flip=settings.flip)

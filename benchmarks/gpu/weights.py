@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save
 
 from latentloom.errors import UserError
 from latentloom.files import write_json
-from latentloom.model_files import load_model, save_tensors
+from latentloom.model_files import load_model
+from latentloom.tensor_files import save_tensors
 
 PART_BYTES = 63 * 2**18  # 15.75 MiB
 NAME = "unet.fp16.safetensors"

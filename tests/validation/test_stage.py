@@ -9,7 +9,8 @@ import pytest
 import yaml
 from projects import stage_socket
 
-from latentloom.encoding.pretrained import fingerprint, text_folder, vae_folder
+from latentloom.encoding.pretrained import fingerprint
+from latentloom.encoding.references import text_folder, vae_folder
 
 pytestmark = pytest.mark.pipeline
 ROOT = Path(__file__).parents[2]

@@ -32,9 +32,10 @@ from latentloom.evaluation.text_to_image import load_text_to_image, store_settin
 from latentloom.files import read_json, write_json, write_text
 from latentloom.ingestion.shards import read_metadata
 from latentloom.layout import EVALUATE_METRICS, IMAGES, LATENTS, MODEL, PARAMS, TEXT, TRAIN_METRICS
-from latentloom.model_files import load_model, model_hash, save_tensors
+from latentloom.model_files import load_model, model_hash
 from latentloom.params import Params, load_params
 from latentloom.registry.models import SHOWCASE_FOLDER, is_model
+from latentloom.tensor_files import save_tensors
 from latentloom.tracking.provenance import Provenance, read_run_record, save_carried_record
 from latentloom.tracking.store import existing_store
 from showcase.card import card, readme_lines
