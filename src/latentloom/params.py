@@ -145,6 +145,7 @@ class ValidateParams(Section):
     latent_mean: Range
     latent_std: Range
     max_cut_captions: Annotated[float, Field(ge=0.0, le=1.0)]
+    max_same_embeddings: Annotated[float, Field(ge=0.0, le=1.0)]
     embedding_norm: Range
     val_fraction_tolerance: Fraction
 
@@ -282,6 +283,7 @@ ADDED = {
     "ingest.skin_tones": 0,
     "encode_text.max_tokens": None,
     "validate.max_cut_captions": 1.0,
+    "validate.max_same_embeddings": 1.0,
     "model.text": "pooled",
     "train.optimizer": "adamw",
     "train.reduce_precision": "fp32",

@@ -25,6 +25,7 @@ LIMITS = ValidateParams(
     latent_mean=[-10.0, 10.0],
     latent_std=[0.05, 20.0],
     max_cut_captions=0.05,
+    max_same_embeddings=0.05,
     embedding_norm=[0.1, 1000.0],
     val_fraction_tolerance=0.1,
 )
@@ -180,7 +181,7 @@ def write_caches(root: Path, images: int) -> Caches:
             "key": [digest(f"embedding {n}") for n in range(images)],
             "shard": "00000.safetensors",
             "row": np.arange(images, dtype="int32"),
-            "mean": np.float32(0.0),
+            "mean": np.linspace(-0.01, 0.01, images, dtype="float32"),
             "std": np.float32(0.05),
             "norm": np.float32(1.0),
             "finite": True,

@@ -144,6 +144,15 @@ def checks(
             advice="put what matters first, shorten these captions in the source, raise encode_text.max_tokens, choose "
             "an encode_text.model that reads more, or set validate.max_cut_captions",
         ),
+        check("captions_told_apart", "captions", "told_apart", value_set=[True],
+            mostly=1.0 - limits.max_same_embeddings,
+            requirement=f"at most {limits.max_same_embeddings:.4g} of the captions have the embedding that a caption "
+            "of other words has",
+            protects="to the network they are one caption: it learns the average of their pictures",
+            advice="read these captions: the text encoder knows neither their words nor their script. The bundled one "
+            "reads English: choose a multilingual encode_text.model, such as "
+            "sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2, or set validate.max_same_embeddings",
+        ),
         check("embeddings_finite", "captions", "finite", value_set=[True],
             requirement="every embedding, and its statistics, are free of NaN and infinity",
             protects="one NaN in an embedding makes the loss NaN, and then every weight",

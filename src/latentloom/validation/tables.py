@@ -11,6 +11,7 @@ Pixels and tensors are never opened: each index carries the mean, std and finite
 were made.
 """
 
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ def read_data(folder: Path) -> Data:
     latents["finite"] &= _all_finite(latents, ["mean", "std", "abs_max"])
     captions["length"] = captions["text"].str.strip().str.len()
     captions["finite"] &= _all_finite(captions, ["mean", "std", "norm"])
+    captions["told_apart"] = _told_apart(captions, text_stats["max_tokens"])
     return Data(
         folder=folder,
         tables={
@@ -110,6 +112,24 @@ def _dataset(
             "text_fingerprint": [text_stats["encoder"]["fingerprint"]],
         }
     )
+
+
+def _told_apart(captions: pd.DataFrame, max_tokens: int) -> np.ndarray:
+    """Whether no caption of other words has the same embedding, by its statistics.
+
+    Words that differ in case, accents or spaces alone are the same; captions that were cut have a check of their own.
+    """
+    embedding = ["mean", "std", "norm"]
+    alike = captions[
+        captions.duplicated(embedding, keep=False) & captions["finite"] & (captions["tokens"] <= max_tokens)
+    ]
+    wordings = alike.assign(words=alike["text"].map(_words)).groupby(embedding)["words"].transform("nunique")
+    return ~captions.index.isin(wordings.index[wordings > 1])
+
+
+def _words(text: str) -> str:
+    plain = "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
+    return " ".join(plain.casefold().split())
 
 
 def _all_finite(frame: pd.DataFrame, columns: list[str]) -> np.ndarray:
