@@ -5,6 +5,7 @@ from latentloom.encoding.cache import RowStore
 from latentloom.encoding.latents import encode_images
 from latentloom.encoding.named_encoders import pinned_reference
 from latentloom.encoding.pulled_shards import pulled_shards
+from latentloom.encoding.reconstruction import reconstruct
 from latentloom.encoding.vae import Vae
 from latentloom.files import write_json
 from latentloom.layout import ENCODE_IMAGES_REPORT, IMAGES, LATENTS, state_folder, state_limit
@@ -18,17 +19,20 @@ def main(params: Params) -> str:
     store = RowStore(state_folder("latents"), state_limit())
     store.adopt(pulled_shards(LATENTS))
     counts = encode_images(vae, IMAGES, LATENTS, store, flip=settings.flip)
+    psnr = reconstruct(vae, IMAGES, LATENTS, store)
     write_json(
         ENCODE_IMAGES_REPORT,
         {
             "latents": counts.rows,
             "rejected": counts.rejected,
+            "reconstruction_psnr": round(psnr, 2),
             "vae": vae.reference,
             "vae_fingerprint": vae.fingerprint,
         },
     )
     rejected = f", rejected {counts.rejected} (see {LATENTS}/rejects.parquet)" if counts.rejected else ""
-    return f"{counts.rows} latents: encoded {counts.encoded}, reused {counts.reused}{rejected}"
+    decoded = f"; decoded again, images come back at {psnr:.1f} dB"
+    return f"{counts.rows} latents: encoded {counts.encoded}, reused {counts.reused}{rejected}{decoded}"
 
 
 if __name__ == "__main__":

@@ -37,6 +37,16 @@ def test_a_disk_that_refuses_memory_maps_is_read_without_and_the_user_is_told(tm
     assert all(torch.equal(own[name], tensor) for own in (found, other) for name, tensor in tensors.items())
 
 
+def test_a_disk_that_takes_only_plain_writes_gets_them(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise SafetensorError("Error while serializing: I/O error: Operation not supported (os error 95)")
+
+    save_tensors(tmp_path / "a.safetensors", {"a": torch.arange(5.0)})
+    monkeypatch.setattr(tensor_files, "save_file", refuse)
+    save_tensors(tmp_path / "b.safetensors", {"a": torch.arange(5.0)})
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
 def test_a_damaged_file_is_damaged_on_any_disk(tmp_path, request):
     path = tmp_path / "x.safetensors"
     save_tensors(path, {"a": torch.zeros(8)})

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save, save_file
 
 from latentloom.files import atomic_path, refuses_maps
+
+UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENODEV)  # what a disk says to the library's fast way of writing
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -27,7 +29,9 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         except SafetensorError as error:  # the library's own form of an OSError
             found = re.search(r"(?:os error|code:) (\d+)", str(error))
             code = int(found[1]) if found else errno.EIO
-            raise OSError(code, os.strerror(code)) from error
+            if code not in UNSUPPORTED:
+                raise OSError(code, os.strerror(code)) from error
+            temporary.write_bytes(save(on_host))
         temporary.chmod(0o644)  # the library leaves it readable to its owner alone
 
 

@@ -26,6 +26,7 @@ LIMITS = ValidateParams(
     latent_std=[0.05, 20.0],
     max_cut_captions=0.05,
     max_same_embeddings=0.05,
+    min_reconstruction_psnr=23.0,
     embedding_norm=[0.1, 1000.0],
     val_fraction_tolerance=0.1,
 )
@@ -35,6 +36,7 @@ TABLES = {
     "near_duplicates": "near_duplicates.parquet",
     "latents": "latents/index.parquet",
     "latent_rejects": "latents/rejects.parquet",
+    "reconstructions": "latents/reconstructions.parquet",
     "captions": "text/index.parquet",
     "pairs": "text/pairs.parquet",
 }
@@ -59,6 +61,7 @@ class Caches:
     root: Path
     limits = LIMITS
     preview = (20, 200, 140)  # the colour of the rejected pictures
+    decoded = (120, 20, 20)  # and of what the VAE decoded
 
     @staticmethod
     def colour(number: int) -> tuple[int, int, int]:
@@ -170,6 +173,14 @@ def write_caches(root: Path, images: int) -> Caches:
             "key": ["too bright.png"],
             "reason": ["latent_not_finite"],
             "detail": ["7 of 1024 numbers are not finite in fp32"],
+        }),
+    )  # fmt: skip
+    caches.write(
+        "reconstructions",
+        pd.DataFrame({
+            "id": [ids[2], ids[3]],
+            "psnr": np.array([21.0, 31.0], dtype="float32"),
+            "preview": [png(caches.decoded), None],
         }),
     )  # fmt: skip
     caches.write(

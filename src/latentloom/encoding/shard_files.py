@@ -20,6 +20,7 @@ from latentloom.tensor_files import read_tensors
 INDEX = "index.parquet"
 PAIRS = "pairs.parquet"  # of captions: which image has which
 REJECTS = "rejects.parquet"  # of images: those whose latent is not finite
+RECONSTRUCTIONS = "reconstructions.parquet"  # of images: a sample, decoded from their latents
 STATS = "stats.json"
 SHARDS = "*.safetensors"
 FLIPPED = "flipped"  # the folder of the mirrored images' latents

@@ -198,6 +198,14 @@ def checks(
             advice="data/latents/rejects.parquet names them: when they are sound pictures, the VAE is at fault: choose "
             "another encode_images.vae, or encode_images.precision: fp32",
         ),
+        check("vae_reconstructs_images", "dataset", "reconstruction_psnr", min_value=limits.min_reconstruction_psnr,
+            requirement="images that the VAE decodes from their latents have a PSNR of at least "
+            f"{limits.min_reconstruction_psnr:g} dB on average",
+            protects="what the VAE smears, no model that is trained on its latents can generate sharp",
+            advice="look at the decoded images on the first page. The bundled VAE was trained on emoji: for photos "
+            "choose another encode_images.vae, such as stabilityai/sd-vae-ft-mse, or a larger ingest.image_size; or, "
+            "when they look good, set validate.min_reconstruction_psnr",
+        ),
         check("vae_fingerprint_expected", "dataset", "vae_fingerprint", value_set=[vae_fingerprint],
             requirement=f"the latents were made by the VAE that encode_images.vae names ({vae_fingerprint})",
             protects="latents of another VAE train well and decode to noise, which only the first sample shows",

@@ -38,6 +38,7 @@ class Data:
     manifest: dict[str, Any]  # of the images
     rejects: pd.DataFrame  # of samples: source, key, reason, detail, preview
     latent_rejects: pd.DataFrame  # of images whose latent is not finite: id, source, key, reason, detail
+    reconstructions: pd.DataFrame  # of sampled images: id, psnr, preview (of the worst)
     pairs: int  # of an image and a caption
     max_tokens: int  # that the text encoder read of a caption
 
@@ -54,6 +55,7 @@ def read_data(folder: Path) -> Data:
     near_duplicates = read_table(folder / "near_duplicates.parquet", ["image_id", "twin_id", "distance"])
     latents = read_table(folder / "latents/index.parquet", ["id", "split", "mean", "std", "abs_max", "finite"])
     latent_rejects = read_table(folder / "latents/rejects.parquet", LATENT_REJECTS)
+    reconstructions = read_table(folder / "latents/reconstructions.parquet", ["id", "psnr", "preview"])
     latent_stats = read_json(folder / "latents/stats.json")
     captions = read_table(folder / "text/index.parquet", ["id", "text", "tokens", "mean", "std", "norm", "finite"])
     pairs = read_table(folder / "text/pairs.parquet", ["image_id"])
@@ -77,11 +79,14 @@ def read_data(folder: Path) -> Data:
             "latents": latents,
             "captions": captions,
             "channels": pd.DataFrame({"mean": means, "std": latent_stats["std"], "id": names}),
-            "dataset": _dataset(latents, latent_rejects, latent_stats, text_stats),
+            "dataset": _dataset(latents, latent_rejects, latent_stats, text_stats).assign(
+                reconstruction_psnr=reconstructions["psnr"].mean()
+            ),
         },
         manifest=manifest,
         rejects=rejects,
         latent_rejects=latent_rejects,
+        reconstructions=reconstructions,
         pairs=len(pairs),
         max_tokens=text_stats["max_tokens"],
     )
