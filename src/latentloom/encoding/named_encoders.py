@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from latentloom.encoding.pretrained import fingerprint
-from latentloom.encoding.references import NoEncoderError, pinned, text_folder, vae_folder, vision_folder
+from latentloom.encoding.references import is_local, pinned, text_folder, vae_folder, vision_folder
 from latentloom.files import read_json, write_json
 from latentloom.layout import ENCODERS
 
@@ -58,14 +58,9 @@ def find_encoders(references: dict[str, str | None], folder: Path, hash_file: Ca
 
 
 def _find(key: str, reference: str, before: NamedEncoder | None, hash_file: Callable[[Path], str]) -> NamedEncoder:
-    if before and before.pinned != reference:
-        return before  # a commit of the hub
-    try:
-        folder = FOLDERS[key](reference)
-    except NoEncoderError:
-        if before is None:
-            raise
-        return before  # a clone that has the data need not have the encoder
+    if before and not is_local(reference):
+        return before  # the hub's commit stays; and a clone that has the data need not have the folder
+    folder = FOLDERS[key](reference)
     return NamedEncoder(reference, pinned(reference, folder), fingerprint(folder, hash_file))
 
 

@@ -24,16 +24,11 @@ SMALL_FILES += ("tokenizer_config.json", "special_tokens_map.json", "added_token
 FORMS = (("safetensors", None), ("bin", None), *(("safetensors", variant) for variant in VARIANTS))
 
 
-class NoEncoderError(UserError):
-    """A reference leads nowhere on this machine: no such folder, or the hub cannot be reached or does not know it."""
-
-
 def vae_folder(reference: str) -> Path:
     """The folder of the VAE that ``encode_images.vae`` names.
 
     Raises:
-        NoEncoderError: when there is no such folder, or it cannot be fetched from the hub.
-        UserError: when what is there is no folder of a model.
+        UserError: when there is no such folder, it cannot be fetched from the hub, or is no folder of a whole model.
     """
     return BUNDLED_VAE if reference == BUNDLED else _folder(reference, "encode_images.vae")
 
@@ -56,8 +51,12 @@ def vision_folder(reference: str, key: str) -> Path:
 
 def pinned(reference: str, folder: Path) -> str:
     """The reference that leads to the same files for ever: with its commit, where the hub gave ``folder``."""
-    is_local = reference == BUNDLED or _local_folder(reference) is not None
-    return reference if is_local else f"{reference.partition('@')[0]}@{folder.name}"
+    return reference if is_local(reference) else f"{reference.partition('@')[0]}@{folder.name}"
+
+
+def is_local(reference: str) -> bool:
+    """Whether what it leads to is here, and not the hub's."""
+    return reference == BUNDLED or _local_folder(reference) is not None
 
 
 def _folder(reference: str, key: str, without_hub: str = BUNDLED) -> Path:
@@ -70,7 +69,7 @@ def _folder(reference: str, key: str, without_hub: str = BUNDLED) -> Path:
             return folder
         raise UserError(f"{key}: the folder {reference} has no config.json; {_what_to_give(folder, reference)}")
     if reference.startswith((".", "/", "~")) or reference.partition("@")[0].count("/") != 1:
-        raise NoEncoderError(
+        raise UserError(
             f"{key}: {reference!r} is neither a folder here nor a hub id; "
             f"allowed: {without_hub}, a hub id (owner/name), a folder"
         )
@@ -101,12 +100,12 @@ def _hub_folder(reference: str, key: str, without_hub: str) -> Path:
         config = try_to_load_from_cache(name, "config.json", revision=revision or None)
         if isinstance(config, str) and (lacking := _lacking(Path(config).parent)) is None:
             return Path(config).parent
-        raise NoEncoderError(
+        raise UserError(
             f"{key}: could not fetch {reference!r} from the Hugging Face hub ({type(error).__name__}: "
             f"{str(error).splitlines()[0]}), and {lacking}; check the name and the network, or use `{without_hub}`, "
             "which needs neither"
         ) from error
-    raise NoEncoderError(
+    raise UserError(
         f"{key}: {reference!r} was not fetched whole, or cannot be used: {lacking}; try again with the network, or "
         f"{_what_to_give(folder, reference)}"
     )
