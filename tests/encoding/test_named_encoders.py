@@ -117,6 +117,10 @@ def test_what_the_hub_gave_is_pinned_to_its_commit_until_params_name_another(pro
     after = project(f"{OWN}@main")
     assert after["pinned"] == f"{OWN}@{'b' * 40}"
     assert after["fingerprint"] == fingerprint(vae_folder(f"{OWN}@{'b' * 40}")) != before["fingerprint"]
+    commit = project(f"{OWN}@{'a' * 40}")
+    assert commit["fingerprint"] == before["fingerprint"]
+    shutil.rmtree("hub")  # as in a clone on another machine
+    assert project(f"{OWN}@{'a' * 40}") == commit
 
 
 def test_what_another_library_fetched_is_used_without_a_network_where_it_is_whole(hub, monkeypatch):
