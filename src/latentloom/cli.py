@@ -1,8 +1,10 @@
 """The command `latentloom`. Each command imports what it needs, so that `--help` answers at once."""
 
+import errno
 import os
 import re
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +17,7 @@ from latentloom.files import read_json
 from latentloom.layout import EVALUATE_METRICS, MODEL, PARAMS, SAMPLE_SHEET, TRAIN_METRICS, project_root
 from latentloom.params import load_params
 
+FULL = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT)]  # a library's error may have it in its text alone
 MODEL_HELP = "A model folder, showcase, champion, candidate, a registry's version, or an MLflow run (id or name)."
 
 
@@ -30,6 +33,9 @@ class Commands(TyperGroup):
             library = type(error).__module__.partition(".")[0]
             if library == "mlflow":
                 sys.exit(f"MLflow: {error}")
+            if isinstance(error, OSError) and (full := [own for own in FULL if own in str(error)]):
+                folders = f"{project_root()} or {tempfile.gettempdir()}"
+                sys.exit(f"{full[0]}, in {folders}: make room, and run the command again")
             if library not in ("sqlalchemy", "sqlite3"):
                 raise
             from latentloom.tracking.store import tracking_uri, without_credentials
