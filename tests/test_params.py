@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import json
 import operator
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from dvc.utils.hydra import apply_overrides
 from dvc.utils.serialize import load_yaml
 
 from latentloom.params import ADDED, MOVED, NEW_SECTIONS, ParamsError, load_params
@@ -17,11 +19,24 @@ ROOT = Path(__file__).parents[1]
 SHIPPED = yaml.safe_load((ROOT / "params.yaml").read_text())
 
 
-@pytest.mark.parametrize(
-    "path", [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))], ids=lambda p: p.name
-)
+FILES = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
 def test_every_shipped_params_file_is_valid(path):
     load_params(path)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def test_dvc_changes_one_line_for_one_value(tmp_path, path):
+    """As `dvc exp run -S` and, after it, `dvc exp apply` do: shipped files are in the form that DVC writes."""
+    copy = tmp_path / "params.yaml"
+    copy.write_bytes(path.read_bytes())
+    apply_overrides(copy, ["train.learning_rate=0.00123"])
+    before, after = (own.read_text(encoding="utf-8").splitlines() for own in (path, copy))
+    (changed,) = [pair for pair in itertools.zip_longest(before, after) if pair[0] != pair[1]]
+    assert [line.split("#")[0].split(":")[0].strip() for line in changed] == ["learning_rate"] * 2
+    assert load_params(copy).train.learning_rate == 0.00123
 
 
 def rejected(tmp_path, change) -> str:
