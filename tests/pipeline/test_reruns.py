@@ -1,5 +1,7 @@
 """A change reruns exactly the stages it must: for every key of params.yaml as dvc.yaml says, and once for real."""
 
+import shutil
+import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -78,6 +80,24 @@ def test_every_stage_names_its_params_as_they_are_called():
     known = {*keys(PARAMS), *PARAMS}
     for stage, described in GRAPH.items():
         assert set(described.get("params", [])) <= known, stage
+
+
+def test_git_ignores_what_dvc_keeps_and_nothing_else_whatever_a_failed_repro_did(tmp_path):
+    """A stage that fails makes DVC take back what earlier stages wrote into a .gitignore: here they write nothing."""
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    shutil.copy2(ROOT / ".gitignore", tmp_path)
+    entries = [
+        entry for stage in GRAPH.values() for kind in ("outs", "metrics", "plots") for entry in stage.get(kind, [])
+    ]
+    kept = {entry for entry in entries if isinstance(entry, str)}
+    committed = {name for entry in entries if isinstance(entry, dict) for name in entry}
+    paths = "\n".join([*kept, *committed])
+    ignored = subprocess.run(
+        ["git", "check-ignore", "--stdin"], cwd=tmp_path, input=paths, capture_output=True, text=True, check=True
+    )
+    assert set(ignored.stdout.split()) == kept
+    own = subprocess.run(["git", "ls-files", "*.gitignore"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert own.stdout.split() == [".dvc/.gitignore", ".gitignore"]
 
 
 @pytest.fixture(scope="module")
