@@ -232,7 +232,7 @@ class SweepParams(Section):
 
 class EvaluateParams(Section):
     sampling: SamplingSettings  # its settings are keys of the section itself
-    prompts: Annotated[list[Prompt], Field(min_length=1)]
+    prompts: Annotated[list[Prompt], Field(min_length=1)] | None
     held_out_captions: Annotated[StrictInt, Field(ge=0)]
     training_captions: Count
     features: Reference | None

@@ -96,8 +96,7 @@ def test_git_ignores_what_dvc_keeps_and_nothing_else_whatever_a_failed_repro_did
         ["git", "check-ignore", "--stdin"], cwd=tmp_path, input=paths, capture_output=True, text=True, check=True
     )
     assert set(ignored.stdout.split()) == kept
-    own = subprocess.run(["git", "ls-files", "*.gitignore"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert own.stdout.split() == [".dvc/.gitignore", ".gitignore"]
+    assert not [folder for folder in ("data", "models", "reports") if (ROOT / folder / ".gitignore").exists()]
 
 
 @pytest.fixture(scope="module")
