@@ -23,15 +23,16 @@ def shell(request) -> str:
 
 
 @pytest.mark.parametrize("stage", ["find_sources", *STAGES])
-def test_a_stages_command_starts_python_with_the_same_words(shell, stage, tmp_path):
+def test_a_stages_command_starts_python_with_the_same_words_and_utf_8(shell, stage, tmp_path):
     program = tmp_path / "python"
-    program.write_text('#!/bin/sh\nprintf "%s\\n" "$PYTHONPATH" "$#" "$@"\n')
+    program.write_text('#!/bin/sh\nprintf "%s\\n" "$PYTHONUTF8" "$PYTHONPATH" "$#" "$@"\n')
     program.chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(tmp_path)}
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0"}  # in which files would be read as ASCII
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(tmp_path)} | locale
     printed = subprocess.run(
         [shell, "-c", COMMANDS[stage]], env=environment, capture_output=True, text=True, check=True, cwd=tmp_path
     )
-    assert printed.stdout.splitlines() == ["src", "1", f"pipelines/{stage}.py"]
+    assert printed.stdout.splitlines() == ["1", "src", "1", f"pipelines/{stage}.py"]
     assert printed.stderr == ""
 
 
