@@ -91,9 +91,7 @@ def test_deleting_the_store_costs_time_and_nothing_else(project):
     assert shards(project) == before
 
 
-def test_sources_of_a_list_are_trained_on_by_their_weights_and_evaluated_with_nothing_held_out(
-    make_project, tmp_path_factory
-):
+def test_sources_of_a_list_are_trained_on_by_their_weights_with_nothing_held_out(make_project, tmp_path_factory):
     project = make_project("sources")
     pictures = tmp_path_factory.mktemp("pictures")
     add_pictures(pictures / "many", range(60))
