@@ -94,6 +94,7 @@ def rejected(tmp_path, change) -> str:
         ("train", "lr_schedule", "linear", "train.lr_schedule = 'linear': input should be 'cosine', 'constant' or"),
         ("machine", "data_memory_share", 2, "machine.data_memory_share = 2: input should be less than or equal to 1"),
         ("evaluate", "prompts", [], "evaluate.prompts = []"),
+        ("evaluate", "prompts", ["seed ${seed}"], "evaluate.prompts.0 = 'seed ${seed}': `dvc exp run -S` takes ${...}"),
         ("evaluate", "features", "", "evaluate.features = '': string should have at least 1 character"),
         ("evaluate", "real_images", "all", "evaluate.real_images = 'all': input should be 'held_out' or 'training'"),
         ("evaluate", "sampler", "euler", "evaluate.sampler = 'euler'"),

@@ -29,12 +29,19 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from latentloom.diffusion.sampling_settings import SETTING_NAMES, SamplingSettings
 from latentloom.errors import UserError
 
+
+def _without_references(text: str) -> str:
+    if "${" in text:
+        raise ValueError("`dvc exp run -S` takes ${...} for a reference to another param and replaces it; leave it out")
+    return text
+
+
 Count = Annotated[StrictInt, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Steps = Annotated[StrictInt, Field(ge=2, le=1000)]
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**63)]
-Prompt = Annotated[StrictStr, Field(min_length=1)]
+Prompt = Annotated[StrictStr, Field(min_length=1), AfterValidator(_without_references)]
 SourceName = Literal["openmoji", "folder", "webdataset", "parquet"]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Compile = Literal[False, True, "cuda_graphs"]
