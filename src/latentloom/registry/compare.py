@@ -134,7 +134,8 @@ def make_sheet(
 
 def _captions(root: Path) -> list[str]:
     """The first captions of the data by their hashes, which is as good as at random."""
-    return read_table(root / TEXT / "index.parquet", ["text"])["text"].head(COLUMNS).tolist()
+    captions = read_table(root / TEXT / "index.parquet", ["id", "text"])
+    return captions.sort_values("id")["text"].head(COLUMNS).tolist()
 
 
 def _known(found: FoundModel, root: Path) -> list[Figures]:
