@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 PYTEST := OMP_NUM_THREADS=1 python -m pytest -n $(shell echo $$(( $(CORES) < 4 ? $(CORES) + 2 : 5 ))) --dist loadfile --no-loadscope-reorder
 
-.PHONY: repro test test-fast test-services ui bench walkthrough lint install install-tests clean
+.PHONY: repro test test-fast test-services ui bench notebooks lint install install-tests clean
 
 repro: install ## run every stage that is not up to date
 	@latentloom check
@@ -37,8 +37,8 @@ ui: install ## MLflow's pages on http://127.0.0.1:5000
 bench: install-tests ## how fast the caches are, beside others; half an hour on an idle machine
 	@for script in benchmarks/*.py; do echo "== $$script"; PYTHONPATH=src TQDM_DISABLE=1 python $$script || exit 1; done
 
-walkthrough: install-tests ## execute notebooks/01_walkthrough.ipynb and store what it shows, small enough for git
-	python tools/walkthrough.py
+notebooks: install-tests ## execute the notebooks and store what they show, small enough for git
+	python tools/run_notebooks.py
 
 lint: install-tests
 	ruff check .

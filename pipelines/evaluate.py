@@ -51,7 +51,7 @@ def main(params: Params) -> str:
         for path in (PARAMS, SAMPLE_SHEET, EXTREMES_SHEET, DVC_LOCK, CHART, TABLE):  # dvc.lock names the model by now
             if path.exists():
                 tracked.log_file(path)
-    return f"{len(params.evaluate.prompts)} prompts sampled, {evaluation.summary}"
+    return f"{len(params.evaluate.prompts or [])} prompts sampled, {evaluation.summary}"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,17 @@
 """params.yaml: the shipped files are valid, and everything else is rejected by key, value and what is allowed."""
 
+import copy
+import functools
+import itertools
+import json
+import operator
+import re
 from pathlib import Path
 
 import pytest
 import yaml
+from dvc.utils.hydra import apply_overrides
+from dvc.utils.serialize import load_yaml
 
 from latentloom.params import ADDED, MOVED, NEW_SECTIONS, ParamsError, load_params
 
@@ -11,11 +19,24 @@ ROOT = Path(__file__).parents[1]
 SHIPPED = yaml.safe_load((ROOT / "params.yaml").read_text())
 
 
-@pytest.mark.parametrize(
-    "path", [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))], ids=lambda p: p.name
-)
+FILES = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
 def test_every_shipped_params_file_is_valid(path):
     load_params(path)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def test_dvc_changes_one_line_for_one_value(tmp_path, path):
+    """As `dvc exp run -S` and, after it, `dvc exp apply` do: shipped files are in the form that DVC writes."""
+    copy = tmp_path / "params.yaml"
+    copy.write_bytes(path.read_bytes())
+    apply_overrides(copy, ["train.learning_rate=0.00123"])
+    before, after = (own.read_text(encoding="utf-8").splitlines() for own in (path, copy))
+    (changed,) = [pair for pair in itertools.zip_longest(before, after) if pair[0] != pair[1]]
+    assert [line.split("#")[0].split(":")[0].strip() for line in changed] == ["learning_rate"] * 2
+    assert load_params(copy).train.learning_rate == 0.00123
 
 
 def rejected(tmp_path, change) -> str:
@@ -97,6 +118,7 @@ def rejected(tmp_path, change) -> str:
         ("train", "lr_schedule", "linear", "train.lr_schedule = 'linear': input should be 'cosine', 'constant' or"),
         ("machine", "data_memory_share", 2, "machine.data_memory_share = 2: input should be less than or equal to 1"),
         ("evaluate", "prompts", [], "evaluate.prompts = []"),
+        ("evaluate", "prompts", ["seed ${seed}"], "evaluate.prompts.0 = 'seed ${seed}': `dvc exp run -S` takes ${...}"),
         ("evaluate", "features", "", "evaluate.features = '': string should have at least 1 character"),
         ("evaluate", "real_images", "all", "evaluate.real_images = 'all': input should be 'held_out' or 'training'"),
         ("evaluate", "sampler", "euler", "evaluate.sampler = 'euler'"),
@@ -162,11 +184,100 @@ def test_a_missing_file_is_named(tmp_path):
         load_params(tmp_path / "params.yaml")
 
 
-def test_a_number_in_scientific_notation_is_a_number(tmp_path):
-    text = (ROOT / "params.yaml").read_text().replace("learning_rate: 1.0e-3", "learning_rate: 1e-3")
+def with_line(tmp_path: Path, key: str, line: str) -> Path:
+    """The shipped file with another line in the place of the first one of ``key``."""
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    (found,) = re.findall(rf"^ *{key}:.*$", text, re.MULTILINE)[:1]
     path = tmp_path / "params.yaml"
-    path.write_text(text)
-    assert load_params(path).train.learning_rate == 0.001
+    path.write_text(text.replace(found, line, 1), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "value"),
+    [
+        ("seed", "seed: 010", 10),
+        ("seed", "seed: 0o10", 8),
+        ("train.learning_rate", "  learning_rate: 1e-3", 0.001),
+        ("ingest.limit", "  limit: 1_000", 1000),
+        ("ingest.path", "  path: ~", None),
+        ("encode_images.vae", "  vae: no", "no"),
+        ("encode_images.vae", "  vae: 1:30", "1:30"),
+    ],
+)
+def test_a_value_is_what_dvc_takes_it_for(tmp_path, name, line, value):
+    path = with_line(tmp_path, name.rpartition(".")[2], line)
+    read, recorded = load_params(path).model_dump(by_alias=True), load_yaml(path)
+    assert functools.reduce(operator.getitem, name.split("."), read) == value
+    assert functools.reduce(operator.getitem, name.split("."), recorded) == value
+
+
+@pytest.mark.parametrize(
+    ("key", "line", "message"),
+    [
+        ("flip", "  flip: yes", "encode_images.flip = 'yes': input should be a valid boolean; write true"),
+        ("flip", "  flip: Off", "input should be a valid boolean; write false"),
+        ("steps", "  steps: 2e4", "train.steps = 20000.0: input should be a valid integer; write 20000"),
+        ("steps", "  steps: 1:30", "train.steps = '1:30': input should be a valid integer"),
+        ("vae", "  vae: true", "encode_images.vae = True: input should be a valid string; put it in quotes"),
+        ("vae", "  vae: 2026-01-02", "input should be a valid string; put it in quotes"),
+        ("limit", "  limit: 1\n  limit: 2", 'line 10: found duplicate key "limit" with value "2"'),
+        ("limit", "\tlimit: 2", "not valid YAML: line 9: found character"),
+        ("path", "  path: 2026-13-41", "is not valid YAML: month must be in 1..12"),
+    ],
+)
+def test_what_yaml_reads_otherwise_than_it_looks_is_rejected_with_what_to_write(tmp_path, key, line, message):
+    with pytest.raises(ParamsError) as caught:
+        load_params(with_line(tmp_path, key, line))
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 2
+
+
+def vae_of(factor: int, folder: Path) -> str:
+    folder.mkdir(parents=True)
+    channels = [32] * factor.bit_length()
+    (folder / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", "block_out_channels": channels}))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("ingest", {"image_size": 200}, "ingest.image_size = 200: the VAE (bundled) makes images smaller by 8, and a"),
+        ("ingest", {"image_size": 200}, "it must be a multiple of 32; set it to 192 or 224"),
+        ("ingest", {"image_size": 72}, "set it to 64 or 96"),
+        ("model", {"widths": [16] * 6}, "must be a multiple of 256; set it to 256, or give another number"),
+        ("train", {"warmup_steps": 1201}, "train: warmup_steps 1201 are more than steps 1200"),
+        ("ingest", {"limit": 15}, "ingest.limit = 15: validate.min_train_images asks for 16 images"),
+        ("train", {"keep": "best"}, "train.keep = best: with ingest.val_fraction = 0 nothing is held out"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_rejected_before_any_work(tmp_path, section, values, message):
+    def change(params):
+        params["ingest"]["val_fraction"] = 0 if "keep" in values else 0.1
+        params[section].update(values)
+
+    assert message in rejected(tmp_path, change)
+
+
+def test_the_size_of_images_is_checked_for_the_vae_that_is_named(tmp_path, monkeypatch):
+    """A VAE of factor 16 in a folder, and from a hub whose cache has its config; of one that is not here, nothing."""
+    folder = vae_of(16, tmp_path / "vae")
+    cached = Path(vae_of(16, tmp_path / "models--owner--name/snapshots/main"))
+    (tmp_path / "models--owner--name/refs").mkdir()
+    (tmp_path / "models--owner--name/refs/main").write_text("main")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert cached.is_dir()
+
+    def check(vae):
+        return lambda params: (params["encode_images"].update(vae=vae), params["ingest"].update(image_size=96))
+
+    for vae in (folder, "owner/name"):
+        assert f"the VAE ({vae}) makes images smaller by 16" in rejected(tmp_path, check(vae))
+    params = copy.deepcopy(SHIPPED)
+    check("owner/not-here")(params)
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    assert load_params(tmp_path / "params.yaml").ingest.image_size == 96
 
 
 def test_a_file_of_the_version_before_is_read_with_a_warning_that_names_each_key(tmp_path):

@@ -15,7 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
 
 from latentloom.errors import UserError
 
@@ -43,7 +43,7 @@ def out_hash(path: Path) -> str:
 
 def locked_outs(lock: bytes | str | None) -> dict[str, str]:
     """The outs that a dvc.lock names: path -> DVC's hash; nothing where there is no lock."""
-    stages = (yaml.safe_load(lock) or {}).get("stages", {}) if lock else {}
+    stages = (YAML(typ="safe").load(lock) or {}).get("stages", {}) if lock else {}
     return {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", []) if "md5" in out}
 
 
@@ -91,7 +91,7 @@ def bring(root: Path, wanted: Mapping[str, Path]) -> None:
         described = {out: Path(folder) / f"out{number}" for number, out in enumerate(wanted)}
         for out, pulled in described.items():
             entry = {"md5": out, "hash": "md5", "path": pulled.name}
-            Path(f"{pulled}.dvc").write_text(yaml.safe_dump({"outs": [entry]}))
+            Path(f"{pulled}.dvc").write_text(json.dumps({"outs": [entry]}))  # JSON is YAML
         targets = [f"{pulled}.dvc" for pulled in described.values()]
         pull = [sys.executable, "-m", "dvc", "pull", "-q", "--force", *targets]
         result = subprocess.run(pull, cwd=root, capture_output=True, text=True)

@@ -15,6 +15,7 @@ REJECTS = Path("data/rejects.parquet")
 NEAR_DUPLICATES = Path("data/near_duplicates.parquet")
 LATENTS = Path("data/latents")
 TEXT = Path("data/text")
+VALIDATED = Path("data/validated.json")
 
 MODEL = Path("models/unet")
 

@@ -5,11 +5,11 @@ that matters. An unknown key, a missing one or a wrong value is rejected before 
 """
 
 import difflib
+import json
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -23,16 +23,25 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from latentloom.diffusion.sampling_settings import SETTING_NAMES, SamplingSettings
 from latentloom.errors import UserError
+
+
+def _without_references(text: str) -> str:
+    if "${" in text:
+        raise ValueError("`dvc exp run -S` takes ${...} for a reference to another param and replaces it; leave it out")
+    return text
+
 
 Count = Annotated[StrictInt, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Steps = Annotated[StrictInt, Field(ge=2, le=1000)]
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**63)]
-Prompt = Annotated[StrictStr, Field(min_length=1)]
+Prompt = Annotated[StrictStr, Field(min_length=1), AfterValidator(_without_references)]
 SourceName = Literal["openmoji", "folder", "webdataset", "parquet"]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Compile = Literal[False, True, "cuda_graphs"]
@@ -205,6 +214,11 @@ class TrainParams(Section):
                 f"batch_size {self.batch_size} does not divide into gradient_accumulation "
                 f"{self.gradient_accumulation} equal parts; make it a multiple"
             )
+        if self.warmup_steps > self.steps:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} are more than steps {self.steps}, so the learning rate never gets "
+                "to its full value; lower them"
+            )
         if self.lr_schedule == "warmup_stable_decay" and self.warmup_steps + self.decay_steps > self.steps:
             raise ValueError(
                 f"warmup_steps {self.warmup_steps} and decay_steps {self.decay_steps} do not fit into steps "
@@ -243,7 +257,7 @@ class SweepParams(Section):
 
 class EvaluateParams(Section):
     sampling: SamplingSettings  # its settings are keys of the section itself
-    prompts: Annotated[list[Prompt], Field(min_length=1)]
+    prompts: Annotated[list[Prompt], Field(min_length=1)] | None
     held_out_captions: Annotated[StrictInt, Field(ge=0)]
     training_captions: Count
     features: Reference | None
@@ -283,6 +297,60 @@ class Params(Section):
     evaluate: EvaluateParams
     registry: RegistryParams
 
+    @model_validator(mode="after")
+    def _sections_fit(self) -> "Params":
+        """What two sections ask for can be had together; else it would show after hours of encoding."""
+        ingest, limits = self.ingest, self.validate_
+        _check_image_size(ingest.image_size, self.model.widths, self.encode_images.vae)
+        if limits.on_failure == "stop" and ingest.limit is not None and ingest.limit < limits.min_train_images:
+            raise ValueError(
+                f"ingest.limit = {ingest.limit}: validate.min_train_images asks for {limits.min_train_images} images "
+                "in the split train alone; raise the limit, or lower validate.min_train_images"
+            )
+        if self.train.keep == "best" and ingest.val_fraction == 0:
+            raise ValueError(
+                "train.keep = best: with ingest.val_fraction = 0 nothing is held out to find the best by; raise "
+                "ingest.val_fraction, or set train.keep to last"
+            )
+        return self
+
+
+def _check_image_size(image_size: int, widths: list[int], vae: str) -> None:
+    """Raise where the latents cannot be halved as often as the network does; nothing where the VAE is not at hand."""
+    if (factor := _downsampling(vae)) is None:
+        return
+    halvings = len(widths) - 1
+    multiple = factor * 2**halvings
+    if image_size % multiple:
+        below = image_size // multiple * multiple
+        sizes = " or ".join(str(size) for size in (below, below + multiple) if size)
+        raise ValueError(
+            f"ingest.image_size = {image_size}: the VAE ({vae}) makes images smaller by {factor}, and a network of "
+            f"{len(widths)} model.widths halves that {halvings} times, so it must be a multiple of {multiple}; "
+            f"set it to {sizes}, or give {'another number of model.widths' if halvings else 'another VAE'}"
+        )
+
+
+def _downsampling(vae: str) -> int | None:
+    """How many pixels become one of a latent, per side; None where the VAE's config is neither here nor as we know."""
+    if vae == "bundled":
+        return 8
+    config = Path(vae).expanduser() / "config.json"
+    if not config.is_file() and vae.count("/") == 1:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            config = try_to_load_from_cache(vae, "config.json")
+        except HFValidationError:
+            return None
+    try:
+        described = json.loads(Path(config).read_text(encoding="utf-8"))
+        channels = described.get("block_out_channels") or described["encoder_block_out_channels"]
+        return 2 ** (len(channels) - 1)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # whoever loads the VAE says what is wrong
+        return None
+
 
 RENAMED = {"recall_captions": "training_captions"}  # what a key of the same meaning is called now
 
@@ -321,18 +389,23 @@ NEW_SECTIONS = ("registry",)  # of which the version before had no key
 
 
 def load_params(path: Path | str = "params.yaml") -> Params:
-    """Read and check a whole params file.
+    """Read and check a whole params file, which is YAML 1.2, as DVC has it: 010 is ten, ``yes`` and ``1:30`` are text.
 
     Raises:
-        ParamsError: when the file is missing, is not YAML, or holds a key or a value that is not allowed; one line for
-            each, as ``KEY = VALUE: what is wrong``.
+        ParamsError: when the file is missing, is not YAML, holds a key or a value that is not allowed, or sections that
+            do not fit together; one line for each, as ``KEY = VALUE: what is wrong``.
     """
     path = Path(path)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = YAML(typ="safe").load(path.read_text(encoding="utf-8"))  # with the library and the reader of DVC
     except FileNotFoundError:
         raise ParamsError(f"{path} does not exist: run from the project's root, where params.yaml lies") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ParamsError(f"{path} cannot be read: {error.strerror}") from None
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1
+        raise ParamsError(f"{path} is not valid YAML: line {line}: {error.problem}") from error
+    except (YAMLError, ValueError) as error:  # the latter from a date such as 2024-13-01, or bytes that are not UTF-8
         raise ParamsError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ParamsError(f"{path} must hold sections ({', '.join(ALLOWED_KEYS[''])}), not {content!r}")
@@ -383,10 +456,22 @@ def _explain(error: dict[str, Any]) -> str:
     if error["type"] == "missing":
         return f"  {key}: missing; every key of the section must be given"
     message = error["msg"].removeprefix("Value error, ")
-    if location == ["evaluate"] and error["type"] == "value_error":
-        return f"  evaluate.{message}"  # which names the sampling setting
-    value = "" if isinstance(error["input"], dict) else f" = {error['input']!r}"
-    return f"  {key}{value}: {message[0].lower()}{message[1:]}"
+    if error["type"] == "value_error" and location in ([], ["evaluate"]):
+        return "  " + ".".join([*location, message])  # which names the keys, or the sampling setting
+    given = error["input"]
+    value = "" if isinstance(given, dict) else f" = {given!r}"
+    return f"  {key}{value}: {message[0].lower()}{message[1:]}{_as_it_is_written(error['type'], given)}"
+
+
+def _as_it_is_written(kind: str, given: Any) -> str:
+    """What to write where YAML 1.2 reads another type than was meant."""
+    if kind == "string_type" and not isinstance(given, dict | list | None):
+        return "; put it in quotes"
+    if kind == "int_type" and isinstance(given, float) and given.is_integer():
+        return f"; write {given:.0f}"
+    if kind == "bool_type" and str(given).lower() in ("yes", "on", "no", "off"):
+        return f"; write {'true' if str(given).lower() in ('yes', 'on') else 'false'}"
+    return ""
 
 
 def _allowed_keys() -> dict[str, list[str]]:

@@ -162,6 +162,16 @@ def test_the_sheet_begins_with_held_out_captions_beside_the_real_and_the_nearest
     assert (prompts.title, trained.title) == ("Prompts", "Captions of training images")
 
 
+def test_without_prompts_the_sheet_shows_captions_of_the_data_alone(caches, params, sheets):
+    data, images = caches
+    params = params.model_copy(update={"evaluate": params.evaluate.model_copy(update={"prompts": None})})
+    evaluate(params, model(Remembers(data.train.primary_embeddings(), means(data.train))), data, images)
+    assert [section.title.partition(":")[0] for section in sheets[0]] == [
+        "Held-out combinations",
+        "Captions of training images",
+    ]
+
+
 def test_captions_with_new_words_have_a_section_of_their_own(caches, params, sheets):
     data, images = caches
     texts = data.validation.texts.copy()

@@ -32,7 +32,7 @@ from latentloom.tracking.git import Git
 from latentloom.tracking.provenance import Provenance, collect, save_carried_record, save_run_record
 from latentloom.tracking.store import open_client
 
-DATA = ("data/images", "data/latents", "data/text", "reports/validation.json")
+DATA = ("data/images", "data/latents", "data/text", "data/validated.json")
 NO_SERVER = "http://127.0.0.1:9"
 
 
@@ -78,10 +78,10 @@ def lab(project_root, tiny_unets) -> Path:
     Path("src/latentloom").mkdir(parents=True)
     Path("src/latentloom/devices.py").write_text("# some code\n")
     for path in DATA:
-        target = Path(path) / "index.parquet" if path.startswith("data") else Path(path)
+        target = Path(path) if path.endswith(".json") else Path(path) / "index.parquet"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(path)
-    write_json("reports/validation.json", {"checks": {}})
+    write_json("data/validated.json", {"failed": []})
     config = read_config(tiny_unets[0])
     for path, key, encoder in (("latents", "vae", config.vae), ("text", "encoder", config.text_encoder)):
         write_json(f"data/{path}/stats.json", {key: {"reference": "bundled", "fingerprint": encoder.fingerprint}})

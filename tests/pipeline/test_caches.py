@@ -17,13 +17,13 @@ from latentloom.files import read_json
 pytestmark = pytest.mark.pipeline
 
 
-def add_pictures(folder: Path, seeds: range) -> None:
+def add_pictures(folder: Path, seeds: range, caption: str = "noise number") -> None:
     """Noise of 32 by 32 pixels with a caption each, named by number."""
     folder.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
         pixels = np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{seed:06d}.png")
-        (folder / f"{seed:06d}.txt").write_text(f"noise number {seed}\n")
+        (folder / f"{seed:06d}.txt").write_text(f"{caption} {seed}\n", encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -106,18 +106,18 @@ def test_deleting_the_store_costs_time_and_nothing_else(project):
     assert shards(project) == before
 
 
-def test_sources_of_a_list_are_trained_on_by_their_weights(make_project, tmp_path_factory):
+def test_sources_of_a_list_are_trained_on_by_their_weights_with_nothing_held_out(make_project, tmp_path_factory):
     project = make_project("sources")
     pictures = tmp_path_factory.mktemp("pictures")
     add_pictures(pictures / "many", range(60))
-    add_pictures(pictures / "few", range(100, 112))
+    add_pictures(pictures / "few", range(100, 112), caption="夜の雑音、その")
     sources = [
         {"source": "folder", "path": str(pictures / "many"), "name": "many"},
         {"source": "folder", "path": str(pictures / "few"), "name": "few", "weight": 4},
     ]
     project.set_params(ingest__source=sources, ingest__image_size=32, ingest__limit=None)
-    project.set_params(encode_images__flip=True)
-    project.run("dvc", "repro", "train")
+    project.set_params(encode_images__flip=True, ingest__val_fraction=0.0)
+    project.run("dvc", "repro")
     index = pd.read_parquet(project.folder / "data/latents/index.parquet")
     assert index.groupby("source")["weight"].agg(["size", "unique"]).to_dict("index") == {
         "few": {"size": 12, "unique": [4.0]},
@@ -125,4 +125,6 @@ def test_sources_of_a_list_are_trained_on_by_their_weights(make_project, tmp_pat
     }
     report = read_json(project.folder / "reports/ingest.json")
     assert [(own["name"], own["kept"]) for own in report["sources"]] == [("many", 60), ("few", 12)]
-    assert (project.folder / "models/unet/model.safetensors").exists()
+    assert "夜の雑音、その 100" in set(pd.read_parquet(project.folder / "data/text/index.parquet")["text"])
+    figures = read_json(project.folder / "reports/evaluate/metrics.json")
+    assert "memorisation_recall" in figures and "val_mae" not in figures

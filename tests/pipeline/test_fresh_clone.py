@@ -20,11 +20,12 @@ def committed(finished, tmp_path_factory) -> Project:
 
 @pytest.fixture(scope="module")
 def clone(committed, tmp_path_factory) -> tuple[Project, list[str]]:
-    """A clone in which `dvc repro` ran from nothing, then the evaluation by force; and the stages that ran at first."""
+    """A clone in which `dvc repro` ran from nothing, in a locale of ASCII alone, then the evaluation by
+    force; and the stages that ran at first."""
     folder = tmp_path_factory.mktemp("clone") / "project"
     committed.run("git", "clone", "-q", str(committed.folder), str(folder))
     project = Project(folder, cold=True)
-    ran = project.repro()
+    ran = stages_run(project.run("env", "LC_ALL=C", "PYTHONUTF8=0", "dvc", "repro").stdout)
     project.run("dvc", "repro", "--force", "--single-item", "evaluate")
     return project, ran
 

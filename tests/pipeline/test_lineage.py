@@ -99,7 +99,7 @@ def test_of_a_model_that_nobody_committed_the_run_knows_enough(project):
     output = keyboard("lineage", "apple.png")
     clone = restored(project, printed_commands(output))
     assert (clone / "again.png").read_bytes() == Path("apple.png").read_bytes()
-    for path in ("data/images/00000.parquet", "data/latents/00000.safetensors", "reports/validation.json"):
+    for path in ("data/images/00000.parquet", "data/latents/00000.safetensors", "data/validated.json"):
         assert (clone / path).read_bytes() == Path(path).read_bytes()
 
 

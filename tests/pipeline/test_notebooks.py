@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom on a finished project. The walkthrough is committed with what it showed."""
+"""The notebooks run from top to bottom on a finished project, and are committed with what they show of the shipped."""
 
 from base64 import b64decode
 from collections.abc import Iterator
@@ -11,13 +11,14 @@ from jupyter_client import KernelManager
 from jupyter_client.manager import start_new_kernel
 from nbclient import NotebookClient
 from PIL import Image
-from projects import Project
+from projects import ROOT, Project
+from run_notebooks import shown_of
 
 pytestmark = pytest.mark.pipeline
 
-NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+NOTEBOOKS = ROOT / "notebooks"
 PICTURES = {"01_walkthrough": 22, "02_dataset": 12, "03_experiments": 3}
-WALKTHROUGH_LIMIT = 1_500_000  # bytes
+LIMIT = 1_500_000  # bytes
 
 
 def read(name: str) -> nbformat.NotebookNode:
@@ -66,30 +67,23 @@ def test_notebook_runs_and_draws_its_pictures(name: str, finished: Project, kern
     assert finished.run("git", "status", "--porcelain").stdout == before
 
 
-@pytest.mark.parametrize("name", ["02_dataset", "03_experiments"])
-def test_committed_notebook_carries_no_outputs(name: str) -> None:
+@pytest.mark.parametrize("name", PICTURES)
+def test_committed_notebook_shows_one_whole_run_in_small_figures(name: str) -> None:
     notebook = read(name)
     nbformat.validate(notebook)
-    assert notebook.metadata.kernelspec.name == "python3"
-    for cell in code_cells(notebook):
-        assert cell.outputs == []
-        assert cell.execution_count is None
-        assert cell.metadata == {}
-
-
-def test_committed_walkthrough_shows_one_whole_run_in_small_figures() -> None:
-    notebook = read("01_walkthrough")
-    nbformat.validate(notebook)
-    assert notebook.metadata == {
-        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-        "language_info": {"name": "python"},
-    }
+    assert notebook.metadata.kernelspec == {"display_name": "Python 3", "language": "python", "name": "python3"}
     assert [cell.execution_count for cell in code_cells(notebook)] == list(range(1, len(code_cells(notebook)) + 1))
     assert {output.output_type for output in outputs(notebook)} <= {"stream", "display_data", "execute_result"}
     assert not [output for output in outputs(notebook) if output.get("name") == "stderr"]
-    assert len(figures(notebook)) == PICTURES["01_walkthrough"]
+    assert len(figures(notebook)) >= PICTURES[name]
     assert all(Image.open(BytesIO(png)).mode == "P" for png in figures(notebook))
-    assert (NOTEBOOKS / "01_walkthrough.ipynb").stat().st_size < WALKTHROUGH_LIMIT
+    assert (NOTEBOOKS / f"{name}.ipynb").stat().st_size < LIMIT
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_committed_notebook_shows_what_its_code_gives_of_the_committed_data_and_model(name: str) -> None:
+    notebook = read(name)
+    assert notebook.metadata.shown_of == shown_of(notebook, ROOT / "dvc.lock"), "run `make notebooks`"
 
 
 @pytest.mark.parametrize("name", PICTURES)

@@ -74,7 +74,7 @@ def test_the_data_the_sources_the_validation_and_a_dvc_experiment_are_recorded(r
     Path("data/latents/index.parquet").write_text("rows")
     write_json("data/sources.json", [{"source": "folder", "path": "x", "files": 3}])
     write_json("reports/ingest.json", {"kept": 2})
-    write_json("reports/validation.json", {"checks": {"good": {"success": True}, "bad": {"success": False}}})
+    write_json("data/validated.json", {"failed": ["bad"]})
     found = collect(repository)
     assert found.inputs["latents"] == sha256_file("data/latents/index.parquet")
     assert (found.experiment, found.failed_checks, found.ingested) == ("gentle", ["bad"], {"kept": 2})

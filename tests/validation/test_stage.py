@@ -49,6 +49,7 @@ def test_a_failure_stops_the_pipeline_or_warns_in_the_same_words(run_stage, tmp_
     stopped, report = run_stage("stop", faulty=7)
     assert stopped.returncode == 1 and stopped.stdout == ""
     assert report["success"] is False
+    assert json.loads((tmp_path / "data/validated.json").read_text())["failed"] == ["latent_mean_in_range"]
     for words in ("latent_mean_in_range: 7 of 40 latents", "first 5 of them", "what to do: ", "data_docs/index.html"):
         assert words in stopped.stderr
     page = (tmp_path / "reports/data_docs/index.html").read_text()

@@ -11,7 +11,8 @@ import configparser
 import json
 from pathlib import Path
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from latentloom.layout import DVC_LOCK, project_root
 
@@ -22,11 +23,11 @@ def pulled_shards(out: Path) -> list[Path]:
     Empty where something is missing (DVC, the lock, the out, its files in the cache): they only save work.
     """
     try:
-        stages = yaml.safe_load(DVC_LOCK.read_text(encoding="utf-8"))["stages"]
+        stages = YAML(typ="safe").load(DVC_LOCK.read_text(encoding="utf-8"))["stages"]
         (digest,) = [own["md5"] for stage in stages.values() for own in stage["outs"] if own["path"] == out.as_posix()]
         files = json.loads(_cached(digest).read_text(encoding="utf-8"))
         paths = [_cached(file["md5"]) for file in files if file["relpath"].endswith(".safetensors")]
-    except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError):
+    except (OSError, YAMLError, ValueError, KeyError, TypeError):
         return []
     return [path for path in paths if path.is_file()]
 

@@ -110,14 +110,15 @@ def evaluate(params: Params, model: TextToImage, caches: Caches, images: Path) -
         noise_levels=params.diffusion.noise_levels,
         dtype=autocast_dtype(settings.sampling.precision, model.device),
     )
-    prompted = model.embed(settings.prompts)
+    prompts = settings.prompts or []
+    prompted = [model.embed(prompts)] if prompts else []
     # The first by id: as good as random, and the same in each run.
     held_out = caches.validation.take(settings.held_out_captions)
     known = caches.train.take(settings.training_captions)
-    embeddings = concatenate([prompted, *(data.primary_embeddings().to("cpu") for data in (known, held_out))])
-    names = [*(f"prompt {prompt}" for prompt in settings.prompts), *known.ids, *held_out.ids]
+    embeddings = concatenate([*prompted, *(data.primary_embeddings().to("cpu") for data in (known, held_out))])
+    names = [*(f"prompt {prompt}" for prompt in prompts), *known.ids, *held_out.ids]
     latents = model.latents(embeddings, names, settings.sampling, seed=params.seed)
-    of_prompts, of_known, of_held_out = latents.split([len(prompted), len(known), len(held_out)])
+    of_prompts, of_known, of_held_out = latents.split([len(prompts), len(known), len(held_out)])
 
     measured = measure(of_held_out, held_out, caches)
     metrics = {f"val_{name}": round(value, 4) for name, value in error.items()} | measured.figures
@@ -126,7 +127,7 @@ def evaluate(params: Params, model: TextToImage, caches: Caches, images: Path) -
     distribution = measure_distribution(encoders, settings, model, caches, images, seed=params.seed)
     metrics |= distribution.figures
 
-    sections, extremes = _sections(params.evaluate.prompts, of_prompts, known, of_known, measured, model.codec, images)
+    sections, extremes = _sections(prompts, of_prompts, known, of_known, measured, model.codec, images)
     said = [_made(params, metrics), *_beside_real(params, encoders, distribution), model.config.attribution]
     footer = " ".join(filter(None, said))
     sheets = render_sheet(sections, footer), render_sheet(extremes, footer)
@@ -175,7 +176,7 @@ def _sections(
     of_trained = {"real": originals(trained.ids), "sample": codec.decode(of_known[:SHOWN])}
     sections = [
         *(beside_real(title, rows) for title, rows in first.items() if len(rows)),
-        Section("Prompts", prompts, {"sample": codec.decode(of_prompts)}),
+        *([Section("Prompts", prompts, {"sample": codec.decode(of_prompts)})] if prompts else []),
         Section("Captions of training images", trained.primary_texts(), of_trained),
     ]
     return sections, [beside_real(title, rows) for title, rows in extremes.items() if len(rows)]

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from latentloom.errors import UserError
-from latentloom.evaluation.sheet import Section, render_sheet, save_sheet
+from latentloom.evaluation.sheet import COLUMNS, Section, render_sheet, save_sheet
 from latentloom.evaluation.text_to_image import default_settings, load_text_to_image
-from latentloom.layout import COMPARISONS, PARAMS
+from latentloom.files import read_table
+from latentloom.layout import COMPARISONS, PARAMS, TEXT
 from latentloom.params import load_params
 from latentloom.registry.figures import SHOWN_FIRST, VAL_MAE, WAYS, Figures, deciding_recall, in_the_same_way, in_words
 from latentloom.registry.models import FoundModel, find_model, stored_model
@@ -109,14 +110,14 @@ def make_sheet(
 
     Args:
         compared: the two models.
-        root: the project's, whose params give the sampling settings, and the prompts unless they are given.
-        prompts: what to generate.
+        root: the project's, whose params give the sampling settings.
+        prompts: what to generate; None: ``evaluate.prompts``, or captions of the data where there are none.
         seed: of the noise.
         count: samples per prompt and model.
         path: where to; None: into `COMPARISONS`.
     """
     a, b = compared.a, compared.b
-    prompts = prompts or load_params(root / PARAMS).evaluate.prompts
+    prompts = prompts or load_params(root / PARAMS).evaluate.prompts or _captions(root)
     settings = default_settings(a.found.folder, root / PARAMS)
     samples = [
         load_text_to_image(side.found.folder).generate(prompts, settings, seed=seed, count=count) for side in (a, b)
@@ -129,6 +130,12 @@ def make_sheet(
     path = path or COMPARISONS / f"{_file_name(a.reference)}-{_file_name(b.reference)}.png"
     save_sheet(render_sheet(sections, footer), path)
     return path
+
+
+def _captions(root: Path) -> list[str]:
+    """The first captions of the data by their hashes, which is as good as at random."""
+    captions = read_table(root / TEXT / "index.parquet", ["id", "text"])
+    return captions.sort_values("id")["text"].head(COLUMNS).tolist()
 
 
 def _known(found: FoundModel, root: Path) -> list[Figures]:

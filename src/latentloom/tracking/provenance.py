@@ -25,6 +25,7 @@ from latentloom.layout import (
     REJECTS,
     SOURCES,
     TEXT,
+    VALIDATED,
     VALIDATION_REPORT,
 )
 from latentloom.params import Params
@@ -40,14 +41,14 @@ DATA = {  # DVC's outs before the training, by what `latentloom lineage` calls e
     "images": str(IMAGES),
     "rejects": str(REJECTS),
     "near duplicates": str(NEAR_DUPLICATES),
-    "validation": str(VALIDATION_REPORT),
+    "validation": str(VALIDATED),
 }
 INPUTS = {  # files that name the content of every row that the training reads
     "latents": LATENTS / "index.parquet",
     "latent statistics": LATENTS / "stats.json",
     "text": TEXT / "index.parquet",
     "captions": TEXT / "pairs.parquet",
-    "validation": VALIDATION_REPORT,
+    "validation": VALIDATED,
 }
 ENCODERS = {"vae": (LATENTS / "stats.json", "vae"), "text_encoder": (TEXT / "stats.json", "encoder")}
 IN_IMAGES = ("mlflow_run_id", "commit", "dirty", "outs", "encoders")
@@ -115,7 +116,6 @@ def collect(root: Path) -> Provenance:
     git, lock = Git(root), root / DVC_LOCK
     commit = git.commit()
     outs = locked_outs(lock.read_bytes() if lock.exists() else None)
-    checks = _read(root / VALIDATION_REPORT, {}).get("checks")
     return Provenance(
         commit=commit,
         dirty=bool(git.code_diff()) if commit else None,
@@ -127,7 +127,7 @@ def collect(root: Path) -> Provenance:
         sources=_read(root / SOURCES, []),
         ingested=_read(root / INGEST_REPORT, {}),
         encoders={name: own for name, (path, key) in ENCODERS.items() if (own := _read(root / path, {}).get(key))},
-        failed_checks=None if checks is None else [name for name, check in checks.items() if not check["success"]],
+        failed_checks=_read(root / VALIDATED, {}).get("failed"),
     )
 
 

@@ -1,4 +1,4 @@
-"""The data at a glance, for the first page: counts, distributions, and pictures by which to judge it.
+"""The data at a glance, for the page: counts, distributions, and pictures by which to judge it.
 
 Kept images are those whose ids, read backwards, come first: an id is a hash of the picture, so that is a fair sample,
 and the same one for the same data. (Read forwards it would not be fair: an id's beginning decides the split.) Rejected

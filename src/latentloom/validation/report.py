@@ -15,6 +15,7 @@ class CheckResult:
     requirement: str
     protects: str
     success: bool
+    seen: str  # what the column holds: the lowest and the highest number, or its values
     offending: int  # rows of the table that break the requirement
     ids: tuple[str, ...]  # of the first few of them; empty for the table "dataset", which has one row
     observed: tuple[float | int | str | bool, ...]  # their values; always filled for the table "dataset"

@@ -39,7 +39,7 @@ def validate(
 ) -> ValidationReport:
     """Check what the earlier stages left in ``folder``, which is ``data``, and return what was found.
 
-    Into ``docs_folder`` go ``index.html`` and a page for each table, also when a check fails; None: nowhere.
+    Into ``docs_folder`` goes ``index.html``, also when a check fails; None: nowhere.
 
     Raises:
         UserError: naming the file that is missing or damaged and what to do. A failing check is not an error here: it
@@ -66,7 +66,7 @@ def validate(
         notices=_notices(tables["latents"], val_fraction),
     )
     if docs_folder is not None:
-        write_data_docs(docs_folder, report, results, describe(data))
+        write_data_docs(docs_folder, report, describe(data))
     return report
 
 
@@ -115,11 +115,23 @@ def _result(item: "ExpectationValidationResult", frame: pd.DataFrame) -> CheckRe
         requirement=check.description,
         protects=check.meta["protects"],
         success=bool(item.success),
+        seen=_seen(frame[column]),
         offending=int(item.result["unexpected_count"]),
         ids=() if whole else tuple(offenders["id"]),
         observed=tuple(_scalar(value) for value in (frame if whole else offenders)[column].tolist()),
         advice=check.notes,
     )
+
+
+def _seen(column: pd.Series) -> str:
+    values = column.dropna()
+    if values.empty:
+        return "nothing"
+    if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
+        return " to ".join(str(_scalar(value)) for value in dict.fromkeys([values.min().item(), values.max().item()]))
+    counts = values.value_counts()
+    others = f" and {len(counts) - SHOWN} more" if len(counts) > SHOWN else ""
+    return ", ".join(str(value) for value in counts.index[:SHOWN]) + others
 
 
 def _scalar(value: float | int | str | bool) -> float | int | str | bool:

@@ -1,21 +1,35 @@
-"""Execute the walkthrough on the finished project, and store what it shows beside the code, small enough for git.
+"""Execute the notebooks on the finished project, and store what they show beside the code, small enough for git.
 
-    make walkthrough
+    make notebooks
 
-Run it when the model, the data or the notebook has changed, then read the notebook: each sentence is about the figure
-next to it. Figures are stored with few colours, a quarter of their size.
+Run it when the model, the data or a notebook has changed (a test notices), then read them: each sentence is about the
+figure next to it. Figures are stored with few colours, a quarter of their size.
 """
 
 import base64
+import hashlib
+import sys
 from io import BytesIO
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
 from PIL import Image
+from ruamel.yaml import YAML
 
-NOTEBOOK = Path(__file__).parents[1] / "notebooks/01_walkthrough.ipynb"
+ROOT = Path(__file__).parents[1]
 COLOURS = 128
+
+
+def shown_of(notebook: nbformat.NotebookNode, lock: Path) -> dict[str, str]:
+    """What the outputs depend on: a hash of the code, and DVC's of the data and the model."""
+    code = "\0".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    stages = YAML(typ="safe").load(lock.read_text(encoding="utf-8"))["stages"]
+    outs = {out["path"]: out["md5"] for stage in stages.values() for out in stage["outs"]}
+    return {
+        "code": hashlib.sha256(code.encode()).hexdigest(),
+        **{path: outs[path] for path in ("data/latents", "data/text", "models/unet")},
+    }
 
 
 def compressed(png: bytes) -> bytes:
@@ -32,7 +46,8 @@ def execute(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     metadata = dict(notebook.metadata)
     NotebookClient(notebook, timeout=None, record_timing=False, resources={"metadata": {"path": path.parent}}).execute()
-    notebook.metadata = metadata  # execution adds what only this machine's kernel is called
+    # Without what execution adds, which only this machine's kernel is called.
+    notebook.metadata = metadata | {"shown_of": shown_of(notebook, ROOT / "dvc.lock")}
     shrink(notebook)
     nbformat.write(notebook, path)
 
@@ -48,5 +63,6 @@ def shrink(notebook: nbformat.NotebookNode) -> None:
 
 
 if __name__ == "__main__":
-    execute(NOTEBOOK)
-    print(f"{NOTEBOOK.name}: {NOTEBOOK.stat().st_size / 1e6:.2f} MB")
+    for notebook in map(Path, sys.argv[1:] or sorted(ROOT.glob("notebooks/*.ipynb"))):
+        execute(notebook)
+        print(f"{notebook.name}: {notebook.stat().st_size / 1e6:.2f} MB")
