@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,9 +37,9 @@ def atomic_path(path: Path | str, room: int | None = None) -> Iterator[Path]:
             written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -53,7 +53,8 @@ def atomic_path(path: Path | str, room: int | None = None) -> Iterator[Path]:
             message += f"; {needs}{free:.0f} MiB are free there. Make room and run the stage again."
         raise WriteError(error.errno, message) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # there is none where its folder is a file, or its name too long
+            temporary.unlink()
 
 
 def _flush_folder(folder: Path) -> None:
