@@ -72,6 +72,14 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def user_path(path: Path | str) -> Path:
+    """A path as a person writes it: `~` is their home; a `~name` that is nobody's is left as it is."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def write_text(path: Path | str, text: str) -> None:
     """Write ``text`` as UTF-8 with Unix newlines, atomically."""
     data = text.encode("utf-8")

@@ -312,6 +312,8 @@ def load_params(path: Path | str = "params.yaml") -> Params:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ParamsError(f"{path} does not exist: run from the project's root, where params.yaml lies") from None
+    except OSError as error:
+        raise ParamsError(f"{path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ParamsError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):

@@ -51,7 +51,7 @@ class SamplingSettings:
         object.__setattr__(self, "guidance_interval", _interval("guidance_interval", self.guidance_interval))
         _check_number("guidance_rescale", self.guidance_rescale, 0.0, 1.0)
         if self.threshold_percentile is not None:
-            _check_number("threshold_percentile", self.threshold_percentile, 50.0, 100.0)
+            _check_number("threshold_percentile", self.threshold_percentile, 50.0, 100.0, or_none=True)
         _check_choice("precision", self.precision, PRECISIONS)
 
     def changed(self, **given: Any) -> SamplingSettings:
@@ -136,11 +136,11 @@ def _check_integer(name: str, value: object, lowest: int, highest: int) -> None:
         raise ValueError(f"{name} = {value!r}: must be a whole number from {lowest} to {highest}")
 
 
-def _check_number(name: str, value: object, lowest: float, highest: float = math.inf) -> None:
+def _check_number(name: str, value: object, lowest: float, highest: float = math.inf, *, or_none: bool = False) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not is_number or not lowest <= value <= highest:
         bounds = f"at least {lowest:g}" if highest == math.inf else f"from {lowest:g} to {highest:g}"
-        raise ValueError(f"{name} = {value!r}: must be a number, {bounds}")
+        raise ValueError(f"{name} = {value!r}: must be a number, {bounds}{', or none' if or_none else ''}")
 
 
 def _interval(name: str, value: Any) -> tuple[float, float]:

@@ -86,7 +86,7 @@ class TextToImage:
         try:
             prompt.encode()
         except UnicodeEncodeError as error:
-            raise UserError(f"the prompt {ascii(prompt)} is not in UTF-8: set your terminal to it") from error
+            raise UserError(f"the prompt {prompt!a} is not in UTF-8: set your terminal to it") from error
         if not prompt.strip():
             return "the prompt is empty: nothing is asked for, and the sample shows what such a prompt happens to give"
 

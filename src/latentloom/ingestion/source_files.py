@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from latentloom.files import read_json
+from latentloom.files import read_json, user_path
 from latentloom.ingestion.sources import IngestError
 from latentloom.layout import project_root
 from latentloom.params import WHAT_A_PATH_HOLDS, SourceParams
@@ -60,7 +60,7 @@ def resolve_source_path(path: Path | str) -> Path:
 
     An experiment that DVC runs in a temporary copy of the project has only what git tracks, and seldom the images.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     return path if path.is_absolute() or glob_root(path).exists() else project_root() / path
 
 
@@ -98,7 +98,10 @@ def fingerprint_sources(entries: list[SourceParams], before: Path) -> list[dict[
     Raises:
         IngestError: when a source is not there and is not in ``before`` either, is empty, or cannot be read.
     """
-    known = {(own["source"], own["path"]): own for own in (read_json(before) if before.exists() else [])}
+    try:
+        known = {(own["source"], own["path"]): own for own in (read_json(before) if before.exists() else [])}
+    except (TypeError, KeyError) as error:
+        raise IngestError(f"{before} lists no sources: delete it and run `dvc repro`") from error
     return [_fingerprint(entry, known.get((entry.source, entry.path))) for entry in entries]
 
 

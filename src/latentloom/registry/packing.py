@@ -14,6 +14,7 @@ import pandas as pd
 import latentloom
 from latentloom.diffusion.sampling_settings import WHICH, SampleRequest, SamplingSettings
 from latentloom.evaluation.text_to_image import store_settings
+from latentloom.files import user_path
 from latentloom.model_files import read_config
 from latentloom.registry.models import SHOWCASE
 
@@ -88,6 +89,6 @@ def _pack(model: Path, packed: Path, settings: SamplingSettings) -> None:
     store_settings(packed, settings)
     config = read_config(model)
     for name, encoder in (("vae", config.vae), ("text_encoder", config.text_encoder)):
-        folder = Path(encoder.reference).expanduser()
+        folder = user_path(encoder.reference)
         if encoder.reference != "bundled" and folder.is_dir() and not (packed / name).exists():
             shutil.copytree(folder, packed / name)
