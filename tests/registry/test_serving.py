@@ -77,9 +77,9 @@ def test_every_command_of_the_page_does_what_it_says(project):
     served = commands.pop()
     printed = [keyboard(*words) for _, *words in commands]
     for name in ("sample.png", "apples.png", "quick.png"):
-        assert read_metadata(Path(name)).model_sha256 == model_hash(Path("models/unet"))
-    assert read_metadata(Path("apples.png")).count == 4
-    assert len(list(Path("apples").iterdir())) == 4
+        assert read_metadata(Path("samples", name)).model_sha256 == model_hash(Path("models/unet"))
+    assert read_metadata(Path("samples/apples.png")).count == 4
+    assert len(list(Path("samples/apples").iterdir())) == 4
     table = re.search(r"```\n(when .*?)```", PAGE, re.DOTALL)[1]
     assert printed[6].splitlines()[0] == table.splitlines()[0]
     assert printed[6].splitlines()[-1] == table.splitlines()[-1]
@@ -97,8 +97,8 @@ def test_every_command_of_the_page_does_what_it_says(project):
     with serving([*command[:-1], str(port)], port, project, **environment):
         exec(script.replace("5001", str(port)), {})
         keyboard(*served[1:])
-        assert Path("served.png").read_bytes() == Path("served-too.png").read_bytes()
-        assert read_metadata(Path("served.png")).model_sha256 == find_model("gentle", project).sha256
+        assert Path("samples/served.png").read_bytes() == Path("samples/served-too.png").read_bytes()
+        assert read_metadata(Path("samples/served.png")).model_sha256 == find_model("gentle", project).sha256
 
         several = {"inputs": {"prompt": ["a red apple", "a snowman"]}, "params": {"seed": 1, "steps": 3, "count": 2}}
         rows = json.loads(ask(port, several))["predictions"]
