@@ -63,6 +63,7 @@ def test_before_the_first_run_the_summary_says_what_to_do(invoke):
     assert "run `dvc repro`" in result.output
 
 
+@pytest.mark.slow
 def test_syncing_delivers_what_waits_and_then_has_nothing_to_do(invoke, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     with pytest.warns(UserWarning, match="MLflow could not be written to"), new_run(tmp_path) as run:

@@ -74,6 +74,7 @@ def test_without_a_remote_or_dvc_nothing_is_raised(project, tmp_path):
     assert locate(tmp_path, [out])[out][0] is Place.UNKNOWN
 
 
+@pytest.mark.slow
 def test_an_out_is_brought_back_by_its_hash_alone_from_the_cache_or_the_remote(project):
     folder, file = added("folder"), added("file")
     dvc("push", "-q")

@@ -93,6 +93,7 @@ def test_without_diffusers_and_caches_the_rest_is_measured_and_reasons_are_given
     assert "--carry" in page and "diffusers cannot be imported" in page
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_it_says_so_and_measures_nothing(tmp_path):
     ended = run("--out", tmp_path / "out")

@@ -62,6 +62,7 @@ def families(draw) -> list[bytes]:
     return [value + draw(colours) for value in draw(st.permutations(hashes))]
 
 
+@pytest.mark.slow
 @given(families(), st.integers(0, 64))
 @settings(max_examples=200, deadline=None)
 def test_the_pairs_are_those_of_comparing_all_with_all(hashes, distance):

@@ -200,6 +200,7 @@ def test_a_first_champion_must_be_within_the_limits_of_the_params(project_root, 
     assert promote(tiny_unets[0], force=True, why="a start") == "1"
 
 
+@pytest.mark.slow
 def test_a_champion_of_other_data_is_measured_again_and_where_it_cannot_be_the_message_says_what_differs(
     project_root, train, promote, tiny_unets, monkeypatch
 ):
@@ -275,6 +276,7 @@ def test_a_model_that_this_store_never_saw_trained_is_not_promoted(project_root,
         promote(tiny_unets[0])
 
 
+@pytest.mark.slow
 def test_taken_back_the_champion_before_is_champion_again_until_there_is_none(project_root, train, promote, tiny_unets):
     for number, folder in enumerate(tiny_unets):
         train(folder, recall=0.5 + 0.1 * number)
@@ -299,6 +301,7 @@ def test_taken_back_the_champion_before_is_champion_again_until_there_is_none(pr
     ]
 
 
+@pytest.mark.slow
 def test_demotions_that_follow_each_other_come_to_an_end(project_root, train, promote, tiny_unets):
     for folder in tiny_unets[:2]:
         train(folder)
@@ -328,6 +331,7 @@ def test_a_version_that_was_deleted_is_skipped(project_root, train, promote, tin
     assert registry.demote("champion", project_root) == ("3", "1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("breaks", ["log_artifacts", "create_model_version", "set_registered_model_alias"])
 def test_a_promotion_that_breaks_off_moves_nothing_and_can_be_repeated(
     project_root, train, promote, tiny_unets, monkeypatch, breaks

@@ -82,6 +82,7 @@ class Failing:
         return call
 
 
+@pytest.mark.slow
 def test_a_store_that_fails_at_every_call_neither_loses_nor_doubles_anything(root, away, monkeypatch):
     with new_run(root) as whole:
         log_training(whole, steps=range(1, 6))

@@ -55,6 +55,7 @@ def test_the_launch_command_is_split_as_a_shell_would(monkeypatch, command, word
     assert len(started) == (words is not None)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_the_script_is_launched_once_in_the_process_that_was_started_so_that_signals_reach_it(tmp_path):
     script = tmp_path / "a script.py"

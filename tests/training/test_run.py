@@ -306,6 +306,7 @@ def test_no_more_rows_of_each_split_are_measured_than_asked_for_and_both_are_log
     assert table == "step,train_mae_noise_0.50-0.75\n4,0.3\n8,0.3\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), ValueError("no VAE"), OSError("gone")])
 def test_a_preview_that_fails_costs_a_warning_and_no_weight(run, tmp_path, logger, monkeypatch, error):
     params = quick(steps=8, previews={"every": 5})
