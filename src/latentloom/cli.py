@@ -164,6 +164,8 @@ def sample(
     if threshold is not None:
         options["threshold"] = _percentile(threshold)
     folder = _is_folder(output)
+    # In UTF-8, whatever the locale says.
+    prompts = [os.fsencode(prompt).decode(errors="surrogateescape") for prompt in prompts]
     from latentloom.diffusion.sampling_settings import SampleRequest
     from latentloom.evaluation.metadata import save_image
     from latentloom.evaluation.text_to_image import default_settings, load_text_to_image, prompt_grid

@@ -99,6 +99,12 @@ def test_a_sample_is_the_same_bytes_whatever_is_generated_beside_it(sample):
     assert len({path.read_bytes() for path in Path("all").iterdir()}) == 6
 
 
+def test_a_name_made_of_a_prompt_fits_a_file_system_in_any_script(sample):
+    sample("𠜎" * 90, "--steps", "2", "-o", "all/")
+    (name,) = [path.name for path in Path("all").iterdir()]
+    assert name == f"01-{'𠜎' * 15}-0.png"
+
+
 def test_several_samples_stand_side_by_side_prompts_in_rows(sample):
     sample("a red apple", "a snowman", "--count", "3", *QUICK, "-o", "sheet.png")
     sample("a red apple", "a snowman", "--count", "3", *QUICK, "-o", "all/")
@@ -172,6 +178,7 @@ def test_what_cannot_be_generated_is_named_and_leaves_no_file(sample, tmp_path, 
         ("", "the prompt is empty: nothing is asked for"),
         (" \t", "the prompt is empty"),
         ("a red apple", ""),
+        ("一只猫, a cat", "does not know 2 of 6 parts of the prompt"),
         # 512 tokens with those that mark start and end, of which each of these words is one
         (" ".join(["apple"] * 600), "reads the first 3,060 (512 tokens), up to “…"),
     ],

@@ -86,11 +86,17 @@ class TextToImage:
         try:
             prompt.encode()
         except UnicodeEncodeError as error:
-            raise UserError(f"the prompt {prompt!a} is not in UTF-8: set your terminal to it") from error
+            raise UserError(f"the prompt {prompt!a} is not in UTF-8") from error
         if not prompt.strip():
             return "the prompt is empty: nothing is asked for, and the sample shows what such a prompt happens to give"
 
         encoder = self.text_encoder
+        parts = encoder.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+        if unknown := parts.count(encoder.tokenizer.unk_token_id):
+            return (
+                f"the text encoder does not know {unknown} of {len(parts)} parts of the prompt, as those in a script "
+                "that it was not trained on, and reads each as it would any other that it does not know"
+            )
 
         def is_cut(length: int) -> bool:
             return encoder.count_tokens([prompt[:length]])[0] > encoder.max_tokens

@@ -51,10 +51,10 @@ class ServedModel(PythonModel):
         options = {name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()}
         try:
             request = SampleRequest.of(self.settings, options)
+            for warning in filter(None, map(self.model.unread, prompts)):
+                warnings.warn(warning, stacklevel=2)
         except ValueError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error
-        for warning in filter(None, map(self.model.unread, prompts)):
-            warnings.warn(warning, stacklevel=2)
         images = self.model.generate(prompts, request)
         rows = []
         for prompt, samples in zip(prompts, images, strict=True):
