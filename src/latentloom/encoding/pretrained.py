@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from latentloom.errors import UserError
-from latentloom.files import read_json, sha256_file, user_path
+from latentloom.files import read_json, sha256_file
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
@@ -46,7 +46,7 @@ def _folder(reference: str, what: str, without_hub: str = "bundled") -> Path:
 
     ``without_hub``: the value that needs no hub, for the message.
     """
-    folder = user_path(reference)
+    folder = Path(reference).expanduser()
     if (folder / "config.json").is_file():
         return folder
     if folder.is_dir():
