@@ -69,6 +69,7 @@ class Settings:
     device: torch.device
     compile: Compile  # by our own loop as `machine.compile` says; the others are compiled where it is true
     rows: int = ROWS  # of synthetic data
+    optimizer: str = "adamw"  # of ours, as `train.optimizer` names it; the others have AdamW or Adam
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def ours(settings: Settings, network: UNet | None = None) -> Contender:
 
     network = network or our_network(settings)
     train_params, diffusion = our_params(settings)
-    train_params = train_params.model_copy(update={"optimizer": "adamw"})  # as the others have it
+    train_params = train_params.model_copy(update={"optimizer": settings.optimizer})
     steps = train(
         TrainingState.start(network, train_params, settings.dtype),
         synthetic_data(settings),
@@ -333,6 +334,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--device", type=torch.device, default=choose_device())
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="of ours")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=8, help="a round")
     parser.add_argument("--profile", action="store_true")
@@ -349,6 +351,7 @@ def main() -> None:
             autocast_dtype(arguments.precision, arguments.device),
             arguments.device,
             arguments.compile,
+            optimizer=arguments.optimizer,
         )
         if arguments.profile:
             show_profile(settings, arguments.steps)

@@ -6,12 +6,10 @@ import json
 import os
 import shlex
 import shutil
-import sqlite3
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,12 +78,8 @@ class Project:
         return asdict(read_run_record(self.folder, model_hash(self.folder / "models/unet")))
 
     def copied(self, folder: Path) -> "Project":
-        """A copy with its git, its DVC and an MLflow store that keeps its files in the copy."""
+        """A copy with its git, its DVC and its MLflow store."""
         shutil.copytree(self.folder, folder, symlinks=True)
-        with closing(sqlite3.connect(folder / "mlflow.db")) as store, store:
-            for table, column in (("runs", "artifact_uri"), ("experiments", "artifact_location")):
-                moved = (str(self.folder), str(folder))
-                store.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", moved)
         return replace(self, folder=folder)
 
     @property

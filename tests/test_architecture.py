@@ -10,7 +10,7 @@ PACKAGE = ROOT / "src" / "latentloom"
 
 CORE = (
     *("params", "files", "layout", "errors", "stage", "devices", "randomness", "model_files", "sharding"),
-    *("source_code", "image_grid", "dvc_outs", "user"),
+    *("source_code", "image_grid", "dvc_outs", "user", "lettering"),
 )
 # Readers of what a stage left: what other stage packages may import of it.
 READERS = (
@@ -36,7 +36,8 @@ FOUNDATION = {
     "randomness": (),
     "sharding": (),
     "source_code": (),
-    "image_grid": (),
+    "image_grid": ("lettering",),
+    "lettering": (),
     "user": (),
     "layout": ("errors",),
     "files": ("errors",),

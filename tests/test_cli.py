@@ -1,6 +1,10 @@
 """The command line: checks params, shows what a run left, and says what the user can fix."""
 
+import errno
+import importlib
 import json
+import re
+import shutil
 import socket
 from pathlib import Path
 
@@ -125,6 +129,32 @@ def test_the_ui_ends_with_a_sentence_where_the_port_asked_for_is_taken_and_else_
     assert int(port) > taken
     assert printed.startswith(f"MLflow: http://127.0.0.1:{port}/#/experiments/1/")
     assert command[-2:] == ["--workers", "1"]  # MLflow starts several again and again, whatever they end of
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        shutil.Error([("a", "b", "[Errno 122] Disk quota exceeded")]),  # as a copied folder says it
+    ],
+)
+def test_a_full_disk_is_one_sentence_whatever_library_notices_it(invoke, monkeypatch, error):
+    def fail(root):
+        raise error
+
+    monkeypatch.setattr("latentloom.registry.registry.history", fail)
+    result = invoke("history")
+    assert result.exit_code == 1
+    assert re.fullmatch(r"(No space left on device|Disk quota exceeded), in .*: make room, .*\n", result.output)
+
+
+def test_a_database_whose_driver_is_not_installed_is_one_sentence(invoke, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "mysql+absent://me:secret@127.0.0.1/runs")
+    monkeypatch.setattr("latentloom.tracking.store.open_client", lambda root: importlib.import_module("no_driver"))
+    result = invoke("history")
+    assert result.exit_code == 1
+    sentence = "mysql+absent://127.0.0.1/runs cannot be opened: No module named 'no_driver'; install that in this"
+    assert result.output.startswith(sentence)
 
 
 def test_a_bug_shows_its_traceback_and_a_wrong_setting_does_not(invoke, monkeypatch, tmp_path):

@@ -32,3 +32,10 @@ def test_each_image_has_its_own_caption_below_it():
     written = [int((cell[4:] < 128).any(-1).sum()) for cell in cells]
     assert 0 < written[0] < written[1]
     assert (cells[0] == cells[2]).all()
+
+
+def test_a_long_word_keeps_out_of_its_neighbours_place():
+    images = np.full((2, 4, 6, 3), 255, dtype=np.uint8)
+    grid = captioned_grid(images, ["Donaudampfschifffahrtsgesellschaftskapit\u00e4n" * 2, ""])
+    columns = np.flatnonzero((grid < 128).any((0, 2)))
+    assert columns.size > 64 and columns.min() >= 2 and columns.max() < 126

@@ -217,5 +217,5 @@ def save_tiny_unet(
     with torch.no_grad():  # the last layer starts at zero: such a network would draw the same whatever it is asked
         for parameter in network.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    save_model(Path(folder), network, config)
+    save_model(Path(folder), network.state_dict(), config)
     return Path(folder)

@@ -64,7 +64,6 @@ def train(project_root) -> Callable[..., str]:
         copied: float = 0.0,
         val_mae: float | None = 0.4,
         data: str = "d" * 16,
-        latents: str = "l" * 64,
         noise_levels: str = "cosine",
         failed_checks: tuple[str, ...] | None = (),
         provenance: dict | None = None,
@@ -74,7 +73,7 @@ def train(project_root) -> Callable[..., str]:
         known = {"failed_checks": None if failed_checks is None else list(failed_checks)} | (provenance or {})
         settings = SamplingSettings(diffusion_steps=4, class_guidance=2.5, precision="fp32")
         with new_run(project_root, name=name) as run:
-            run.set_tags({HASH_TAG: model_hash(folder), "input.latents": latents} | (tags or {}))
+            run.set_tags({HASH_TAG: model_hash(folder)} | (tags or {}))
             run.log_text(json.dumps(known), "provenance.json")
             if code_diff:
                 run.log_text(code_diff, "code.diff")
@@ -84,7 +83,7 @@ def train(project_root) -> Callable[..., str]:
             figures |= {"held_out_combinations": 100, "new_words_captions": 0}
         given = {"name": "mine-validation", "source": "data/latents", "digest": data, "rows": 7}
         with new_run(project_root, name=f"{name}, evaluated", parent=(KEY_TAG, run.key)) as evaluation:
-            evaluation.set_tags({EVALUATED_TAG: model_hash(folder), "input.latents": latents})
+            evaluation.set_tags({EVALUATED_TAG: model_hash(folder)})
             evaluation.log_params({"seed": 0, "diffusion": {"schedule": "vp", "noise_levels": noise_levels}})
             evaluation.log_dataset(context="validation", **given)
             evaluation.log_metrics({f"evaluate/{key}": value for key, value in figures.items()}, STEP)

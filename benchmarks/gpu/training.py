@@ -160,7 +160,7 @@ def _save_last(checkpoints: Checkpoints, params: Params, caches: Caches, model: 
     with torch.no_grad():
         for name, weight in network.named_parameters():
             weight.copy_(tensors[f"average.{name}"])
-    save_model(model, network, config)
+    save_model(model, network.state_dict(), config)
     return {"steps done": checkpoint.step, "val_mae": checkpoint.metadata["monitor"]["val_mae"]}
 
 

@@ -4,7 +4,6 @@ PYTHONPATH=src python benchmarks/gpu/weights.py PARTS models/unet
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -12,8 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from latentloom.errors import UserError
-from latentloom.files import write_json
-from latentloom.model_files import load_model, save_tensors
+from latentloom.model_files import ModelConfig, load_model, save_model
 
 PART_BYTES = 63 * 2**18  # 15.75 MiB
 NAME = "unet.fp16.safetensors"
@@ -51,12 +49,11 @@ def join(folder: Path, model: Path) -> None:
     whole.write_bytes(b"".join(found[name].read_bytes() for name in names))
     try:
         with safe_open(whole, "pt") as file:
-            config = json.loads(file.metadata()["config"])
+            config = ModelConfig.model_validate_json(file.metadata()["config"])
             tensors = {name: file.get_tensor(name).to(torch.float32) for name in file.keys()}  # noqa: SIM118
     finally:
         whole.unlink()
-    write_json(model / "config.json", config)
-    save_tensors(model / "model.safetensors", tensors)
+    save_model(model, tensors, config)
     load_model(model)
 
 

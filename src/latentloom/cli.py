@@ -1,9 +1,11 @@
 """The command `latentloom`. Each command imports what it needs, so that `--help` answers at once."""
 
+import errno
 import os
 import re
 import socket
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +18,10 @@ from latentloom.errors import UserError
 from latentloom.files import read_json
 from latentloom.layout import EVALUATE_METRICS, MODEL, PARAMS, SAMPLE_SHEET, SAMPLES, TRAIN_METRICS, project_root
 from latentloom.params import load_params
+from latentloom.stage import use_utf8
 
 UI_PORTS = range(5000, 5020)
+FULL = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT)]  # a library's error may have it in its text alone
 MODEL_HELP = "A model folder, showcase, champion, candidate, a registry's version, or an MLflow run (id or name)."
 
 
@@ -25,6 +29,7 @@ class Commands(TyperGroup):
     """Ends with the message alone where the user can fix the cause; anything else is a bug and shows its traceback."""
 
     def invoke(self, context: typer.Context) -> Any:
+        use_utf8()
         try:
             return super().invoke(context)
         except UserError as error:
@@ -33,6 +38,9 @@ class Commands(TyperGroup):
             library = type(error).__module__.partition(".")[0]
             if library == "mlflow":
                 sys.exit(f"MLflow: {error}")
+            if isinstance(error, OSError) and (full := [own for own in FULL if own in str(error)]):
+                folders = f"{project_root()} or {tempfile.gettempdir()}"
+                sys.exit(f"{full[0]}, in {folders}: make room, and run the command again")
             if library not in ("sqlalchemy", "sqlite3"):
                 raise
             from latentloom.tracking.store import tracking_uri, without_credentials

@@ -1,16 +1,15 @@
 """Many images as one, with or without their captions."""
 
 import math
-import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
+
+from latentloom.lettering import LINE, draw_caption
 
 CELL = 128  # pixels: the least width of an image with a caption
-LINE = 14  # pixels from one line of a caption to the next
-INK = (25, 25, 30)
+MARGIN = 4  # pixels between captions of neighbours
 
 
 def image_grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
@@ -40,23 +39,6 @@ def captioned_grid(images: np.ndarray, captions: Sequence[str], *, lines: int = 
     for image, caption in zip(images, captions, strict=True):
         canvas = Image.new("RGB", cell, "white")
         canvas.paste(Image.fromarray(image), ((cell[0] - width) // 2, 0))
-        draw_caption(canvas, caption, (cell[0] // 2, height + LINE // 4), width=cell[0], lines=lines)
+        draw_caption(canvas, caption, (cell[0] // 2, height + LINE // 4), width=cell[0] - MARGIN, lines=lines)
         cells.append(np.asarray(canvas))
     return image_grid(np.stack(cells))
-
-
-def draw_caption(canvas: Image.Image, caption: str, top: tuple[int, int], *, width: int, lines: int) -> None:
-    """Write a caption into ``canvas``, centred below the point ``top``, wrapped, and cut after so many lines."""
-    drawing = ImageDraw.Draw(canvas)
-    # 20 characters of this size are about as wide as a cell.
-    wrapped = textwrap.wrap(caption, width=20 * width // CELL, max_lines=lines, placeholder="…")
-    for number, line in enumerate(wrapped):
-        drawing.text((top[0], top[1] + number * LINE), line, fill=INK, font=font(12), anchor="ma")
-
-
-def font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """The font of all captions: matplotlib's, which every machine has."""
-    import matplotlib
-
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)

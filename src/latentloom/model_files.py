@@ -39,6 +39,7 @@ class ModelConfig(BaseModel):
     ``latent_mean`` and ``latent_std`` turn standardised latents back into the VAE's own; ``latent_bound`` is the bound
     for dynamic thresholding, in standardised units, measured on the training latents. ``token_dim`` is None where the
     network reads pooled embeddings alone; of a prompt, as of a caption in training, ``max_tokens`` are read.
+    ``weights_sha256`` is of ``model.safetensors``; None before it is saved, and in models of earlier versions.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -58,6 +59,7 @@ class ModelConfig(BaseModel):
     max_tokens: int | None = None
     attribution: str | None
     licence: str | None
+    weights_sha256: str | None = None
 
     def build(self) -> UNet:
         """The network that the config describes, with fresh weights."""
@@ -90,14 +92,16 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         temporary.chmod(0o644)  # the library leaves it readable to its owner alone
 
 
-def save_model(folder: Path, network: UNet, config: ModelConfig) -> None:
-    """Write a model folder; the same weights and config give the same bytes.
+def save_model(folder: Path, weights: Mapping[str, torch.Tensor], config: ModelConfig) -> None:
+    """Write a model folder; the same weights (a state dict) and config give the same bytes.
 
     Raises:
         WriteError: when a file cannot be written, naming it and the room it needs.
     """
-    save_tensors(folder / "model.safetensors", network.state_dict())
-    write_json(folder / "config.json", config.model_dump(mode="json"))
+    path = folder / "model.safetensors"
+    save_tensors(path, weights)
+    whole = config.model_copy(update={"weights_sha256": sha256_file(path)})
+    write_json(folder / "config.json", whole.model_dump(mode="json"))
 
 
 def model_hash(folder: Path) -> str:
@@ -133,7 +137,8 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[UNet, 
     """Load a model folder in fp32, in evaluation mode.
 
     Raises:
-        UserError: when a file is missing or damaged, or a tensor's name or shape is not what the config describes.
+        UserError: when a file is missing or damaged, a tensor's name or shape is not what the config describes, or
+            the weights are others than those that the config was saved with.
     """
     config = read_config(folder)
     path = folder / "model.safetensors"
@@ -148,4 +153,9 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[UNet, 
         network.load_state_dict(unwhitened | tensors)
     except RuntimeError as error:  # in torch's words: which tensors, and their shapes
         raise UserError(f"{path} does not fit its config.json: {error}") from error
+    if config.weights_sha256 not in (None, sha256_file(path)):  # names and shapes may fit by chance
+        raise UserError(
+            f"{path} holds other weights than its config.json was saved with: they were edited, or come from another "
+            "training; run `dvc checkout` or `dvc repro`"
+        )
     return network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), config

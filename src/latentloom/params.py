@@ -55,7 +55,9 @@ class SourceParams(Section):
     name: Annotated[StrictStr, Field(min_length=1)] | None = None
     weight: Positive = 1.0
     image_column: StrictStr | None = None  # of parquet; null: the first known name that is there
-    caption_column: StrictStr | None = None
+    caption_column: StrictStr | list[StrictStr] | None = None  # null: all of the usual names that are there
+    captions: Literal["lines", "file", "file_name", "folder_name"] = "lines"  # of folder and webdataset
+    key: Literal["first_dot", "last_dot"] = "first_dot"  # of webdataset: where the key in a member's name ends
 
     @model_validator(mode="after")
     def _keys_go_with_source(self) -> "SourceParams":
@@ -65,9 +67,17 @@ class SourceParams(Section):
             )
         if self.source != "openmoji" and not self.path:
             raise ValueError(f"source: {self.source} needs path, {WHAT_A_PATH_HOLDS[self.source]}")
-        if self.source != "parquet" and (self.image_column or self.caption_column):
-            raise ValueError(f"source: {self.source} has no columns; image_column and caption_column are for parquet")
+        if self.caption_column in ("", []):
+            raise ValueError("caption_column names no column; null is for the usual names")
+        for key, sources in KEYS_OF_SOURCES.items():
+            if key in self.model_fields_set and self.source not in sources:
+                raise ValueError(f"source: {self.source} takes no {key}, which is for {' and '.join(sources)}")
         return self
+
+    @property
+    def caption_columns(self) -> list[str] | None:
+        """The columns of captions; None for those of the usual names."""
+        return [self.caption_column] if isinstance(self.caption_column, str) else self.caption_column
 
     @property
     def label(self) -> str:
@@ -75,6 +85,12 @@ class SourceParams(Section):
         return self.name or self.source
 
 
+KEYS_OF_SOURCES = {
+    "image_column": ["parquet"],
+    "caption_column": ["folder", "webdataset", "parquet"],
+    "captions": ["folder", "webdataset"],
+    "key": ["webdataset"],
+}
 WHAT_A_PATH_HOLDS = {
     "folder": "the folder that holds your images",
     "webdataset": "a tar file, a folder of them, or a pattern such as shards/*.tar",

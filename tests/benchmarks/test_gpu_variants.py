@@ -67,7 +67,7 @@ def test_weights_in_parts_become_the_model_again(tmp_path):
     assert all(path.stat().st_size <= 100_000 for path in parts)
     weights.join(tmp_path / "parts", tmp_path / "again")
     (network, config), (again, same) = load_model(model), load_model(tmp_path / "again")
-    assert config == same
+    assert config.model_copy(update={"weights_sha256": same.weights_sha256}) == same
     for name, weight in network.state_dict().items():
         assert torch.equal(weight.half().float(), again.state_dict()[name]), name
 

@@ -68,10 +68,10 @@ def animated(file_format: str) -> Callable[[int], bytes]:
     )
 
 
-def turned(orientation: int) -> Callable[[int], bytes]:
+def turned(orientation: int, file_format: str = "JPEG") -> Callable[[int], bytes]:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return as_("JPEG", exif=exif)
+    return as_(file_format, exif=exif)
 
 
 def cut(file_format: str, share: float) -> Callable[[int], bytes]:
@@ -145,6 +145,7 @@ KINDS = (
     Kind("animated PNG", animated("PNG")),
     Kind("TIFF of three pages", animated("TIFF"), extension="tif"),
     *(Kind(f"EXIF orientation {turn}", turned(turn), extension="jpg") for turn in range(1, 9)),
+    *(Kind(f"orientation 6 in {name}", turned(6, name), extension=name.lower()) for name in ("WEBP", "PNG", "TIFF")),
     Kind("damaged EXIF", as_("JPEG", exif=b"Exif\0\0nothing of the sort"), extension="jpg"),
     # names that lie
     Kind("JPEG that is called PNG", as_("JPEG")),
@@ -153,7 +154,7 @@ KINDS = (
     # broken files
     Kind("no bytes", content(b""), "empty_file"),
     Kind("web page", content(b"<!DOCTYPE html><html><body>403 Forbidden</body></html>"), "not_an_image", "jpg"),
-    Kind("SVG", content(b'<svg xmlns="http://www.w3.org/2000/svg"/>'), "not_an_image"),
+    Kind("SVG", content(b'<svg xmlns="http://www.w3.org/2000/svg"/>'), "unsupported_format"),
     Kind("zeros", content(b"\0" * 4096), "not_an_image"),
     Kind("JPEG without its last half", cut("JPEG", 0.5), "truncated", "jpg"),
     Kind("JPEG without its last tenth", cut("JPEG", 0.9), "truncated", "jpg"),
@@ -331,6 +332,7 @@ class Ingested:
     report: IngestReport
     outcomes: dict[str, str | list[str]]
     captions: dict[str, list[str]]
+    sizes: dict[str, tuple[int, int]]
     before: dict[str, str]
     after: dict[str, str]
 
@@ -364,7 +366,8 @@ def ingested(request, tmp_path_factory) -> Ingested:
     for own, outcome in sorted(met):
         outcomes[own] = [outcomes[own], outcome] if own in outcomes else outcome
     captions = dict(zip(kept["key"], kept["captions"], strict=True))
-    return Ingested(request.param, expected, report, outcomes, captions, before, after)
+    sizes = dict(zip(kept["key"], zip(kept["width"], kept["height"], strict=True), strict=True))
+    return Ingested(request.param, expected, report, outcomes, captions, sizes, before, after)
 
 
 def test_every_kind_is_kept_or_rejected_with_its_reason(ingested):
@@ -378,6 +381,15 @@ def test_what_is_found_is_kept_or_rejected_and_all_of_it_is_in_the_tables(ingest
 
 def test_the_source_is_left_as_it_was(ingested):
     assert ingested.before == ingested.after
+
+
+@pytest.mark.parametrize(
+    "name", ["EXIF orientation 6", *(f"orientation 6 in {name}" for name in ("WEBP", "PNG", "TIFF"))]
+)
+def test_a_picture_of_any_format_is_turned_upright_through_each_source(ingested, name):
+    key = KEYS[ingested.source](list(FILES).index(name), FILES[name][0])
+    assert picture(0).size == (40, 48)
+    assert ingested.sizes[key] == (48, 40)
 
 
 def test_captions_of_odd_files_are_read_as_they_were_meant(ingested):

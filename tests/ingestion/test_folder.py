@@ -2,16 +2,24 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from latentloom.ingestion.metadata import read_metadata_rows
+from latentloom.ingestion.shards import read_metadata
 from latentloom.ingestion.sources import IngestError
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_sidecars_caption_images_in_any_depth(corpus):
@@ -184,14 +192,76 @@ def test_names_that_are_not_utf8_are_kept_with_escapes(corpus):
     assert corpus.reasons() == {"b\\udcff.png": "no_caption"}
 
 
-def test_hidden_files_and_other_files_are_skipped(corpus):
+def test_names_and_captions_are_the_same_in_a_locale_without_them(corpus, tmp_path):
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    params["ingest"] |= {"source": "folder", "path": str(corpus.path), "limit": None}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    corpus.add("\u732b.png", "\u30bd\u30d5\u30a1\u306e\u4e0a\u306e\u732b")
+    corpus.add("\u72ac/b.png")
+    corpus.write("\u72ac/metadata.csv", "file_name,text\nb.png,\u96ea\u306e\u4e2d\u306e\u72ac\n")
+    ascii_only = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, str(ROOT / "pipelines/ingest.py")]
+    subprocess.run(command, env=ascii_only, cwd=tmp_path, check=True, capture_output=True)
+    frame = read_metadata(tmp_path / "data/images")
+    assert dict(zip(frame["key"], frame["captions"], strict=True)) == {
+        "\u72ac/b.png": ["\u96ea\u306e\u4e2d\u306e\u72ac"],
+        "\u732b.png": ["\u30bd\u30d5\u30a1\u306e\u4e0a\u306e\u732b"],
+    }
+
+
+def test_hidden_files_other_files_and_what_systems_leave_are_skipped(corpus):
     corpus.add("a.png", "a picture")
     corpus.write("._a.png", b"\0\5\26\7")
     corpus.write(".thumbnails/a.png", b"junk")
     corpus.write("notes.md", "not an image")
     corpus.write("Thumbs.db", b"junk")
+    for folder in ("@eaDir/a.png", "sub/__MACOSX", "#recycle", "$RECYCLE.BIN"):
+        corpus.add(f"{folder}/SYNOPHOTO_THUMB_M.png", "a thumbnail")
     report = corpus.ingest()
     assert (report.found, report.kept) == (1, 1)
+
+
+def test_what_is_an_image_by_name_or_content_is_never_passed_over(corpus):
+    for name in ("a.jpg_large", "b.tga", "c.png.1", "hash", "d.jpx", "e.PNG~"):
+        corpus.add("x.png").rename(corpus.path / name)
+        corpus.write(f"{name.rpartition('.')[0] or name}.txt", "a picture")
+    for name in ("f.psd", "g.svg", "h.jxl", "i.heic", "j.cr2"):
+        corpus.write(name, "nothing of the sort")
+        corpus.write(f"{name[0]}.txt", "a picture")
+    corpus.write("README", "BM is no bitmap")
+    corpus.write("latents.npz", b"PK")
+    report = corpus.ingest()
+    assert sorted(corpus.captions()) == ["a.jpg_large", "b.tga", "c.png.1", "d.jpx", "e.PNG~", "hash"]
+    assert set(corpus.reasons()) == {"f.psd", "g.svg", "h.jxl", "i.heic", "j.cr2"}
+    assert report.found == report.kept + report.rejected == 11
+
+
+def test_a_link_to_nowhere_is_told_also_where_it_stood_for_a_folder(corpus):
+    corpus.add("a.png", "a picture")
+    for name in ("exams of 2023", "b.png", "loop.jpg"):
+        (corpus.path / name).symlink_to("loop.jpg" if name == "loop.jpg" else "/not mounted/there")
+    corpus.ingest()
+    assert corpus.reasons() == dict.fromkeys(["b.png", "exams of 2023", "loop.jpg"], "missing_file")
+    assert set(corpus.details().values()) == {"it is a link to what is not there"}
+
+
+ODD_NAMES = (
+    *("train.png", "metadata.png", "one/same.png", "two/same.png", "a[1].png", "a1.png", "100%20.png", "100 .png"),
+    *("what?*.png", "a;b&c$HOME`.png", "dot..png", "-rf.png", "~.png", "#1.png", "a+b=c.png", "tab\tname.png"),
+    *("back\\slash.png", "quote'\".png", "https:..example.png", "CON.png"),
+)
+
+
+def test_names_mean_themselves_whatever_a_glob_a_url_or_a_shell_would_read(corpus):
+    rows = []
+    for name in ODD_NAMES:
+        corpus.add(name, f"text of {name}" if "/" in name else None)
+        if "/" not in name:
+            rows.append(json.dumps({"file_name": name, "text": f"row of {name}"}))
+    corpus.write("metadata.jsonl", "\n".join(rows))
+    corpus.ingest()
+    expected = {name: [" ".join(f"{'text' if '/' in name else 'row'} of {name}".split())] for name in ODD_NAMES}
+    assert corpus.captions() == expected
 
 
 @pytest.mark.parametrize(
@@ -231,7 +301,7 @@ def test_a_parquet_row_that_is_not_utf8_costs_no_other_and_bytes_are_text(corpus
 def test_parquet_without_the_columns_is_an_error(corpus):
     corpus.add("a.png")
     pd.DataFrame({"file_name": ["a.png"], "label": [1]}).to_parquet(corpus.path / "metadata.parquet")
-    with pytest.raises(IngestError, match="has the columns 'file_name'; it needs file_name and one of"):
+    with pytest.raises(IngestError, match="has the columns 'file_name', 'label'; it needs file_name and one of"):
         corpus.ingest()
 
 

@@ -1,12 +1,15 @@
 """An ingestion as a whole: what is kept, counted and split, and what a crash leaves behind."""
 
 import io
+import tarfile
 from dataclasses import asdict
 from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -39,9 +42,12 @@ def test_what_is_found_is_kept_or_rejected(corpus):
         "train",
         "validation",
         "captions",
+        "joined",
         "sources",
         "near_duplicates",
         "moved_to_train",
+        "profiles_converted",
+        "profiles_ignored",
     }
 
 
@@ -74,6 +80,18 @@ def test_ids_depend_on_pixels_alone(corpus, new_corpus, picture):
     corpus.ingest()
     other.ingest()
     assert list(corpus.ids().values()) == list(other.ids().values())
+
+
+def test_another_size_and_back_never_serves_pictures_of_the_other(corpus, contents, picture):
+    corpus.add("a.png", "a", picture(1, 100, 100))
+    corpus.add("b.png", "b", picture(2, 100, 100))
+    corpus.ingest(image_size=64)
+    first, ids = contents(corpus.images), corpus.ids()
+    corpus.ingest(image_size=96)
+    assert {pixels.shape for pixels in corpus.pixels().values()} == {(96, 96, 3)}
+    assert not set(corpus.ids().values()) & set(ids.values())  # by which latents are known
+    corpus.ingest(image_size=64)
+    assert contents(corpus.images) == first
 
 
 def test_new_data_never_moves_old_data_between_the_splits(corpus):
@@ -113,6 +131,67 @@ def test_a_copy_without_a_caption_does_not_take_the_place_of_the_captioned(corpu
     corpus.ingest()
     assert corpus.captions() == {"b.png": ["captioned"]}
     assert corpus.reasons() == {"a.png": "no_caption"}
+
+
+def coco(rows, picture, path: Path, name="coco.parquet") -> dict:
+    """Params of a table that has each picture as often as it has captions."""
+    files = {}
+    for own in {own for own, _ in rows}:
+        buffer = io.BytesIO()
+        Image.fromarray(picture(own)).save(buffer, "PNG")
+        files[own] = buffer.getvalue()
+    table = pa.table({"image": [files[own] for own, _ in rows], "caption": [caption for _, caption in rows]})
+    pq.write_table(table, path / name)
+    return {"source": "parquet", "path": str(path / name)}
+
+
+def test_rows_of_byte_equal_pictures_of_a_table_are_one_image_with_all_captions(corpus, picture, tmp_path, shards_of):
+    shards_of(2)
+    rows = [(own, f"picture {own}, caption {caption}") for caption in range(5) for own in range(4)]
+    report = corpus.ingest(**coco([*rows, (0, rows[0][1])], picture, tmp_path))
+    assert (report.found, report.kept, report.rejected, report.joined, report.captions) == (4, 4, 0, 17, 20)
+    assert "captions of 17 equal pictures joined" in str(report)
+    assert corpus.captions() == {
+        f"coco.parquet:{own}": [f"picture {own}, caption {caption}" for caption in range(5)] for own in range(4)
+    }
+
+
+def test_samples_of_byte_equal_pictures_of_a_tar_are_one_image_and_of_a_folder_duplicates(corpus, tmp_path):
+    picture = corpus.add("a.png", "one").read_bytes()
+    corpus.add("b.png", "two", picture)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("a.png", "a.txt", "b.png", "b.txt"):
+            tar.add(corpus.path / name, name)
+    corpus.ingest(source="webdataset", path=str(tmp_path / "a.tar"))
+    assert corpus.captions() == {"a.tar/a": ["one", "two"]}
+    corpus.ingest()
+    assert corpus.captions() == {"a.png": ["one"]}
+    assert corpus.reasons() == {"b.png": "duplicate"}
+
+
+def test_what_a_table_gives_does_not_depend_on_whether_rows_or_lists_hold_the_captions(
+    corpus, new_corpus, picture, tmp_path, contents
+):
+    rows = [(own, f"{own} {caption}") for own in range(5) for caption in range(3)]
+    corpus.ingest(**coco(rows, picture, tmp_path, "a.parquet"), near_duplicate_distance=20)
+    whole = [(own, [f"{own} {caption}" for caption in range(3)]) for own in range(5)]
+    other = new_corpus("other")
+    other.ingest(**coco(whole, picture, tmp_path, "a.parquet"), near_duplicate_distance=20)
+    assert read_metadata(corpus.images).drop(columns="key").equals(read_metadata(other.images).drop(columns="key"))
+
+
+def test_the_last_image_below_the_limit_has_the_captions_of_the_rows_behind_it(corpus, picture, tmp_path):
+    rows = [(own, f"{own} {caption}") for own in range(4) for caption in range(3)]
+    report = corpus.ingest(**coco(rows, picture, tmp_path), limit=2)
+    assert list(corpus.captions().values()) == [["0 0", "0 1", "0 2"], ["1 0", "1 1", "1 2"]]
+    assert (report.found, report.kept, report.joined) == (2, 2, 4)
+
+
+def test_equal_pictures_of_two_tables_are_duplicates(corpus, picture, tmp_path):
+    sources = [coco([(0, "one")], picture, tmp_path, "a.parquet"), coco([(0, "two")], picture, tmp_path, "b.parquet")]
+    corpus.ingest(source=[own | {"name": name} for own, name in zip(sources, "ab", strict=True)], path=None)
+    assert corpus.captions() == {"a.parquet:0": ["one"]}
+    assert corpus.details() == {"b.parquet:0": "the same picture as a.parquet:0 of a"}
 
 
 def test_limit_keeps_the_first_usable_images_in_sorted_order(corpus):

@@ -9,7 +9,8 @@ import pytest
 from outcomes import Outcome, outcomes
 from PIL import Image
 
-from latentloom.ingestion.parquet import CAPTION_COLUMNS, IMAGE_COLUMNS, ParquetSource
+from latentloom.ingestion.captions import CAPTION_COLUMNS
+from latentloom.ingestion.parquet import IMAGE_COLUMNS, ParquetSource
 from latentloom.ingestion.rejects import Reason
 from latentloom.ingestion.sources import IngestError
 
@@ -37,6 +38,12 @@ def test_what_hugging_face_datasets_writes_is_read(corpus, picture, tmp_path):
     corpus.ingest(source="parquet", path=str(tmp_path / "train.parquet"))
     assert corpus.captions() == {f"train.parquet:{row}": [text] for row, text in enumerate(["one", "two", "three"])}
     assert all(np.array_equal(corpus.pixels()[f"train.parquet:{row}"], picture(row)) for row in range(3))
+
+
+def test_a_table_without_rows_is_told_in_plain_words(corpus, tmp_path):
+    path = write(tmp_path / "a.parquet", {"image": pa.array([], pa.binary()), "text": pa.array([], pa.string())})
+    with pytest.raises(IngestError, match=r"hold no samples: look at ingest\.source"):
+        corpus.ingest(source="parquet", path=str(path))
 
 
 def test_prepared_images_are_a_source_themselves(corpus, new_corpus):
@@ -70,9 +77,49 @@ def test_dictionaries_of_images_are_read(tmp_path):
 
 @pytest.mark.parametrize("list_type", [pa.list_(pa.string()), pa.large_list(pa.large_string())])
 def test_a_caption_column_may_hold_lists(tmp_path, list_type):
-    lists = pa.array([["one", "two"], [], None, [None, "three"]], list_type)
-    found = samples(write(tmp_path / "a.parquet", {"image": [b"x"] * 4, "captions": lists}))
-    assert [sample.captions for sample in found] == [["one", "two"], [], [], ["three"]]
+    lists = pa.array([["one", "two"], [], None, [None, "three"], [None]], list_type)
+    found = samples(write(tmp_path / "a.parquet", {"image": [b"x"] * 5, "captions": lists}))
+    assert [sample.captions for sample in found] == [["one", "two"], [], [], ["three"], []]
+
+
+def test_all_columns_of_captions_are_taken_and_that_is_said_or_those_that_are_named(tmp_path):
+    table = {"image": [b"x"], "Prompt": ["three"], "text": ["one"], "captions": [["two"]]}
+    source = ParquetSource(write(tmp_path / "a.parquet", table))
+    assert [item.captions for item in outcomes(source)] == [["one", "two", "three"]]
+    assert source.notices() == [
+        "the captions of a.parquet are those of all of its columns text, captions, Prompt; caption_column chooses"
+    ]
+    named = ParquetSource(tmp_path, caption_columns=["captions", "text"])
+    assert [item.captions for item in outcomes(named)] == [["two", "one"]]
+    assert named.notices() == []
+
+
+def test_a_column_that_comes_twice_is_an_error_that_names_it(tmp_path):
+    image, text = pa.array([b"x"]), pa.array(["y"])
+    for names in (["image", "image", "text"], ["image", "text", "text"]):
+        arrays = [image if name == "image" else text for name in names]
+        path = write(tmp_path / "a.parquet", pa.Table.from_arrays(arrays, names))
+        with pytest.raises(IngestError, match=rf"a\.parquet has two columns '{names[1]}'; rename one"):
+            ParquetSource(path)
+
+
+def test_a_row_group_of_large_images_is_read_in_smaller_batches(tmp_path, monkeypatch):
+    # Arrow cannot hold more than 2 GiB of a struct's bytes in one batch.
+    images = pa.array([{"bytes": bytes([row]) * 1000, "path": None} for row in range(40)])
+    path = write(tmp_path / "a.parquet", {"image": images, "text": ["x"] * 40}, compression="NONE")
+    asked = []
+    iter_batches = pq.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        pq.ParquetFile,
+        "iter_batches",
+        lambda file, rows, **more: asked.append(rows) or iter_batches(file, rows, **more),
+    )
+    for limit in (2**28, 5000, 10):
+        monkeypatch.setattr("latentloom.ingestion.parquet.BATCH_BYTES", limit)
+        assert [item.data[0] for item in samples(path)] == list(range(40))
+    assert asked[0] == 16
+    assert 3 <= asked[1] <= 5
+    assert asked[2] == 1
 
 
 def test_columns_are_found_by_their_usual_names_in_any_case(tmp_path):
@@ -103,9 +150,9 @@ def test_params_may_name_the_columns(corpus, picture, tmp_path):
     [
         ({"picture_id": [1], "text": ["x"]}, (), ["picture_id (int64), text (string)", "image_column: ..."]),
         ({"image": ["a.jpg"], "text": ["x"]}, (), ["image (string)", "image_column: ..."]),
-        ({"image": [b"x"], "label": [3]}, (), ["label (int64)", "caption_column: ...", "caption, captions, text"]),
+        ({"image": [b"x"], "label": [3]}, (), ["label (int64)", "caption_column: ...", "text, caption, captions"]),
         ({"image": [b"x"], "text": ["x"]}, ("photo", None), ["called photo", "image_column: ..."]),
-        ({"image": [b"x"], "text": ["x"]}, (None, "alt"), ["called alt", "caption_column: ..."]),
+        ({"image": [b"x"], "text": ["x"]}, (None, ["alt"]), ["called alt", "caption_column: ..."]),
     ],
 )
 def test_a_missing_column_is_an_error_that_names_file_columns_and_param(tmp_path, columns, named, says):

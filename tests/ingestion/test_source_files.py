@@ -6,9 +6,16 @@ import shutil
 import pytest
 
 from latentloom.files import write_json
-from latentloom.ingestion.source_files import fingerprint_sources
+from latentloom.ingestion import source_files
+from latentloom.ingestion.source_files import fingerprint_sources, visible_files
 from latentloom.ingestion.sources import IngestError
 from latentloom.params import SourceParams
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path, monkeypatch):
+    """Where it is remembered what the sources held."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
@@ -36,7 +43,7 @@ def test_the_same_files_give_the_same_fingerprint(images, tmp_path):
         lambda folder: (folder / "c.png").write_bytes(b""),
         lambda folder: (folder / "a.png").unlink(),
         lambda folder: (folder / "a.png").rename(folder / "z.png"),
-        lambda folder: os.utime(folder / "a.png", ns=(0, 1)),
+        lambda folder: (folder / "a.png").write_bytes(b"two"),
         lambda folder: (folder / "nested" / "b.txt").write_text("a caption"),
     ],
     ids=["added", "removed", "renamed", "written again", "captioned"],
@@ -45,6 +52,81 @@ def test_any_change_gives_another_fingerprint(images, tmp_path, change):
     before = listed(images, tmp_path / "none.json")
     change(images)
     assert listed(images, tmp_path / "none.json") != before
+
+
+def test_the_fingerprint_is_that_of_names_and_content_wherever_and_whenever_they_were_written(images, tmp_path):
+    (here,) = listed(images, tmp_path / "none.json")
+    os.utime(images / "a.png", ns=(0, 1))
+    assert listed(images, tmp_path / "none.json") == [here]
+    clone = shutil.copytree(images, tmp_path / "clone", copy_function=shutil.copyfile)
+    (there,) = listed(clone, tmp_path / "none.json")
+    assert there == here | {"path": str(clone)}
+
+
+def test_files_are_read_only_when_they_may_have_changed(images, tmp_path, monkeypatch):
+    before = listed(images, tmp_path / "none.json")
+    read = []
+    monkeypatch.setattr(source_files, "_content_of_file", lambda path: read.append(path.name) or "content")
+    assert listed(images, tmp_path / "none.json") == before and not read
+    (images / "a.png").write_bytes(b"longer")
+    assert listed(images, tmp_path / "none.json") != before and sorted(read) == ["a.png", "b.png"]
+    (tmp_path / ".state" / "sources" / "content.json").write_text("damaged")
+    assert listed(images, tmp_path / "none.json")
+
+
+def test_a_plugin_that_is_installed_later_is_another_fingerprint(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(source_files, "find_spec", lambda module: None)
+    (without,) = listed(images, tmp_path / "none.json")
+    monkeypatch.setattr(source_files, "find_spec", lambda module: module == "pillow_jxl")
+    assert listed(images, tmp_path / "none.json") == [without | {"plugins": ["JXL"]}]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes in folders")
+def test_a_pipe_is_not_waited_for(images, tmp_path):
+    os.mkfifo(images / "pipe")
+    assert listed(images, tmp_path / "none.json")[0]["files"] == 3
+
+
+def test_linked_folders_are_followed_once_and_loops_end(images, tmp_path):
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "c.png").write_bytes(b"c")
+    (images / "a link").symlink_to(tmp_path / "others")
+    (images / "again").symlink_to(tmp_path / "others")
+    (images / "a nested").symlink_to("nested")  # which has a name of its own
+    (images / "nested" / "up").symlink_to("..")
+    (tmp_path / "others" / "back").symlink_to(images)
+    (tmp_path / "others" / "self").symlink_to("self")
+    names = sorted(visible_files(images))
+    assert names == ["a link/c.png", "a link/self", "a.png", "nested/b.png"]
+
+
+def test_what_exists_by_its_name_is_no_pattern(tmp_path, monkeypatch):
+    for folder in ("set [1]", "set 1", "what?*"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{len(folder)}.tar").write_bytes(folder.encode())
+    (tmp_path / "set [1]" / "a[0-9]*.tar").write_bytes(b"a")
+
+    def files(path):
+        return [file.as_posix() for file in source_files.source_files(path, (".tar",)).values()]
+
+    assert files("set [1]/*.tar") == ["set [1]/7.tar", "set [1]/a[0-9]*.tar"]
+    assert files("set [1]") == files("set [1]/*.tar")
+    assert files("set [1]/a[0-9]*.tar") == ["set [1]/a[0-9]*.tar"]
+    assert files("what?*/*") == ["what?*/6.tar"]
+    assert files("set ?/*.tar") == ["set 1/5.tar"]
+    (tmp_path / "copy").mkdir()
+    monkeypatch.chdir(tmp_path / "copy")  # as of an experiment
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    assert files("set [1]/*.tar") == [str(tmp_path / "set [1]" / name) for name in ("7.tar", "a[0-9]*.tar")]
+
+
+def test_a_folder_that_is_missing_is_no_pattern_either(images, tmp_path):
+    renamed = images.rename(tmp_path / "images [2024]")
+    known = tmp_path / "sources.json"
+    before = listed(renamed, known)
+    write_json(known, before)
+    shutil.rmtree(renamed)
+    assert listed(renamed, known) == before
 
 
 def test_hidden_files_do_not_count(images, tmp_path):

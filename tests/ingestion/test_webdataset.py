@@ -1,13 +1,17 @@
 """Tar files as WebDataset and img2dataset write them: samples stream out, and damage costs no more than it must."""
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import tarfile
 import tracemalloc
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import webdataset
 from hypothesis import HealthCheck, given, settings
@@ -42,12 +46,12 @@ def numbered(count: int) -> list[tuple[str, bytes]]:
     ]
 
 
-def read(path: Path | str) -> list[Outcome]:
-    return list(outcomes(WebDatasetSource(path)))
+def read(path: Path | str, **options) -> list[Outcome]:
+    return list(outcomes(WebDatasetSource(path, **options)))
 
 
-def captions(path: Path | str) -> dict[str, list[str]]:
-    return {item.key: item.captions for item in read(path) if not item.reason}
+def captions(path: Path | str, **options) -> dict[str, list[str]]:
+    return {item.key: item.captions for item in read(path, **options) if not item.reason}
 
 
 def rejects(path: Path | str) -> dict[str, Reason]:
@@ -117,6 +121,114 @@ def test_a_path_is_a_tar_or_a_folder_of_them_or_a_pattern(tmp_path):
     assert list(captions(tmp_path / "shard")) == ["shard/a"]
 
 
+DOTTED = [(f"IMG.000{number}.{kind}", JPEG if kind == "png" else "x") for number in (1, 2) for kind in ("png", "txt")]
+
+
+def test_names_with_dots_are_explained_file_by_file_or_end_at_their_last_dot(tmp_path):
+    tar = pack(tmp_path / "a.tar", [*DOTTED, ("IMG.0003.txt", "of no image")])
+    items = read(tar)
+    assert [(item.key, item.reason) for item in items] == [
+        (f"a.tar/IMG.{name}", Reason.MISSING_FILE) for name in ("0001.png", "0002.png", "0003.txt")
+    ]
+    assert "so its key is IMG" in items[0].detail
+    assert "If IMG.0001 is its name, add `key: last_dot`" in items[0].detail
+    assert captions(tar, key="last_dot") == {"a.tar/IMG.0001": ["x"], "a.tar/IMG.0002": ["x"]}
+    assert [item.key for item in read(tar, key="last_dot") if item.reason] == ["a.tar/IMG.0003"]
+
+
+def test_a_tar_that_is_not_sorted_by_name_is_told_how_to_be_packed(tmp_path):
+    tar = pack(tmp_path / "a.tar", [("a.jpg", JPEG), ("b.jpg", JPEG), ("a.txt", "of a"), ("b.txt", "of b")])
+    assert [(item.key, item.captions, item.reason) for item in read(tar)] == [
+        ("a.tar/a", [], None),
+        ("a.tar/b", [], None),
+        ("a.tar/a", None, Reason.DUPLICATE_KEY),
+        ("a.tar/b", None, Reason.DUPLICATE_KEY),
+    ]
+    assert "tar --sort=name" in read(tar)[2].detail
+
+
+def test_fields_whose_names_have_dots_are_explained_one_by_one(tmp_path):
+    tar = pack(tmp_path / "a.tar", [("s0.input.jpg", JPEG), ("s0.outputs.txt", "of s0")])
+    assert rejects(tar) == dict.fromkeys(["a.tar/s0.input.jpg", "a.tar/s0.outputs.txt"], Reason.MISSING_FILE)
+    assert all("so its key is s0" in item.detail for item in read(tar))
+
+
+@pytest.mark.parametrize("image", [[], [("b.jpg", JPEG)]])
+def test_every_picture_and_caption_of_one_key_is_accounted_for(tmp_path, image):
+    tar = pack(tmp_path / "a.tar", [("b.left.jpg", JPEG), *image, ("b.right.jpg", JPEG), ("b.txt", "x")])
+    assert rejects(tar) == dict.fromkeys(
+        ["a.tar/b.left.jpg", "a.tar/b.right.jpg", *([] if image else ["a.tar/b"])], Reason.MISSING_FILE
+    )
+    assert captions(tar) == ({"a.tar/b": ["x"]} if image else {})
+
+
+def test_caption_files_are_those_of_folders(tmp_path):
+    files = [("a.jpg", JPEG), ("a.TXT", "one"), ("a.caption", "two"), ("a.json", '{"prompt": "three", "alt": "four"}')]
+    tar = pack(tmp_path / "a.tar", [*files, ("b.jpg", JPEG), ("b.jpg.txt", "called after the whole name")])
+    assert captions(tar) == {"a.tar/a": ["one", "two", "three"], "a.tar/b": ["called after the whole name"]}
+    assert captions(tar, caption_columns=["alt"])["a.tar/a"] == ["one", "two", "four"]
+    assert captions(tar, key="last_dot") == captions(tar)
+
+
+def test_captions_may_be_whole_files_or_names(tmp_path):
+    tar = pack(tmp_path / "a.tar", [("my_cats/red_cat (2).jpg", JPEG), ("my_cats/red_cat (2).txt", "one\ntwo")])
+    for value, expected in {"file": "one two", "file_name": "red cat", "folder_name": "my cats"}.items():
+        source = WebDatasetSource(tar, captions=value)
+        assert [item.captions for item in outcomes(source)] == [[expected]]
+        assert [notice.partition(",")[0] for notice in source.notices()] == (
+            [] if value == "file" else ["1 caption files are not read"]
+        )
+
+
+def test_what_programs_leave_beside_pictures_is_no_picture(tmp_path):
+    names = ("._cat.jpg", "x/._cat.txt", "@eaDir/cat.jpg/SYNOPHOTO_THUMB_M.jpg", "__MACOSX/cat.jpg", "Thumbs.db")
+    tar = pack(tmp_path / "a.tar", [("cat.jpg", JPEG), ("cat.txt", "x"), *((name, JPEG) for name in names)])
+    assert [(item.key, item.captions) for item in read(tar)] == [("a.tar/cat", ["x"])]
+
+
+def zstd(path: Path, data: bytes) -> Path:
+    with pa.output_stream(path, compression="zstd") as file:
+        file.write(data)
+    return path
+
+
+def compressed(path: Path, members: list[tuple[str, bytes | str]]) -> Path:
+    """A tar that is compressed as its name says."""
+    plain = pack(path.with_name("plain"), members).read_bytes()
+    path.with_name("plain").unlink()
+    compress = {".bz2": bz2.compress, ".xz": lzma.compress, ".gz": gzip.compress, ".tar": bytes}
+    if path.suffix == ".zst":
+        return zstd(path, plain)
+    path.write_bytes(compress[path.suffix](plain))
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.tar.bz2", "a.tar.xz", "a.tar.zst"])
+def test_a_tar_that_follows_another_in_one_file_is_read_however_they_are_compressed(tmp_path, name):
+    first = compressed(tmp_path / name, [("a.jpg", JPEG), ("a.txt", "one")]).read_bytes()
+    second = compressed(tmp_path / name, [("b.jpg", JPEG + bytes(50_000)), ("b.txt", "two")]).read_bytes()
+    (tmp_path / name).write_bytes(first + second)
+    assert captions(tmp_path) == {f"{name}/a": ["one"], f"{name}/b": ["two"]}
+    assert not rejects(tmp_path)
+    (tmp_path / name).write_bytes(first + second[: len(second) // 2])
+    assert captions(tmp_path)[f"{name}/a"] == ["one"]
+    assert rejects(tmp_path)[name] in (Reason.TRUNCATED, Reason.UNREADABLE)
+
+
+def test_what_follows_a_tar_and_is_none_is_told(tmp_path):
+    tar = pack(tmp_path / "a.tar", [("a.jpg", JPEG), ("a.txt", "one")])
+    tar.write_bytes(tar.read_bytes() + b"PK, an archive of another kind" * 100)
+    assert captions(tar) == {"a.tar/a": ["one"]}
+    assert rejects(tar) == {"a.tar": Reason.UNREADABLE}
+
+
+def test_archives_of_other_kinds_among_the_tars_are_rejects(tmp_path):
+    pack(tmp_path / "a.tar", [("a.jpg", JPEG), ("a.txt", "one")])
+    for name in ("b.zip", "c.7z", "d.tar.lz4"):
+        (tmp_path / name).write_bytes(b"PK\3\4" * 500)
+    assert rejects(tmp_path) == dict.fromkeys(("b.zip", "c.7z", "d.tar.lz4"), Reason.UNREADABLE)
+
+
 def test_without_a_tar_the_error_names_the_path(tmp_path):
     (tmp_path / "a.jpg").write_bytes(JPEG)
     for path, what in (
@@ -139,7 +251,7 @@ names = st.lists(parts, min_size=1, max_size=2).map("/".join).filter(lambda name
 def test_members_are_grouped_as_webdataset_groups_them(tmp_path, members):
     members = [name for name in members if not {".", ".."}.intersection(name.split("/"))]
     tar = pack(tmp_path / "a.tar", [(name, f'{{"text": "{name}"}}') for name in members])
-    visible = [name for name in members if not name.rpartition("/")[2].startswith(".")]
+    visible = [name for name in members if not any(part.startswith(".") for part in name.split("/"))]
     of_interest = [name for name in visible if name.endswith(".jpg") or base_plus_ext(name)[1] in ("txt", "json")]
     expected: dict[str, tuple[str | None, ...]] = {}
     for group in group_by_keys({"fname": name, "data": name, "__url__": ""} for name in of_interest):
@@ -192,9 +304,12 @@ def test_a_damaged_header_is_not_taken_for_the_end_of_the_tar(tmp_path):
 
 def test_a_tar_without_its_end_mark_is_reported_and_its_last_sample_kept(tmp_path):
     tar = pack(tmp_path / "a.tar", [("a.jpg", bytes(512)), ("a.txt", b"x" * 512)])
-    tar.write_bytes(tar.read_bytes()[: 4 * 512])
+    whole = tar.read_bytes()
+    tar.write_bytes(whole[: 4 * 512])
     assert captions(tar) == {"a.tar/a": ["x" * 512]}
     assert rejects(tar) == {"a.tar": Reason.TRUNCATED}
+    tar.write_bytes(whole + bytes(100))
+    assert rejects(tar) == {}
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])

@@ -175,6 +175,15 @@ def test_a_data_set_that_another_run_names_at_the_same_moment_arrives_with_both(
     assert [own.dataset.name for own in client(root).get_run(run.id).inputs.dataset_inputs] == ["training"]
 
 
+def test_a_metric_that_is_no_number_arrives_once_however_often_it_is_sent(root):
+    with pytest.raises(KeyboardInterrupt), new_run(root) as run:
+        run.log_metrics({"val/mae": float("nan"), "train/mae": 1.0}, 1)
+        raise KeyboardInterrupt
+    forget_what_arrived(journals(root) / run.key)
+    assert [synced.waits for synced in sync(root)] == [False]
+    assert [logged_steps(root, run.id, key) for key in ("val/mae", "train/mae")] == [[1], [1]]
+
+
 def test_a_delivered_run_leaves_no_journal_and_no_thread(root):
     with new_run(root) as run:
         log_training(run, steps=range(1, 6))
@@ -191,6 +200,21 @@ def test_a_deleted_run_is_created_again_with_its_whole_curve(root):
         log_training(run, steps=range(4, 9))
     assert run.id not in (None, first)
     assert logged_steps(root, run.id, "train/mae") == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_a_run_of_a_deleted_experiment_waits_until_the_experiment_is_restored(root):
+    with new_run(root):
+        pass
+    own = client(root)
+    experiment = experiment_id(own, root)
+    own.delete_experiment(experiment)
+    restore = rf"`MLFLOW_TRACKING_URI=\S+ mlflow experiments restore -x {experiment}`\) or set MLFLOW_EXPERIMENT_NAME"
+    with pytest.warns(UserWarning, match=restore), new_run(root) as run:
+        log_training(run, steps=range(1, 6))
+    own.restore_experiment(experiment)
+    (synced,) = sync(root)
+    assert not synced.waits
+    assert logged_steps(root, found_by_key(root, run.key), "train/mae") == [1, 2, 3, 4, 5]
 
 
 def test_a_training_resumed_with_another_store_and_back_is_whole_in_both(root, empty_store, monkeypatch):

@@ -1,5 +1,6 @@
 """A run: what is logged is in the store, once, also when its training was killed and resumed."""
 
+import hashlib
 import multiprocessing
 import re
 import warnings
@@ -36,6 +37,20 @@ def test_params_metrics_and_tags_arrive(root):
     assert found.data.tags["kept"] == "yes"
     assert "dropped" not in found.data.tags
     assert all_stored(root, run.id)["metrics"] == {"train/mae": [(10, 0.5), (20, 0.4)], "val/mae": [(10, 0.6)]}
+
+
+def test_each_source_of_a_list_is_a_param_and_long_values_that_differ_at_their_end_do_so_in_mlflow(root):
+    folders = [f"/data/{'a' * 200}/{number}" for number in range(12)]
+    sources = [{"source": "folder", "path": path, "name": None, "weight": 1.0} for path in folders]
+    with new_run(root) as run:
+        run.log_params({"ingest": {"source": sources}, "a": "x" * 10_000 + "a", "b": "x" * 10_000 + "b"})
+    params = client(root).get_run(run.id).data.params
+    listed = {f"ingest.source.{n}": f"source folder, path {path}, weight 1.0" for n, path in enumerate(folders, 1)}
+    assert params.items() >= listed.items()
+    assert params.keys() == {*listed, "a", "b"}
+    digest = hashlib.sha256(b"x" * 10_000 + b"a").hexdigest()
+    assert params["a"] == "x" * (500 - 25) + f"… sha256 {digest[:16]}"
+    assert params["a"] != params["b"]
 
 
 def test_more_metrics_than_mlflow_takes_per_request_arrive(root):

@@ -1,5 +1,6 @@
 """Which store holds the runs, and how it is opened."""
 
+import shutil
 import warnings
 
 import pytest
@@ -33,6 +34,33 @@ def test_a_project_is_tracked_whatever_the_name_of_its_folder(tmp_path, monkeypa
     assert (root / "mlartifacts" / run.id / "artifacts" / "note.txt").read_text() == "hello"
     assert artifacts(root, run.id).name == "artifacts"
     assert list(tmp_path.iterdir()) == [root]
+
+
+@pytest.mark.parametrize("files_come_along", [True, False])
+def test_the_runs_of_a_copied_project_keep_their_files_in_the_copy(project_root, capsys, files_come_along):
+    original, copy = project_root / "original", project_root / "copy"
+    original.mkdir()
+    (project_root / "mlflow.db").rename(original / "mlflow.db")
+    with new_run(original) as before:
+        before.log_text("first", "note.txt")
+    ignored = shutil.ignore_patterns(*([] if files_come_along else ["mlartifacts"]))
+    shutil.copytree(original, copy, ignore=ignored)
+    capsys.readouterr()
+    with new_run(copy) as after:
+        after.log_text("second", "note.txt")
+    assert artifacts(copy, after.id) == copy / "mlartifacts" / after.id / "artifacts"
+    assert (artifacts(copy, after.id) / "note.txt").read_text() == "second"
+    assert [folder.name for folder in (original / "mlartifacts").iterdir()] == [before.id]
+    # Where only the store was copied, the first run's files are still found where they are.
+    assert artifacts(copy, before.id).is_relative_to(copy if files_come_along else original)
+    assert capsys.readouterr().err.count("came here with a copied or moved project") == 1
+    linked = project_root / "linked"
+    linked.mkdir()
+    (linked / "mlflow.db").symlink_to(copy / "mlflow.db")  # one store for two projects, with one place for files
+    with new_run(copy), new_run(original), new_run(linked) as run:
+        run.log_text("third", "note.txt")
+    assert artifacts(linked, run.id).is_relative_to(copy)
+    assert "copied" not in capsys.readouterr().err
 
 
 def test_the_address_of_the_page_of_runs_has_no_doubled_slash():

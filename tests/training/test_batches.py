@@ -163,6 +163,15 @@ def test_the_rows_of_a_step_are_those_of_its_place_in_the_epochs(make_data, weig
         assert torch.equal(rows_of(data, [step], batch_size=20), epochs[20 * step : 20 * (step + 1)])
 
 
+def test_batches_larger_than_the_data_hold_each_image_as_often_as_its_weight_asks(make_data):
+    weights = torch.tensor([1.0] * 10 + [4.0] * 10, dtype=torch.float64)
+    steps = [rows_of(replace(make_data(20), weights=weights), [step], batch_size=64) for step in range(50)]
+    assert [len(rows) for rows in steps] == [64] * 50
+    counts = torch.stack([rows.bincount(minlength=20) for rows in steps]).double()
+    for share, own in ((1 / 50, counts[:, :10]), (4 / 50, counts[:, 10:])):
+        torch.testing.assert_close(own.mean(0), torch.full((10,), 64 * share, dtype=torch.float64), atol=0.5, rtol=0)
+
+
 @pytest.mark.parametrize("cuts", [(8,), (5, 11), (1, 2, 3)])
 def test_parts_of_a_batch_together_are_the_batch(make_data, cuts):
     data = replace(make_data(20, std=True, flipped=True), weights=torch.arange(20, dtype=torch.float64) + 1)

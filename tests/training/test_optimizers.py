@@ -16,16 +16,39 @@ def test_a_step_is_as_large_as_one_of_adamw():
     assert float(kernel.detach().square().mean().sqrt()) == pytest.approx(0.2 * 0.01, rel=0.2)
 
 
-def test_kernels_of_one_shape_move_as_each_does_alone():
+def test_kernels_in_one_stack_move_as_each_does_alone():
+    """On a GPU those of one shape are updated together."""
     torch.manual_seed(0)
     starts, gradients = torch.randn(3, 8, 4, 3, 3), torch.randn(3, 8, 4, 3, 3)
     together, alone = ([torch.nn.Parameter(start.clone()) for start in starts] for _ in range(2))
     for kernel, other, gradient in zip(together, alone, gradients, strict=True):
         kernel.grad, other.grad = gradient.clone(), gradient.clone()
         Muon([other], lr=0.1).step()
-    Muon(together, lr=0.1).step()
+    Muon(together, lr=0.1)._update(together, lr=0.1, weight_decay=0.0)
     for kernel, other in zip(together, alone, strict=True):
         torch.testing.assert_close(kernel, other)
+
+
+def test_a_step_on_two_cores_gives_the_bytes_of_one_on_one_core():
+    """Each kernel is computed on one core; and torch's own number of threads is as before."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            torch.manual_seed(0)
+            kernels = [torch.randn(*shape) for shape in [(128, 64, 3, 3), (96, 32), (32, 96), (64, 64), (16, 8, 1, 1)]]
+            kernels[0] = kernels[0].contiguous(memory_format=torch.channels_last)
+            kernels = [torch.nn.Parameter(kernel) for kernel in kernels]
+            optimizer = Muon(kernels, lr=0.1)
+            for _ in range(2):
+                for kernel in kernels:
+                    kernel.grad = torch.randn_like(kernel)
+                optimizer.step()
+            results.append([kernel.detach() for kernel in kernels])
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, *results))
 
 
 def test_momentum_is_nesterovs_and_weights_decay():

@@ -69,7 +69,7 @@ class MemoryLogger:
 
     def __init__(self) -> None:
         self.metrics: dict[tuple[str, int], float] = {}
-        self.images: dict[int, np.ndarray] = {}
+        self.images: dict[tuple[str, int], np.ndarray] = {}
         self.tags: dict[str, str] = {}
         self.texts: dict[str, str] = {}
 
@@ -78,7 +78,7 @@ class MemoryLogger:
             self.metrics.setdefault((name, step), value)
 
     def log_image(self, image, key, step):
-        self.images[step] = image
+        self.images[key, step] = image
 
     def log_text(self, text, name):
         self.texts[name] = text
@@ -312,7 +312,7 @@ def test_a_preview_that_fails_costs_a_warning_and_no_weight(run, tmp_path, logge
     params = quick(steps=8, previews={"every": 5})
     run(params)
     whole = outs(tmp_path)
-    assert sorted(logger.images) == [5, 8]
+    assert sorted(logger.images) == [("final_samples", 0), ("samples", 5), ("samples", 8)]
     params = quick(steps=8, previews={"every": 8})
     logger.images.clear()
 
@@ -348,7 +348,7 @@ def test_previews_are_generated_in_parts_of_bounded_size(run, logger, make_data,
     object.__setattr__(caches, "train", make_data(30))
     object.__setattr__(caches, "validation", make_data(30, prefix="held out"))
     run(quick(steps=4, monitor={"validate_every": 100}, previews={"every": 4, "captions": 40}))
-    assert logger.images[4].shape == (6 * (8 + 56), 7 * 128, 3)  # each with its caption below
+    assert logger.images["samples", 4].shape == (6 * (8 + 56), 7 * 128, 3)  # each with its caption below
 
 
 class LatentVae:
@@ -372,15 +372,15 @@ def test_prompts_of_ones_own_come_first_and_change_neither_weights_nor_the_other
     monkeypatch.setattr("latentloom.training.preview.Vae", lambda reference, device: LatentVae())
     monkeypatch.setattr("latentloom.training.preview.TextEncoder", AnyTextEncoder)
     run(quick(steps=4, previews={"every": 4}))
-    whole, before = outs(tmp_path), logger.images[4].astype(int)
+    whole, before = outs(tmp_path), logger.images["samples", 4].astype(int)
     run(quick(steps=4, previews={"every": 2, "prompts": ["a prompt"]}))
     assert outs(tmp_path) == whole
-    assert sorted(logger.images) == [2, 4]
+    assert sorted(logger.images) == [("final_samples", 0), ("samples", 2), ("samples", 4)]
     index = json.loads(logger.texts["previews.json"])
     assert [own["from"] for own in index] == ["prompt", "training", "validation"]
     assert index[0]["caption"] == "a prompt"
     height, width = before.shape[0], before.shape[1] // 2
-    after = logger.images[4].astype(int)
+    after = logger.images["samples", 4].astype(int)
     for shown, place in ((before[:, :width], after[:height, width:]), (before[:, width:], after[height:, :width])):
         assert np.abs(shown - place).max() <= 1  # batches of another size round otherwise
 
@@ -398,18 +398,26 @@ def test_without_the_text_encoder_prompts_are_left_out_with_a_warning(run, logge
     with pytest.warns(UserWarning, match=r"text encoder of previews\.prompts failed, the training continues"):
         run(quick(steps=4, previews={"every": 4, "prompts": ["a prompt"]}))
     assert [own["from"] for own in json.loads(logger.texts["previews.json"])] == ["training", "validation"]
-    assert sorted(logger.images) == [4]
+    assert sorted(logger.images) == [("final_samples", 0), ("samples", 4)]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_a_compiled_training_learns_the_same_within_rounding(run, monkeypatch):
+def test_a_compiled_training_stopped_twice_and_resumed_uncompiled_learns_the_same_within_rounding(
+    run, tmp_path, monkeypatch, stop_after
+):
     """The graphs are captured as in earnest; what makes machine code of them is PyTorch's, and takes half a minute."""
     monkeypatch.setattr("torch.compile", partial(torch.compile, backend="aot_eager"))
     few = {"steps": 8, "monitor": {"log_every": 1}, "widths": [16]}
-    plain = run(quick(**few))
-    compiled = run(quick(**few, machine={"compile": True}))
-    assert compiled.val_mae == pytest.approx(plain.val_mae, abs=1e-3)
+    plain, compiled = quick(**few), quick(**few, machine={"compile": True})
+    for last in (3, 6):
+        stop_after(last)
+        with pytest.raises(TrainingStopped):
+            run(compiled, resumed=usable_checkpoint(kept(tmp_path), compiled))
+    stop_after(0)
+    resumed = usable_checkpoint(kept(tmp_path), plain)
+    assert resumed.step == 6
+    assert run(plain, resumed=resumed).val_mae == pytest.approx(run(plain).val_mae, abs=1e-3)
 
 
 def test_without_a_compiler_compiling_is_rejected_before_any_work(run, monkeypatch):
@@ -434,6 +442,9 @@ def metadata(params: Params) -> dict:
     [
         ({"lr_schedule": "cosine"}, 20, {"lr_schedule": "cosine"}, True),
         ({"lr_schedule": "cosine"}, 20, {"lr_schedule": "cosine", "decay_steps": 5}, True),
+        # At step 20 another rate would follow, and every step before was at another rate.
+        ({"lr_schedule": "cosine"}, 20, {"lr_schedule": "cosine", "steps": 60}, False),
+        ({"lr_schedule": "cosine"}, 20, {"lr_schedule": "cosine", "steps": 30}, False),
         ({"lr_schedule": "constant"}, 40, {"lr_schedule": "constant", "steps": 60}, True),
         ({"lr_schedule": "constant"}, 40, {"lr_schedule": "constant", "steps": 39}, False),
         ({"lr_schedule": "warmup_stable_decay"}, 30, {"lr_schedule": "warmup_stable_decay", "steps": 60}, True),

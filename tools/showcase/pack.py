@@ -16,7 +16,6 @@ What it writes, into src/latentloom/showcase, and beside it docs/showcase.png:
 
 import argparse
 import os
-import shutil
 import sys
 from dataclasses import asdict, replace
 from itertools import pairwise
@@ -32,7 +31,7 @@ from latentloom.evaluation.text_to_image import load_text_to_image, store_settin
 from latentloom.files import read_json, write_json, write_text
 from latentloom.ingestion.shards import read_metadata
 from latentloom.layout import EVALUATE_METRICS, IMAGES, LATENTS, MODEL, PARAMS, TEXT, TRAIN_METRICS
-from latentloom.model_files import load_model, model_hash, save_tensors
+from latentloom.model_files import load_model, model_hash, save_model
 from latentloom.params import Params, load_params
 from latentloom.registry.models import SHOWCASE_FOLDER, is_model
 from latentloom.tracking.provenance import Provenance, read_run_record, save_carried_record
@@ -84,16 +83,14 @@ def convert(trained: Path, folder: Path) -> None:
     Raises:
         UserError: when a parameter is too large for fp16, or the file is larger than `LARGEST`.
     """
-    network, _ = load_model(trained)
+    network, config = load_model(trained)
     parameters = dict(network.named_parameters())
     tensors = {name: own.half() if name in parameters else own for name, own in network.state_dict().items()}
     if broken := [name for name, own in tensors.items() if not torch.isfinite(own).all()]:
         raise UserError(f"{trained}: {broken[0]} does not fit into fp16")
     if (size := sum(own.nbytes for own in tensors.values())) > LARGEST:
         raise UserError(f"{trained}: {size:,} bytes in fp16, more than the {LARGEST:,} that ship")
-    folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / "model.safetensors", tensors)
-    shutil.copyfile(trained / "config.json", folder / "config.json")
+    save_model(folder, tensors, config)
 
 
 def _record(project: Path, trained: Path) -> Provenance:

@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from latentloom.files import atomic_path
-from latentloom.image_grid import CELL, INK, LINE, draw_caption, font
+from latentloom.image_grid import CELL
+from latentloom.lettering import INK, LINE, draw_caption, font
 
 GAP = 12
 MARGIN = 24

@@ -1,13 +1,22 @@
-"""Raw captions -> clean ones: one line of valid Unicode each, none twice, order kept.
+"""Raw captions -> clean ones: one line of valid Unicode each, none twice, order kept; and where tables hold them.
 
 Encodings are never guessed: a caption that is not UTF-8 rejects its sample, since a wrong one would be learnt as truth.
 Readers of files decode with ``errors="surrogateescape"``, so that broken bytes arrive here to be found.
 """
 
+import ast
+import json
+import math
+import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 from latentloom.ingestion.rejects import Reason, RejectedSample, printable
+
+CAPTION_COLUMNS = ("text", "caption", "captions", "texts", "txt", "prompt", "description")
+HOW_TO_NAME_COLUMN = "ingest.source: [{source: ..., path: ..., caption_column: ...}]"
+LISTED = re.compile(r"""\s*\[\s*['"].*['"]\s*\]\s*""", re.DOTALL)  # a list of texts, written as one text
 
 
 def clean_caption(text: str) -> str:
@@ -35,7 +44,7 @@ def clean_captions(raw: Iterable[object]) -> list[str]:
     cleaned = [clean_caption(_text(caption)) for caption in raw]
     if not cleaned:
         raise RejectedSample(
-            Reason.NO_CAPTION, "nothing gives it a caption: no metadata row or column, no text or JSON file of its name"
+            Reason.NO_CAPTION, "nothing gives it a caption: no metadata, no column, no file of its name"
         )
     captions = list(dict.fromkeys(filter(None, cleaned)))
     if not captions:
@@ -44,19 +53,51 @@ def clean_captions(raw: Iterable[object]) -> list[str]:
 
 
 def caption_lines(data: bytes) -> list[str]:
-    """The captions of a text file, one on each line; an empty file holds one empty caption."""
+    """The lines of a text file, which end at newlines alone: Unicode's other line ends are white space in a caption."""
     return data.decode("utf-8-sig", errors="surrogateescape").split("\n")
 
 
+def columns_of_captions(there: Iterable[str], wanted: Sequence[str] | None) -> list[str]:
+    """Of the columns ``there``, those with captions: the ``wanted`` ones, or all of the usual names, in any case."""
+    if wanted is not None:
+        return [name for name in wanted if name in there]
+    usual = [name for name in there if name.lower() in CAPTION_COLUMNS]
+    return sorted(usual, key=lambda name: CAPTION_COLUMNS.index(name.lower()))
+
+
+def notice_of_several(name: str, columns: Iterable[str]) -> str:
+    """What a person should know of a table that has several columns of usual names."""
+    return f"the captions of {name} are those of all of its columns {', '.join(columns)}; caption_column chooses"
+
+
 def flat_captions(values: Iterable[object]) -> list[object]:
-    """Raw captions of values that are a caption, a list of captions, or null each; nulls, NaN too, are left out."""
-    flat = [caption for value in values for caption in (value if isinstance(value, list) else [value])]
-    return [caption for caption in flat if caption is not None and caption == caption]
+    """Raw captions of values that are a caption, a list of captions, or null each; nulls, NaN too, are left out.
+
+    A list may be written as text, ``["one", "two"]``, as tables without lists have it.
+    """
+    lists = [value if isinstance(value, list) else _listed(value) for value in values]
+    captions = [caption for own in lists for caption in own]
+    return [own for own in captions if own is not None and not (isinstance(own, float) and not math.isfinite(own))]
+
+
+def _listed(value: object) -> list[object]:
+    """The captions of a text that is a list in JSON's or Python's form; of anything else, itself."""
+    if isinstance(value, str) and LISTED.fullmatch(value):
+        for parse in (json.loads, ast.literal_eval):
+            with suppress(ValueError, SyntaxError, RecursionError):
+                listed = parse(value.strip())
+                # NumPy's form has no commas, so Python would join its texts.
+                if parse is json.loads or repr(listed) == value.strip():
+                    return listed
+    return [value]
 
 
 def _text(caption: object) -> str:
     if isinstance(caption, bytes):
         return caption.decode("utf-8", errors="surrogateescape")
+    if isinstance(caption, str) and LISTED.fullmatch(caption):
+        detail = f"a list that cannot be read: {caption[:80]!r}; write it as JSON has it, or in metadata.jsonl"
+        raise RejectedSample(Reason.CAPTION_NOT_TEXT, detail)
     if isinstance(caption, str | int | float) and not isinstance(caption, bool):
         return str(caption)
     raise RejectedSample(Reason.CAPTION_NOT_TEXT, f"a caption must be text, not {str(caption)[:80]!r}")

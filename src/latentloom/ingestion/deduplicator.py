@@ -1,10 +1,12 @@
 """Keeps each picture once, the first of its kind, and counts; what it remembers decides the splits at the end.
 
-Everything else streams through. For every kept image it remembers the id with the key, to name in a reject what it is a
-duplicate of, the split and the signature by which near duplicates are found: some 450 bytes.
+Everything else streams through. For every kept image it remembers the id with source and key, to name in a reject what
+it is a duplicate of, the file's hash, the split and the signature by which near duplicates are found: some 550 bytes.
+Where equal files join their captions, it remembers those of all but the first.
 """
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
 
 import numpy as np
 
@@ -21,20 +23,30 @@ class Deduplicator:
 
     Args:
         counts: of the sources, by name; filled in here.
+        joining: the sources of which equal files are one image with the captions of all.
     """
 
-    def __init__(self, counts: dict[str, SourceCount]) -> None:
-        self._counts = counts
+    def __init__(self, counts: dict[str, SourceCount], joining: Collection[str] = ()) -> None:
+        self._counts, self._joining = counts, joining
         self.rejects = RejectTable()
-        self.captions = 0
-        self._keys: dict[bytes, str] = {}
+        self.captions = self.joined = 0
+        self.profiles: Counter[str] = Counter()
+        self._firsts: dict[bytes, tuple[str, str, bytes]] = {}  # source, key, hash of the file
+        self._joined: dict[bytes, list[str]] = {}
         self._in_train = bytearray()
         self._signatures = bytearray()
 
-    def kept(self, results: Iterable[ImageRow | Reject]) -> Iterator[ImageRow]:
-        """The rows to keep, in order."""
+    def kept(self, results: Iterable[ImageRow | Reject], limit: int | None = None) -> Iterator[ImageRow]:
+        """The rows to keep, in order; at most ``limit``, the last with what is joined to it from right behind it."""
         for result in results:
-            if isinstance(result, ImageRow) and (first := self._keys.get(bytes.fromhex(result.id))):
+            first = self._firsts.get(bytes.fromhex(result.id)) if isinstance(result, ImageRow) else None
+            if first and result.source in self._joining and (result.source, result.file_hash) == first[::2]:
+                self.joined += 1
+                self._joined.setdefault(bytes.fromhex(result.id), []).extend(result.captions)
+                continue
+            if len(self._firsts) == limit:
+                return
+            if first:
                 result = self._duplicate(result, first)
             count = self._counts[result.source]
             count.found += 1
@@ -48,7 +60,7 @@ class Deduplicator:
 
     def ids(self) -> np.ndarray:
         """Of all kept images, in their order: uint8 ``(N, 32)``."""
-        return np.frombuffer(b"".join(self._keys), np.uint8).reshape(-1, ID_BYTES)
+        return np.frombuffer(b"".join(self._firsts), np.uint8).reshape(-1, ID_BYTES)
 
     def in_train(self) -> np.ndarray:
         """Whether an image's id puts it into the training split: bool ``(N,)``."""
@@ -58,12 +70,19 @@ class Deduplicator:
         """What near duplicates are found by: uint8 ``(N, 224)``, or ``(0, 224)`` where none are wanted."""
         return np.frombuffer(self._signatures, np.uint8).reshape(-1, SIGNATURE_BYTES)
 
-    def _duplicate(self, row: ImageRow, first: str) -> Reject:
+    def joined_captions(self) -> dict[int, list[str]]:
+        """What the kept images have gained from equal pictures, by their places in the order of all that are kept."""
+        return {place: self._joined[own] for place, own in enumerate(self._firsts) if own in self._joined}
+
+    def _duplicate(self, row: ImageRow, first: tuple[str, str, bytes]) -> Reject:
         picture = preview(row.png) if self.rejects.wants_preview(Reason.DUPLICATE) else None
-        return Reject(row.source, row.key, Reason.DUPLICATE, f"the same picture as {first}", picture)
+        source, key, _ = first
+        detail = f"the same picture as {key}" + (f" of {source}" if len(self._counts) > 1 else "")
+        return Reject(row.source, row.key, Reason.DUPLICATE, detail, picture)
 
     def _remember(self, row: ImageRow) -> None:
-        self._keys[bytes.fromhex(row.id)] = row.key if len(self._counts) == 1 else f"{row.key} of {row.source}"
+        self._firsts[bytes.fromhex(row.id)] = (row.source, row.key, row.file_hash)
         self._in_train.append(row.split == "train")
         self._signatures += row.signature
         self.captions += len(row.captions)
+        self.profiles[row.profile] += 1

@@ -2,80 +2,158 @@
 
 Captions come from metadata files (``metadata.csv``, ``.jsonl``, ``.parquet``) in the root or any sub-folder, whose
 ``file_name`` is relative to the folder they lie in; several rows of one image are several captions. An image that no
-metadata row names takes them from ``NAME.txt``, one caption on each line that is not empty.
+metadata row names takes them from its caption files (``caption_files.py``). Or they are the names of the images, or of
+their folders. A file that may hold captions, and could not be used, is a reject of its own.
 
 Names and captions are held in memory; images are read one at a time, and nothing is ever written here.
 """
 
 import os.path
 import posixpath
-import unicodedata
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
-from latentloom.ingestion.captions import caption_lines, flat_captions
-from latentloom.ingestion.images import EXTENSIONS
-from latentloom.ingestion.metadata import CAPTIONS, COLUMNS_WANTED, FILE_NAME, READERS, read_metadata_rows
+from latentloom.ingestion.caption_files import (
+    CAPTION_SUFFIXES,
+    CaptionFiles,
+    as_seen,
+    caption_in_name,
+    caption_suffix,
+    is_text_file,
+    names_of,
+    pair,
+)
+from latentloom.ingestion.captions import columns_of_captions, flat_captions, notice_of_several
+from latentloom.ingestion.image_formats import HEAD, format_of, looks_like_image, may_be_image
+from latentloom.ingestion.metadata import FILE_NAME, READERS, columns_wanted, read_metadata_rows
 from latentloom.ingestion.rejects import Reason, RejectedSample
 from latentloom.ingestion.source_files import resolve_source_path, visible_files
 from latentloom.ingestion.sources import IngestError, Sample, Source, rejected_sample
+
+TABLES = (".csv", ".tsv", ".jsonl", ".parquet", ".xlsx")
 
 
 class FolderSource(Source):
     """The captioned images under ``path``, in the order of their names relative to it, which are their keys.
 
+    Args:
+        path: the folder.
+        captions: what is a caption: each of the ``lines`` of a text file, the whole ``file``, the image's
+            ``file_name``, or its ``folder_name``; with these two, caption files and metadata are not read.
+        caption_columns: of metadata and JSON; None for all of the usual names.
+
     Raises:
         IngestError: when the folder is missing or holds no image, or a metadata file cannot be used.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, captions: str = "lines", caption_columns: Sequence[str] | None = None) -> None:
         self.root = resolve_source_path(path)
         if not self.root.is_dir():
             what = "is not a folder" if self.root.exists() else "does not exist"
             raise IngestError(f"ingest: the path {self.root} {what}; give the folder that holds your images")
         names = sorted(visible_files(self.root))
-        self._images = {name for name in names if posixpath.splitext(name)[1].lower() in EXTENSIONS}
-        self._composed = {unicodedata.normalize("NFC", key): key for key in self._images}
-        self._captions: dict[str, list[object]] = {}
-        self._bad_rows: list[Sample] = []
-        for name in names:
-            if posixpath.basename(name) in READERS:
-                self._read_metadata(name)
+        self._images = set(filter(self._is_image, names))
+        self._captions: dict[str, list[object]] = {}  # from metadata
+        self._files_of: dict[str, list[str]] = {}  # caption files
+        self._unused: list[Sample] = []
+        self._others: dict[str, str] = {}  # files beside images whose suffix is not known, by name as seen, without it
+        self._notices: list[str] = []
+        self._columns, self._reader = caption_columns, CaptionFiles(captions == "lines", caption_columns)
+        self._from_name = captions if captions in ("file_name", "folder_name") else None
+        self._read_captions(names)
         self._keys = sorted(self._images.union(self._captions))
-        self.total = len(self._bad_rows) + len(self._keys)
-        if not self.total:
+        self.total = len(self._unused) + len(self._keys)
+        if not self._keys:
             raise IngestError(
-                f"ingest: the path {self.root} holds no images; looked for the extensions "
-                f"{' '.join(sorted(EXTENSIONS))} in it and its sub-folders, and for metadata files "
-                f"({', '.join(READERS)}; {COLUMNS_WANTED})"
+                f"ingest: the path {self.root} holds no images; looked for them in it and its sub-folders, and for "
+                f"metadata files ({', '.join(READERS)}; {columns_wanted(caption_columns)})"
             )
 
     def samples(self) -> Iterator[Sample]:
-        yield from self._bad_rows
+        yield from self._unused
         for key in self._keys:
             yield Sample(key, partial(self._image, key), partial(self._captions_of, key))
 
+    def _is_image(self, name: str) -> bool:
+        """By its name, or where that says nothing by its content. A link to nowhere may be to a folder of images."""
+        path = self.root / name
+        if looks_like_image(name) or not may_be_image(name):
+            return looks_like_image(name)
+        if not _is_file(path):
+            return path.is_symlink() and not path.exists()
+        try:
+            with open(path, "rb") as file:
+                return format_of(file.read(HEAD)) is not None
+        except OSError:
+            return False
+
+    def notices(self) -> list[str]:
+        return [*self._notices, *self._reader.notices()]
+
+    def _read_captions(self, names: Sequence[str]) -> None:
+        """Read metadata, and find the caption files of the other images."""
+        metadata = [name for name in names if posixpath.basename(name).lower() in READERS]
+        caption_files = [name for name in names if caption_suffix(name)]
+        if self._from_name:
+            self._notice(metadata + caption_files, "not read, since captions are the names of images or folders")
+            return
+        for name in metadata:
+            self._read_metadata(name)
+        pairing = pair(self._images, caption_files)
+        self._files_of = {image: files for image, files in pairing.of_image.items() if not self._captions.get(image)}
+        unread = [file for image, files in pairing.of_image.items() if self._captions.get(image) for file in files]
+        self._notice(unread, "not read, since metadata gives captions to the images beside them")
+        second = [file for files in self._files_of.values() for file in [*filter(is_text_file, files)][1:]]
+        self._notice(second, "not the only text file of its image; the captions of all are taken")
+        for name, why in pairing.alone.items():
+            self._unused.append(rejected_sample(name, Reason.MISSING_FILE, f"may hold a caption, but {why}"))
+        for name in sorted(set(names).difference(self._images, caption_files, metadata)):
+            self._others[as_seen(posixpath.splitext(name)[0])] = name
+        for name in names:
+            if name.lower().endswith(TABLES) and posixpath.basename(name).lower() not in READERS:
+                detail = f"may hold captions, but only {', '.join(READERS)} are read; rename it, or remove it"
+                self._unused.append(rejected_sample(name, Reason.BAD_ROW, detail))
+
+    def _notice(self, names: Sequence[str], what: str) -> None:
+        if names:
+            self._notices.append(f"{len(names)} files, such as {names[0]}: {what}")
+
     def _read_metadata(self, name: str) -> None:
-        for line, row in read_metadata_rows(self.root / name):
+        used: dict[str, None] = {}
+        for line, row in read_metadata_rows(self.root / name, self._columns):
             if isinstance(row, str):
                 detail = f"row {line} of {name} {row}"
-                self._bad_rows.append(rejected_sample(f"{name}:{line}", Reason.BAD_ROW, detail))
+                self._unused.append(rejected_sample(f"{name}:{line}", Reason.BAD_ROW, detail))
             else:
                 captions = self._captions.setdefault(self._key(posixpath.dirname(name), row[FILE_NAME].strip()), [])
-                captions += flat_captions(map(row.get, CAPTIONS))
+                columns = columns_of_captions(row, self._columns)
+                captions += flat_captions(row[column] for column in columns)
+                used.update(dict.fromkeys(columns))
+        if len(used) > 1 and not self._columns:
+            self._notices.append(notice_of_several(name, used))
 
     def _key(self, parent: str, file_name: str) -> str:
-        """The key of the file that a metadata row names.
+        """The key of the file that a metadata row names: as it is written, or else as people see names.
 
-        Backslashes are folder marks, and accents may be composed or not, where that finds a file and the name as it
-        is written does not.
+        To those, a backslash is a folder mark, accents may be composed or not, letters be in either case, and the
+        suffix be missing. Where several images have the name in this way, none is meant.
         """
         key = posixpath.normpath(posixpath.join(parent, file_name))
         if key in self._images or _is_file(self.root / key):
             return key
         key = posixpath.normpath(posixpath.join(parent, file_name.replace("\\", "/")))
-        return self._composed.get(unicodedata.normalize("NFC", key), key)
+        alike = self._by_sight.get(as_seen(key), [])
+        return alike[0] if len(alike) == 1 else key
+
+    @cached_property
+    def _by_sight(self) -> dict[str, list[str]]:
+        """The images by their names as people see them, with and without the suffix."""
+        images = defaultdict(list)
+        for image, name in names_of(sorted(self._images)):
+            images[as_seen(name)].append(image)
+        return images
 
     def _image(self, key: str) -> bytes:
         if key == ".." or key.startswith(("../", "/")):
@@ -83,14 +161,24 @@ class FolderSource(Source):
             raise RejectedSample(Reason.OUTSIDE_FOLDER, detail)
         if not _is_file(self.root / key):
             named = "metadata names it, but " if key in self._captions else ""
-            raise RejectedSample(Reason.MISSING_FILE, f"{named}there is no such file")
+            if os.path.islink(self.root / key):  # noqa: PTH114
+                raise RejectedSample(Reason.MISSING_FILE, f"{named}it is a link to what is not there")
+            alike = self._by_sight.get(as_seen(key)) or self._by_sight.get(as_seen(posixpath.splitext(key)[0]), [])
+            hint = f"; did you mean {' or '.join(alike)}?" if alike else ""
+            raise RejectedSample(Reason.MISSING_FILE, f"{named}there is no such file{hint}")
         return _content(self.root / key)
 
     def _captions_of(self, key: str) -> Sequence[object]:
-        if key in self._captions:
-            return self._captions[key]
-        sidecar = (self.root / key).with_suffix(".txt")
-        return caption_lines(_content(sidecar)) if sidecar.is_file() else []
+        if self._from_name:
+            return caption_in_name(posixpath.splitext(key)[0], self._from_name == "folder_name")
+        if captions := self._captions.get(key):
+            return captions
+        if key not in self._files_of and (other := self._others.get(as_seen(posixpath.splitext(key)[0]))):
+            detail = f"no metadata row or caption file; {other} beside it does not end in {', '.join(CAPTION_SUFFIXES)}"
+            raise RejectedSample(Reason.NO_CAPTION, detail)
+        return self._reader.read(
+            (caption_suffix(name), _content(self.root / name)) for name in self._files_of.get(key, ())
+        )
 
 
 def _content(path: Path) -> bytes:

@@ -1,8 +1,7 @@
-"""The bytes of any image file -> prepared pixels: uint8 RGB ``(S, S, 3)``, upright, on white, its centred square.
+"""The bytes of any image file -> prepared pixels: uint8 sRGB ``(S, S, 3)``, upright, on white, its centred square.
 
-File -> first frame -> upright (EXIF) -> centred square -> 8 bits, RGB, over white -> Lanczos to ``S``. Cropping comes
-before converting, so that a wide picture is never converted whole. Colour profiles are not applied: values are taken
-as sRGB.
+File -> first frame -> upright (EXIF) -> centred square -> 8 bits, over white -> Lanczos to ``S`` -> sRGB. Cropping
+comes before converting, so that a wide picture is never converted whole.
 """
 
 import hashlib
@@ -10,32 +9,35 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
+from latentloom.ingestion.colours import Profile, conversion_of, on_white
+from latentloom.ingestion.image_formats import FORMATS, PLUGINS, format_of, formats, installed_plugins, jpeg_xl_size
+from latentloom.ingestion.png_chunks import readable_png
 from latentloom.ingestion.rejects import Reason, RejectedSample
 
-# Pillow's formats without those that start programs (EPS) or that any bytes may pass for (TGA).
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")
-EXTENSIONS = {".apng", ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".ico", ".jfif", ".jp2", ".jpe", ".jpeg"}
-EXTENSIONS |= {".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
 MAX_BYTES = 2**30
+MAX_PNG_CHUNK = 2**22  # of text or a colour profile, inflated; profiles with tables have 3 MiB
 LARGEST_ENLARGEMENT = 4
 PREVIEW_SIZE = 64
-SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
+NEW_SUBFILE_TYPE, DNG_VERSION = 254, 50706  # tags of TIFF; bit 0 of the former: a smaller version of another image
 
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """Prepared ``pixels``, uint8 ``(S, S, 3)``, and the ``width`` and ``height`` of the upright original."""
+    """Prepared ``pixels``, uint8 ``(S, S, 3)``, and of the original the upright ``width`` and ``height``, and what
+    became of its colour ``profile``.
+    """
 
     pixels: np.ndarray
     width: int
     height: int
+    profile: Profile
 
 
 def prepare_image(data: bytes, size: int, *, max_pixels: int, max_aspect_ratio: float) -> PreparedImage:
@@ -52,8 +54,10 @@ def prepare_image(data: bytes, size: int, *, max_pixels: int, max_aspect_ratio: 
     width, height = image.size
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
-    image = _on_white(image.crop((left, top, left + side, top + side)))
-    return PreparedImage(np.asarray(image.resize((size, size), Image.Resampling.LANCZOS)), width, height)
+    image = image.crop((left, top, left + side, top + side))
+    to_srgb = conversion_of(image)
+    image = to_srgb(on_white(image, to_srgb.mode).resize((size, size), Image.Resampling.LANCZOS))
+    return PreparedImage(np.asarray(image), width, height, to_srgb.profile)
 
 
 def image_id(pixels: np.ndarray) -> str:
@@ -65,12 +69,11 @@ def image_id(pixels: np.ndarray) -> str:
 def preview(data: bytes, max_pixels: float = math.inf) -> bytes | None:
     """A PNG, at most 64 pixels per side, of an image file's first frame; None where it cannot be decoded."""
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > max_pixels:
-            return None
+        image = _open(data, lambda width, height: _check_pixels(width, height, max_pixels))
         image.thumbnail((PREVIEW_SIZE, PREVIEW_SIZE))
         buffer = io.BytesIO()
-        _on_white(_upright(image)).save(buffer, "PNG")
+        to_srgb = conversion_of(image)
+        to_srgb(on_white(_upright(image), to_srgb.mode)).save(buffer, "PNG")
         return buffer.getvalue()
     except Exception:  # damaged bytes raise nearly anything, and the file is rejected already
         return None
@@ -80,15 +83,17 @@ def preview(data: bytes, max_pixels: float = math.inf) -> bytes | None:
 def pillow_settings(max_pixels: int) -> Iterator[None]:
     """Pillow as an ingestion needs it: images of ``max_pixels`` allowed, no warnings of odd but readable files.
 
-    Both are settings of the process, so they are made around all workers, and restored at the end.
+    All are settings of the process, so they are made around all workers, and restored at the end.
     """
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max_pixels  # beyond twice as many, Pillow stops
+    chunk, PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_CHUNK, MAX_PNG_CHUNK
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")
             yield
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+        PngImagePlugin.MAX_TEXT_CHUNK = chunk
 
 
 def _decode(data: bytes, size: int, max_pixels: int, max_aspect_ratio: float) -> Image.Image:
@@ -98,30 +103,64 @@ def _decode(data: bytes, size: int, max_pixels: int, max_aspect_ratio: float) ->
     if len(data) > MAX_BYTES:
         raise RejectedSample(Reason.TOO_MANY_BYTES, f"{len(data):,} bytes; at most {MAX_BYTES:,}")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        _check_bounds(*image.size, size, max_pixels, max_aspect_ratio)
+        image = _open(data, lambda width, height: _check_bounds(width, height, size, max_pixels, max_aspect_ratio))
         image.load()
     except (RejectedSample, MemoryError):
         raise
     except Image.DecompressionBombError:
         raise RejectedSample(Reason.TOO_MANY_PIXELS, f"more than {max_pixels:,} pixels (ingest.max_pixels)") from None
     except UnidentifiedImageError:
-        if data.startswith(SIGNATURES):
-            detail = "begins as an image, but its header is damaged or cut off"
-            raise RejectedSample(Reason.UNREADABLE, detail) from None
-        detail = f"begins with the bytes {data[:12]!r}, as none of these does: {', '.join(FORMATS)}"
-        raise RejectedSample(Reason.NOT_AN_IMAGE, detail) from None
+        raise _unidentified(data) from None
     except Exception as error:  # a decoder meets damaged bytes with nearly any exception: each rejects this file alone
-        message = re.sub(r"0x[0-9a-f]+", "", str(error))
+        message = re.sub(r"0x[0-9a-f]+", "", " ".join(str(error).split()))
         reason = Reason.TRUNCATED if isinstance(error, EOFError) or "truncated" in message else Reason.UNREADABLE
         raise RejectedSample(reason, f"{type(error).__name__}: {message}") from error
     return _upright(image)
 
 
-def _check_bounds(width: int, height: int, size: int, max_pixels: int, max_aspect_ratio: float) -> None:
+def _open(data: bytes, check: Callable[[int, int], None]) -> Image.Image:
+    """The image, not decoded; ``check`` has seen its width and height.
+
+    Raises:
+        RejectedSample: what ``check`` raises, or because the file holds a preview of what only its maker's programs
+            read.
+    """
+    if format_of(data) == "JXL" and "JXL" in installed_plugins():  # which decodes as it opens
+        if (stored := jpeg_xl_size(data)) is None:
+            raise UnidentifiedImageError
+        check(*stored)
+    image = Image.open(io.BytesIO(readable_png(data)), formats=formats(data))
+    check(*image.size)
+    if image.format == "TIFF":
+        tags = image.tag_v2
+        if tags.get(NEW_SUBFILE_TYPE, 0) & 1 or DNG_VERSION in tags or format_of(data) == "camera raw":
+            detail = "a camera's raw file, of which only a small preview could be read; develop it and save it as PNG"
+            raise RejectedSample(Reason.UNSUPPORTED_FORMAT, detail)
+    return image
+
+
+def _unidentified(data: bytes) -> RejectedSample:
+    name = format_of(data)
+    if name in (*FORMATS, *installed_plugins()):
+        return RejectedSample(Reason.UNREADABLE, f"begins as {name}, but its header is damaged, cut off or unusual")
+    if name in PLUGINS:
+        extra = PLUGINS[name][0]
+        detail = f"{name} is read with the extra {extra} (pip install -e '.[{extra}]'); or save it as PNG"
+        return RejectedSample(Reason.UNSUPPORTED_FORMAT, detail)
+    if name:
+        return RejectedSample(Reason.UNSUPPORTED_FORMAT, f"{name} is not read; save it as PNG")
+    detail = f"begins with the bytes {data[:12]!r}, as none of these does: {', '.join(FORMATS)}"
+    return RejectedSample(Reason.NOT_AN_IMAGE, detail)
+
+
+def _check_pixels(width: int, height: int, max_pixels: float) -> None:
     if width * height > max_pixels:
         detail = f"{width}x{height} pixels; at most {max_pixels:,} in all (ingest.max_pixels)"
         raise RejectedSample(Reason.TOO_MANY_PIXELS, detail)
+
+
+def _check_bounds(width: int, height: int, size: int, max_pixels: int, max_aspect_ratio: float) -> None:
+    _check_pixels(width, height, max_pixels)
     if max(width, height) > max_aspect_ratio * min(width, height):
         detail = f"{width}x{height} pixels; at most {max_aspect_ratio:g} to 1 (ingest.max_aspect_ratio)"
         raise RejectedSample(Reason.TOO_EXTREME_ASPECT, detail)
@@ -132,38 +171,12 @@ def _check_bounds(width: int, height: int, size: int, max_pixels: int, max_aspec
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The image itself, turned as its EXIF says; with damaged EXIF as it is stored, as viewers show it."""
+    """The image itself, turned as its EXIF says; with damaged EXIF as it is stored, as viewers show it.
+
+    A JPEG XL has been turned by what its own header says, which its EXIF repeats, unless it holds a whole JPEG.
+    """
+    if image.format == "JXL" and not image.jpeg:
+        return image
     with suppress(Exception):  # which reading damaged EXIF raises, nearly any
         ImageOps.exif_transpose(image, in_place=True)
     return image
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    """Any mode -> 8-bit RGB; what is transparent shows white."""
-    if image.mode.startswith("I") or image.mode == "F":
-        return _grey_to_8_bits(image).convert("RGB")
-    if image.mode in ("La", "RGBa"):
-        image = image.convert(image.mode.upper())
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    try:
-        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
-    except ValueError as error:
-        raise RejectedSample(Reason.UNSUPPORTED_PIXELS, f"{error}; save it as RGB") from error
-
-
-def _grey_to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits (0 to 65535), or of floats from 0 to 1 -> ``L``, scaled rather than clipped."""
-    values = np.asarray(image).astype(np.float64)
-    highest = 1.0 if image.mode == "F" else 65535.0
-    if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= highest):
-        raise RejectedSample(
-            Reason.UNSUPPORTED_PIXELS,
-            f"grey values from {values.min():g} to {values.max():g}; they must lie between 0 and {highest:g}. "
-            "Save it with 8 or 16 bits a channel",
-        )
-    grey = np.rint(values * (255.0 / highest)).astype(np.uint8)
-    if (transparent := image.info.get("transparency")) is not None:
-        grey[values == transparent] = 255
-    return Image.fromarray(grey)

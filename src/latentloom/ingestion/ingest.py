@@ -5,21 +5,23 @@ Samples stream through, one source after another:
     source -> ``preprocess`` (in workers) -> ``Deduplicator`` -> ``write_shards``
 
 The first of several images with equal pixels is kept; the others are rejected as duplicates, captions and all, so that
-no image's captions depend on how many copies of it the sources hold. ``limit`` counts the images kept. An image's id
-puts it into a split; at the end, near duplicates of training images follow those into the training split.
+no image's captions depend on how many copies of it the sources hold. But where samples are a picture with one of its
+captions, as rows of a table are, those of one source whose files are equal are one image with all their captions.
+``limit`` counts the images kept. An image's id puts it into a split; at the end, near duplicates of training images
+follow those into the training split.
 """
 
 import sys
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from latentloom.ingestion.colours import Profile
 from latentloom.ingestion.deduplicator import ID_BYTES, Deduplicator
 from latentloom.ingestion.folder import FolderSource
 from latentloom.ingestion.images import pillow_settings
@@ -29,7 +31,7 @@ from latentloom.ingestion.parallel import ordered_map, worker_count
 from latentloom.ingestion.parquet import ParquetSource
 from latentloom.ingestion.preprocess import preprocess_sample
 from latentloom.ingestion.rejects import Reject, RejectTable
-from latentloom.ingestion.shards import ImageRow, SourceCount, move_to_train, write_manifest, write_shards
+from latentloom.ingestion.shards import ImageRow, SourceCount, amend_shards, write_manifest, write_shards
 from latentloom.ingestion.source_files import resolve_source_path
 from latentloom.ingestion.sources import IngestError, Sample, Source
 from latentloom.ingestion.splits import linked_to_train
@@ -41,8 +43,11 @@ from latentloom.params import IngestParams, SourceParams
 class IngestReport:
     """The result of an ingestion, in counts.
 
-    ``captions`` counts those of all kept images, an image's second one too; ``near_duplicates`` the pairs;
-    ``moved_to_train`` the images that left the validation split because a near duplicate is in train.
+    ``captions`` counts those of all kept images, an image's second one too; ``joined`` the samples that gave captions
+    to an equal picture, and are neither found nor kept; ``near_duplicates`` the pairs; ``moved_to_train`` the images
+    that left the validation split because a near duplicate is in train. Of kept images with a colour profile other than
+    sRGB's, ``profiles_converted`` counts those that were converted, and ``profiles_ignored`` those whose profile could
+    not be used.
     """
 
     found: int
@@ -52,16 +57,22 @@ class IngestReport:
     train: int
     validation: int
     captions: int
+    joined: int
     sources: list[dict[str, Any]]
     near_duplicates: int
     moved_to_train: int
+    profiles_converted: int
+    profiles_ignored: int
 
     def __str__(self) -> str:
         pairs = f", {self.near_duplicates} pairs of near duplicates" if self.near_duplicates else ""
+        joined = f", captions of {self.joined} equal pictures joined" if self.joined else ""
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.reasons.items())
+        colours = f", {self.profiles_converted} converted to sRGB" if self.profiles_converted else ""
+        colours += f", {self.profiles_ignored} colour profiles ignored" if self.profiles_ignored else ""
         warning = "; no held-out image: training can neither validate nor keep the best"
         return (
-            f"{self.kept} images ({self.train} train, {self.validation} validation){pairs}, "
+            f"{self.kept} images ({self.train} train, {self.validation} validation){pairs}{joined}{colours}, "
             f"{self.rejected} rejected{f' ({reasons})' if reasons else ''}{'' if self.validation else warning}"
         )
 
@@ -87,7 +98,7 @@ def ingest(
         entry.label: SourceCount(entry.label, entry.source, entry.weight, source.attribution, source.licence)
         for entry, source in zip(params.sources, sources.values(), strict=True)
     }
-    deduplicator = Deduplicator(counts)
+    deduplicator = Deduplicator(counts, {name for name, source in sources.items() if source.joins_captions})
 
     def work(sample_of_source: tuple[str, Sample]) -> ImageRow | Reject:
         return preprocess_sample(*sample_of_source, params, deduplicator.rejects.wants_preview)
@@ -105,7 +116,10 @@ def ingest(
             mininterval=0.2 if sys.stderr.isatty() else 10.0,
         ) as shown,
     ):
-        shards = write_shards(islice(deduplicator.kept(shown), params.limit), images_folder)
+        shards = write_shards(deduplicator.kept(shown, params.limit), images_folder)
+    for name, source in sources.items():
+        for notice in source.notices():
+            print(f"ingest: {name}: {notice}", file=sys.stderr, flush=True)
     deduplicator.rejects.write(rejects_path)
     written = sum(shard["rows"] for shard in shards)
     found, rejected = sum(count.found for count in counts.values()), len(deduplicator.rejects.rows)
@@ -114,7 +128,7 @@ def ingest(
     if rejected == found or rejected > params.max_reject_fraction * found:
         raise IngestError(_too_many_rejects(deduplicator.rejects, found, params.max_reject_fraction, rejects_path))
     pairs, moved = _keep_near_duplicates_together(deduplicator, params.near_duplicate_distance, near_duplicates_path)
-    move_to_train(images_folder, shards, moved)
+    more_captions = amend_shards(images_folder, shards, moved, deduplicator.joined_captions())
     train = int(deduplicator.in_train().sum()) + len(moved)
     manifest = write_manifest(images_folder, params.image_size, train, counts.values(), shards)
     return IngestReport(
@@ -124,13 +138,16 @@ def ingest(
         reasons={reason.value: count for reason, count in sorted(deduplicator.rejects.reasons().items())},
         train=train,
         validation=written - train,
-        captions=deduplicator.captions,
+        captions=deduplicator.captions + more_captions,
+        joined=deduplicator.joined,
         sources=[
             {name: value for name, value in source.items() if name not in ("attribution", "licence")}
             for source in manifest["sources"]
         ],
         near_duplicates=pairs,
         moved_to_train=len(moved),
+        profiles_converted=deduplicator.profiles[Profile.CONVERTED],
+        profiles_ignored=deduplicator.profiles[Profile.IGNORED],
     )
 
 
@@ -144,11 +161,11 @@ def open_source(entry: SourceParams, params: IngestParams) -> Source:
         case "openmoji":
             return OpenMojiSource(params.image_size, params.skin_tones, params.limit)
         case "folder":
-            return FolderSource(entry.path)
+            return FolderSource(entry.path, entry.captions, entry.caption_columns)
         case "webdataset":
-            return WebDatasetSource(entry.path)
+            return WebDatasetSource(entry.path, entry.captions, entry.caption_columns, entry.key)
         case "parquet":
-            return ParquetSource(entry.path, entry.image_column, entry.caption_column)
+            return ParquetSource(entry.path, entry.image_column, entry.caption_columns)
 
 
 def _expected(sources: Iterable[Source], limit: int | None) -> int | None:
@@ -165,6 +182,8 @@ def _too_many_rejects(rejects: RejectTable, found: int, most: float, rejects_pat
         f"\n  {count} {reason.value}, such as {examples[reason]}"
         for reason, count in sorted(rejects.reasons().items(), key=lambda item: (-item[1], item[0]))
     )
+    if not found:
+        return "the sources hold no samples: look at ingest.source and ingest.path"
     bound = "no image is left" if rejected == found else f"ingest.max_reject_fraction allows {most:.1%}"
     return (
         f"{rejected} of {found} samples ({rejected / max(found, 1):.1%}) were rejected, and {bound}:{reasons}\n"

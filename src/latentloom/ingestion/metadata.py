@@ -1,44 +1,53 @@
 """Rows of ``metadata.csv``, ``metadata.jsonl`` and ``metadata.parquet``, as the Hugging Face image folder has them.
 
-Columns: ``file_name``, and one or more of ``text``, ``caption`` and ``captions`` (a text, or a list of texts); other
-columns are left alone. A row that cannot be read is a problem of that row; a file that lacks the columns is an error.
+Columns: ``file_name``, and those that hold captions (``captions.columns_of_captions``), each a text or a list of texts;
+others are left alone. A row that cannot be read is a problem of that row; a file that lacks the columns is an error.
 """
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from latentloom.ingestion.captions import CAPTION_COLUMNS, HOW_TO_NAME_COLUMN, columns_of_captions
+from latentloom.ingestion.image_formats import looks_like_image
 from latentloom.ingestion.rejects import error_message
 from latentloom.ingestion.sources import IngestError
 
 FILE_NAME = "file_name"
-CAPTIONS = ("text", "caption", "captions")
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
-COLUMNS_WANTED = f"it needs {FILE_NAME} and one of {', '.join(CAPTIONS)}"
+NULLS = ("nan", "null", "none")  # what other programs write into a CSV file for nothing, in any case
 
 Rows = Iterator[tuple[int, dict[str, Any] | str]]  # number and content of each row, or why it cannot be used
 
 
-def read_metadata_rows(path: Path) -> Rows:
+def columns_wanted(caption_columns: Sequence[str] | None) -> str:
+    """What a metadata file must have, for a message."""
+    of_captions = f"one of {', '.join(CAPTION_COLUMNS)}" if caption_columns is None else ", ".join(caption_columns)
+    return f"it needs {FILE_NAME} and {of_captions}"
+
+
+def read_metadata_rows(path: Path, wanted: Sequence[str] | None = None) -> Rows:
     """The rows of one metadata file, in order, each with a file name; bytes that are not UTF-8 are surrogate escapes.
+
+    Args:
+        path: the file.
+        wanted: the columns of captions, which must be there; None for all of the usual names, of which one must be.
 
     Raises:
         IngestError: when the file cannot be read as its name says, or lacks a column; file and columns are named.
     """
-    columns: dict[str, None] = {}
     line = 0
     try:
         with open(path, "rb") as file:
             if file.read(2) in UTF_16:
                 raise IngestError(f"{path} is UTF-16; save it as UTF-8")
-        for line, row in READERS[path.name](path):
+        for line, row in READERS[path.name.lower()](path, wanted):
             if isinstance(row, dict):
-                columns.update(dict.fromkeys(row))
                 file_name = row.get(FILE_NAME)
                 if not isinstance(file_name, str) or not file_name.strip():
                     row = f"has no {FILE_NAME}"
@@ -46,41 +55,54 @@ def read_metadata_rows(path: Path) -> Rows:
     except (OSError, csv.Error, pa.ArrowException) as error:
         place = f" after line {line}" if line else ""
         raise IngestError(f"{path} cannot be read{place} ({error_message(error)}); fix or remove it") from error
-    if FILE_NAME not in columns or not columns.keys() & CAPTIONS:
-        found = f"has the columns {', '.join(map(repr, columns))}" if columns else "has no rows"
-        raise IngestError(f"{path} {found}; {COLUMNS_WANTED} (CSV columns are separated by commas)")
 
 
-def _csv_rows(path: Path) -> Rows:
+def _csv_rows(path: Path, wanted: Sequence[str] | None) -> Rows:
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         # Strict: of a quote that is never closed, the following rows would be part.
         reader = csv.DictReader(file, skipinitialspace=True, strict=True)
         reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
-        _require_distinct(path, reader.fieldnames)
+        of_captions = _distinct_columns(path, reader.fieldnames, wanted)
         for row in reader:
             if None in row:
                 columns = len(reader.fieldnames)
                 yield reader.line_num, f"has more fields than the {columns} columns: put captions with commas in quotes"
+            elif any(map(_holds_row, filter(None, row.values()))):
+                detail = "holds the rows before it: a quote in the first of them is not closed, or is a typographic one"
+                yield reader.line_num, detail
             else:
-                yield reader.line_num, row
+                nulls = {column for column in of_captions if (row[column] or "").strip().lower() in NULLS}
+                yield reader.line_num, row | dict.fromkeys(nulls)
 
 
-def _jsonl_rows(path: Path) -> Rows:
+def _holds_row(cell: str) -> bool:
+    """Whether one of the lines of a cell names an image, as a row that a quote has swallowed does."""
+    cells = (own for line in cell.split("\n") for own in line.split(",")) if "\n" in cell else ()
+    return any(looks_like_image(own.strip(' "\r')) for own in cells)
+
+
+def _jsonl_rows(path: Path, wanted: Sequence[str] | None) -> Rows:
+    columns: dict[str, None] = {}
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
         for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError):
-                    row = "is not valid JSON"
-                yield number, row if isinstance(row, dict | str) else "is not a JSON object"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                yield number, "is not valid JSON"
+                continue
+            if isinstance(row, dict):
+                columns.update(dict.fromkeys(row))
+            yield number, row if isinstance(row, dict) else "is not a JSON object"
+    _require_columns(path, columns, wanted)
 
 
-def _parquet_rows(path: Path) -> Rows:
+def _parquet_rows(path: Path, wanted: Sequence[str] | None) -> Rows:
     with pq.ParquetFile(path) as file:
-        wanted = [name for name in file.schema_arrow.names if name in (FILE_NAME, *CAPTIONS)]
-        _require_distinct(path, wanted)
-        rows = (row for batch in file.iter_batches(columns=wanted) for row in batch.to_struct_array())
+        names = file.schema_arrow.names
+        columns = [FILE_NAME, *_distinct_columns(path, names, wanted)]
+        rows = (row for batch in file.iter_batches(columns=columns) for row in batch.to_struct_array())
         for number, row in enumerate(rows, start=1):
             try:
                 yield number, row.as_py()
@@ -88,10 +110,23 @@ def _parquet_rows(path: Path) -> Rows:
                 yield number, "is not UTF-8"
 
 
-def _require_distinct(path: Path, columns: Sequence[str]) -> None:
-    for name in (FILE_NAME, *CAPTIONS):
-        if columns.count(name) > 1:
+def _distinct_columns(path: Path, names: Sequence[str], wanted: Sequence[str] | None) -> list[str]:
+    """The columns of captions, of a table which has them and each of them once."""
+    _require_columns(path, names, wanted)
+    columns = columns_of_captions(names, wanted)
+    for name in (FILE_NAME, *columns):
+        if names.count(name) > 1:
             raise IngestError(f"{path} has two columns {name!r}; rename one, or remove it")
+    return columns
+
+
+def _require_columns(path: Path, columns: Collection[str], wanted: Sequence[str] | None) -> None:
+    if FILE_NAME not in columns or len(columns_of_captions(columns, wanted)) < len(wanted or [""]):
+        found = f"has the columns {', '.join(map(repr, columns))}" if columns else "has no rows"
+        raise IngestError(
+            f"{path} {found}; {columns_wanted(wanted)} (CSV columns are separated by commas; captions of another name: "
+            f"{HOW_TO_NAME_COLUMN})"
+        )
 
 
 READERS = {"metadata.csv": _csv_rows, "metadata.jsonl": _jsonl_rows, "metadata.parquet": _parquet_rows}

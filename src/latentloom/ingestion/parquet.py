@@ -1,14 +1,15 @@
 """The source ``parquet``: tables with a column of encoded images and a column of captions.
 
 Images are bytes, or Hugging Face's struct of ``bytes`` and ``path``; captions are a text or a list of texts. Where
-params name no column, it is the first of ``IMAGE_COLUMNS`` that holds images, and the first of ``CAPTION_COLUMNS``, in
-upper or lower case.
+params name no column, it is the first of ``IMAGE_COLUMNS`` that holds images, in upper or lower case, and all that
+hold captions (``captions.columns_of_captions``). A table may have a row for each caption: rows of equal pictures are
+one image.
 
 A page of a column (of 1,024 rows or fewer, as the common writers cut them) is in memory at a time, whatever the size
 of a row group. A damaged row group, or file, is one reject; the others are used.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as types
 
-from latentloom.ingestion.captions import flat_captions
+from latentloom.ingestion.captions import CAPTION_COLUMNS, columns_of_captions, flat_captions, notice_of_several
 from latentloom.ingestion.rejects import Reason, RejectedSample, error_message
 from latentloom.ingestion.source_files import source_files
 from latentloom.ingestion.sources import IngestError, Sample, Source, rejected_sample
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "image_bytes", "bytes")
-CAPTION_COLUMNS = ("caption", "captions", "text", "texts", "txt", "prompt", "description")
 SUFFIXES = (".parquet", ".pq")
 BATCH_ROWS = 16
+BATCH_BYTES = 2**28  # of images as large as the average of their row group; Arrow's limit for a column is 2**31
 BUFFER_BYTES = 2**20  # read ahead in a column; without a buffer, a row group's whole column is read at once
 DAMAGED = (pa.ArrowException, OSError, UnicodeDecodeError)
 
@@ -36,15 +37,20 @@ class ParquetSource(Source):
     Args:
         path: a file, a folder, or a pattern.
         image_column: of encoded bytes; None for the first of ``IMAGE_COLUMNS`` that holds some.
-        caption_column: None for the first of ``CAPTION_COLUMNS``.
+        caption_columns: None for all of the usual names.
 
     Raises:
         IngestError: when there is no Parquet file, or one lacks a column; file, columns and param are named.
     """
 
-    def __init__(self, path: Path | str, image_column: str | None = None, caption_column: str | None = None) -> None:
+    joins_captions = True
+
+    def __init__(
+        self, path: Path | str, image_column: str | None = None, caption_columns: Sequence[str] | None = None
+    ) -> None:
         self._files = source_files(path, SUFFIXES)
-        self._image_column, self._caption_column = image_column, caption_column
+        self._image_column, self._caption_columns = image_column, caption_columns
+        self._several: dict[tuple[str, ...], str] = {}  # columns of captions -> a file that has them
         self.total = 0
         for path in self._files.values():
             try:
@@ -65,38 +71,48 @@ class ParquetSource(Source):
             with file:
                 yield from self._samples(file, name, self._columns(path, file.schema_arrow))
 
+    def notices(self) -> list[str]:
+        return [notice_of_several(name, columns) for columns, name in self._several.items()]
+
     def _samples(self, file: pq.ParquetFile, name: str, columns: list[str]) -> Iterator[Sample]:
         stop = 0
-        for group in range(file.num_row_groups):
-            row, stop = stop, stop + file.metadata.row_group(group).num_rows
+        for number in range(file.num_row_groups):
+            group = file.metadata.row_group(number)
+            row, stop = stop, stop + group.num_rows
+            rows = min(BATCH_ROWS, max(1, BATCH_BYTES * group.num_rows // max(group.total_byte_size, 1)))
             try:
-                for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns):
-                    for image, caption in zip(*(batch.column(column) for column in columns), strict=True):
-                        yield Sample(f"{name}:{row}", partial(_image, image.as_py()), partial(_captions, caption))
+                for batch in file.iter_batches(rows, row_groups=[number], columns=columns):
+                    for image, *captions in zip(*(batch.column(column) for column in columns), strict=True):
+                        yield Sample(f"{name}:{row}", partial(_image, image.as_py()), partial(_captions, captions))
                         row += 1
             except DAMAGED as error:
                 detail = f"the rows {row} to {stop - 1} cannot be read ({error_message(error)})"
                 yield rejected_sample(f"{name}:{row}", Reason.UNREADABLE, detail)
 
     def _columns(self, path: Path, schema: pa.Schema) -> list[str]:
-        """The image column and the caption column."""
-        with_bytes = [field.name for field in schema if _holds_bytes(field.type)]
-        found = []
-        for param, wanted, known, columns, what in (
-            ("image_column", self._image_column, IMAGE_COLUMNS, with_bytes, "encoded images (bytes, or such a struct)"),
-            ("caption_column", self._caption_column, CAPTION_COLUMNS, schema.names, "captions"),
+        """The image column, then those of captions."""
+        with_bytes = {field.name.lower(): field.name for field in reversed(schema) if _holds_bytes(field.type)}
+        if self._image_column is None:
+            images = [with_bytes[name] for name in IMAGE_COLUMNS if name in with_bytes][:1]
+        else:
+            images = [self._image_column] if self._image_column in with_bytes.values() else []
+        captions = columns_of_captions(schema.names, self._caption_columns)
+        for param, found, wanted, known, what in (
+            ("image_column", images, self._image_column and [self._image_column], IMAGE_COLUMNS, "encoded images"),
+            ("caption_column", captions, self._caption_columns, CAPTION_COLUMNS, "captions"),
         ):
-            by_lower_case = {column.lower(): column for column in reversed(columns)}
-            usual = [by_lower_case[name] for name in known if name in by_lower_case]
-            candidates = usual if wanted is None else [column for column in columns if column == wanted]
-            if not candidates:
+            if len(found) < len(wanted or [""]):
                 there = ", ".join(f"{field.name} ({field.type})" for field in schema)
                 raise IngestError(
-                    f"{path} has the columns {there}; none that is called {wanted or ', '.join(known)} holds {what}. "
+                    f"{path} has the columns {there}; none that is called {', '.join(wanted or known)} holds {what}. "
                     f"Name it in params.yaml: ingest.source: [{{source: parquet, path: ..., {param}: ...}}]"
                 )
-            found.append(candidates[0])
-        return found
+            for name in found:
+                if schema.names.count(name) > 1:
+                    raise IngestError(f"{path} has two columns {name!r}; rename one, or remove it")
+        if len(captions) > 1 and not self._caption_columns:
+            self._several.setdefault(tuple(captions), path.name)
+        return [*images, *captions]
 
 
 def _open(path: Path) -> pq.ParquetFile:
@@ -122,8 +138,8 @@ def _image(value: bytes | dict[str, Any] | None) -> bytes:
     raise RejectedSample(Reason.MISSING_FILE, detail)
 
 
-def _captions(scalar: pa.Scalar) -> list[object]:
+def _captions(scalars: Sequence[pa.Scalar]) -> list[object]:
     try:
-        return flat_captions([scalar.as_py()])
+        return flat_captions(scalar.as_py() for scalar in scalars)
     except UnicodeDecodeError:
         raise RejectedSample(Reason.CAPTION_NOT_UTF8, "its caption is not UTF-8; save the captions as UTF-8") from None

@@ -3,6 +3,7 @@
 A rejected sample gets a preview where its picture can be decoded; where it cannot, for whatever cause, it gets none.
 """
 
+import hashlib
 from collections.abc import Callable
 
 from latentloom.ingestion.captions import clean_captions
@@ -39,5 +40,7 @@ def preprocess_sample(
         key=key,
         width=image.width,
         height=image.height,
+        profile=image.profile,
         signature=b"" if params.near_duplicate_distance is None else signature(image.pixels),
+        file_hash=hashlib.sha256(data).digest(),
     )

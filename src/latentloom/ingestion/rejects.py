@@ -31,6 +31,7 @@ class Reason(StrEnum):
     EMPTY_FILE = "empty_file"
     TRUNCATED = "truncated"
     NOT_AN_IMAGE = "not_an_image"
+    UNSUPPORTED_FORMAT = "unsupported_format"  # an image that is not read, or only with an extra of this package
     TOO_MANY_BYTES = "too_many_bytes"
     TOO_MANY_PIXELS = "too_many_pixels"
     TOO_EXTREME_ASPECT = "too_extreme_aspect"

@@ -11,7 +11,7 @@ import io
 import itertools
 import json
 import zlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,6 +51,7 @@ SCHEMA = pa.schema(
     [(name, arrow_type) for name, (arrow_type, _) in COLUMNS.items()],
     metadata={"huggingface": json.dumps({"info": {"features": {name: hf for name, (_, hf) in COLUMNS.items()}}})},
 )
+CAPTIONS, SPLIT = map(SCHEMA.get_field_index, ("captions", "split"))
 WRITER_OPTIONS = {
     "compression": {"image.bytes": "NONE"}  # PNGs are compressed already
     | dict.fromkeys(["id", "image.path", "captions.list.element", "split", "source", "key", "width", "height"], "ZSTD"),
@@ -69,7 +70,8 @@ PNG_OPTIONS = {"compress_level": 1, "compress_type": zlib.Z_RLE}
 class ImageRow:
     """One prepared image as ``png``; ``width`` and ``height`` are those of the original.
 
-    ``signature`` is not written; it is empty where near duplicates are not looked for.
+    ``profile``, of colours, ``signature`` and ``file_hash``, the SHA-256 of the file, are not written; the signature is
+    empty where near duplicates are not looked for.
     """
 
     id: str
@@ -80,7 +82,9 @@ class ImageRow:
     key: str
     width: int
     height: int
+    profile: str = "none"
     signature: bytes = b""
+    file_hash: bytes = b""
 
 
 @dataclass
@@ -128,20 +132,29 @@ def write_shards(rows: Iterable[ImageRow], folder: Path) -> list[dict[str, Any]]
     return shards
 
 
-def move_to_train(folder: Path, shards: list[dict[str, Any]], rows: np.ndarray) -> None:
-    """Write anew the shards that hold any of ``rows``, as if those had been of the training split from the start.
+def amend_shards(
+    folder: Path, shards: list[dict[str, Any]], to_train: np.ndarray, more_captions: Mapping[int, list[str]]
+) -> int:
+    """Write anew the shards whose rows turned out otherwise, as if they had been so from the start.
 
     Args:
         folder: the unfinished folder.
         shards: what ``write_shards`` gave.
-        rows: positions, counted over all shards.
+        to_train: places, counted over all shards, of rows that belong into the training split.
+        more_captions: by place, those that a row has behind its own; of repeated ones, the first stays.
+
+    Returns:
+        how many captions have come to those that were there.
     """
-    start = 0
+    start = added = 0
     for shard in shards:
-        is_moved = np.isin(np.arange(start, start + shard["rows"]), rows)
+        places = range(start, start + shard["rows"])
         start += shard["rows"]
-        if is_moved.any():
-            _rewrite_shard(folder / shard["name"], is_moved)
+        is_moved = np.isin(places, to_train)
+        more = [more_captions.get(place, []) for place in places] if more_captions else []
+        if is_moved.any() or any(more):
+            added += _rewrite_shard(folder / shard["name"], is_moved, more)
+    return added
 
 
 def write_manifest(
@@ -204,8 +217,9 @@ def _table(group: list[ImageRow]) -> pa.Table:
     return pa.table(columns | {"image": [(row.png, f"{row.id}.png") for row in group]}, SCHEMA)
 
 
-def _rewrite_shard(path: Path, is_moved: np.ndarray) -> None:
-    place, start = SCHEMA.get_field_index("split"), 0
+def _rewrite_shard(path: Path, is_moved: np.ndarray, more_captions: list[list[str]]) -> int:
+    """Give how many captions were added; ``more_captions`` is empty or has an entry for each row."""
+    start = added = 0
     with (
         atomic_path(path, room=path.stat().st_size) as temporary,
         pq.ParquetFile(path) as file,
@@ -213,10 +227,19 @@ def _rewrite_shard(path: Path, is_moved: np.ndarray) -> None:
     ):
         for number in range(file.num_row_groups):
             group = file.read_row_group(number).combine_chunks()
-            moved = pa.array(is_moved[start : start + len(group)])
-            split = pc.if_else(moved, "train", group["split"])
-            writer.write_table(group.set_column(place, SCHEMA.field(place), split).cast(SCHEMA))
+            rows = slice(start, start + len(group))
             start += len(group)
+            split = pc.if_else(pa.array(is_moved[rows]), "train", group["split"])
+            group = group.set_column(SPLIT, SCHEMA.field(SPLIT), split)
+            if any(more := more_captions[rows]):
+                before = group["captions"].to_pylist()
+                captions = [list(dict.fromkeys(own + new)) for own, new in zip(before, more, strict=True)]
+                added += sum(map(len, captions)) - sum(map(len, before))
+                group = group.set_column(
+                    CAPTIONS, SCHEMA.field(CAPTIONS), pa.array(captions, SCHEMA.field(CAPTIONS).type)
+                )
+            writer.write_table(group.cast(SCHEMA))
+    return added
 
 
 def read_manifest(folder: Path | str) -> dict[str, Any]:

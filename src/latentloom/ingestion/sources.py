@@ -38,13 +38,19 @@ class Source:
     """A source of captioned images; its samples come in an order that depends on nothing but its content.
 
     ``total`` is how many samples are to come, None where only reading tells. A source that turns out to be damaged
-    half-way may give fewer.
+    half-way may give fewer. ``joins_captions`` says whether a sample may be a picture with one of its captions, as a
+    row of a table is, so that samples with equal files are one image.
     """
 
     attribution: str | None = None
     licence: str | None = None
     total: int | None = None
+    joins_captions: bool = False
 
     def samples(self) -> Iterator[Sample]:
         """Every sample, lazily; what the source cannot use is a ``rejected_sample`` in its place."""
         raise NotImplementedError
+
+    def notices(self) -> list[str]:
+        """What a person should know of the samples once they have been read, though none is wrong."""
+        return []

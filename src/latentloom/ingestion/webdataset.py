@@ -1,92 +1,122 @@
-"""The source ``webdataset``: tar files of ``KEY.jpg`` (or .png, .webp, ...) with ``KEY.txt``, ``KEY.json``, or both.
+"""The source ``webdataset``: tar files of ``KEY.jpg`` (or .png, .webp, ...) with caption files of the same key.
 
 As WebDataset has it, a key is a member's path up to the first dot of its last part, and neighbours of equal key are
-one sample. A text file holds one caption on each line; JSON, as img2dataset writes it, is an object with ``text``,
-``caption`` or ``captions``. Captions of the text file come first. Members of other kinds are skipped.
+one sample; params may have it end at the last dot instead. Caption files, their suffixes, and what they hold are those
+of ``caption_files``; JSON is an object, as img2dataset writes it. Members of other kinds are skipped.
 
-Tars are read from front to back, one sample in memory at a time, and nothing is ever unpacked. A damaged tar costs what
-lies behind the damage; the samples before it, and the other tars, are used.
+Tars are read from front to back, one sample in memory at a time, and nothing is ever unpacked. A tar may follow another
+in one file. A damaged tar costs what lies behind the damage; the samples before it, and the other tars, are used.
 """
 
-import json
 import posixpath
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path, PureWindowsPath
 
-from latentloom.ingestion.captions import caption_lines, flat_captions
-from latentloom.ingestion.images import EXTENSIONS, MAX_BYTES
-from latentloom.ingestion.metadata import CAPTIONS
+import pyarrow as pa
+
+from latentloom.ingestion.caption_files import CaptionFiles, caption_in_name, caption_suffix
+from latentloom.ingestion.image_formats import looks_like_image
+from latentloom.ingestion.images import MAX_BYTES
 from latentloom.ingestion.rejects import Reason, RejectedSample, error_message
-from latentloom.ingestion.source_files import source_files
+from latentloom.ingestion.source_files import is_hidden, source_files
 from latentloom.ingestion.sources import Sample, Source, rejected_sample
 
-TARS = (".tar", ".tar.gz", ".tgz")
-IMAGE, TXT, JSON = "image", ".txt", ".json"  # kinds of members
+ZSTD = (".zst", ".tzst")
+TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz", ".tar.zst", ".tzst")
+OTHER_ARCHIVES = (".zip", ".rar", ".7z", ".tar.lz4", ".tar.z")  # each of which is a reject
 CUT_OFF = "unexpected end of data"  # in tarfile's words
 
 
 class WebDatasetSource(Source):
     """The samples of the tar files that ``path`` names, tar by tar in the order of their names.
 
+    Args:
+        path: a tar, a folder of them, or a pattern.
+        captions: what is a caption: each of the ``lines`` of a text file, the whole ``file``, the image's
+            ``file_name``, or its ``folder_name``; with these two, caption files are not read.
+        caption_columns: the keys of captions in JSON; None for all of the usual names.
+        key: where in a name the key ends: at the ``first_dot`` or at the ``last_dot``.
+
     Raises:
         IngestError: when there is no tar file.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        self._tars = source_files(path, TARS)
+    joins_captions = True
+
+    def __init__(
+        self,
+        path: Path | str,
+        captions: str = "lines",
+        caption_columns: Sequence[str] | None = None,
+        key: str = "first_dot",
+    ) -> None:
+        self._tars = source_files(path, TARS + OTHER_ARCHIVES)
+        self._reader = CaptionFiles(captions == "lines", caption_columns)
+        self._from_name = captions if captions in ("file_name", "folder_name") else None
+        self._unread = 0
+        self._split = _split_at_last_dot if key == "last_dot" else _split_at_first_dot
 
     def samples(self) -> Iterator[Sample]:
         for name, path in self._tars.items():
-            yield from _samples(name, path)
+            yield from self._samples(name, path)
+
+    def notices(self) -> list[str]:
+        if self._unread:
+            return [f"{self._unread} caption files are not read, since captions are the names of images or folders"]
+        return self._reader.notices()
+
+    def _samples(self, tar: str, path: Path) -> Iterator[Sample]:
+        known: set[str] = set()
+        for stem, members in groupby(_members(path), key=lambda member: self._split(member[0])[0]):
+            image: bytes | None = None
+            captions: dict[str, bytes] = {}
+            others: list[str] = []
+            for name, content in members:
+                extension = self._split(name)[1]
+                is_caption = caption_suffix(name) is not None
+                if isinstance(content, RejectedSample):
+                    yield rejected_sample(f"{tar}/{name}" if name else tar, content.reason, content.detail)
+                elif extension.count(".") > 1:
+                    others.append(name)
+                elif extension in captions or (image is not None and not is_caption):
+                    detail = f"this key has its {extension if is_caption else 'image'} already, which is used"
+                    yield rejected_sample(f"{tar}/{name}", Reason.DUPLICATE_KEY, detail)
+                elif is_caption:
+                    captions[extension] = content
+                else:
+                    image = content
+            key = f"{tar}/{stem}"
+            if stem in known and (captions or image is not None):
+                detail = "its key came before in this tar, with others in between; pack by name (tar --sort=name)"
+                yield rejected_sample(key, Reason.DUPLICATE_KEY, detail)
+            elif image is not None:
+                self._unread += len(captions) if self._from_name else 0
+                yield Sample(key, partial(bytes, image), partial(self._captions, stem, captions))
+            elif captions:
+                yield rejected_sample(key, Reason.MISSING_FILE, f"{' and '.join(captions)} without an image")
+            yield from _of_longer_extension(tar, stem, others)
+            known.add(stem)
+
+    def _captions(self, stem: str, files: dict[str, bytes]) -> list[object]:
+        if self._from_name:
+            return caption_in_name(stem, self._from_name == "folder_name")
+        return self._reader.read(files.items())
 
 
-def _samples(tar: str, path: Path) -> Iterator[Sample]:
-    known: set[str] = set()
-    for stem, members in groupby(_members(path), key=lambda member: _split(member[0])[0]):
-        contents: dict[str, bytes] = {}
-        dotted: list[str] = []
-        for name, content in members:
-            extension = _split(name)[1]
-            kind = extension if extension in (TXT, JSON) else IMAGE
-            if isinstance(content, RejectedSample):
-                yield rejected_sample(f"{tar}/{name}" if name else tar, content.reason, content.detail)
-            elif extension.count(".") > 1:
-                dotted.append(name)
-            elif kind in contents:
-                detail = f"this key has its {kind} already, which is used"
-                yield rejected_sample(f"{tar}/{name}", Reason.DUPLICATE_KEY, detail)
-            else:
-                contents[kind] = content
-        key = f"{tar}/{stem}"
-        if contents and stem in known:
-            detail = "its key came before in this tar, with others in between"
-            yield rejected_sample(key, Reason.DUPLICATE_KEY, detail)
-        elif IMAGE in contents:
-            captions = partial(_captions, contents.get(TXT), contents.get(JSON))
-            yield Sample(key, partial(bytes, contents[IMAGE]), captions)
-        elif dotted:
-            detail = "all that follows the first dot of its name is taken for its extension; rename it"
-            for name in dotted:
-                yield rejected_sample(f"{tar}/{name}", Reason.MISSING_FILE, detail)
-        elif contents:
-            yield rejected_sample(key, Reason.MISSING_FILE, f"{' and '.join(contents)} without an image")
-        known.add(stem)
-
-
-def _captions(text: bytes | None, record: bytes | None) -> list[object]:
-    captions: list[object] = [] if text is None else caption_lines(text)
-    if record is not None:
-        try:
-            fields = json.loads(record.decode("utf-8-sig", errors="surrogateescape"))
-        except (ValueError, RecursionError):
-            fields = None
-        if not isinstance(fields, dict):
-            raise RejectedSample(Reason.BAD_ROW, "its .json does not hold a JSON object; fix it, or leave it out")
-        captions += flat_captions(map(fields.get, CAPTIONS))
-    return captions
+def _of_longer_extension(tar: str, stem: str, names: list[str]) -> Iterator[Sample]:
+    """A reject for each image of ``names``, which its captions among them share, and for captions without one."""
+    images = {_split_at_last_dot(name)[0] for name in names if not caption_suffix(name)}
+    for name in names:
+        own, _ = _split_at_last_dot(name)
+        if not caption_suffix(name) or own not in images:
+            detail = (
+                f"a key ends at the first dot, so its key is {stem}, and all that follows is its extension, none of an "
+                f"image. If {own} is its name, add `key: last_dot` to the source's entry under ingest.source"
+            )
+            yield rejected_sample(f"{tar}/{name}", Reason.MISSING_FILE, detail)
 
 
 def _members(path: Path) -> Iterator[tuple[str, bytes | RejectedSample]]:
@@ -99,9 +129,8 @@ def _members(path: Path) -> Iterator[tuple[str, bytes | RejectedSample]]:
         if not path.stat().st_size:
             yield "", RejectedSample(Reason.EMPTY_FILE, "the file holds no bytes")
             return
-        with tarfile.open(path) as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # which would list all members in the end
+        with _opened(path) as tar:
+            for member in _headers(tar):
                 last = member.name
                 if member.size < 0:
                     raise tarfile.ReadError("negative size")
@@ -109,26 +138,53 @@ def _members(path: Path) -> Iterator[tuple[str, bytes | RejectedSample]]:
                     yield last, problem
                 elif member.isfile() and _is_wanted(last):
                     yield last, tar.extractfile(member).read()
-            _require_end(tar)
     except MemoryError:
         raise
     except Exception as error:  # tarfile meets damaged bytes with nearly any exception: each costs this tar alone
         message = error_message(error)
-        is_cut = isinstance(error, EOFError) or CUT_OFF in message
+        is_cut = isinstance(error, EOFError) or CUT_OFF in message or "Truncated" in message
         detail = f"cut off or damaged in or after the member {last} ({message}); what follows is lost"
         if not last:
             detail = f"no tar file, or damaged at its beginning ({message})"
         yield "", RejectedSample(Reason.TRUNCATED if is_cut and last else Reason.UNREADABLE, detail)
 
 
-def _require_end(tar: tarfile.TarFile) -> None:
-    """Zeros end an archive; tarfile stops, without a word, at a damaged header and at the file's end as well."""
-    tar.fileobj.seek(tar.offset)
-    block = tar.fileobj.read(tarfile.BLOCKSIZE)
-    if len(block) < tarfile.BLOCKSIZE:
-        raise tarfile.ReadError(CUT_OFF)
-    if any(block):
-        raise tarfile.ReadError("no valid header")
+def _opened(path: Path) -> tarfile.TarFile:
+    if path.name.lower().endswith(ZSTD):
+        return tarfile.open(fileobj=pa.input_stream(path, compression="zstd"), mode="r|", tarinfo=_Header)
+    return tarfile.open(path, tarinfo=_Header)
+
+
+class _Header(tarfile.TarInfo):
+    """Says so where bytes are no header; tarfile takes them for the end."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_Header":
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.InvalidHeaderError as error:
+            raise tarfile.ReadError("no valid header") from error
+
+
+def _headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The headers of a tar, and of those that follow it in the same file.
+
+    Raises:
+        ReadError: where the file ends without the zeros that end a tar, which tarfile does not ask for.
+    """
+    ended = False
+    while True:
+        if (header := tar.next()) is not None:
+            ended = False
+            tar.members.clear()  # which would list all members in the end
+            yield header
+        elif tar.fileobj.tell() == tar.offset + tarfile.BLOCKSIZE:  # a whole block, of zeros
+            ended = True
+            tar.offset += tarfile.BLOCKSIZE
+        elif ended:
+            return
+        else:
+            raise tarfile.ReadError(CUT_OFF)
 
 
 def _problem(member: tarfile.TarInfo) -> RejectedSample | None:
@@ -143,15 +199,27 @@ def _problem(member: tarfile.TarInfo) -> RejectedSample | None:
     return None
 
 
-def _split(name: str) -> tuple[str, str]:
+def _split_at_first_dot(name: str) -> tuple[str, str]:
     """``./a/b.seg.PNG`` -> ``a/b`` and ``.seg.png``."""
     folder, base = posixpath.split(posixpath.normpath(name))
-    stem, dot, extension = base.partition(".")
+    stem, dot, extension = _without_image_suffix(base).partition(".")
     return posixpath.join(folder, stem), dot + extension.lower()
 
 
+def _split_at_last_dot(name: str) -> tuple[str, str]:
+    """``./a/b.seg.PNG`` -> ``a/b.seg`` and ``.png``."""
+    folder, base = posixpath.split(posixpath.normpath(name))
+    stem, extension = posixpath.splitext(_without_image_suffix(base))
+    return posixpath.join(folder, stem), extension.lower()
+
+
+def _without_image_suffix(base: str) -> str:
+    """``b.jpg.txt``, a caption file that is called after its whole image, -> ``b.txt``."""
+    stem, suffix = posixpath.splitext(base)
+    bare, inner = posixpath.splitext(stem)
+    return bare + suffix if caption_suffix(base) and looks_like_image(inner) else base
+
+
 def _is_wanted(name: str) -> bool:
-    """Images, texts and JSON, but no hidden files; an image's extension may have more dots."""
-    base = posixpath.basename(name)
-    is_text, is_image = _split(base)[1] in (TXT, JSON), posixpath.splitext(base)[1].lower() in EXTENSIONS
-    return (is_text or is_image) and not base.startswith(".")
+    """Images and caption files, but none that is hidden, or that a program left in a folder of its own."""
+    return (looks_like_image(name) or caption_suffix(name) is not None) and not is_hidden(name)

@@ -204,9 +204,10 @@ def _source(then: Mapping[str, Any], ingested: Mapping[str, Any], *, needed: boo
     if len(counted) == 1:
         name += ": {found:,} found, {kept:,} kept, {rejected:,} rejected".format(**counted[0])
     try:
-        # A Parquet source's columns say nothing about its files.
+        # A Parquet source's columns say nothing about its files, and neither do the plugins that read images.
         (now,) = fingerprint_sources([SourceParams(source=kind, path=path)], Path("/nonexistent"))
-        place, where = (Place.HERE, "as it was") if now == then else (Place.LOST, "it has changed since")
+        changed = {key for key in now.keys() | then.keys() if now.get(key) != then.get(key)} - {"plugins"}
+        place, where = (Place.LOST, "it has changed since") if changed else (Place.HERE, "as it was")
     except (ValueError, OSError) as error:
         place, where = Place.UNKNOWN, f"not on this machine: {first_line(error)}"
     return Link("source", name, then.get("fingerprint"), place, where, needed)

@@ -168,15 +168,13 @@ def record_start(
 
 
 def origin_tags(provenance: Provenance) -> dict[str, str | None]:
-    """What MLflow shows of the code and the data of a run, as tags."""
+    """What MLflow shows of the code of a run and who ran it, as tags; hashes of its data are in `PROVENANCE`."""
     return {
         "mlflow.source.git.commit": provenance.commit,
         "git.dirty": None if provenance.dirty is None else str(provenance.dirty).lower(),
         "git.branch": provenance.branch,
         "dvc.experiment": provenance.experiment,
         "mlflow.user": provenance.user,
-        "input.latents": provenance.inputs.get("latents"),
-        "input.validation": provenance.inputs.get("validation"),
     }
 
 

@@ -8,6 +8,7 @@ A killed training resumes from its last checkpoint, and computes again what it h
 and skips what its journal already holds, so its curves have neither gaps nor doubled steps.
 """
 
+import hashlib
 import io
 import sys
 import threading
@@ -27,6 +28,8 @@ from latentloom.tracking import delivery
 from latentloom.tracking.journal import Journal
 from latentloom.tracking.store import current_target, first_line
 from latentloom.tracking.system_metrics import system_metrics
+
+LONGEST_PARAM = 500  # characters: what servers before MLflow 2.8 take; later ones cut after 6,000
 
 
 class TrackedRun:
@@ -51,7 +54,10 @@ class TrackedRun:
         return self._journal.about["mlflow_run_id"] if self._journal else None
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Log nested params under dotted names; a param that the run holds stays as it is."""
+        """Log nested params under dotted names, an entry of a list of sections as ``name.1``.
+
+        A param that the run holds stays as it is; of one that is too long for MLflow, its hash ends it.
+        """
         self._append_new("params", _flat(params))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
@@ -207,11 +213,26 @@ def _held(journal: Journal) -> set[tuple[str, str, int | None]]:
 
 
 def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """``{"a": {"b": 1}}`` -> ``{"a.b": "1"}``."""
+    """``{"a": {"b": 1}}`` -> ``{"a.b": "1"}``; a list of mappings gets a param for each entry."""
     flat: dict[str, str] = {}
     for key, value in nested.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": str(value)}
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+            for number, entry in enumerate(value, start=1):
+                said = ", ".join(f"{name} {own}" for name, own in entry.items() if own is not None)
+                flat[f"{prefix}{key}.{number}"] = _short(said)
+        else:
+            flat[f"{prefix}{key}"] = _short(str(value))
     return flat
+
+
+def _short(value: str) -> str:
+    """A value that MLflow takes whole; of a longer one the beginning, and a hash, so that two that differ do."""
+    if len(value) <= LONGEST_PARAM:
+        return value
+    end = f"… sha256 {hashlib.sha256(value.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}"
+    return value[: LONGEST_PARAM - len(end)] + end
 
 
 def _now() -> int:

@@ -1,13 +1,16 @@
 """Which MLflow store holds our runs, how it is opened, and the experiment in it.
 
 Where `MLFLOW_TRACKING_URI` is set, everything goes there; otherwise into an SQLite store at the project's root, by
-absolute path, so that experiments that DVC runs in temporary copies are stored in the same place.
+absolute path, so that experiments that DVC runs in temporary copies are stored in the same place. The files of its runs
+lie beside it, in ``mlartifacts``: where a project was copied or moved, the store follows.
 """
 
 import logging
 import os
 import re
+import shlex
 import sqlite3
+import sys
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +25,14 @@ EXPERIMENT = "latentloom"
 # So that the UI opens on runs, charts and image grids; without it, it assumes a project of language-model prompts.
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 TIMEOUT = 10  # seconds
+ARTIFACTS = "mlartifacts"
+# Where MLflow keeps absolute addresses of files: tables and columns, those of new runs first.
+ADDRESSES = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
 _CREDENTIALS = re.compile(r"://[^/\s]*@")
 
 # MLflow reads these when it is imported. Its usage statistics are off unless the user turns them on. A server that is
@@ -95,6 +106,8 @@ def open_client(root: Path) -> "MlflowClient":
         _check_database(tracking_uri(root))
         client = MlflowClient(tracking_uri(root))
         client.search_experiments(max_results=1)
+        if not os.environ.get("MLFLOW_TRACKING_URI"):
+            _follow(store, _artifacts(root))
     return client
 
 
@@ -102,29 +115,70 @@ def existing_store(root: Path) -> "MlflowClient":
     """`open_client`, of a store that is there: no store is created to look something up.
 
     Raises:
-        UserError: when the project has no store, or there is no project, and the environment names no store.
+        UserError: when the project has no store, or there is no project, and the environment names no store; when
+            MLflow, or the driver of a database, is not installed.
     """
     if not os.environ.get("MLFLOW_TRACKING_URI") and not (root / "mlflow.db").exists():
         raise UserError(
             f"{root} has no MLflow store (mlflow.db): run this in the project's root, after a training, or set "
             "MLFLOW_TRACKING_URI"
         )
-    return open_client(root)
+    try:
+        return open_client(root)
+    except ImportError as error:
+        store = without_credentials(tracking_uri(root))
+        raise UserError(f"{store} cannot be opened: {error}; install that in this environment") from error
 
 
 def experiment_id(client: "MlflowClient", root: Path) -> str:
-    """The id of our runs' experiment: `MLFLOW_EXPERIMENT_NAME`, or ``latentloom``; created if need be."""
+    """The id of our runs' experiment: `MLFLOW_EXPERIMENT_NAME`, or ``latentloom``; created if need be.
+
+    Raises:
+        UserError: when it was deleted, for MLflow neither writes to such an experiment nor gives its name away again.
+    """
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
-    if found := client.get_experiment_by_name(name):
-        return found.experiment_id
     own_store = not os.environ.get("MLFLOW_TRACKING_URI")
-    location = (root.resolve() / "mlartifacts").as_uri() if own_store else None
+    if found := client.get_experiment_by_name(name):
+        if found.lifecycle_stage == "deleted":
+            store = f"MLFLOW_TRACKING_URI={shlex.quote(tracking_uri(root))} " if own_store else ""
+            raise UserError(
+                f"the MLflow experiment {name} was deleted; bring it back (`{store}mlflow experiments restore -x "
+                f"{found.experiment_id}`) or set MLFLOW_EXPERIMENT_NAME to another name"
+            )
+        return found.experiment_id
+    location = _artifacts(root).as_uri() if own_store else None
     try:
         return client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS)
     except Exception as error:
         if not has_error_code(error, "RESOURCE_ALREADY_EXISTS"):
             raise
         return client.get_experiment_by_name(name).experiment_id  # another process was first
+
+
+def _artifacts(root: Path) -> Path:
+    """Where the runs of the project's own store keep their files; beside the store itself where it is a link."""
+    return (root / "mlflow.db").resolve().parent / ARTIFACTS
+
+
+def _follow(store: Path, files: Path) -> None:
+    """Let the store of a project that was copied or moved name the files beside it.
+
+    MLflow keeps absolute addresses, so a copy's runs would write into the folder that it was copied from.
+    """
+    here = files.as_uri()
+    with closing(sqlite3.connect(store, timeout=TIMEOUT)) as connection, connection:
+        for (there,) in connection.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall():
+            if there == here or not there.startswith("file://") or not there.endswith(f"/{ARTIFACTS}"):
+                continue
+            # Where the store alone was copied, the files of its runs are only where they were.
+            for table, column in ADDRESSES if files.is_dir() else ADDRESSES[:1]:
+                connection.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (there, here))
+            print(
+                f"MLflow: {store} came here with a copied or moved project; its runs keep their files in {here} from "
+                f"now on, no longer in {there}",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _sqlite_uri(path: Path) -> str:

@@ -28,6 +28,9 @@ from latentloom.training.divergence import NORMS_COMPARED, check_divergence
 from latentloom.training.loop import Step, learning_rate_at
 from latentloom.training.preview import Previews, prompt_reader
 
+# The last grid, at step 0: so those of trainings of any length are side by side in MLflow, which compares by step.
+FINAL_SAMPLES = "final_samples"
+
 Result = TypeVar("Result")
 
 
@@ -273,6 +276,8 @@ class TrainingMonitor:
                 image = self._attempt(f"the preview at step {step}", lambda: self._previews.generate(self._average))
                 if image is not None:
                     self._logger.log_image(image, "samples", step)
+                    if step == self._params.train.steps:
+                        self._logger.log_image(image, FINAL_SAMPLES, 0)
 
     def _record(self, curve: str, row: Mapping[str, float], more: Mapping[str, float]) -> None:
         """Add a row to a curve; log it, and ``more`` that is no part of the curve."""

@@ -20,14 +20,15 @@ def orthogonalised(matrices: Tensor, dtype: torch.dtype = torch.bfloat16) -> Ten
     On a CPU by `inverses`, which takes half the time there of `newton_schulz` in bf16 and a quarter of it in fp32;
     elsewhere by `newton_schulz` in `dtype`. Matrices of zeros stay.
     """
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    wide = matrices.mT if tall else matrices
-    result = inverses(wide) if matrices.device.type == "cpu" else newton_schulz(wide.to(dtype)).to(matrices.dtype)
-    return result.mT if tall else result
+    if matrices.device.type == "cpu":
+        return inverses(matrices)
+    return newton_schulz(matrices.to(dtype)).to(matrices.dtype)
 
 
 def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:
     """The quintic Newton-Schulz iteration with Jordan's coefficients, for matrices `(N, rows, columns)`."""
+    if x.shape[-2] > x.shape[-1]:
+        return newton_schulz(x.mT, steps).mT
     a, b, c = 3.4445, -4.7750, 2.0315
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
@@ -37,23 +38,26 @@ def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:
 
 
 def inverses(x: Tensor) -> Tensor:
-    """`(X X^T)^(-1/2) X` with the root as a sum of shifted inverses, for matrices `(N, rows, columns)`, rows the fewer.
+    """`(X X^T)^(-1/2) X` with the root as a sum of shifted inverses, for matrices `(N, rows, columns)`.
 
     `1 / s` is nearly a constant and two terms `w / (s^2 + d)`, which are inverses of `X X^T + d I` here (rational
     minimax approximation: Nakatsukasa & Freund 2016, section 3). One product makes `X X^T`, one applies the root; what
-    lies between has only rows x rows numbers. In fp32: small singular values are small differences in `X X^T`.
+    lies between has only rows x rows numbers. In fp32: small singular values are small differences in `X X^T`. Where
+    there are more rows than columns it is `X (X^T X)^(-1/2)`, the same, and as contiguous as `X`.
     """
-    gram = x @ x.mT
-    squared_norm = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] + torch.finfo(x.dtype).tiny
+    tall = x.shape[-2] > x.shape[-1]
+    gram = x.mT @ x if tall else x @ x.mT
+    squared_norm = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] + torch.finfo(x.dtype).tiny
     gram /= squared_norm
     root = torch.zeros_like(gram)
     _add_to_diagonal(root, LINEAR)
-    for weight, shift in zip(WEIGHTS, SHIFTS, strict=True):
-        factor, _ = torch.linalg.cholesky_ex(_add_to_diagonal(gram.clone(), shift))
-        root.add_(torch.cholesky_inverse(factor), alpha=weight)
-    return root.mul_(squared_norm.rsqrt()) @ x
+    for weight, further in zip(WEIGHTS, (SHIFTS[0], SHIFTS[1] - SHIFTS[0]), strict=True):
+        _add_to_diagonal(gram, further)
+        factor, _ = torch.linalg.cholesky_ex(gram)
+        root.add_(torch.cholesky_inverse(factor).mT, alpha=weight)  # symmetric, and in the root's order of memory so
+    root *= squared_norm.rsqrt()
+    return x @ root if tall else root @ x
 
 
-def _add_to_diagonal(matrices: Tensor, value: float) -> Tensor:
+def _add_to_diagonal(matrices: Tensor, value: float) -> None:
     matrices.diagonal(dim1=-2, dim2=-1).add_(value)
-    return matrices

@@ -1,6 +1,5 @@
 """One whole training: from the caches, or from a checkpoint, to the model's folder."""
 
-import math
 import shutil
 import sys
 import warnings
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from tqdm import tqdm
 
 from latentloom.devices import autocast_dtype
 from latentloom.diffusion.text import Labels, pooled
@@ -26,6 +24,7 @@ from latentloom.training.checkpoints import Checkpoint, Checkpoints
 from latentloom.training.interruption import StopRequest, TrainingStopped
 from latentloom.training.loop import Step, TrainingState, open_ended_steps, train
 from latentloom.training.monitor import Curves, Logger, TrainingMonitor
+from latentloom.training.progress import Progress
 
 WHITENED_CAPTIONS = 10_000  # at most so many are measured
 WHITENED_TOKENS = 50_000  # with their padding
@@ -104,19 +103,11 @@ def run_training(
         accelerator=accelerator,
         compiled=params.machine.compile,
     )
-    progress = tqdm(
-        steps,
-        desc="train",
-        initial=state.step,
-        total=settings.steps,
-        unit="image",
-        unit_scale=settings.batch_size,
-        disable=None if accelerator.is_main_process else True,
-    )
+    progress = Progress(state.step, settings.steps, shown=accelerator.is_main_process)
     with progress, StopRequest() as request:
-        for step in progress:
+        for step in steps:
             monitor.step(step)
-            progress.set_postfix(mae=monitor.figures.train_mae or math.nan, refresh=False)
+            progress.step(step.step, monitor.figures.train_mae)
             signal = _asked_to_stop(request, accelerator, step, params.monitor.log_every)
             due = step.step % params.machine.checkpoint_every == 0
             if due or signal or step.step in (open_ended_steps(settings), settings.steps):
@@ -133,7 +124,7 @@ def run_training(
                 )
         monitor.finish()
     if accelerator.is_main_process:
-        save_model(model_folder, monitor.model, config)
+        save_model(model_folder, monitor.model.state_dict(), config)
     figures = monitor.figures
     metrics = {
         "train_mae": round(figures.train_mae, 4),
