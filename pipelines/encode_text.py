@@ -3,6 +3,7 @@
 from latentloom.devices import choose_device
 from latentloom.encoding.cache import RowStore
 from latentloom.encoding.captions import encode_captions
+from latentloom.encoding.named_encoders import pinned_reference
 from latentloom.encoding.pulled_shards import pulled_shards
 from latentloom.encoding.text_encoder import TextEncoder
 from latentloom.files import write_json
@@ -12,7 +13,8 @@ from latentloom.stage import run_stage
 
 
 def main(params: Params) -> str:
-    encoder = TextEncoder(params.encode_text.model, choose_device(), params.encode_text.max_tokens)
+    reference = pinned_reference("encode_text.model", params.encode_text.model)
+    encoder = TextEncoder(reference, choose_device(), params.encode_text.max_tokens)
     store = RowStore(state_folder("text"), state_limit())
     store.adopt(pulled_shards(TEXT))
     counts = encode_captions(encoder, IMAGES, TEXT, store, tokens=params.model.text == "tokens")

@@ -1,8 +1,14 @@
-"""Stage `find_sources`: what the sources hold at the moment -> data/sources.json, which `ingest` depends on."""
+"""Stage `find_sources`: what the params name outside of the project, as it is at the moment.
 
+The sources' listing -> data/sources.json, which `ingest` depends on; the encoders' fingerprints -> data/encoders/, of
+which each stage depends on the file of its name.
+"""
+
+from latentloom.encoding.file_hashes import FileHashes
+from latentloom.encoding.named_encoders import find_encoders
 from latentloom.files import write_json
 from latentloom.ingestion.source_files import fingerprint_sources
-from latentloom.layout import SOURCES
+from latentloom.layout import ENCODERS, SOURCES, state_folder
 from latentloom.params import Params
 from latentloom.stage import run_stage
 
@@ -10,6 +16,15 @@ from latentloom.stage import run_stage
 def main(params: Params) -> str:
     sources = fingerprint_sources(params.ingest.sources, SOURCES)
     write_json(SOURCES, sources)
+    hashes = FileHashes(state_folder("file_hashes.json"))
+    references = {
+        "encode_images.vae": params.encode_images.vae,
+        "encode_text.model": params.encode_text.model,
+        "evaluate.features": params.evaluate.features,
+        "evaluate.clip": params.evaluate.clip,
+    }
+    find_encoders(references, ENCODERS, hashes)
+    hashes.save()
     return ", ".join(f"{own['source']} of {own['files']} files" if "files" in own else own["source"] for own in sources)
 
 

@@ -6,7 +6,7 @@ continues.
 
 import sys
 
-from latentloom.encoding.pretrained import fingerprint, text_folder, vae_folder
+from latentloom.encoding.named_encoders import current_fingerprint
 from latentloom.errors import UserError
 from latentloom.files import write_text
 from latentloom.layout import DATA_DOCS, IMAGES, VALIDATION_REPORT
@@ -20,8 +20,8 @@ def main(params: Params) -> str:
         IMAGES.parent,
         params.validate_,
         val_fraction=params.ingest.val_fraction,
-        expected_vae_fingerprint=fingerprint(vae_folder(params.encode_images.vae)),
-        expected_text_fingerprint=fingerprint(text_folder(params.encode_text.model)),
+        expected_vae_fingerprint=current_fingerprint("encode_images.vae", params.encode_images.vae),
+        expected_text_fingerprint=current_fingerprint("encode_text.model", params.encode_text.model),
         docs_folder=DATA_DOCS,
     )
     write_text(VALIDATION_REPORT, report.to_json())

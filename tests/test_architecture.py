@@ -10,13 +10,14 @@ PACKAGE = ROOT / "src" / "latentloom"
 
 CORE = (
     *("params", "files", "layout", "errors", "stage", "devices", "randomness", "model_files", "sharding"),
-    *("source_code", "image_grid", "dvc_outs", "user", "lettering"),
+    *("source_code", "image_grid", "dvc_outs", "user", "lettering", "tensor_files"),
 )
 # Readers of what a stage left: what other stage packages may import of it.
 READERS = (
     *("ingestion.shards", "ingestion.rejects"),
     *("encoding.dataset", "encoding.codec", "encoding.vae", "encoding.text_encoder", "encoding.pretrained"),
     *("encoding.row_sources", "encoding.shard_files", "encoding.vision_encoder", "encoding.features"),
+    *("encoding.named_encoders", "encoding.references"),
 )
 STAGE_PACKAGES = ("ingestion", "encoding", "validation", "training", "evaluation")
 # Room -> what it may import besides itself: rooms and modules, by the beginning of their names.

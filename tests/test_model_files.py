@@ -68,7 +68,7 @@ def test_a_full_disk_is_reported_with_the_room_that_the_model_needs_and_the_old_
     def fail(*_):
         raise SafetensorError(f"Error while serializing: {message}")
 
-    monkeypatch.setattr("latentloom.model_files.save_file", fail)
+    monkeypatch.setattr("latentloom.tensor_files.save_file", fail)
     with pytest.raises(WriteError, match=r"model\.safetensors: No space left on device; it needs \d+\.\d MiB"):
         save_model(folder, network.state_dict(), CONFIG)
     assert (folder / "model.safetensors").read_bytes() == before

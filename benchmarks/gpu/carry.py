@@ -23,7 +23,7 @@ from pathlib import Path
 
 import yaml
 
-from latentloom.encoding.pretrained import text_folder
+from latentloom.encoding.references import text_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("ingest", "encode_images", "encode_text")

@@ -9,8 +9,10 @@ import errno
 import hashlib
 import json
 import math
+import mmap
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -131,3 +133,16 @@ def sha256_file(path: Path | str) -> str:
     """The SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def refuses_maps(path: Path | str) -> bool:
+    """Whether a file is on a disk that maps no files into memory, as some of a network do; the user is told once."""
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ):
+            return False
+    except ValueError:
+        return False  # an empty file has nothing to map
+    except OSError:
+        folder = Path(path).parent
+        warnings.warn(f"{folder} is on a disk that refuses memory maps: its files are read whole", stacklevel=1)
+        return True

@@ -9,6 +9,7 @@ PARAMS = Path("params.yaml")
 DVC_LOCK = Path("dvc.lock")
 
 SOURCES = Path("data/sources.json")
+ENCODERS = Path("data/encoders")  # a file for each stage whose params name encoders
 IMAGES = Path("data/images")
 REJECTS = Path("data/rejects.parquet")
 NEAR_DUPLICATES = Path("data/near_duplicates.parquet")

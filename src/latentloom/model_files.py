@@ -4,21 +4,18 @@ The folder stands alone: with the VAE and the text encoder that the config names
 the files.
 """
 
-import errno
 import hashlib
-import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from latentloom.diffusion.unet import UNet, get_network
 from latentloom.errors import UserError
-from latentloom.files import atomic_path, read_json, sha256_file, write_json
+from latentloom.files import read_json, sha256_file, write_json
+from latentloom.tensor_files import read_tensors, save_tensors
 
 FORMAT_VERSION = 2
 MODEL_FILES = ("config.json", "model.safetensors")
@@ -75,23 +72,6 @@ class ModelConfig(BaseModel):
         )
 
 
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a safetensors file atomically, from any device; the same tensors give the same bytes.
-
-    Raises:
-        WriteError: when it cannot be written, naming it and the room it needs.
-    """
-    on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic_path(path, room=sum(tensor.nbytes for tensor in on_host.values())) as temporary:
-        try:
-            save_file(on_host, temporary)
-        except SafetensorError as error:  # the library's own form of an OSError
-            found = re.search(r"(?:os error|code:) (\d+)", str(error))
-            code = int(found[1]) if found else errno.EIO
-            raise OSError(code, os.strerror(code)) from error
-        temporary.chmod(0o644)  # the library leaves it readable to its owner alone
-
-
 def save_model(folder: Path, weights: Mapping[str, torch.Tensor], config: ModelConfig) -> None:
     """Write a model folder; the same weights (a state dict) and config give the same bytes.
 
@@ -143,7 +123,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[UNet, 
     config = read_config(folder)
     path = folder / "model.safetensors"
     try:
-        tensors = load_file(path)
+        tensors, _ = read_tensors(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is missing or damaged ({error}); run `dvc checkout` or `dvc repro`") from error
     network = config.build()

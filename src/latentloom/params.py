@@ -160,7 +160,9 @@ class ValidateParams(Section):
     caption_length: Range
     latent_mean: Range
     latent_std: Range
+    min_reconstruction_psnr: NonNegative
     max_cut_captions: Annotated[float, Field(ge=0.0, le=1.0)]
+    max_same_embeddings: Annotated[float, Field(ge=0.0, le=1.0)]
     embedding_norm: Range
     val_fraction_tolerance: Fraction
 
@@ -297,7 +299,9 @@ MOVED = {
 ADDED = {
     "ingest.skin_tones": 0,
     "encode_text.max_tokens": None,
+    "validate.min_reconstruction_psnr": 0.0,
     "validate.max_cut_captions": 1.0,
+    "validate.max_same_embeddings": 1.0,
     "model.text": "pooled",
     "train.optimizer": "adamw",
     "train.reduce_precision": "fp32",

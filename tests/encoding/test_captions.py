@@ -20,7 +20,7 @@ from latentloom import sharding
 from latentloom.encoding import captions
 from latentloom.encoding.cache import RowStore
 from latentloom.encoding.captions import caption_id, encode_captions
-from latentloom.encoding.pretrained import text_folder
+from latentloom.encoding.references import text_folder
 from latentloom.encoding.text_encoder import TextEncoder, load_text_encoder
 from latentloom.files import read_json
 from latentloom.ingestion.shards import read_metadata

@@ -77,6 +77,40 @@ def test_an_empty_training_split_is_said(tiny, prepare_images, tmp_path):
     assert not (tmp_path / "latents" / "stats.json").exists()
 
 
+def test_a_vae_that_gives_no_finite_latent_is_named_rather_than_the_split(prepare_images, tmp_path):
+    folder = scaled(tmp_path / "vae", late=float("nan"))
+    with pytest.raises(UserError, match=r"no latent of the training split is finite, as computed by the VAE .*vae in"):
+        encode_images(load_vae(str(folder)), prepare_images([0, 3]), tmp_path / "out", RowStore(tmp_path / "state", 1))
+
+
+@pytest.mark.parametrize(("levels", "factor"), [(2, 2), (5, 16)])
+def test_a_size_that_the_vae_does_not_divide_is_rejected_before_anything_is_encoded(
+    levels, factor, prepare_images, tmp_path
+):
+    """Its latents would be cut to whole rows, and what is decoded be smaller than what was encoded."""
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    widths = (8,) * levels
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
+    blocks = {f"num_{part}_blocks": (1,) * levels for part in ("encoder", "decoder")}
+    out = {f"{part}_block_out_channels": widths for part in ("encoder", "decoder")}
+    AutoencoderKL(block_out_channels=widths, norm_num_groups=4, latent_channels=4, **kinds).save_pretrained(
+        tmp_path / "kl"
+    )
+    AutoencoderTiny(**out, **blocks).save_pretrained(tmp_path / "tiny")
+    images = prepare_images([0, 1, 2], size=24 if factor > 8 else 27)
+    for name in ("kl", "tiny"):
+        vae = load_vae(str(tmp_path / name))
+        assert vae.factor == factor
+        assert vae.encode(np.zeros((1, 64, 32, 3), np.uint8))["mean"].shape[2:] == (64 // factor, 32 // factor)
+        low = {2: "26 or 28", 16: "16 or 32"}[factor]
+        with pytest.raises(
+            UserError, match=rf"ingest.image_size = 2[47]: the VAE .* {factor} times smaller.*set {low}"
+        ):
+            encode_images(vae, images, tmp_path / "out", RowStore(tmp_path / "state", 1))
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
 def test_the_index_describes_each_row(tiny, prepare_images, tmp_path):
     encode_images(tiny, prepare_images(range(5)), tmp_path / "latents", RowStore(tmp_path / "state", 2**30))
     index, tensors, _ = read_cache(tmp_path / "latents")

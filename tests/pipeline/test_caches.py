@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from projects import Project
+from projects import Project, stages_run
+from tiny_models import save_tiny_vae
 
 from latentloom.files import read_json
 
@@ -76,6 +77,20 @@ def test_another_precision_is_another_cache_and_going_back_encodes_nothing(proje
     project.set_params(encode_images__precision="fp32")
     shutil.rmtree(project.folder / ".dvc/cache/runs")  # so that the stage itself is asked, not DVC's run cache
     assert "encoded 0, reused 150" in project.run("dvc", "repro", "encode_images").stdout
+
+
+def test_other_weights_in_the_folder_of_a_local_vae_are_noticed(project):
+    folder = save_tiny_vae(project.folder / "my_vae")
+    project.set_params(encode_images__vae="my_vae")
+    assert "encoded 150, reused 0" in project.run("dvc", "repro", "encode_images").stdout
+    before = shards(project)
+    save_tiny_vae(folder, seed=1)
+    printed = project.run("dvc", "repro", "encode_images", "encode_text").stdout
+    assert "encoded 150, reused 0" in printed
+    assert stages_run(printed) == ["encode_images"]
+    assert shards(project) != before
+    fingerprint = read_json(project.folder / "data/encoders/encode_images.json")["vae"]["fingerprint"]
+    assert read_json(project.folder / "data/latents/stats.json")["vae"]["fingerprint"] == fingerprint
 
 
 def test_deleting_the_store_costs_time_and_nothing_else(project):

@@ -153,6 +153,9 @@ def test_encoders_that_are_only_a_folder_here_go_with_the_model(project_root, tr
     mine = save_tiny_unet(tmp_path / "mine", vae=str(vae), text_encoder=str(clip), tokens=True, max_tokens=20)
     train(mine)
     promote(mine)
+    save_tiny_vae(vae, seed=1)
+    with pytest.raises(UserError, match=r"vae holds another vae now than the one that .*mine was trained with"):
+        packing.save_served_model(tmp_path / "served/pyfunc", mine, SamplingSettings(), {})
     for folder in (vae, clip, mine):
         shutil.rmtree(folder)
     loaded = load_text_to_image(find_model("champion", project_root).folder)

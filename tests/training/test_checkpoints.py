@@ -138,7 +138,7 @@ def test_a_checkpoint_of_another_training_is_never_met(tmp_path, checkpoints):
 def test_one_that_cannot_be_written_leaves_the_earlier_ones(checkpoints, monkeypatch):
     save(checkpoints, 20)
     full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-    monkeypatch.setattr("latentloom.model_files.save_file", lambda *_: (_ for _ in ()).throw(full))
+    monkeypatch.setattr("latentloom.tensor_files.save_file", lambda *_: (_ for _ in ()).throw(full))
     message = r"write .*/step-000030/state\.safetensors: No space left on device; it needs 0\.1 MiB"
     with pytest.raises(WriteError, match=message):
         save(checkpoints, 30)

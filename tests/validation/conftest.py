@@ -25,6 +25,8 @@ LIMITS = ValidateParams(
     latent_mean=[-10.0, 10.0],
     latent_std=[0.05, 20.0],
     max_cut_captions=0.05,
+    max_same_embeddings=0.05,
+    min_reconstruction_psnr=23.0,
     embedding_norm=[0.1, 1000.0],
     val_fraction_tolerance=0.1,
 )
@@ -34,6 +36,7 @@ TABLES = {
     "near_duplicates": "near_duplicates.parquet",
     "latents": "latents/index.parquet",
     "latent_rejects": "latents/rejects.parquet",
+    "reconstructions": "latents/reconstructions.parquet",
     "captions": "text/index.parquet",
     "pairs": "text/pairs.parquet",
 }
@@ -58,6 +61,7 @@ class Caches:
     root: Path
     limits = LIMITS
     preview = (20, 200, 140)  # the colour of the rejected pictures
+    decoded = (120, 20, 20)  # and of what the VAE decoded
 
     @staticmethod
     def colour(number: int) -> tuple[int, int, int]:
@@ -172,6 +176,14 @@ def write_caches(root: Path, images: int) -> Caches:
         }),
     )  # fmt: skip
     caches.write(
+        "reconstructions",
+        pd.DataFrame({
+            "id": [ids[2], ids[3]],
+            "psnr": np.array([21.0, 31.0], dtype="float32"),
+            "preview": [png(caches.decoded), None],
+        }),
+    )  # fmt: skip
+    caches.write(
         "captions",
         pd.DataFrame({
             "id": caption_ids,
@@ -180,7 +192,7 @@ def write_caches(root: Path, images: int) -> Caches:
             "key": [digest(f"embedding {n}") for n in range(images)],
             "shard": "00000.safetensors",
             "row": np.arange(images, dtype="int32"),
-            "mean": np.float32(0.0),
+            "mean": np.linspace(-0.01, 0.01, images, dtype="float32"),
             "std": np.float32(0.05),
             "norm": np.float32(1.0),
             "finite": True,

@@ -123,6 +123,8 @@ def test_rejected_images_are_shown_where_there_is_a_picture_and_named_where_ther
         "too bright.png": caches.colour(40),
         "caption number 0": caches.colour(0),
         "caption number 1": caches.colour(1),
+        "caption number 2": caches.colour(2),
+        "decoded from its latent": caches.decoded,
     }
     html = (caches.root / "docs/index.html").read_text()
     assert html.count('<div class="no-picture">truncated</div>') == 5
@@ -135,8 +137,15 @@ def test_near_duplicates_are_counted_and_shown(caches):
     page = Page((caches.root / "docs/index.html").read_text())
     assert "2 pairs of kept images look alike" in page.words
     assert page.words.index("1 bit apart") < page.words.index("3 bits apart")
-    shown = [caption for _, caption in page.pictures[-4:]]
+    shown = [caption for _, caption in page.pictures[-6:-2]]
     assert shown == [f"caption number {n}" for n in (0, 40, 0, 1)]
+
+
+def test_of_the_images_that_were_decoded_the_worst_are_shown_beside_the_original(caches, page):
+    assert "21.0 dB" in page.words and "31.0 dB" not in page.words
+    (before, _), (after, _) = page.pictures[-2:]
+    with opened(before) as original, opened(after) as decoded:
+        assert (original.getpixel((0, 0)), decoded.getpixel((0, 0))) == (caches.colour(2), caches.decoded)
 
 
 def test_data_is_never_markup(caches):

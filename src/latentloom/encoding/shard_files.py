@@ -12,13 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from latentloom.errors import UserError
+from latentloom.tensor_files import read_tensors
 
 INDEX = "index.parquet"
 PAIRS = "pairs.parquet"  # of captions: which image has which
 REJECTS = "rejects.parquet"  # of images: those whose latent is not finite
+RECONSTRUCTIONS = "reconstructions.parquet"  # of images: a sample, decoded from their latents
 STATS = "stats.json"
 SHARDS = "*.safetensors"
 FLIPPED = "flipped"  # the folder of the mirrored images' latents
@@ -62,7 +64,6 @@ def read_shard(path: Path) -> tuple[Tensors, dict[str, str]]:
         DamagedShardError: when the file is missing or damaged.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        return read_tensors(path)
     except (SafetensorError, OSError) as error:
         raise DamagedShardError(f"{path} is missing or damaged ({error}); delete it and run `dvc repro`") from error

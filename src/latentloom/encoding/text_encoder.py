@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from latentloom.diffusion.text import Labels, Text
 from latentloom.encoding import pretrained
+from latentloom.encoding.references import text_folder
 from latentloom.errors import UserError
 from latentloom.files import read_json
 
@@ -72,8 +72,8 @@ class TextEncoder:
         *,
         key: str = "encode_text.model",
     ) -> None:
-        self.reference, self.device, self._key = reference, torch.device(device), key
-        self._folder = pretrained.text_folder(reference, key)
+        self.reference, self.device, self._name = reference, torch.device(device), f"{key}: {reference}"
+        self._folder = text_folder(reference, key)
         self._config = pretrained.read_config(self._folder)
         self._type = self._config.get("model_type")
         self._wanted_tokens = max_tokens
@@ -81,7 +81,9 @@ class TextEncoder:
         if not (self._is_clip or self._is_t5 or self._type in BERT_TYPES):
             what = f"is of the type {self._type!r}" if self._type else "has a config.json without a model_type"
             known = ", ".join(sorted({CLIP_TYPES[0], *T5_CLASSES, *BERT_TYPES}))
-            raise UserError(f"{key}: {reference} {what}, which is no text encoder known here; allowed are {known}")
+            raise UserError(f"{self._name} {what}, which is no text encoder known here; allowed are {known}")
+        if not any((self._folder / name).is_file() for name in pretrained.TOKENIZER_FILES):
+            raise UserError(f"{self._name} has no tokenizer ({', '.join(pretrained.TOKENIZER_FILES)}): add its files")
         if self._is_clip:
             self._config = self._config.get("text_config", self._config)
         self.pooling = "projection" if self._is_clip else pretrained.pooling(self._folder)
@@ -129,20 +131,20 @@ class TextEncoder:
 
     @cached_property
     def tokenizer(self) -> Any:
-        return self._load("AutoTokenizer")
+        return pretrained.load_part(pretrained.library("transformers").AutoTokenizer, self._folder, self._name)
 
     @cached_property
     def model(self) -> torch.nn.Module:
-        return self._load(self._class, dtype=torch.float32).eval().requires_grad_(False).to(self.device)
+        """The model itself.
 
-    def _load(self, name: str, **options: Any) -> Any:
-        import transformers
-
-        transformers.utils.logging.disable_progress_bar()  # the stage shows its own
-        try:
-            return getattr(transformers, name).from_pretrained(self._folder, local_files_only=True, **options)
-        except (OSError, KeyError, ValueError, SafetensorError) as error:
-            raise UserError(f"{self._key}: {self.reference} cannot be loaded ({error})") from error
+        Raises:
+            UserError: when it cannot be loaded, or weights are missing, naming the first.
+        """
+        loader = getattr(pretrained.library("transformers"), self._class)
+        # A pooling layer is often left out of a checkpoint; what it would give is not read here.
+        options = {"unused": "pooler.", "dtype": torch.float32, "ignore_mismatched_sizes": True}
+        model = pretrained.load_model(loader, self._folder, self._name, **options)
+        return model.eval().requires_grad_(False).to(self.device)
 
     def _setting(self, name: str) -> int:
         return self._config[name] if name in self._config else getattr(self.model.config, name)

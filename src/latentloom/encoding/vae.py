@@ -11,11 +11,11 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from latentloom.devices import autocast
 from latentloom.diffusion.decoding import decode_latents
 from latentloom.encoding import pretrained
+from latentloom.encoding.references import vae_folder
 from latentloom.errors import UserError
 
 CLASSES = ("AutoencoderKL", "AutoencoderTiny")
@@ -62,6 +62,7 @@ class Vae:
 
     Attributes:
         class_name: the class of diffusers.
+        factor: how many pixels one row or column of a latent stands for.
         fingerprint: a hash of config and weights.
 
     Raises:
@@ -70,10 +71,14 @@ class Vae:
 
     def __init__(self, reference: str, device: torch.device | str = "cpu", precision: str = "fp32") -> None:
         self.reference, self.device, self.precision = reference, torch.device(device), precision
-        self._folder = pretrained.vae_folder(reference)
-        self.class_name = pretrained.read_config(self._folder).get("_class_name")
+        self._folder = vae_folder(reference)
+        config = pretrained.read_config(self._folder)
+        self.class_name = config.get("_class_name")
         if self.class_name not in CLASSES:
             raise UserError(f"encode_images.vae: {reference} is a {self.class_name}; supported: {', '.join(CLASSES)}")
+        # The first block of both classes keeps the size, and each further one halves it.
+        blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels") or ()
+        self.factor = 2 ** max(len(blocks) - 1, 0)
         self.fingerprint = pretrained.fingerprint(self._folder)
         self._encoding, self._decoding = FittingBatches(), FittingBatches()
 
@@ -82,16 +87,11 @@ class Vae:
         """The model itself.
 
         Raises:
-            UserError: when diffusers cannot load it.
+            UserError: when diffusers cannot load it, or weights are missing, naming the first.
         """
-        import diffusers  # 3 to 5 s, for its loaders of all kinds of models
-
-        diffusers.logging.set_verbosity_error()  # it warns of a config key that its own AutoencoderTiny wrote
-        loader = getattr(diffusers, self.class_name)
-        try:
-            module = loader.from_pretrained(self._folder, torch_dtype=torch.float32, local_files_only=True)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"encode_images.vae: {self.reference} cannot be loaded ({error})") from error
+        diffusers = pretrained.library("diffusers")  # 3 to 5 s, for its loaders of all kinds of models
+        name, loader = f"encode_images.vae: {self.reference}", getattr(diffusers, self.class_name)
+        module = pretrained.load_model(loader, self._folder, name, torch_dtype=torch.float32)
         return module.eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)
 
     @property

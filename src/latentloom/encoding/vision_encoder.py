@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from latentloom.encoding import pretrained
+from latentloom.encoding.references import vision_folder
 from latentloom.encoding.text_encoder import TextEncoder
 from latentloom.errors import UserError
 
@@ -46,12 +46,12 @@ class VisionEncoder:
     """
 
     def __init__(self, reference: str, key: str, device: torch.device | str = "cpu") -> None:
-        self.reference, self.device, self._key = reference, torch.device(device), key
-        self._folder = pretrained.vision_folder(reference, key)
+        self.reference, self.device, self._name = reference, torch.device(device), f"{key}: {reference}"
+        self._folder = vision_folder(reference, key)
         self._type = pretrained.read_config(self._folder).get("model_type")
         if self._type not in CLASSES:
             raise UserError(
-                f"{key}: {reference} is of the type {self._type!r}, which is no vision encoder known here; allowed are "
+                f"{self._name} is of the type {self._type!r}, which is no vision encoder known here; allowed are "
                 f"{', '.join(CLASSES)}"
             )
         self.fingerprint = pretrained.fingerprint(self._folder)
@@ -65,7 +65,8 @@ class VisionEncoder:
     def processor(self) -> Any:
         """What makes of a picture the model's input: by Pillow, whatever else is installed, so that the same is read
         everywhere."""
-        return self._load("AutoImageProcessor", backend="pil")
+        loader = pretrained.library("transformers").AutoImageProcessor
+        return pretrained.load_part(loader, self._folder, self._name, backend="pil")
 
     @cached_property
     def preprocessing(self) -> str:
@@ -82,25 +83,12 @@ class VisionEncoder:
         """The model itself.
 
         Raises:
-            UserError: when it cannot be loaded, or weights are missing, in whose place transformers puts random ones.
+            UserError: when it cannot be loaded, or weights are missing, naming the first.
         """
-        model, loading = self._load(CLASSES[self._type], dtype=torch.float32, output_loading_info=True)
-        if missing := sorted(loading["missing_keys"]):
-            raise UserError(
-                f"{self._key}: {self.reference} lacks {len(missing)} weights of {CLASSES[self._type]}, the first: "
-                f"{missing[0]}; give a model of that class"
-            )
+        loader = getattr(pretrained.library("transformers"), CLASSES[self._type])
+        options = {"dtype": torch.float32, "ignore_mismatched_sizes": True}
+        model = pretrained.load_model(loader, self._folder, self._name, **options)
         return model.eval().requires_grad_(False).to(self.device)
-
-    def _load(self, name: str, **options: Any) -> Any:
-        import transformers
-
-        transformers.utils.logging.disable_progress_bar()  # the stage shows its own
-        transformers.utils.logging.set_verbosity_error()  # it lists each weight of a tower that is not asked for
-        try:
-            return getattr(transformers, name).from_pretrained(self._folder, local_files_only=True, **options)
-        except (OSError, KeyError, ValueError, SafetensorError) as error:
-            raise UserError(f"{self._key}: {self.reference} cannot be loaded ({error})") from error
 
     @torch.inference_mode()
     def encode(self, pixels: np.ndarray) -> np.ndarray:

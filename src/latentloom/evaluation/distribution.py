@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from latentloom.encoding.dataset import Caches, LatentDataset
 from latentloom.encoding.features import features_of
+from latentloom.encoding.named_encoders import pinned_reference
 from latentloom.encoding.vision_encoder import Clip, VisionEncoder, load_clip
 from latentloom.evaluation.distances import FEWEST, cmmd, cosines, frechet_distance, kernel_distance
 from latentloom.evaluation.text_to_image import TextToImage
@@ -76,8 +77,13 @@ def load_encoders(settings: EvaluateParams, device: torch.device) -> Encoders:
     Raises:
         UserError: when one cannot be loaded, naming its key.
     """
-    features = VisionEncoder(settings.features, "evaluate.features", device) if settings.features else None
-    clip = load_clip(settings.clip, "evaluate.clip", device) if settings.clip else None
+    features = clip = None
+    if settings.features:
+        key = "evaluate.features"
+        features = VisionEncoder(pinned_reference(key, settings.features), key, device)
+    if settings.clip:
+        key = "evaluate.clip"
+        clip = load_clip(pinned_reference(key, settings.clip), key, device)
     encoders = Encoders(features, clip)
     for encoder in encoders.vision.values():
         _ = encoder.model, encoder.processor

@@ -13,6 +13,8 @@ import pandas as pd
 
 import latentloom
 from latentloom.diffusion.sampling_settings import WHICH, SampleRequest, SamplingSettings
+from latentloom.encoding.pretrained import fingerprint
+from latentloom.errors import UserError
 from latentloom.evaluation.text_to_image import store_settings
 from latentloom.files import user_path
 from latentloom.model_files import read_config
@@ -84,11 +86,20 @@ def _signature(settings: SamplingSettings) -> "ModelSignature":
 
 
 def _pack(model: Path, packed: Path, settings: SamplingSettings) -> None:
-    """Copy a model folder with its settings; encoders that are only a folder on this machine go with it."""
+    """Copy a model folder with its settings; encoders that are only a folder on this machine go with it.
+
+    Raises:
+        UserError: when such a folder holds another encoder by now.
+    """
     shutil.copytree(model, packed)
     store_settings(packed, settings)
     config = read_config(model)
     for name, encoder in (("vae", config.vae), ("text_encoder", config.text_encoder)):
         folder = user_path(encoder.reference)
         if encoder.reference != "bundled" and folder.is_dir() and not (packed / name).exists():
+            if fingerprint(folder) != encoder.fingerprint:
+                raise UserError(
+                    f"{encoder.reference} holds another {name.replace('_', ' ')} now than the one that {model} was "
+                    "trained with: put its files back"
+                )
             shutil.copytree(folder, packed / name)

@@ -24,12 +24,11 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors.torch import load_file
 
 from latentloom.errors import UserError
 from latentloom.files import read_json, sha256_file, write_json, write_text
-from latentloom.model_files import save_tensors
 from latentloom.params import Params
+from latentloom.tensor_files import read_tensors, save_tensors
 
 FORMAT_VERSION = 3
 
@@ -65,7 +64,7 @@ class Checkpoint:
 
     def load_tensors(self) -> dict[str, torch.Tensor]:
         """The tensors by name, on the CPU: as large as the training's state, so let go of them soon."""
-        return load_file(self.folder / "state.safetensors")
+        return read_tensors(self.folder / "state.safetensors")[0]
 
 
 @dataclass(frozen=True)

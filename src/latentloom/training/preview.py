@@ -57,6 +57,9 @@ class Previews:
         caches: the captions.
         prompts: what the network reads of ``previews.prompts``; None: they are not shown.
         dtype: for autocast; None computes in fp32.
+
+    Raises:
+        UserError: when the VAE is not to be had, or is not the one that encoded the images.
     """
 
     def __init__(
@@ -64,6 +67,8 @@ class Previews:
     ) -> None:
         settings, train = params.previews, caches.train
         vae = Vae(config.vae.reference, train.device)
+        if vae.fingerprint != config.vae.fingerprint:
+            raise UserError(f"{config.vae.reference} is another VAE now than when it encoded the images")
         self._codec = LatentCodec(config.latent_mean, config.latent_std, lambda: vae)
         self._settings = SamplingSettings(settings.steps, settings.guidance, SAMPLER)
         self._config, self._dtype = config, dtype

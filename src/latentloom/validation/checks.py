@@ -144,6 +144,15 @@ def checks(
             advice="put what matters first, shorten these captions in the source, raise encode_text.max_tokens, choose "
             "an encode_text.model that reads more, or set validate.max_cut_captions",
         ),
+        check("captions_told_apart", "captions", "told_apart", value_set=[True],
+            mostly=1.0 - limits.max_same_embeddings,
+            requirement=f"at most {limits.max_same_embeddings:.4g} of the captions have the embedding that a caption "
+            "of other words has",
+            protects="to the network they are one caption: it learns the average of their pictures",
+            advice="read these captions: the text encoder knows neither their words nor their script. The bundled one "
+            "reads English: choose a multilingual encode_text.model, such as "
+            "sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2, or set validate.max_same_embeddings",
+        ),
         check("embeddings_finite", "captions", "finite", value_set=[True],
             requirement="every embedding, and its statistics, are free of NaN and infinity",
             protects="one NaN in an embedding makes the loss NaN, and then every weight",
@@ -188,6 +197,14 @@ def checks(
             protects="a VAE that gives NaN for many pictures is poor for the others too",
             advice="data/latents/rejects.parquet names them: when they are sound pictures, the VAE is at fault: choose "
             "another encode_images.vae, or encode_images.precision: fp32",
+        ),
+        check("vae_reconstructs_images", "dataset", "reconstruction_psnr", min_value=limits.min_reconstruction_psnr,
+            requirement="images that the VAE decodes from their latents have a PSNR of at least "
+            f"{limits.min_reconstruction_psnr:g} dB on average",
+            protects="what the VAE smears, no model that is trained on its latents can generate sharp",
+            advice="look at the decoded images on the first page. The bundled VAE was trained on emoji: for photos "
+            "choose another encode_images.vae, such as stabilityai/sd-vae-ft-mse, or a larger ingest.image_size; or, "
+            "when they look good, set validate.min_reconstruction_psnr",
         ),
         check("vae_fingerprint_expected", "dataset", "vae_fingerprint", value_set=[vae_fingerprint],
             requirement=f"the latents were made by the VAE that encode_images.vae names ({vae_fingerprint})",

@@ -58,6 +58,7 @@ class Overview:
     kept: list[Tile]
     rejected: dict[str, tuple[int, list[Tile]]]  # of each reason, the most frequent first
     near_duplicates: list[tuple[Tile, Tile, int]]  # the first few, with the bits in which they differ
+    reconstructions: list[tuple[Tile, Tile, float]]  # the worst: the image, the same decoded, and the PSNR in dB
 
 
 def describe(data: Data) -> Overview:
@@ -69,8 +70,9 @@ def describe(data: Data) -> Overview:
     images, near_duplicates = data.tables["images"], data.tables["near_duplicates"]
     chosen = heapq.nsmallest(KEPT, images["id"].unique(), key=lambda image_id: image_id[::-1])
     alike = near_duplicates.sort_values(["distance", "image_id", "twin_id"], kind="stable").head(NEAR_DUPLICATES)
+    worst = data.reconstructions.dropna(subset="preview").sort_values("psnr", kind="stable")
     rejects = pd.concat([data.rejects, data.latent_rejects], ignore_index=True)
-    wanted = {*chosen, *alike["image_id"], *alike["twin_id"], *data.latent_rejects["id"].head(REJECTED)}
+    wanted = {*chosen, *worst["id"], *alike["image_id"], *alike["twin_id"], *data.latent_rejects["id"].head(REJECTED)}
     pictures = {image_id: _thumbnail(pixels) for image_id, pixels in iterate_images(data.folder / "images", wanted)}
     known = {row.id: row for row in images[images["id"].isin(wanted)].itertuples()}
 
@@ -110,6 +112,10 @@ def describe(data: Data) -> Overview:
         },
         kept=[tile(image_id) for image_id in chosen],
         rejected={reason: (count, rejected(reason)) for reason, count in reasons.items()},
+        reconstructions=[
+            (tile(row.id), Tile(_address(row.preview), "decoded from its latent"), row.psnr)
+            for row in worst.itertuples()
+        ],
         near_duplicates=[(tile(row.image_id), tile(row.twin_id), row.distance) for row in alike.itertuples()],
     )
 

@@ -11,6 +11,7 @@ Pixels and tensors are never opened: each index carries the mean, std and finite
 were made.
 """
 
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class Data:
     manifest: dict[str, Any]  # of the images
     rejects: pd.DataFrame  # of samples: source, key, reason, detail, preview
     latent_rejects: pd.DataFrame  # of images whose latent is not finite: id, source, key, reason, detail
+    reconstructions: pd.DataFrame  # of sampled images: id, psnr, preview (of the worst)
     pairs: int  # of an image and a caption
     max_tokens: int  # that the text encoder read of a caption
 
@@ -53,6 +55,7 @@ def read_data(folder: Path) -> Data:
     near_duplicates = read_table(folder / "near_duplicates.parquet", ["image_id", "twin_id", "distance"])
     latents = read_table(folder / "latents/index.parquet", ["id", "split", "mean", "std", "abs_max", "finite"])
     latent_rejects = read_table(folder / "latents/rejects.parquet", LATENT_REJECTS)
+    reconstructions = read_table(folder / "latents/reconstructions.parquet", ["id", "psnr", "preview"])
     latent_stats = read_json(folder / "latents/stats.json")
     captions = read_table(folder / "text/index.parquet", ["id", "text", "tokens", "mean", "std", "norm", "finite"])
     pairs = read_table(folder / "text/pairs.parquet", ["image_id"])
@@ -67,6 +70,7 @@ def read_data(folder: Path) -> Data:
     latents["finite"] &= _all_finite(latents, ["mean", "std", "abs_max"])
     captions["length"] = captions["text"].str.strip().str.len()
     captions["finite"] &= _all_finite(captions, ["mean", "std", "norm"])
+    captions["told_apart"] = _told_apart(captions, text_stats["max_tokens"])
     return Data(
         folder=folder,
         tables={
@@ -75,11 +79,14 @@ def read_data(folder: Path) -> Data:
             "latents": latents,
             "captions": captions,
             "channels": pd.DataFrame({"mean": means, "std": latent_stats["std"], "id": names}),
-            "dataset": _dataset(latents, latent_rejects, latent_stats, text_stats),
+            "dataset": _dataset(latents, latent_rejects, latent_stats, text_stats).assign(
+                reconstruction_psnr=reconstructions["psnr"].mean()
+            ),
         },
         manifest=manifest,
         rejects=rejects,
         latent_rejects=latent_rejects,
+        reconstructions=reconstructions,
         pairs=len(pairs),
         max_tokens=text_stats["max_tokens"],
     )
@@ -110,6 +117,24 @@ def _dataset(
             "text_fingerprint": [text_stats["encoder"]["fingerprint"]],
         }
     )
+
+
+def _told_apart(captions: pd.DataFrame, max_tokens: int) -> np.ndarray:
+    """Whether no caption of other words has the same embedding, by its statistics.
+
+    Words that differ in case, accents or spaces alone are the same; captions that were cut have a check of their own.
+    """
+    embedding = ["mean", "std", "norm"]
+    alike = captions[
+        captions.duplicated(embedding, keep=False) & captions["finite"] & (captions["tokens"] <= max_tokens)
+    ]
+    wordings = alike.assign(words=alike["text"].map(_words)).groupby(embedding)["words"].transform("nunique")
+    return ~captions.index.isin(wordings.index[wordings > 1])
+
+
+def _words(text: str) -> str:
+    plain = "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
+    return " ".join(plain.casefold().split())
 
 
 def _all_finite(frame: pd.DataFrame, columns: list[str]) -> np.ndarray:

@@ -1,0 +1,43 @@
+"""The SHA-256 of large files, remembered by their size and times, so that what has not changed is not read again."""
+
+import time
+from pathlib import Path
+
+from latentloom.errors import UserError
+from latentloom.files import read_json, sha256_file, write_json
+
+SETTLED_NS = 2 * 10**9  # what changed so short a time before it was read may change again and keep its times
+
+
+class FileHashes:
+    """Call it with a file for its SHA-256; `save` keeps what it has learnt.
+
+    A file is read again when its size, its inode or one of its times has changed: that of its last change, too, which
+    no program can set.
+
+    Args:
+        path: where the hashes are kept; it may be deleted at any time.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._known: dict[str, list] = dict(read_json(path))
+        except (UserError, TypeError, ValueError):  # missing, or damaged
+            self._known = {}
+
+    def __call__(self, file: Path) -> str:
+        file = file.resolve()
+        status = file.stat()
+        stamp = [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
+        known = self._known.get(str(file))
+        if known and known[:-1] == stamp:
+            return known[-1]
+        digest = sha256_file(file)
+        if time.time_ns() - status.st_ctime_ns > SETTLED_NS:
+            self._known[str(file)] = [*stamp, digest]
+        return digest
+
+    def save(self) -> None:
+        """Write the hashes of the files that are still there."""
+        write_json(self._path, {name: known for name, known in self._known.items() if Path(name).is_file()})

@@ -1,0 +1,84 @@
+"""What the VAE makes of pictures: a sample of them, decoded from their latents and compared with the originals.
+
+    data/images, data/latents -> data/latents/reconstructions.parquet   per sampled image: id, psnr in dB, and of those
+                                                                        that come out worst the decoded picture
+
+No model trained on these latents can generate better pictures than the VAE decodes from them. One that was made for
+other pictures smears yours, and the latents do not show it.
+"""
+
+import heapq
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+
+from latentloom.encoding.cache import Plan, RowStore, row_key
+from latentloom.encoding.shard_files import INDEX, RECONSTRUCTIONS, Tensors, load_shard
+from latentloom.encoding.vae import Vae
+from latentloom.files import atomic_path
+from latentloom.ingestion.shards import iterate_images
+
+SAMPLE, SHOWN = 32, 12
+BATCH_SIZE = 8
+THUMBNAIL = 160  # pixels per side, at most
+HIGHEST = 99.0  # dB, also of a picture that comes out the same
+
+
+def psnr(pixels: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """The peak signal-to-noise ratio (N,) in dB, at most `HIGHEST`, between pictures, both uint8 (N, H, W, 3)."""
+    error = np.square(pixels.astype(np.float64) - others).mean((1, 2, 3)) / 255**2
+    return -10 * np.log10(np.maximum(error, 10 ** (-HIGHEST / 10)))
+
+
+def reconstruct(vae: Vae, images: Path, out: Path, store: RowStore) -> float:
+    """Write `RECONSTRUCTIONS` of the latents in ``out``; what ``store`` knows is not decoded again.
+
+    The sampled images are those whose ids, read backwards, come first: as good as chosen at random, and the same ones
+    for the same images.
+
+    Returns:
+        The mean PSNR in dB.
+    """
+    index = pd.read_parquet(out / INDEX, columns=["id", "key", "shard", "row"])
+    chosen = heapq.nsmallest(SAMPLE, index["id"], key=lambda image: image[::-1])
+    sample = index[index["id"].isin(chosen)]
+    with TemporaryDirectory() as folder:  # the store keeps the shards
+        plan = Plan(store, Path(folder), sample["id"].tolist(), [row_key(own, "decoded") for own in sample["key"]])
+        batches = _decode(vae, images, out, sample.iloc[plan.missing])
+        shards = [shard.tensors for shard in plan.write(batches, "decode again", "image")]
+        ratios = torch.cat([shard["psnr"] for shard in shards]).numpy()
+        decoded = [pixels for shard in shards for pixels in shard["pixels"].numpy()]
+        worst = set(np.argsort(ratios, kind="stable")[:SHOWN].tolist())
+        previews = [_png(own) if number in worst else None for number, own in enumerate(decoded)]
+    store.trim()
+    with atomic_path(out / RECONSTRUCTIONS) as temporary:
+        frame = pd.DataFrame({"id": sample["id"].tolist(), "psnr": ratios, "preview": previews})
+        frame.to_parquet(temporary, index=False)
+    return float(ratios.mean(dtype=np.float64))
+
+
+def _decode(vae: Vae, images: Path, out: Path, rows: pd.DataFrame) -> Iterator[Tensors]:
+    """The rows of an index as the store keeps them: ``psnr`` (N,) and ``pixels`` (N, H, W, 3)."""
+    originals = dict(iterate_images(images, wanted=set(rows["id"]))) if len(rows) else {}
+    for start in range(0, len(rows), BATCH_SIZE):
+        batch = rows.iloc[start : start + BATCH_SIZE]
+        places = zip(batch["shard"], batch["row"], strict=True)
+        latents = torch.stack([load_shard(out / shard)["mean"][row] for shard, row in places]).float()
+        # Always the same batch size: a row's bytes must not depend on how many others are decoded with it.
+        filled = torch.cat([latents, latents[-1:].expand(BATCH_SIZE - len(latents), -1, -1, -1)])
+        decoded = vae.decode(filled)[: len(latents)]
+        ratios = psnr(np.stack([originals[image] for image in batch["id"]]), decoded)
+        yield {"psnr": torch.from_numpy(ratios.astype(np.float32)), "pixels": torch.from_numpy(decoded.copy())}
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    image, buffer = Image.fromarray(pixels), io.BytesIO()
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
