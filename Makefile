@@ -31,8 +31,8 @@ test-fast: install-tests ## unit tests alone, without the slow ones
 test-services: install-tests ## tests with Postgres, S3, a browser, DVC's queue, a served model
 	$(PYTEST) -m service
 
-ui: install ## MLflow's pages on http://127.0.0.1:5000
-	@latentloom ui --port $${PORT:-5000}
+ui: install ## MLflow's pages on this machine; PORT=... for another port than 5000
+	@latentloom ui $(if $(PORT),--port $(PORT))
 
 bench: install-tests ## how fast the caches are, beside others; half an hour on an idle machine
 	@for script in benchmarks/*.py; do echo "== $$script"; PYTHONPATH=src TQDM_DISABLE=1 python $$script || exit 1; done

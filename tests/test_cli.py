@@ -5,6 +5,7 @@ import importlib
 import json
 import re
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,12 @@ def test_a_bad_params_file_is_rejected(invoke, tmp_path):
     result = invoke("check")
     assert result.exit_code == 1
     assert "train: missing" in result.output
+
+
+def test_a_folder_by_the_name_of_a_params_file_is_an_error_of_one_line(invoke, tmp_path):
+    (tmp_path / "params.yaml").mkdir()
+    result = invoke("check")
+    assert (result.exit_code, result.output) == (1, "params.yaml cannot be read: Is a directory\n")
 
 
 def test_the_summary_names_the_sheet_the_figures_and_mlflow(invoke, tmp_path):
@@ -100,6 +107,28 @@ def test_a_damaged_store_is_one_sentence_that_names_it(invoke, tmp_path, monkeyp
     assert result.exit_code == 1
     assert result.output.startswith(f"sqlite:///{tmp_path}/mlflow.db cannot be used: ")
     assert len(result.output.splitlines()) == 1
+
+
+def test_the_ui_ends_with_a_sentence_where_the_port_asked_for_is_taken_and_else_takes_the_next(invoke, monkeypatch):
+    started = []
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr("latentloom.tracking.store.existing_store", lambda root: None)
+    monkeypatch.setattr("latentloom.tracking.store.experiment_id", lambda client, root: "1")
+    monkeypatch.setattr("os.execve", lambda program, command, environment: started.append(command))
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        result = invoke("ui", "--port", str(taken))
+        assert (result.exit_code, result.output.count("\n"), started) == (1, 1, [])
+        assert f"port {taken} cannot be used: another program listens there" in result.output
+        monkeypatch.setattr("latentloom.cli.UI_PORTS", range(taken, taken + 20))
+        printed = invoke("ui").output
+    (command,) = started
+    port = command[command.index("--port") + 1]
+    assert int(port) > taken
+    assert printed.startswith(f"MLflow: http://127.0.0.1:{port}/#/experiments/1/")
+    assert command[-2:] == ["--workers", "1"]  # MLflow starts several again and again, whatever they end of
 
 
 @pytest.mark.parametrize(

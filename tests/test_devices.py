@@ -34,7 +34,7 @@ def test_the_environment_names_the_device(monkeypatch):
     assert choose_device() == torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:99"])
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "meta"])
 def test_a_device_that_is_not_there_is_rejected_with_what_is_allowed(monkeypatch, name):
     monkeypatch.setenv("LATENTLOOM_DEVICE", name)
     with pytest.raises(ValueError, match=f"LATENTLOOM_DEVICE={name} cannot be used here .*try cuda, mps or cpu"):

@@ -3,8 +3,10 @@
 import errno
 import os
 import re
+import socket
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,10 +16,11 @@ from typer.core import TyperGroup
 
 from latentloom.errors import UserError
 from latentloom.files import read_json
-from latentloom.layout import EVALUATE_METRICS, MODEL, PARAMS, SAMPLE_SHEET, TRAIN_METRICS, project_root
+from latentloom.layout import EVALUATE_METRICS, MODEL, PARAMS, SAMPLE_SHEET, SAMPLES, TRAIN_METRICS, project_root
 from latentloom.params import load_params
 from latentloom.stage import use_utf8
 
+UI_PORTS = range(5000, 5020)
 FULL = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT)]  # a library's error may have it in its text alone
 MODEL_HELP = "A model folder, showcase, champion, candidate, a registry's version, or an MLflow run (id or name)."
 
@@ -74,7 +77,11 @@ def summary() -> None:
 
 
 @app.command()
-def ui(port: Annotated[int, typer.Option(min=1, max=65535, help="Of the address on this machine.")] = 5000) -> None:
+def ui(
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Of the address on this machine; by default 5000, or the next.")
+    ] = None,
+) -> None:
     """Serve MLflow's pages of all runs (images, curves, figures) on this machine until Ctrl-C, and print where."""
     from latentloom.tracking.store import existing_store, experiment_id, tracking_uri, ui_address, without_credentials
 
@@ -83,12 +90,38 @@ def ui(port: Annotated[int, typer.Option(min=1, max=65535, help="Of the address 
     if store.startswith(("http://", "https://")):
         print(f"MLflow: {ui_address(without_credentials(store), experiment)}")
         return
+    port = free_port(UI_PORTS if port is None else [port])
     print(f"MLflow: {ui_address(f'http://127.0.0.1:{port}', experiment)}", flush=True)
     # The store is named by the environment, where no list of processes shows its password. Without the jobs, which only
-    # judge language models, the server takes two processes instead of ten.
+    # judge language models, and with one worker, which is enough for one person, the server takes two processes instead
+    # of ten, and ends when its worker does: several would be started again for ever.
     environment = {"MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     os.execve(sys.executable, command, environment | os.environ)
+
+
+def free_port(ports: Sequence[int]) -> int:
+    """The first of ``ports`` on which this machine lets us listen, and nothing answers yet.
+
+    Raises:
+        UserError: when there is none, saying what is the matter with the first.
+    """
+    reasons = []
+    for port in ports:
+        with socket.socket() as client, socket.socket() as server:
+            # Listening on one address is allowed beside another program that listens on all of them, as AirPlay does.
+            client.settimeout(1)
+            if client.connect_ex(("127.0.0.1", port)) == 0:
+                reasons.append("another program listens there")
+                continue
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                server.bind(("127.0.0.1", port))
+            except OSError as error:
+                reasons.append(error.strerror)
+                continue
+        return port
+    raise UserError(f"port {ports[0]} cannot be used: {reasons[0]}. Give another: --port {ports[-1] + 1}")
 
 
 @app.command()
@@ -108,11 +141,11 @@ def sample(
     prompts: Annotated[list[str], typer.Argument(help="What to generate; one or more samples per prompt.")],
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = str(MODEL),
     output: Annotated[str, typer.Option("--output", "-o", help="FILE.png, or FOLDER/ for one PNG per sample.")] = (
-        "sample.png"
+        str(SAMPLES / "sample.png")
     ),
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise that samples start from.")] = 0,
-    count: Annotated[int, typer.Option(min=1, help="Samples per prompt.")] = 1,
-    first: Annotated[int, typer.Option(min=0, help="The number of the first sample.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the noise that samples start from.")] = 0,
+    count: Annotated[int, typer.Option(help="Samples per prompt.")] = 1,
+    first: Annotated[int, typer.Option(help="The number of the first sample.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Sampling steps; by default as in params.yaml.")] = None,
     guidance: Annotated[float | None, typer.Option(help="1: as trained; more: closer to the prompt.")] = None,
     sampler: Annotated[str | None, typer.Option(help="ddim or dpmpp_2m.")] = None,
@@ -124,40 +157,67 @@ def sample(
     precision: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")] = None,
 ) -> None:
     """Generate images of prompts. The same command gives the same bytes on one machine's CPU."""
-    folder = output.endswith("/") or Path(output).is_dir()
-    if not folder and Path(output).suffix.lower() != ".png":
-        sys.exit(f"-o {output}: give FILE.png, or FOLDER/ for one PNG per sample")
+    options = {
+        "seed": seed,
+        "count": count,
+        "first": first,
+        "steps": steps,
+        "guidance": guidance,
+        "sampler": sampler,
+        "guidance_interval": guidance_interval,
+        "guidance_rescale": guidance_rescale,
+        "precision": precision,
+    }
+    options = {name: value for name, value in options.items() if value is not None}
+    if threshold is not None:
+        options["threshold"] = _percentile(threshold)
+    folder = _is_folder(output)
+    # In UTF-8, whatever the locale says.
+    prompts = [os.fsencode(prompt).decode(errors="surrogateescape") for prompt in prompts]
+    from latentloom.diffusion.sampling_settings import SampleRequest
     from latentloom.evaluation.metadata import save_image
     from latentloom.evaluation.text_to_image import default_settings, load_text_to_image, prompt_grid
     from latentloom.registry.models import find_model
 
     found = find_model(model, project_root())
+    settings = default_settings(found.folder)
     try:
-        settings = default_settings(found.folder).changed(
-            diffusion_steps=steps,
-            class_guidance=guidance,
-            sampler=sampler,
-            guidance_interval=guidance_interval,
-            guidance_rescale=guidance_rescale,
-            precision=precision,
-        )
-        if threshold is not None:
-            settings = replace(settings, threshold_percentile=None if threshold == "none" else float(threshold))
+        request = SampleRequest.of(settings, options)
     except ValueError as error:
         raise UserError(str(error)) from error
     loaded = load_text_to_image(found.folder, provenance=found.provenance and found.provenance.in_images())
-    images = loaded.generate(prompts, settings, seed=seed, count=count, first=first)
+    for warning in filter(None, map(loaded.unread, prompts)):
+        print(f"warning: {warning}", file=sys.stderr)
+    images = loaded.generate(prompts, request)
     if not folder:
-        metadata = loaded.metadata(prompts, settings, seed=seed, count=count, first=first)
-        save_image(Path(output), prompt_grid(images), metadata)
+        save_image(Path(output), prompt_grid(images), loaded.metadata(prompts, request))
         print(output)
         return
     for row, (prompt, samples) in enumerate(zip(prompts, images, strict=True), start=1):
-        words = re.sub(r"[^\w]+", "-", prompt).strip("-")[:60]
+        words = re.sub(r"[^\w]+", "-", prompt).strip("-").encode()[:60].decode(errors="ignore")
         for number, image in enumerate(samples, start=first):
             path = Path(output) / f"{row:02d}-{words}-{number}.png"
-            save_image(path, image, loaded.metadata([prompt], settings, seed=seed, first=number))
+            save_image(path, image, loaded.metadata([prompt], replace(request, first=number, count=1)))
             print(path)
+
+
+def _percentile(text: str) -> float | str | None:
+    """A percentile as it is typed; what is neither a number nor `none` stays text, which the request's check names."""
+    try:
+        return None if text == "none" else float(text)
+    except ValueError:
+        return text
+
+
+def _is_folder(output: str) -> bool:
+    """Whether an output is a folder for many PNGs, rather than one PNG."""
+    try:
+        folder = output.endswith("/") or (bool(output) and Path(output).is_dir())
+    except OSError as error:
+        raise UserError(f"-o {output}: {error.strerror}") from error
+    if not folder and Path(output).suffix.lower() != ".png":
+        raise UserError(f"-o {output or repr(output)}: give FILE.png, or FOLDER/ for one PNG per sample")
+    return folder
 
 
 @app.command()
@@ -217,8 +277,8 @@ def compare(
     prompt: Annotated[
         list[str] | None, typer.Option(help="Of the sheet, may be repeated; by default evaluate.prompts.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the noise that samples start from.")] = 0,
-    count: Annotated[int, typer.Option(min=1, help="Samples per prompt and model.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the noise that samples start from.")] = 0,
+    count: Annotated[int, typer.Option(help="Samples per prompt and model.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="For scripts: docs/models.md has the form.")] = False,
 ) -> None:
     """Say which of two models is better, as far as their figures tell, and show samples of both side by side."""

@@ -47,7 +47,7 @@ def _wanted_device() -> torch.device:
     if name:
         try:
             device = torch.device(name)
-            torch.empty(1, device=device)
+            torch.empty(1, device=device).tolist()  # which the device `meta` cannot
         except (RuntimeError, AssertionError) as error:
             first_line = str(error).splitlines()[0]
             raise UserError(

@@ -14,7 +14,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +39,9 @@ def atomic_path(path: Path | str, room: int | None = None) -> Iterator[Path]:
             written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -55,7 +55,8 @@ def atomic_path(path: Path | str, room: int | None = None) -> Iterator[Path]:
             message += f"; {needs}{free:.0f} MiB are free there. Make room and run the stage again."
         raise WriteError(error.errno, message) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # there is none where its folder is a file, or its name too long
+            temporary.unlink()
 
 
 def _flush_folder(folder: Path) -> None:
@@ -71,6 +72,14 @@ def _flush_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def user_path(path: Path | str) -> Path:
+    """A path as a person writes it: `~` is their home; a `~name` that is nobody's is left as it is."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def write_text(path: Path | str, text: str) -> None:

@@ -32,6 +32,8 @@ EVALUATE_PLOTS = REPORTS / "evaluate" / "plots"
 SAMPLE_SHEET = REPORTS / "evaluate" / "samples.png"
 EXTREMES_SHEET = REPORTS / "evaluate" / "extremes.png"
 
+# What the commands write unless they are told where; git ignores both.
+SAMPLES = Path("samples")
 COMPARISONS = Path("comparisons")
 
 

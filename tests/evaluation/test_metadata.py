@@ -10,7 +10,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from latentloom.diffusion import SamplingSettings
 from latentloom.errors import UserError
-from latentloom.evaluation.metadata import ImageMetadata, read_metadata, save_image
+from latentloom.evaluation.metadata import ImageMetadata, encode_png, read_metadata, save_image
 
 METADATA = ImageMetadata(
     prompts=("a red apple", "une pomme, « rouge » ✓"),
@@ -54,6 +54,14 @@ def test_any_png_reader_finds_prompt_seed_model_and_run(tmp_path):
     assert text["prompt"] == "\n".join(METADATA.prompts)
     assert (text["seed"], text["model_sha256"], text["mlflow_run_id"]) == ("7", "a" * 64, "b" * 32)
     assert json.loads(text["latentloom"])["sampling"]["guidance_interval"] == [0.2, 0.7]
+
+
+def test_a_prompt_in_any_script_is_in_a_chunk_for_unicode():
+    png = encode_png(PIXELS, replace(METADATA, prompts=("テスト",)))
+    assert b"iTXtprompt\0\0\0\0\0" + "テスト".encode() in png
+    assert b"tEXtprompt" not in png
+    json_chunk = png.partition(b"tEXtlatentloom\0")[2].partition(b"IDAT")[0]
+    assert b'"\\u30c6\\u30b9\\u30c8"' in json_chunk
 
 
 def test_an_image_of_a_model_without_a_run_names_none(tmp_path):

@@ -18,7 +18,7 @@ from tiny_models import save_clip, save_tiny_unet, save_tiny_vae
 from typer.testing import CliRunner
 
 from latentloom.cli import app
-from latentloom.diffusion import Diffuser, SamplingSettings, Text
+from latentloom.diffusion import Diffuser, SampleRequest, SamplingSettings, Text
 from latentloom.encoding.text_encoder import load_text_encoder
 from latentloom.encoding.vae import load_vae
 from latentloom.errors import UserError
@@ -73,11 +73,11 @@ def test_a_sample_is_what_the_science_gives_step_by_step(sample, model):
 def test_a_model_of_token_states_reads_them_of_each_prompt_as_in_training(tmp_path):
     """Cut at as many tokens as in training; and the same whatever longer prompts are beside it."""
     model = load_text_to_image(save_tiny_unet(tmp_path, tokens=True, max_tokens=6), device=torch.device("cpu"))
-    settings = SamplingSettings(3, 2.5, precision="fp32")
+    request = SampleRequest(SamplingSettings(3, 2.5, precision="fp32"), seed=5)
     prompt, longer = "a red apple", "a very long prompt about a smiling cat with heart-eyes"
-    images = model.generate([prompt, longer], settings, seed=5)
-    assert np.array_equal(images[:1], model.generate([prompt], settings, seed=5))
-    assert np.array_equal(images[1:], model.generate([longer + " and a hat"], settings, seed=5))  # beyond the cut
+    images = model.generate([prompt, longer], request)
+    assert np.array_equal(images[:1], model.generate([prompt], request))
+    assert np.array_equal(images[1:], model.generate([longer + " and a hat"], request))  # beyond the cut
 
     encoded = load_text_encoder("bundled").encode_tokens([prompt])
     states = torch.from_numpy(encoded.states[0])[None]
@@ -97,6 +97,12 @@ def test_a_sample_is_the_same_bytes_whatever_is_generated_beside_it(sample):
     assert names == [f"{row:02d}-{word}-{n}.png" for row, word in enumerate(words, 1) for n in range(3)]
     assert Path("all/02-a-snowman-2.png").read_bytes() == Path("alone.png").read_bytes()
     assert len({path.read_bytes() for path in Path("all").iterdir()}) == 6
+
+
+def test_a_name_made_of_a_prompt_fits_a_file_system_in_any_script(sample):
+    sample("𠜎" * 90, "--steps", "2", "-o", "all/")
+    (name,) = [path.name for path in Path("all").iterdir()]
+    assert name == f"01-{'𠜎' * 15}-0.png"
 
 
 def test_several_samples_stand_side_by_side_prompts_in_rows(sample):
@@ -145,16 +151,44 @@ def test_settings_come_from_the_params_then_from_the_model_then_from_us(sample):
     ("arguments", "message"),
     [
         (("--steps", "1"), "diffusion_steps = 1: must be"),
-        (("--threshold", "high"), "could not convert string to float: 'high'"),
+        (("--threshold", "high"), "threshold_percentile = 'high': must be a number, from 50 to 100, or none"),
         (("--sampler", "euler"), "sampler = 'euler': must be"),
         (("--guidance-interval", "0.9", "0.1"), "guidance_interval"),
+        (("--seed", "-1"), "seed = -1: must be a whole number from 0 to 9223372036854775807"),
+        (("--count", "0"), "count = 0: must be a whole number from 1 to 10000"),
+        (("--first", "-1"), "first = -1: must be"),
         (("-o", "picture.jpg"), "-o picture.jpg"),
+        (("-o", ""), "-o '': give FILE.png"),
+        (("-o", "a" * 300 + ".png"), "File name too long"),
+        (("-o", "a" * 250 + ".png"), "could not write"),
+        (("-o", "models/unet/config.json/a.png"), "could not write"),
+        (("a caf\udce9",), r"the prompt 'a caf\udce9' is not in UTF-8"),
+        (("--model", "~nosuchuser/x"), "~nosuchuser"),
         (("--model", "models/other"), "models/other holds no model"),
     ],
 )
 def test_what_cannot_be_generated_is_named_and_leaves_no_file(sample, tmp_path, arguments, message):
     assert message in sample("an apple", *arguments, fails=True)
     assert {path.name for path in tmp_path.iterdir()} == {"models"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("", "the prompt is empty: nothing is asked for"),
+        (" \t", "the prompt is empty"),
+        ("a red apple", ""),
+        ("一只猫, a cat", "does not know 2 of 6 parts of the prompt"),
+        # 512 tokens with those that mark start and end, of which each of these words is one
+        (" ".join(["apple"] * 600), "reads the first 3,060 (512 tokens), up to “…"),
+    ],
+)
+def test_what_the_model_does_not_read_of_a_prompt_is_said_on_the_side(sample, prompt, said):
+    output = sample(prompt, "--steps", "2")
+    assert said in output
+    assert ("warning" in output) == bool(said)
+    assert "samples/sample.png\n" in output
+    assert read_metadata(Path("samples/sample.png")).prompts == (prompt,)
 
 
 @pytest.mark.parametrize(("encoder", "name"), [("vae", "the vae"), ("clip", "the text encoder")])
@@ -202,7 +236,9 @@ def test_samples_of_one_number_start_from_the_same_noise_whatever_the_prompt(mod
         return original(x_t, noise_levels, labels)
 
     loaded.network.forward = recording
-    loaded.generate(["a red apple", "a snowman"], SamplingSettings(diffusion_steps=2, precision="fp32"), seed=4)
+    loaded.generate(
+        ["a red apple", "a snowman"], SampleRequest(SamplingSettings(diffusion_steps=2, precision="fp32"), seed=4)
+    )
     starts = [x for level, x in seen if level == 1.0]
     assert len(starts) == 2
     assert torch.equal(*starts)
@@ -222,5 +258,5 @@ def test_a_model_folder_carries_its_settings_also_as_the_first_version_wrote_the
 
 def test_the_generating_code_is_named_by_one_hash(model):
     loaded = load_text_to_image(model, device=torch.device("cpu"))
-    metadata = loaded.metadata(["an apple"], SamplingSettings(), seed=0)
+    metadata = loaded.metadata(["an apple"], SampleRequest(SamplingSettings()))
     assert metadata.code == generating_code() and len(metadata.code) == 64

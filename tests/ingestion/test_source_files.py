@@ -160,6 +160,11 @@ def test_a_source_that_is_not_here_keeps_the_fingerprint_it_had_elsewhere(images
     assert listed(images, known) == before
     with pytest.raises(IngestError, match="others does not exist; give the folder that holds your images"):
         listed(tmp_path / "others", known)
+    with pytest.raises(IngestError, match="~nosuchuser/x does not exist"):
+        listed("~nosuchuser/x", known)
+    known.write_text("null")
+    with pytest.raises(IngestError, match=r"sources\.json lists no sources: delete it"):
+        listed(tmp_path / "others", known)
 
 
 def test_a_source_that_is_here_and_empty_is_an_error_also_where_it_was_listed(images, tmp_path):

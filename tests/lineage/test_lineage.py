@@ -85,6 +85,8 @@ def lab(project_root, tiny_unets) -> Path:
     config = read_config(tiny_unets[0])
     for path, key, encoder in (("latents", "vae", config.vae), ("text", "encoder", config.text_encoder)):
         write_json(f"data/{path}/stats.json", {key: {"reference": "bundled", "fingerprint": encoder.fingerprint}})
+        stage = {"latents": "encode_images", "text": "encode_text"}[path]
+        write_json(f"reports/{stage}.json", {key: "bundled", f"{key}_fingerprint": encoder.fingerprint})
     write_json(
         "data/sources.json", fingerprint_sources([SourceParams(source="folder", path=str(pictures))], Path("no"))
     )
@@ -336,6 +338,9 @@ def test_in_a_clone_that_has_not_pulled_the_models_folder_is_known_by_its_hash(l
     git("clone", "-q", str(lab), str(clone))
     found = trace(str(clone / "models/unet"), clone)
     assert (link(found, "model").place, link(found, "model").hash) == (Place.REMOTE, oid)
+    assert {link(found, name).place for name in ("VAE", "text encoder", "source")} == {Place.HERE}
+    assert link(found, "source").name.endswith("3 found, 2 kept, 1 rejected")
+    assert not found.missing
 
 
 def test_a_picture_of_a_model_that_nothing_tells_of_does_not_get_the_commit_of_another_model(lab, trained, tiny_unets):

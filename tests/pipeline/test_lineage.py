@@ -74,7 +74,7 @@ def test_every_command_of_the_page_does_what_it_says_with_nothing_left_but_git_a
     assert names(outputs[0]) == ["picture", "model", *LINKS]
     assert names("picture" + PAGE.partition("```\npicture")[2].partition("```")[0]) == names(outputs[0])
 
-    image = Path("apple.png").read_bytes()
+    image = Path("samples/apple.png").read_bytes()
     project.run("dvc", "push", "-q")
     for folder in (".dvc/cache", "models/unet", "data/images", "data/latents", "data/text", "mlartifacts", ".state"):
         shutil.rmtree(folder)

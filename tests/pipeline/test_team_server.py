@@ -237,7 +237,7 @@ def champion(trained) -> Team:
 @needs_servers
 def test_one_promotes_and_the_other_samples_with_the_champion(champion):
     ada, grace = champion.people.values()
-    metadata = read_metadata(grace.folder / "sample.png")
+    metadata = read_metadata(grace.folder / "samples/sample.png")
     assert metadata.model_sha256 == run_of(ada)["model_sha256"] != run_of(grace)["model_sha256"]
     assert metadata.provenance["mlflow_run_id"] == run_of(ada)["mlflow_run_id"]
 

@@ -108,6 +108,17 @@ def test_a_damaged_copy_of_a_registered_model_is_not_used_but_fetched_again(proj
     assert model_hash(again.folder) == model_hash(tiny_unets[0])
 
 
+def test_a_misspelt_name_is_answered_with_the_names_that_there_are(project_root, train, tiny_unets):
+    with pytest.raises(UserError, match=r"shwcase \(did you mean showcase\?\); there is showcase; `make ui`"):
+        find_model("shwcase", project_root)
+    train(tiny_unets[0], name="gentle")
+    with pytest.raises(UserError, match=r"gentel \(did you mean gentle\?\); there is showcase, gentle; `make ui`"):
+        find_model("gentel", project_root)
+    (project_root / "mlflow.db").unlink()
+    with pytest.raises(UserError, match=r"shwcase \(did you mean showcase\?\); there is showcase; .* no MLflow store"):
+        find_model("shwcase", project_root)
+
+
 @pytest.fixture
 def shipped(tiny_unets, tmp_path_factory, monkeypatch) -> Path:
     """A package whose own model is a small one, with its provenance in its folder."""
@@ -157,7 +168,9 @@ def test_an_earlier_runs_model_comes_out_of_dvcs_cache(dvc_project, train, tiny_
     assert model_hash(found.folder) == model_hash(tiny_unets[0])
 
 
-def test_a_model_whose_bytes_are_nowhere_names_the_commit_to_train_from(dvc_project, train, tiny_unets):
+def test_a_model_whose_bytes_are_nowhere_names_its_lineage_which_knows_what_was_not_committed(
+    dvc_project, train, tiny_unets
+):
     run_id = train(tiny_unets[0], provenance={"outs": {"models/unet": "0" * 32 + ".dir"}, "commit": "c" * 40})
-    with pytest.raises(UserError, match="git checkout cccccccccccc && dvc repro"):
+    with pytest.raises(UserError, match=f"`latentloom lineage {run_id}`"):
         find_model(run_id, dvc_project)

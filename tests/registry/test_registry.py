@@ -16,7 +16,7 @@ from tracked_runs import share
 from typer.testing import CliRunner
 
 from latentloom.cli import app
-from latentloom.diffusion.sampling_settings import SamplingSettings
+from latentloom.diffusion.sampling_settings import SampleRequest, SamplingSettings
 from latentloom.errors import UserError
 from latentloom.evaluation.text_to_image import load_text_to_image, stored_settings
 from latentloom.model_files import model_hash, read_config
@@ -84,8 +84,14 @@ def test_the_signature_takes_prompts_and_gives_png_bytes_with_the_stored_setting
     assert {param.name: param.default for param in signature.params} == {
         "seed": 0,
         "count": 1,
+        "first": 0,
         "steps": 4,
         "guidance": 2.5,
+        "sampler": "ddim",
+        "guidance_interval": [0.0, 1.0],
+        "guidance_rescale": 0.0,
+        "threshold": 99.5,
+        "precision": "fp32",
     }
 
 
@@ -112,9 +118,9 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Hiding
 import latentloom.registry.served_model
 from pathlib import Path
 from latentloom.evaluation.text_to_image import load_text_to_image
-from latentloom.diffusion.sampling_settings import SamplingSettings
+from latentloom.diffusion.sampling_settings import SampleRequest, SamplingSettings
 from latentloom.evaluation.metadata import encode_png
-load_text_to_image(Path({str(tiny_unets[0])!r})).generate(["a"], SamplingSettings(diffusion_steps=2), seed=0)
+load_text_to_image(Path({str(tiny_unets[0])!r})).generate(["a"], SampleRequest(SamplingSettings(diffusion_steps=2)))
 """
     ran = subprocess.run(
         [sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True
@@ -155,7 +161,7 @@ def test_encoders_that_are_only_a_folder_here_go_with_the_model(project_root, tr
     loaded = load_text_to_image(find_model("champion", project_root).folder)
     assert loaded.codec.vae.fingerprint == read_config(find_model("champion", project_root).folder).vae.fingerprint
     assert loaded.text_encoder.max_tokens == 20
-    assert loaded.generate(["a cat", "a"], SamplingSettings(2, 3.0), seed=0).shape == (2, 1, 64, 64, 3)
+    assert loaded.generate(["a cat", "a"], SampleRequest(SamplingSettings(2, 3.0))).shape == (2, 1, 64, 64, 3)
 
 
 def test_the_same_model_promoted_twice_is_one_version_and_one_move(project_root, train, promote, tiny_unets):

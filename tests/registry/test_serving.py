@@ -26,6 +26,19 @@ pytestmark = [pytest.mark.pipeline, pytest.mark.service]
 PAGE = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
 
 
+WRONG = [
+    ({"params": {"steps": 1}}, "steps = 1: must be a whole number from 2 to 1000"),
+    ({"params": {"smapler": "ddim"}}, "smapler: not an option (did you mean sampler?); options are seed, count,"),
+    ({"params": {"diffusion_steps": 9}}, "diffusion_steps: not an option (did you mean steps?)"),
+    ({"params": {"seed": -1}}, "seed = -1: must be a whole number from 0 to 9223372036854775807"),
+    ({"params": {"seed": "1"}}, "seed = '1': must be"),
+    ({"params": {"count": 10**9}}, "count = 1000000000: must be a whole number from 1 to 10000"),
+    ({"params": {"guidance": None}}, "class_guidance = None: must be"),
+    ({"params": [1]}, "params = [1]: must be an object"),
+    ({"inputs": {"prompt": ["a"], "seed": [1]}}, "seed: the one column is prompt"),
+]
+
+
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
 
@@ -64,9 +77,9 @@ def test_every_command_of_the_page_does_what_it_says(project):
     served = commands.pop()
     printed = [keyboard(*words) for _, *words in commands]
     for name in ("sample.png", "apples.png", "quick.png"):
-        assert read_metadata(Path(name)).model_sha256 == model_hash(Path("models/unet"))
-    assert read_metadata(Path("apples.png")).count == 4
-    assert len(list(Path("apples").iterdir())) == 4
+        assert read_metadata(Path("samples", name)).model_sha256 == model_hash(Path("models/unet"))
+    assert read_metadata(Path("samples/apples.png")).count == 4
+    assert len(list(Path("samples/apples").iterdir())) == 4
     table = re.search(r"```\n(when .*?)```", PAGE, re.DOTALL)[1]
     assert printed[6].splitlines()[0] == table.splitlines()[0]
     assert printed[6].splitlines()[-1] == table.splitlines()[-1]
@@ -84,8 +97,8 @@ def test_every_command_of_the_page_does_what_it_says(project):
     with serving([*command[:-1], str(port)], port, project, **environment):
         exec(script.replace("5001", str(port)), {})
         keyboard(*served[1:])
-        assert Path("served.png").read_bytes() == Path("served-too.png").read_bytes()
-        assert read_metadata(Path("served.png")).model_sha256 == find_model("gentle", project).sha256
+        assert Path("samples/served.png").read_bytes() == Path("samples/served-too.png").read_bytes()
+        assert read_metadata(Path("samples/served.png")).model_sha256 == find_model("gentle", project).sha256
 
         several = {"inputs": {"prompt": ["a red apple", "a snowman"]}, "params": {"seed": 1, "steps": 3, "count": 2}}
         rows = json.loads(ask(port, several))["predictions"]
@@ -95,10 +108,17 @@ def test_every_command_of_the_page_does_what_it_says(project):
         assert [base64.b64decode(row["png"]) for row in rows] == sampled
         assert [(row["prompt"], row["number"]) for row in rows[1:3]] == [("a red apple", 1), ("a snowman", 0)]
 
-        with pytest.raises(urllib.error.HTTPError) as rejected:
-            ask(port, several | {"params": {"steps": 1}})
-        assert rejected.value.code == 400
-        assert "steps = 1" in rejected.value.read().decode()
+        options = "--model champion --first 2 --steps 3 --sampler dpmpp_2m --guidance-interval 0.1 0.9 --threshold none"
+        keyboard("sample", "a red apple", *shlex.split(options), "-o", "other.png")
+        params = {"first": 2, "steps": 3, "sampler": "dpmpp_2m", "guidance_interval": [0.1, 0.9], "threshold": None}
+        (row,) = json.loads(ask(port, {"inputs": {"prompt": ["a red apple"]}, "params": params}))["predictions"]
+        assert (row["number"], base64.b64decode(row["png"])) == (2, Path("other.png").read_bytes())
+
+        for wrong, message in WRONG:
+            with pytest.raises(urllib.error.HTTPError) as rejected:
+                ask(port, {"inputs": {"prompt": ["a red apple"]}} | wrong)
+            assert rejected.value.code == 400
+            assert message in json.loads(rejected.value.read())["message"]
     assert not answers(f"http://127.0.0.1:{port}/health")
 
 

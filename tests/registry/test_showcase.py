@@ -31,7 +31,7 @@ def test_it_draws_by_its_name_a_dark_figure_on_white(tmp_path, monkeypatch):
     sample = ["sample", "woman astronaut, medium-dark skin tone", "--model", "showcase", "--steps", "5"]
     result = CliRunner().invoke(app, sample)
     assert result.exit_code == 0, result.output
-    with Image.open("sample.png") as image:
+    with Image.open("samples/sample.png") as image:
         pixels = np.asarray(image.convert("L"), dtype=float)
     assert pixels.shape == (128, 128)
     assert np.median([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]) > 200

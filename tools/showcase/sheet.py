@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from latentloom.diffusion.sampling_settings import SampleRequest
 from latentloom.errors import UserError
 from latentloom.evaluation.sheet import COLUMNS, Section, render_sheet, save_sheet
 from latentloom.evaluation.text_to_image import TextToImage, load_text_to_image, stored_settings
@@ -62,7 +63,7 @@ def _section(title: str, rows: pd.DataFrame, model: TextToImage, folder: Path) -
     captions = rows["caption"].tolist()
     size = 8 * model.config.latent_shape[1]  # pixels, for each of the bundled VAE's latents eight
     real = [_real_picture(row.key, row.id, size) for row in rows.itertuples()]
-    samples = model.generate(captions, stored_settings(folder), seed=0)[:, 0]
+    samples = model.generate(captions, SampleRequest(stored_settings(folder)))[:, 0]
     return Section(title, captions, {"real": np.stack(real), "sample": samples})
 
 

@@ -34,7 +34,7 @@ _NAMES = {
     "plotting": ["imshow", "plot_images"],
     "text": ["Text"],
     "samplers": ["SAMPLERS", "ddim", "dpmpp_2m"],
-    "sampling_settings": ["SamplingSettings"],
+    "sampling_settings": ["SampleRequest", "SamplingSettings"],
     "unet": ["TiledMerge", "UNet", "get_network"],
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from latentloom.encoding.pretrained import POOLING, STEMS, TOKENIZER_FILES, VARIANTS, find_weights
 from latentloom.errors import UserError
+from latentloom.files import user_path
 from latentloom.layout import project_root
 
 BUNDLED = "bundled"
@@ -78,7 +79,7 @@ def _folder(reference: str, key: str, without_hub: str = BUNDLED) -> Path:
 
 def _local_folder(reference: str) -> Path | None:
     """The folder, in the current one or else in the project's root: an experiment of DVC's may run in a copy."""
-    path = Path(reference).expanduser()
+    path = user_path(reference)
     return next((folder for folder in (path, project_root() / path) if folder.is_dir()), None)
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pydantic import TypeAdapter
 
-from latentloom.diffusion.sampling_settings import EARLIER_NAMES, SETTING_NAMES, SamplingSettings
+from latentloom.diffusion.sampling_settings import SETTING_NAMES, SHORT_NAMES, SamplingSettings
 from latentloom.errors import UserError
 from latentloom.files import atomic_path
 
@@ -109,7 +109,7 @@ def _in_present_form(values: Any) -> Any:
     """The first version wrote the settings beside the rest, under names of its own, and the run's id alone."""
     if not isinstance(values, dict) or "sampling" in values:
         return values
-    settings = {name: values.pop(name) for name in (*EARLIER_NAMES, *SETTING_NAMES) if name in values}
+    settings = {name: values.pop(name) for name in (*SHORT_NAMES, *SETTING_NAMES) if name in values}
     run = values.pop("mlflow_run_id", None)
     return values | {
         "sampling": SamplingSettings.from_dict(settings),

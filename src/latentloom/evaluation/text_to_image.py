@@ -7,6 +7,7 @@ A sample is a function of the model, its prompt, the seed, its number and the se
 one number start from the same noise whatever their prompt, so prompts can be compared.
 """
 
+import bisect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
@@ -20,7 +21,7 @@ from tqdm import tqdm
 import latentloom
 from latentloom.devices import autocast_dtype, choose_device
 from latentloom.diffusion.diffuser import Diffuser
-from latentloom.diffusion.sampling_settings import SamplingSettings
+from latentloom.diffusion.sampling_settings import SampleRequest, SamplingSettings
 from latentloom.diffusion.text import Labels, trimmed
 from latentloom.diffusion.unet import UNet
 from latentloom.encoding.codec import LatentCodec
@@ -65,16 +66,48 @@ class TextToImage:
         """Where the network computes."""
         return next(self.network.parameters()).device
 
-    def generate(
-        self, prompts: Sequence[str], settings: SamplingSettings, *, seed: int, count: int = 1, first: int = 0
-    ) -> np.ndarray:
-        """``count`` samples of each prompt, uint8 (P, count, H, W, 3); their numbers begin with ``first``."""
-        numbers = [str(number) for number in range(first, first + count)]
-        embeddings = self.embed(prompts)[torch.arange(len(prompts)).repeat_interleave(count)]
+    def generate(self, prompts: Sequence[str], request: SampleRequest) -> np.ndarray:
+        """The samples of each prompt that are asked for, uint8 (P, count, H, W, 3)."""
+        numbers = [str(number) for number in range(request.first, request.first + request.count)]
+        embeddings = self.embed(prompts)[torch.arange(len(prompts)).repeat_interleave(request.count)]
         batch_size = 1 if self.device.type == "cpu" else BATCH_SIZE
-        latents = self.latents(embeddings, numbers * len(prompts), settings, seed=seed, batch_size=batch_size)
+        latents = self.latents(
+            embeddings, numbers * len(prompts), request.settings, seed=request.seed, batch_size=batch_size
+        )
         images = self.codec.decode(latents, batch_size=batch_size)
-        return images.reshape(len(prompts), count, *images.shape[1:])
+        return images.reshape(len(prompts), request.count, *images.shape[1:])
+
+    def unread(self, prompt: str) -> str | None:
+        """What the model does not read of a prompt, in a sentence; None where it reads all of it.
+
+        Raises:
+            UserError: when the prompt is no text: bytes that are not UTF-8 reach Python as lone surrogates.
+        """
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the prompt {prompt!a} is not in UTF-8") from error
+        if not prompt.strip():
+            return "the prompt is empty: nothing is asked for, and the sample shows what such a prompt happens to give"
+
+        encoder = self.text_encoder
+        parts = encoder.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+        if unknown := parts.count(encoder.tokenizer.unk_token_id):
+            return (
+                f"the text encoder does not know {unknown} of {len(parts)} parts of the prompt, as those in a script "
+                "that it was not trained on, and reads each as it would any other that it does not know"
+            )
+
+        def is_cut(length: int) -> bool:
+            return encoder.count_tokens([prompt[:length]])[0] > encoder.max_tokens
+
+        if not is_cut(len(prompt)):
+            return None
+        read = prompt[: bisect.bisect_left(range(1, len(prompt)), True, key=is_cut)]  # the longest that is not cut
+        return (
+            f"the prompt has {len(prompt):,} characters, and the text encoder reads the first {len(read):,} "
+            f"({encoder.max_tokens} tokens), up to “…{read[-40:]}”; what follows has no effect"
+        )
 
     def embed(self, prompts: Sequence[str]) -> Labels:
         """What the network reads of prompts: embeddings (P, dim), or a `Text` of these and token states; on the CPU."""
@@ -116,17 +149,15 @@ class TextToImage:
         """The noise (C, h, w) that the sample of that name starts from."""
         return torch.randn(self.config.latent_shape, generator=generator("cpu", seed, "sample", name))
 
-    def metadata(
-        self, prompts: Sequence[str], settings: SamplingSettings, *, seed: int, count: int = 1, first: int = 0
-    ) -> ImageMetadata:
+    def metadata(self, prompts: Sequence[str], request: SampleRequest) -> ImageMetadata:
         """What to write into an image of the samples that `generate` gives for the same arguments."""
-        in_fp32 = autocast_dtype(settings.precision, self.device) is None
+        in_fp32 = autocast_dtype(request.settings.precision, self.device) is None
         return ImageMetadata(
             prompts=tuple(prompts),
-            seed=seed,
-            first=first,
-            count=count,
-            sampling=replace(settings, precision="fp32" if in_fp32 else "bf16"),
+            seed=request.seed,
+            first=request.first,
+            count=request.count,
+            sampling=replace(request.settings, precision="fp32" if in_fp32 else "bf16"),
             model_sha256=self.model_sha256,
             vae=self.codec.vae.fingerprint,
             text_encoder=self.text_encoder.fingerprint,

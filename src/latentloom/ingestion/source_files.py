@@ -25,7 +25,7 @@ from typing import Any
 from tqdm import tqdm
 
 from latentloom.errors import UserError
-from latentloom.files import read_json, write_json
+from latentloom.files import read_json, user_path, write_json
 from latentloom.ingestion.image_formats import PLUGINS
 from latentloom.ingestion.parallel import ordered_map, worker_count
 from latentloom.ingestion.sources import IngestError
@@ -79,7 +79,7 @@ def resolve_source_path(path: Path | str) -> Path:
 
     An experiment that DVC runs in a temporary copy of the project has only what git tracks, and seldom the images.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     if path.is_absolute():
         return path
     here, root = glob_root(path), project_root()
@@ -142,7 +142,10 @@ def fingerprint_sources(entries: list[SourceParams], before: Path) -> list[dict[
     Raises:
         IngestError: when a source is not there and is not in ``before`` either, is empty, or cannot be read.
     """
-    known = {(own["source"], own["path"]): own for own in (read_json(before) if before.exists() else [])}
+    try:
+        known = {(own["source"], own["path"]): own for own in (read_json(before) if before.exists() else [])}
+    except (TypeError, KeyError) as error:
+        raise IngestError(f"{before} lists no sources: delete it and run `dvc repro`") from error
     return [_fingerprint(entry, known.get((entry.source, entry.path))) for entry in entries]
 
 

@@ -17,7 +17,7 @@ from latentloom.dvc_outs import Place, locate, out_hash
 from latentloom.encoding.pretrained import fingerprint
 from latentloom.evaluation.metadata import generate_command
 from latentloom.evaluation.text_to_image import generating_code
-from latentloom.files import sha256_file
+from latentloom.files import sha256_file, user_path
 from latentloom.ingestion.source_files import fingerprint_sources
 from latentloom.layout import MODEL, PARAMS
 from latentloom.lineage.subject import Subject
@@ -84,9 +84,10 @@ def _picture(subject: Subject) -> Link:
     """The PNG; its command writes down what it says of its model, which goes into the new picture, and compares."""
     metadata, settings = subject.metadata, subject.metadata.sampling
     prompts = ", ".join(f'"{prompt}"' for prompt in metadata.prompts)
-    samples = f"{metadata.count} samples" if metadata.count > 1 else "sample"
+    last = metadata.first + metadata.count - 1
+    samples = f"samples {metadata.first} to {last}" if metadata.count > 1 else f"sample {last}"
     name = (
-        f"{prompts}, {samples} {metadata.first} of seed {metadata.seed}, {settings.diffusion_steps} steps of "
+        f"{prompts}, {samples} of seed {metadata.seed}, {settings.diffusion_steps} steps of "
         f"{settings.sampler}, guidance {settings.class_guidance:g}, {settings.precision}"
     )
     lines = []
@@ -217,7 +218,7 @@ def _encoder(link: str, encoder: Mapping[str, str] | None, root: Path) -> Link:
     if encoder is None:
         return Link(link, f"as {PARAMS} names it", None, Place.UNKNOWN, "nothing tells its hash", needed=False)
     reference, wanted = encoder["reference"], encoder["fingerprint"]
-    folder = root / Path(reference).expanduser()
+    folder = root / user_path(reference)
     if reference == "bundled":
         place, where = Place.HERE, "the package, and its requirements.lock"
     elif folder.is_dir():

@@ -4,13 +4,16 @@ The provenance is read in the MLflow run, else on this machine (`.state/runs`), 
 PNG, else in the dvc.lock of the commit that is checked out.
 """
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from latentloom.dvc_outs import locked_outs, out_hash
 from latentloom.errors import UserError
 from latentloom.evaluation.metadata import ImageMetadata, read_metadata
-from latentloom.layout import DVC_LOCK, MODEL
+from latentloom.files import user_path
+from latentloom.layout import DVC_LOCK, ENCODE_IMAGES_REPORT, ENCODE_TEXT_REPORT, INGEST_REPORT, MODEL, SOURCES
 from latentloom.model_files import model_hash
 from latentloom.registry.models import (
     SHOWCASE,
@@ -51,7 +54,7 @@ class Subject:
 
 def find_subject(reference: str, root: Path) -> Subject:
     """What ``reference`` names, and the provenance of its model; raises as `lineage.trace`."""
-    path, model = Path(reference).expanduser(), root / MODEL
+    path, model = user_path(reference), root / MODEL
     if path.is_file() or path.suffix.lower() == ".png":
         metadata = read_metadata(path)
         shipped = named_folder(SHOWCASE)
@@ -97,8 +100,30 @@ def _known_here(subject: Subject, root: Path) -> Provenance | None:
     outs = _committed_outs(root)
     not_pulled = sha256 is None and subject.stored.run is None
     if outs and (not_pulled or (is_model(root / MODEL, sha256) and out_hash(root / MODEL) == outs[str(MODEL)])):
-        return Provenance(commit=Git(root).commit(), dirty=False, outs=outs)
+        return _committed(Git(root), outs)
     return None
+
+
+def _committed(git: Git, outs: dict[str, str]) -> Provenance:
+    """What the commit that is checked out says of its model, in dvc.lock and in the reports of the stages."""
+
+    def read(path: Path) -> Any:
+        return json.loads(git.read(path) or "null") or {}
+
+    reports = {"vae": (ENCODE_IMAGES_REPORT, "vae"), "text_encoder": (ENCODE_TEXT_REPORT, "encoder")}
+    encoders = {
+        name: {"reference": report[key], "fingerprint": report[f"{key}_fingerprint"]}
+        for name, (path, key) in reports.items()
+        if f"{key}_fingerprint" in (report := read(path))
+    }
+    return Provenance(
+        commit=git.commit(),
+        dirty=False,
+        outs=outs,
+        sources=list(read(SOURCES)),
+        ingested=read(INGEST_REPORT),
+        encoders=encoders,
+    )
 
 
 def _committed_outs(root: Path) -> dict[str, str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from latentloom.diffusion.sampling_settings import SampleRequest
 from latentloom.errors import UserError
 from latentloom.evaluation.sheet import COLUMNS, Section, render_sheet, save_sheet
 from latentloom.evaluation.text_to_image import default_settings, load_text_to_image
@@ -119,9 +120,11 @@ def make_sheet(
     a, b = compared.a, compared.b
     prompts = prompts or load_params(root / PARAMS).evaluate.prompts or _captions(root)
     settings = default_settings(a.found.folder, root / PARAMS)
-    samples = [
-        load_text_to_image(side.found.folder).generate(prompts, settings, seed=seed, count=count) for side in (a, b)
-    ]
+    try:
+        request = SampleRequest(settings, seed=seed, count=count)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    samples = [load_text_to_image(side.found.folder).generate(prompts, request) for side in (a, b)]
     sections = [
         Section(f"Seed {seed}, sample {number}", prompts, {"A": samples[0][:, number], "B": samples[1][:, number]})
         for number in range(count)

@@ -5,6 +5,7 @@ several places; its hash says which are the right ones. They are looked for in `
 was fetched before), in DVC's cache and remote, and in the registry, in this order.
 """
 
+import difflib
 import json
 import re
 import shutil
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import latentloom
 from latentloom.dvc_outs import bring
 from latentloom.errors import UserError
+from latentloom.files import user_path
 from latentloom.layout import MODEL
 from latentloom.model_files import MODEL_FILES, model_hash
 from latentloom.tracking.evaluations import EVALUATED_TAG
@@ -38,6 +40,7 @@ NAME = "latentloom"  # of the registered model
 SERVED = "served"  # where the training's run holds the files of a registered version
 PACKED_MODEL = f"{SERVED}/artifacts/model"
 SHOWCASE = "showcase"
+NAMES_SHOWN = 12  # of models, where none is called as somebody wrote
 SHOWCASE_FOLDER = Path(latentloom.__file__).with_name(SHOWCASE)
 URI = re.compile(rf"^(runs:/|(models:/)?{NAME}[@:/])")  # as MLflow writes runs, versions and aliases
 
@@ -111,7 +114,7 @@ def find_model(reference: str, root: Path) -> FoundModel:
 
 def named_folder(reference: str) -> Path:
     """The folder that a reference may name: one of the user's, else the package's own of that name."""
-    folder = Path(reference).expanduser()
+    folder = user_path(reference)
     return SHOWCASE_FOLDER if reference == SHOWCASE and not is_model(folder) else folder
 
 
@@ -136,7 +139,10 @@ def look_up(reference: str, root: Path) -> StoredModel:
             f"{reference} holds no model ({', '.join(MODEL_FILES)}): run `dvc pull` or `dvc repro` in the project's "
             "root, or name a run, a version, champion or candidate"
         )
-    client = existing_store(root)
+    try:
+        client = existing_store(root)
+    except UserError as error:
+        raise UserError(f"{_no_model(reference, [SHOWCASE])}; {error}") from error
     get_version = client.get_model_version if reference.isdigit() else client.get_model_version_by_alias
     if version := _or_none(get_version, NAME, reference):
         if HASH_TAG not in version.tags:
@@ -150,9 +156,11 @@ def look_up(reference: str, root: Path) -> StoredModel:
     evaluated.pop(None, None)
     runs = [run for run in named if HASH_TAG in run.data.tags] or list(evaluated.values()) or named
     if not runs:
+        aliases = [alias for model in client.search_registered_models(f"name = '{NAME}'") for alias in model.aliases]
+        names = [run.info.run_name for run in _search(client, f"tags.`{HASH_TAG}` != ''")]
         raise UserError(
-            f"{reference} names no folder, no version or alias of the registry (`latentloom promote RUN --to champion` "
-            "makes one), and no run of this store (`make ui` shows their names and ids)"
+            f"{_no_model(reference, [SHOWCASE, *aliases, *dict.fromkeys(names)])}; `make ui` shows all runs, "
+            "`latentloom promote RUN --to champion` makes a champion"
         )
     if len(runs) > 1:
         shown = ", ".join(f"{run.info.run_id} ({run.info.run_name})" for run in runs)
@@ -204,6 +212,13 @@ def read_artifact(client: "MlflowClient", run: "Run", name: str) -> bytes | None
         raise UserError(f"the files of the run {run.info.run_id} cannot be read: {error}") from error
 
 
+def _no_model(reference: str, names: list[str]) -> str:
+    """That nothing is called ``reference``, and what else there is, the newest first."""
+    close = difflib.get_close_matches(reference, names, n=1)
+    shown = ", ".join(names[:NAMES_SHOWN]) + (", …" if len(names) > NAMES_SHOWN else "")
+    return f"no model is called {reference}{f' (did you mean {close[0]}?)' if close else ''}; there is {shown}"
+
+
 def _search(client: "MlflowClient", condition: str) -> "list[Run]":
     """Runs of all experiments, the newest first."""
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
@@ -240,9 +255,10 @@ def _fetch(client: "MlflowClient", root: Path, stored: StoredModel, provenance: 
             shutil.rmtree(fetched, ignore_errors=True)  # a damaged copy: a whole one would have been used
             Path(files).rename(fetched)
     if not is_model(fetched, sha256):
-        again = f"`git checkout {provenance.commit[:12]} && dvc repro`" if provenance.commit else "`dvc repro`"
+        name = stored.run.info.run_id if stored.run else version.version
         raise UserError(
-            f"the model {sha256[:12]}… is not in {MODEL}, in DVC's cache or remote, or in the registry{tried}: "
-            f"train it again ({again}), or `dvc push` it from where it was trained"
+            f"the model {sha256[:12]}… is not in {MODEL}, in DVC's cache or remote, or in the registry{tried}: `dvc "
+            f"push` it from where it was trained, or train it again: `latentloom lineage {name}` has the commands, "
+            "which know what was not committed then"
         )
     return fetched

