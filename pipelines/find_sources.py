@@ -4,8 +4,8 @@ The sources' listing -> data/sources.json, which `ingest` depends on; the encode
 which each stage depends on the file of its name.
 """
 
-from latentloom.encoding.file_hashes import FileHashes
 from latentloom.encoding.named_encoders import find_encoders
+from latentloom.file_hashes import FileHashes
 from latentloom.files import write_json
 from latentloom.ingestion.source_files import fingerprint_sources
 from latentloom.layout import ENCODERS, SOURCES, state_folder
@@ -14,8 +14,6 @@ from latentloom.stage import run_stage
 
 
 def main(params: Params) -> str:
-    sources = fingerprint_sources(params.ingest.sources, SOURCES)
-    write_json(SOURCES, sources)
     hashes = FileHashes(state_folder("file_hashes.json"))
     references = {
         "encode_images.vae": params.encode_images.vae,
@@ -23,8 +21,12 @@ def main(params: Params) -> str:
         "evaluate.features": params.evaluate.features,
         "evaluate.clip": params.evaluate.clip,
     }
-    find_encoders(references, ENCODERS, hashes)
-    hashes.save()
+    try:
+        sources = fingerprint_sources(params.ingest.sources, SOURCES, hashes)
+        write_json(SOURCES, sources)
+        find_encoders(references, ENCODERS, hashes)
+    finally:
+        hashes.save()
     return ", ".join(f"{own['source']} of {own['files']} files" if "files" in own else own["source"] for own in sources)
 
 

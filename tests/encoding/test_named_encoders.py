@@ -9,11 +9,11 @@ import pytest
 import tiny_models
 from projects import ROOT
 
-from latentloom.encoding.file_hashes import FileHashes
 from latentloom.encoding.named_encoders import current_fingerprint, find_encoders, pinned_reference, recorded
 from latentloom.encoding.pretrained import fingerprint
 from latentloom.encoding.references import text_folder, vae_folder
 from latentloom.errors import UserError
+from latentloom.file_hashes import FileHashes
 from latentloom.files import read_json, sha256_file
 
 VAE, TEXT = "encode_images.vae", "encode_text.model"
@@ -30,9 +30,7 @@ def project(tmp_path, monkeypatch):
     def find(reference: str = "vae", text: str = "bundled", features: str | None = None) -> dict:
         hashes = FileHashes(tmp_path / ".state/file_hashes.json")
         hashed = hashes.__call__
-        monkeypatch.setattr(
-            "latentloom.encoding.file_hashes.sha256_file", lambda file: read.append(file) or sha256_file(file)
-        )
+        monkeypatch.setattr("latentloom.file_hashes.sha256_file", lambda file: read.append(file) or sha256_file(file))
         find_encoders({VAE: reference, TEXT: text, "evaluate.features": features}, tmp_path / "data/encoders", hashed)
         hashes.save()
         return read_json("data/encoders/encode_images.json")["vae"]
@@ -64,7 +62,7 @@ def test_other_bytes_are_noticed_though_size_and_time_are_the_same_and_a_touch_c
 
 def test_what_has_not_changed_is_not_read_again(project, monkeypatch):
     now = time.time_ns()
-    monkeypatch.setattr("latentloom.encoding.file_hashes.time.time_ns", lambda: now + 10**10)  # all is long settled
+    monkeypatch.setattr("latentloom.file_hashes.time.time_ns", lambda: now + 10**10)  # all is long settled
     before = project()
     project.read.clear()
     assert project() == before

@@ -2,20 +2,16 @@
 
 import os
 import shutil
+import time
 
 import pytest
 
-from latentloom.files import write_json
+from latentloom import file_hashes
+from latentloom.files import sha256_file, write_json
 from latentloom.ingestion import source_files
 from latentloom.ingestion.source_files import fingerprint_sources, visible_files
 from latentloom.ingestion.sources import IngestError
 from latentloom.params import SourceParams
-
-
-@pytest.fixture(autouse=True)
-def project(tmp_path, monkeypatch):
-    """Where it is remembered what the sources held."""
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
@@ -63,15 +59,25 @@ def test_the_fingerprint_is_that_of_names_and_content_wherever_and_whenever_they
     assert there == here | {"path": str(clone)}
 
 
-def test_files_are_read_only_when_they_may_have_changed(images, tmp_path, monkeypatch):
-    before = listed(images, tmp_path / "none.json")
-    read = []
-    monkeypatch.setattr(source_files, "_content_of_file", lambda path: read.append(path.name) or "content")
-    assert listed(images, tmp_path / "none.json") == before and not read
+def test_a_file_is_read_only_when_it_may_have_changed(images, tmp_path, monkeypatch):
+    now, read = time.time_ns(), []
+    monkeypatch.setattr(file_hashes.time, "time_ns", lambda: now + 10**10)  # all is long settled
+    monkeypatch.setattr(file_hashes, "sha256_file", lambda path: read.append(path.name) or sha256_file(path))
+
+    def look():
+        hashes = file_hashes.FileHashes(tmp_path / "hashes.json")
+        own = fingerprint_sources([SourceParams(source="folder", path=str(images))], tmp_path / "none.json", hashes)
+        hashes.save()
+        return own
+
+    before = look()
+    assert sorted(read) == ["a.png", "b.png"]
+    assert look() == before and len(read) == 2
     (images / "a.png").write_bytes(b"longer")
-    assert listed(images, tmp_path / "none.json") != before and sorted(read) == ["a.png", "b.png"]
-    (tmp_path / ".state" / "sources" / "content.json").write_text("damaged")
-    assert listed(images, tmp_path / "none.json")
+    assert look() != before and read[2:] == ["a.png"]
+    (tmp_path / "hashes.json").write_text("damaged")
+    look()
+    assert sorted(read[3:]) == ["a.png", "b.png"]
 
 
 def test_a_plugin_that_is_installed_later_is_another_fingerprint(images, tmp_path, monkeypatch):
@@ -101,6 +107,7 @@ def test_linked_folders_are_followed_once_and_loops_end(images, tmp_path):
 
 
 def test_what_exists_by_its_name_is_no_pattern(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for folder in ("set [1]", "set 1", "what?*"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / f"{len(folder)}.tar").write_bytes(folder.encode())

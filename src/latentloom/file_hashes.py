@@ -1,4 +1,4 @@
-"""The SHA-256 of large files, remembered by their size and times, so that what has not changed is not read again."""
+"""The SHA-256 of files, remembered by their size and times, so that what has not changed is not read again."""
 
 import time
 from pathlib import Path
@@ -10,7 +10,7 @@ SETTLED_NS = 2 * 10**9  # what changed so short a time before it was read may ch
 
 
 class FileHashes:
-    """Call it with a file for its SHA-256; `save` keeps what it has learnt.
+    """Call it with a file for its SHA-256, in any thread; `save` keeps what it has learnt.
 
     A file is read again when its size, its inode or one of its times has changed: that of its last change, too, which
     no program can set.
