@@ -294,14 +294,15 @@ def _encode_images(images: Path, device: torch.device) -> dict[str, Any]:
 def _encode_captions(carry: Path, device: torch.device) -> dict[str, Any]:
     """Of an encoder whose weights are random: they take the same time."""
     import pandas as pd
-    from transformers import AutoConfig, AutoModel
+    import transformers
 
     from latentloom.encoding.text_encoder import load_text_encoder
 
     texts = pd.read_parquet(carry / "data" / "text" / INDEX, columns=["text"])["text"].tolist()
     with tempfile.TemporaryDirectory() as name:
         shutil.copytree(carry / "text_encoder", name, dirs_exist_ok=True)
-        AutoModel.from_config(AutoConfig.from_pretrained(name)).save_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(name)
+        getattr(transformers, config.architectures[0])(config).save_pretrained(name)
         encoder = load_text_encoder(name, device)
         encoder.encode(texts[:200])
         embeddings: list[np.ndarray] = []

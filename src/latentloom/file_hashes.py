@@ -39,5 +39,6 @@ class FileHashes:
         return digest
 
     def save(self) -> None:
-        """Write the hashes of the files that are still there."""
-        write_json(self._path, {name: known for name, known in self._known.items() if Path(name).is_file()})
+        """Write the hashes of the files that are still there, if there are any."""
+        if self._known:
+            write_json(self._path, {name: known for name, known in self._known.items() if Path(name).is_file()})

@@ -113,4 +113,4 @@ def state_size(uninterrupted) -> int:
 
 
 def reused(printed: str) -> int:
-    return int(printed.split("reused ")[1].split()[0])
+    return int(re.search(r"reused (\d+)", printed)[1])

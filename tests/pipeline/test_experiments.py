@@ -274,7 +274,7 @@ def test_the_best_is_found_taken_over_and_left_again(morning):
     before = morning.run("git", "rev-parse", "HEAD").stdout
     printed = shell(morning, with_two(BEST))
     assert all(name in printed for name in NAMES)
-    for change in (r"train\.learning_rate\s+0\.001\s+0\.002\b", r"reports/evaluate/metrics\.json\s+val_mae\s"):
+    for change in (r"train\.learning_rate\s+0\.004\s+0\.002\b", r"reports/evaluate/metrics\.json\s+val_mae\s"):
         assert re.search(change, printed)
     shell(morning, with_two(TAKE))
     params = yaml.safe_load((morning.folder / "params.yaml").read_text())
@@ -286,7 +286,7 @@ def test_the_best_is_found_taken_over_and_left_again(morning):
     assert "Running stage 'train'" not in printed
     assert morning.run("git", "rev-parse", "HEAD").stdout == before
     params = yaml.safe_load((morning.folder / "params.yaml").read_text())
-    assert params["train"]["learning_rate"] == 0.001
+    assert params["train"]["learning_rate"] == 0.004
     assert len(trainings(morning)) == len(NAMES)
 
 

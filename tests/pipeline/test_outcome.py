@@ -102,7 +102,7 @@ def test_mlflow_has_the_training_with_curves_pictures_data_and_tags_and_its_eval
     pictures = [artifact.path for artifact in client.list_artifacts(run.info.run_id, "images")]
     assert sum(path.startswith("images/samples") and path.endswith(".png") for path in pictures) == 2
     assert sum(path.startswith("images/final_samples") and path.endswith(".png") for path in pictures) == 1
-    assert run.data.params["train.learning_rate"] == "0.001"
+    assert run.data.params["train.learning_rate"] == "0.004"
     assert run.data.params["ingest.source"] == "openmoji"
     assert len(run.data.tags["mlflow.source.git.commit"]) == 40
     assert run.data.tags["git.dirty"] in ("true", "false")

@@ -117,7 +117,7 @@ def test_dvc_reruns_what_a_change_asks_for_and_going_back_computes_nothing(proje
     project.set_params(train__learning_rate=0.002)
     assert project.repro() == ["train", "evaluate"]
     assert lock(project)["train"]["outs"] != before["train"]["outs"]
-    project.set_params(train__learning_rate=0.001)
+    project.set_params(train__learning_rate=0.004)
     assert project.repro() == []
     assert lock(project) == before
 

@@ -25,7 +25,7 @@ def shell(request) -> str:
 @pytest.mark.parametrize("stage", ["find_sources", *STAGES])
 def test_a_stages_command_starts_python_with_the_same_words(shell, stage, tmp_path):
     program = tmp_path / "python"
-    program.write_text('#!/bin/sh\nprintf "%s\\n" "$PYTHONUTF8" "$PYTHONPATH" "$#" "$@"\n')
+    program.write_text('#!/bin/sh\nprintf "%s\\n" "$PYTHONPATH" "$#" "$@"\n')
     program.chmod(0o755)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(tmp_path)}
     printed = subprocess.run(

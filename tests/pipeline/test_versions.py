@@ -209,7 +209,7 @@ def test_an_experiment_is_compared_in_tables_with_few_columns_and_few_digits(tri
     }
 
     printed = tried.compared
-    assert re.search(r"train.learning_rate +0.001 +0.0005", printed)
+    assert re.search(r"train.learning_rate +0.004 +0.0005", printed)
     for name in ("train_mae", "val_mae"):
         assert re.search(rf"{name} +{before[name]} +{after[name]} ", printed)
     assert all(len(str(value)) <= 6 for value in after.values())  # the network has less than a million weights
@@ -321,7 +321,7 @@ def test_what_changed_between_two_versions_is_listed(project, taken_over, run):
     printed = run([compare])
     assert re.search(r"Modified:.*models/unet/model.safetensors", printed, re.DOTALL)
     assert "data/images" not in printed.partition("Path ")[0]
-    assert re.search(r"train.learning_rate +0.001 +0.0005", printed)
+    assert re.search(r"train.learning_rate +0.004 +0.0005", printed)
     assert re.search(r"reports/train/metrics.json +train_mae ", printed)
 
 
