@@ -247,7 +247,7 @@ def vae_of(factor: int, folder: Path) -> str:
         ("ingest", {"image_size": 200}, "it must be a multiple of 32; set it to 192 or 224"),
         ("ingest", {"image_size": 72}, "set it to 64 or 96"),
         ("model", {"widths": [16] * 6}, "must be a multiple of 256; set it to 256, or give another number"),
-        ("train", {"warmup_steps": 801}, "train: warmup_steps 801 are more than steps 800"),
+        ("train", {"warmup_steps": 1001}, "train: warmup_steps 1001 are more than steps 1000"),
         ("ingest", {"limit": 15}, "ingest.limit = 15: validate.min_train_images asks for 16 images"),
         ("train", {"keep": "best"}, "train.keep = best: with ingest.val_fraction = 0 nothing is held out"),
     ],
