@@ -15,7 +15,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from latentloom.ingestion.metadata import read_metadata_rows
+from latentloom.ingestion.metadata import NULLS, read_metadata_rows
 from latentloom.ingestion.shards import read_metadata
 from latentloom.ingestion.sources import IngestError
 
@@ -351,8 +351,10 @@ def test_any_csv_that_python_writes_is_read_back(tmp_path, rows):
     path = tmp_path / "metadata.csv"
     with open(path, "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("file_name", "text"), *rows])
-    read = [(row["file_name"].strip(), row["text"].strip()) for _, row in read_metadata_rows(path)]
-    assert read == [(name.strip(), text.strip()) for name, text in rows]
+    read = [(row["file_name"].strip(), (row["text"] or "").strip()) for _, row in read_metadata_rows(path)]
+    captions = [text.strip() for _, text in rows]
+    said = ["" if caption.lower() in NULLS else caption for caption in captions]
+    assert read == [(name.strip(), caption) for (name, _), caption in zip(rows, said, strict=True)]
 
 
 def test_a_metadata_file_that_cannot_be_read_is_named(corpus):
