@@ -25,6 +25,7 @@ class FileHashes:
             self._known: dict[str, list] = dict(read_json(path))
         except (UserError, TypeError, ValueError):  # missing, or damaged
             self._known = {}
+        self._learnt = False
 
     def __call__(self, file: Path) -> str:
         file = file.resolve()
@@ -36,9 +37,10 @@ class FileHashes:
         digest = sha256_file(file)
         if time.time_ns() - status.st_ctime_ns > SETTLED_NS:
             self._known[str(file)] = [*stamp, digest]
+            self._learnt = True
         return digest
 
     def save(self) -> None:
-        """Write the hashes of the files that are still there, if there are any."""
-        if self._known:
+        """Write the hashes of the files that are still there, if there is anything new."""
+        if self._learnt:
             write_json(self._path, {name: known for name, known in self._known.items() if Path(name).is_file()})

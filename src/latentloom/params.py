@@ -335,7 +335,10 @@ def _downsampling(vae: str) -> int | None:
     """How many pixels become one of a latent, per side; None where the VAE's config is neither here nor as we know."""
     if vae == "bundled":
         return 8
-    config = Path(vae).expanduser() / "config.json"
+    try:
+        config = Path(vae).expanduser() / "config.json"
+    except RuntimeError:  # nobody has that name
+        return None
     if not config.is_file() and vae.count("/") == 1:
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError

@@ -72,7 +72,9 @@ def test_a_file_is_read_only_when_it_may_have_changed(images, tmp_path, monkeypa
 
     before = look()
     assert sorted(read) == ["a.png", "b.png"]
+    written = (tmp_path / "hashes.json").stat().st_mtime_ns
     assert look() == before and len(read) == 2
+    assert (tmp_path / "hashes.json").stat().st_mtime_ns == written
     (images / "a.png").write_bytes(b"longer")
     assert look() != before and read[2:] == ["a.png"]
     (tmp_path / "hashes.json").write_text("damaged")

@@ -1,5 +1,6 @@
 """What every source of captioned images offers: its samples, one at a time, and who made them under which license."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NoReturn
@@ -34,7 +35,7 @@ def rejected_sample(key: str, reason: Reason, detail: str) -> Sample:
     return Sample(key, reject, reject)
 
 
-class Source:
+class Source(ABC):
     """A source of captioned images; its samples come in an order that depends on nothing but its content.
 
     ``total`` is how many samples are to come, None where only reading tells. A source that turns out to be damaged
@@ -47,9 +48,9 @@ class Source:
     total: int | None = None
     joins_captions: bool = False
 
+    @abstractmethod
     def samples(self) -> Iterator[Sample]:
         """Every sample, lazily; what the source cannot use is a ``rejected_sample`` in its place."""
-        raise NotImplementedError
 
     def notices(self) -> list[str]:
         """What a person should know of the samples once they have been read, though none is wrong."""
