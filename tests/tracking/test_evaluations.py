@@ -16,9 +16,9 @@ MODEL = "m" * 64
 FIGURES = {"val_mae": 0.5, "held_out_recall_at_1": 0.75}
 
 
-def train(root) -> str:
+def train(root, key=None) -> str:
     """Log a training of ``MODEL`` and what this machine records of it; the run's id, where there is one."""
-    with new_run(root, name="a training") as run:
+    with new_run(root, name="a training", key=key) as run:
         run.log_metrics({"train/mae": 0.4}, 8)
         run.set_tags({HASH_TAG: MODEL})
     save_run_record(root, Provenance(model_sha256=MODEL, run_key=run.key))
@@ -76,7 +76,7 @@ def test_while_the_store_is_away_it_waits_for_its_training_and_nothing_is_lost_o
 
     with monkeypatch.context() as away, pytest.warns(UserWarning, match="the store is away"):
         away.setattr(delivery, "open_client", unreachable)
-        train(root)
+        train(root, key="f" * 32)  # by name it would come behind its evaluation
     with pytest.warns(UserWarning, match="is still to be delivered"):
         evaluate(root)
     assert evaluations(root) == []

@@ -48,7 +48,7 @@ def evaluation_run(root: Path, params: Params, model_sha256: str, figures: Mappi
     with new_run(
         root,
         name=provenance.experiment or f"evaluation of {model_sha256[:8]}",
-        # Sorted behind those of trainings, which are hexadecimal digits alone, as `sync` delivers them first.
+        # With a hyphen, by which `sync` tells it from a training's.
         key=f"evaluation-{hashlib.sha256(identity.encode()).hexdigest()[:32]}",
         parent=(KEY_TAG, record.run_key) if record and record.run_key else (HASH_TAG, model_sha256),
     ) as run:

@@ -175,9 +175,11 @@ def journals(root: Path) -> Path:
 def sync(root: Path) -> Iterator[Synced]:
     """Deliver the journals that wait, one after the other.
 
-    A run whose process was killed is marked ``KILLED``; a run whose process is alive is left alone.
+    A run whose process was killed is marked ``KILLED``; a run whose process is alive is left alone. Trainings, whose
+    keys are hexadecimal digits alone, come before the evaluations that are linked to them.
     """
-    for folder in sorted(path.parent for path in journals(root).glob("*/about.json")):
+    folders = [path.parent for path in journals(root).glob("*/about.json")]
+    for folder in sorted(folders, key=lambda folder: ("-" in folder.name, folder.name)):
         try:
             with closing(Journal(folder)) as journal:
                 yield _sync(journal, root)
