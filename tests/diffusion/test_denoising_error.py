@@ -29,6 +29,15 @@ class Rows:
     def __len__(self) -> int:
         return len(self.latents)
 
+    @property
+    def buckets(self) -> list["Rows"]:
+        return [self]
+
+    def take(self, count: int) -> "Rows":
+        taken = Rows(min(count, len(self)))
+        taken.rows_read = self.rows_read
+        return taken
+
     def latents_at(self, rows: slice) -> tuple[torch.Tensor, None]:
         self.rows_read += range(len(self))[rows]
         return self.latents[rows], None

@@ -15,6 +15,14 @@ import numpy as np
 import torch
 
 
+def by_shape(shapes: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], list[int]]:
+    """At which places each shape is, in the order in which shapes come first."""
+    places: dict[tuple[int, ...], list[int]] = {}
+    for place, shape in enumerate(shapes):
+        places.setdefault(tuple(shape), []).append(place)
+    return places
+
+
 class LatentCodec:
     """The VAE and the per-channel statistics of the training latents.
 
@@ -57,6 +65,14 @@ class LatentCodec:
     def decode(self, latents: torch.Tensor, *, batch_size: int = 32) -> np.ndarray:
         """Standardised latents (B, C, h, w) as pixels, uint8 (B, H, W, 3); ``batch_size`` are decoded at a time."""
         return self.vae.decode(self.destandardise(latents), batch_size=batch_size)
+
+    def decode_each(self, latents: Sequence[torch.Tensor], *, batch_size: int = 32) -> list[np.ndarray]:
+        """Standardised latents (C, h, w) of any shapes as pixels, uint8 (H, W, 3), in order."""
+        images: dict[int, np.ndarray] = {}
+        for places in by_shape([tuple(latent.shape) for latent in latents]).values():
+            decoded = self.decode(torch.stack([latents[place] for place in places]), batch_size=batch_size)
+            images |= zip(places, decoded, strict=True)
+        return [images[place] for place in range(len(latents))]
 
     def _on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and std on a device; they stay on the last one, since copying them would wait for it at each batch."""
