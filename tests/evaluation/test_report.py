@@ -19,7 +19,7 @@ from latentloom.encoding.dataset import Caches, LatentDataset
 from latentloom.evaluation import report
 from latentloom.evaluation.distribution import Distribution, Encoders
 from latentloom.evaluation.report import Evaluation, evaluate
-from latentloom.evaluation.sheet import CELL, Section, render_sheet, save_sheet
+from latentloom.evaluation.sheet import CELL, GAP, Section, render_sheet, save_sheet
 from latentloom.evaluation.text_to_image import TextToImage
 from latentloom.ingestion.shards import iterate_images, read_metadata
 from latentloom.model_files import FORMAT_VERSION, EncoderReference, ModelConfig
@@ -302,6 +302,18 @@ def test_the_sheet_shows_every_image_whole_and_grows_with_their_number(tmp_path)
     assert (tmp_path / "deep" / "sheet.png").read_bytes() == (tmp_path / "again.png").read_bytes()
     with Image.open(tmp_path / "again.png") as opened:
         assert opened.size == sheet.size
+
+
+def test_a_sheet_keeps_the_ratio_of_pictures_in_the_middle_of_their_places():
+    wide, high = (np.zeros((*shape, 3), dtype=np.uint8) for shape in ((32, 64), (48, 24)))
+    wide[..., 0] = high[..., 0] = 255
+    is_red = (np.asarray(render_sheet([Section("", ["", ""], {"": [wide, high]})], "")) == [255, 0, 0]).all(-1)
+    rows, columns = np.flatnonzero(is_red.any(1)), np.flatnonzero(is_red.any(0))
+    top, left = rows[0], columns[0]
+    second = left + CELL + GAP + CELL // 4
+    assert is_red[top : top + CELL, second : second + CELL // 2].all()
+    assert is_red[top + CELL // 4 : top + 3 * CELL // 4, left : left + CELL].all()
+    assert is_red.sum() == CELL * CELL
 
 
 def test_without_held_out_images_the_reports_are_all_there(tmp_path, monkeypatch):

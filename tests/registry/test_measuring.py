@@ -92,7 +92,7 @@ def test_samples_in_other_units_than_the_caches_are_compared_in_those_of_the_cac
         def embed(self, captions):
             return captions
 
-        def latents(self, captions, ids, settings, *, seed):
+        def latents(self, captions, ids, settings, *, seed, shapes):
             rows = [held_out.ids.index(own) for own in ids]
             return other.standardise(held_out.codec.destandardise(held_out.latents_at(rows)[0]))
 

@@ -28,12 +28,12 @@ class Section:
     Attributes:
         title: above the images.
         labels: one per column, below the images.
-        rows: by name, the images of a row, uint8 (N, H, W, 3).
+        rows: by name, the images of a row, each uint8 (H, W, 3).
     """
 
     title: str
     labels: Sequence[str]
-    rows: Mapping[str, np.ndarray]
+    rows: Mapping[str, Sequence[np.ndarray]]
 
 
 def render_sheet(sections: Sequence[Section], footer: str) -> Image.Image:
@@ -65,12 +65,14 @@ def _text(
     return strip
 
 
-def _images(name: str, images: np.ndarray) -> Image.Image:
+def _images(name: str, images: Sequence[np.ndarray]) -> Image.Image:
+    """A row of images, each as large as its place allows and in the middle of it."""
     strip = Image.new("RGB", (WIDTH, CELL + 4), PAPER)
     ImageDraw.Draw(strip).text((MARGIN, CELL // 2 - 7), name, fill=SOFT, font=font(11))
     for column, image in enumerate(images):
-        cell = Image.fromarray(image).resize((CELL, CELL), Image.Resampling.LANCZOS)
-        strip.paste(cell, (LEFT + column * (CELL + GAP), 0))
+        height, width = (max(1, round(CELL * side / max(image.shape[:2]))) for side in image.shape[:2])
+        shown = Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS)
+        strip.paste(shown, (LEFT + column * (CELL + GAP) + (CELL - width) // 2, (CELL - height) // 2))
     return strip
 
 
