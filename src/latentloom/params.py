@@ -28,6 +28,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from latentloom.diffusion.sampling_settings import SETTING_NAMES, SamplingSettings
 from latentloom.errors import UserError
+from latentloom.sizes import Size
 
 
 def _without_references(text: str) -> str:
@@ -255,9 +256,15 @@ class SweepParams(Section):
     diffusion_steps: Annotated[list[Steps], Field(min_length=1)]
 
 
+def _size(text: str) -> str:
+    Size.parse(text)
+    return text
+
+
 class EvaluateParams(Section):
     sampling: SamplingSettings  # its settings are keys of the section itself
     prompts: Annotated[list[Prompt], Field(min_length=1)] | None
+    sizes: Annotated[list[Annotated[StrictStr, AfterValidator(_size)]], Field(min_length=1)] | None
     held_out_captions: Annotated[StrictInt, Field(ge=0)]
     training_captions: Count
     features: Reference | None
@@ -381,6 +388,7 @@ ADDED = {
     "previews.seed": 0,
     "previews.steps": 20,
     "evaluate.precision": "auto",
+    "evaluate.sizes": None,
     "evaluate.features": None,
     "evaluate.clip": None,
     "evaluate.samples": 1000,
