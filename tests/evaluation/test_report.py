@@ -85,7 +85,7 @@ def means(data: LatentDataset) -> torch.Tensor:
 @pytest.fixture
 def caches(prepare_images) -> tuple[Caches, Path]:
     images = prepare_images(range(16))
-    metadata = read_metadata(images)
+    metadata = read_metadata(images).sort_values("id", ignore_index=True)
     generator = torch.Generator().manual_seed(0)
     embeddings = torch.randn(16, 8, generator=generator)
 
