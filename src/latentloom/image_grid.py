@@ -22,7 +22,7 @@ def image_grid(images: Sequence[np.ndarray], columns: int | None = None) -> np.n
         columns: None makes the grid about square. Places left over in the last row are white.
     """
     columns = columns or math.ceil(math.sqrt(len(images)))
-    height, width = _largest(images)
+    height, width, _ = np.max([image.shape for image in images], axis=0).tolist()
     grid = np.full((math.ceil(len(images) / columns) * height, columns * width, 3), 255, dtype=np.uint8)
     for place, image in enumerate(images):
         row, column = divmod(place, columns)
@@ -35,7 +35,7 @@ def image_grid(images: Sequence[np.ndarray], columns: int | None = None) -> np.n
 
 def captioned_grid(images: Sequence[np.ndarray], captions: Sequence[str], *, lines: int = 3) -> np.ndarray:
     """As `image_grid`, with each image's caption below it, in at most so many lines."""
-    height, width = _largest(images)
+    height, width, _ = np.max([image.shape for image in images], axis=0).tolist()
     cell = (max(width, CELL), height + (lines + 1) * LINE)
     cells = []
     for image, caption in zip(images, captions, strict=True):
@@ -44,8 +44,3 @@ def captioned_grid(images: Sequence[np.ndarray], captions: Sequence[str], *, lin
         draw_caption(canvas, caption, (cell[0] // 2, height + LINE // 4), width=cell[0] - MARGIN, lines=lines)
         cells.append(np.asarray(canvas))
     return image_grid(cells)
-
-
-def _largest(images: Sequence[np.ndarray]) -> tuple[int, int]:
-    """The greatest height and the greatest width of the images."""
-    return max(image.shape[0] for image in images), max(image.shape[1] for image in images)

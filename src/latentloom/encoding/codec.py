@@ -7,7 +7,7 @@ latents           fp32 (B, C, h, w)             standardised per channel: what t
 pixels --encode--> raw latents --standardise--> latents --destandardise--> raw latents --decode--> pixels
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -15,12 +15,13 @@ import numpy as np
 import torch
 
 
-def by_shape(shapes: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], list[int]]:
-    """At which places each shape is, in the order in which shapes come first."""
+def batches_by_shape(shapes: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
+    """The places of each shape in ``shapes``, in order, at most ``size`` at a time."""
     places: dict[tuple[int, ...], list[int]] = {}
     for place, shape in enumerate(shapes):
         places.setdefault(tuple(shape), []).append(place)
-    return places
+    for own in places.values():
+        yield from (own[start : start + size] for start in range(0, len(own), size))
 
 
 class LatentCodec:
@@ -67,9 +68,9 @@ class LatentCodec:
         return self.vae.decode(self.destandardise(latents), batch_size=batch_size)
 
     def decode_each(self, latents: Sequence[torch.Tensor], *, batch_size: int = 32) -> list[np.ndarray]:
-        """Standardised latents (C, h, w) of any shapes as pixels, uint8 (H, W, 3), in order."""
+        """Standardised latents (C, h, w) of any shapes as pixels, uint8 (H, W, 3) each, in order."""
         images: dict[int, np.ndarray] = {}
-        for places in by_shape([tuple(latent.shape) for latent in latents]).values():
+        for places in batches_by_shape([latent.shape for latent in latents], batch_size):
             decoded = self.decode(torch.stack([latents[place] for place in places]), batch_size=batch_size)
             images |= zip(places, decoded, strict=True)
         return [images[place] for place in range(len(latents))]

@@ -24,7 +24,7 @@ from latentloom.diffusion.diffuser import Diffuser
 from latentloom.diffusion.sampling_settings import SampleRequest, SamplingSettings
 from latentloom.diffusion.text import Labels, trimmed
 from latentloom.diffusion.unet import UNet
-from latentloom.encoding.codec import LatentCodec, by_shape
+from latentloom.encoding.codec import LatentCodec, batches_by_shape
 from latentloom.encoding.text_encoder import TextEncoder, embed, load_text_encoder
 from latentloom.encoding.vae import load_vae
 from latentloom.errors import UserError
@@ -80,7 +80,7 @@ class TextToImage:
         latents = self.latents(
             embeddings, names, request.settings, seed=request.seed, batch_size=batch_size, shapes=shapes
         )
-        images = self.codec.decode(torch.stack(latents), batch_size=batch_size)
+        images = np.stack(self.codec.decode_each(latents, batch_size=batch_size))
         return images.reshape(len(prompts), request.count, *images.shape[1:])
 
     def latent_shape(self, size: str | None) -> Shape:
@@ -190,14 +190,12 @@ class TextToImage:
         )
         samples: dict[int, torch.Tensor] = {}
         with tqdm(total=len(names), desc="sample", unit="image") as progress:
-            for shape, places in by_shape(shapes or [self.config.latent_shape] * len(names)).items():
-                for start in range(0, len(places), batch_size):
-                    part = places[start : start + batch_size]
-                    noise = torch.stack([self.starting_noise(names[place], seed, shape) for place in part])
-                    labels = trimmed(embeddings[torch.tensor(part)]).to(self.device)
-                    latents = diffuser.reverse_diffusion(noise.to(self.device), labels, layout="nchw")
-                    samples |= zip(part, latents, strict=True)
-                    progress.update(len(part))
+            for part in batches_by_shape(shapes or [self.config.latent_shape] * len(names), batch_size):
+                noise = [self.starting_noise(names[place], seed, shapes and shapes[place]) for place in part]
+                labels = trimmed(embeddings[torch.tensor(part)]).to(self.device)
+                latents = diffuser.reverse_diffusion(torch.stack(noise).to(self.device), labels, layout="nchw")
+                samples |= zip(part, latents, strict=True)
+                progress.update(len(part))
         in_order = [samples[place] for place in range(len(names))]
         return torch.stack(in_order) if shapes is None else in_order
 
