@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from latentloom.encoding.codec import by_shape
+from latentloom.encoding.codec import batches_by_shape
 from latentloom.encoding.dataset import LatentDataset, Split
 
 PART = 8192  # latents compared at a time
@@ -28,7 +28,7 @@ def nearest(
         Numbers of images (B, count), counted through the splits one after the other, the nearest first; of two equally
         near, the first. And their distances (B, count). Both on the CPU.
     """
-    places = list(by_shape([tuple(sample.shape) for sample in samples]).values())
+    places = list(batches_by_shape([sample.shape for sample in samples], len(samples)))
     searches = [_Search(torch.stack([samples[place] for place in own]), count) for own in places]
     start = 0
     for bucket in (bucket for split in splits for bucket in split.buckets):
