@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from latentloom.ingestion import images
 from latentloom.ingestion.images import image_id, prepare_image
 from latentloom.ingestion.rejects import Reason, RejectedSample
+from latentloom.sizes import Size
 
 SIZE = 32
 BOUNDS = {"max_pixels": 178_956_970, "max_aspect_ratio": 100.0}
@@ -25,12 +26,12 @@ def saved(image: Image.Image | np.ndarray, file_format: str = "PNG", **options) 
 
 
 def prepared(data: bytes, size: int = SIZE) -> np.ndarray:
-    return prepare_image(data, size, **BOUNDS).pixels
+    return prepare_image(data, [[Size(size, size)]], **BOUNDS).pixels
 
 
 def reason(data: bytes, **bounds: float) -> Reason:
     with pytest.raises(RejectedSample) as caught:
-        prepare_image(data, SIZE, **(BOUNDS | bounds))
+        prepare_image(data, [[Size(SIZE, SIZE)]], **(BOUNDS | bounds))
     assert caught.value.detail
     return caught.value.reason
 
@@ -79,7 +80,7 @@ def test_resizing_is_an_antialiased_lanczos_of_the_square_alone(picture, height,
 def test_the_original_size_is_that_of_the_upright_picture():
     exif = Image.Exif()
     exif[0x0112] = 6
-    image = prepare_image(saved(gradient(40, 60), "JPEG", exif=exif), SIZE, **BOUNDS)
+    image = prepare_image(saved(gradient(40, 60), "JPEG", exif=exif), [[Size(SIZE, SIZE)]], **BOUNDS)
     assert (image.width, image.height) == (40, 60)
 
 
@@ -247,7 +248,7 @@ def test_more_pixels_than_pillow_allows_are_allowed_by_the_param_alone(monkeypat
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # beyond twice of which Pillow rejects an image
     data = saved(gradient(60, 60), "TIFF")
     with images.pillow_settings(3600):
-        assert prepare_image(data, SIZE, max_pixels=3600, max_aspect_ratio=1.0).width == 60
+        assert prepare_image(data, [[Size(SIZE, SIZE)]], max_pixels=3600, max_aspect_ratio=1.0).width == 60
         assert reason(data, max_pixels=3599) is Reason.TOO_MANY_PIXELS
     assert Image.MAX_IMAGE_PIXELS == 1000
 
