@@ -68,6 +68,7 @@ def test_a_run_resumes_from_any_step_bit_by_bit(make_data, few_steps, diffusion_
     assert_equal(resumed.tensors(), whole.tensors())
 
 
+@pytest.mark.slow
 def test_a_compiled_training_makes_a_graph_for_each_of_more_shapes_than_torch_allows_by_itself(
     make_data, few_steps, diffusion_params, monkeypatch
 ):
