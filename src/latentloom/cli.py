@@ -60,8 +60,11 @@ app = typer.Typer(
 
 @app.command()
 def check(params: Annotated[Path, typer.Argument(help="A params file.")] = PARAMS) -> None:
-    """Check a params file: every key and value, before any work."""
-    load_params(params)
+    """Check a params file: every key and value, before any work; show the sizes of images, where there are several."""
+    ingest = load_params(params).ingest
+    if ingest.several_sizes:
+        for image_size, table in zip(ingest.image_sizes, ingest.tables, strict=True):
+            print(f"ingest.image_size {image_size}: " + ", ".join(map(str, table)))
 
 
 @app.command()

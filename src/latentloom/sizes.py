@@ -53,6 +53,23 @@ def kept_share(width: int, height: int, size: Size) -> float:
     return min(ratio, 1 / ratio)
 
 
+def enlargement(width: int, height: int, size: Size) -> float:
+    """How many times as large a picture becomes that is cropped and scaled to ``size``; below 1 it is made smaller."""
+    return max(size.width / width, size.height / height)
+
+
 def best_bucket(width: int, height: int, table: Sequence[Size]) -> Size:
     """The bucket that keeps most of a picture; of equally good ones the larger, then the first."""
     return max(table, key=lambda size: (kept_share(width, height, size), size.width * size.height))
+
+
+def prepared_size(width: int, height: int, tables: Sequence[Sequence[Size]]) -> Size:
+    """The size at which a picture is prepared: the best bucket of the largest base size that it fills without being
+    enlarged; of the smallest where it fills none.
+
+    Args:
+        tables: of each base size, ascending.
+    """
+    best = [best_bucket(width, height, table) for table in tables]
+    filled = [size for size in best if enlargement(width, height, size) <= 1]
+    return filled[-1] if filled else best[0]
