@@ -73,7 +73,7 @@ class ModelConfig(BaseModel):
             ValueError: when the widths would halve a latent more often than its size allows.
         """
         channels, height, _ = self.latent_shape
-        return get_network(
+        network = get_network(
             height,
             self.block_depth,
             self.emb_size,
@@ -83,6 +83,9 @@ class ModelConfig(BaseModel):
             token_dim=self.token_dim,
             size_condition=self.latent_shapes is not None,
         )
+        for _, *sides in self.trained_shapes:
+            network.check_sides(*sides)
+        return network
 
 
 def save_model(folder: Path, weights: Mapping[str, torch.Tensor], config: ModelConfig) -> None:

@@ -180,6 +180,14 @@ class UNet(nn.Module):
         with torch.autocast(x_t.device.type, enabled=False):  # the prediction itself keeps all its digits
             return self.head(h.to(dtype))
 
+    def check_sides(self, height: int, width: int) -> None:
+        """Raise `ValueError` where a latent cannot be halved as often as this network does."""
+        if height % self.multiple or width % self.multiple:
+            raise ValueError(
+                f"this UNet halves the latent {self.halvings} times, so its sides must be multiples of "
+                f"{self.multiple}, not {height}x{width}"
+            )
+
     def _tokens(self, text: torch.Tensor, labels: Labels) -> torch.Tensor | Tokens:
         """What cross-attention sees: tokens made of the whitened vector, and those of the caption beside them.
 
@@ -195,12 +203,7 @@ class UNet(nn.Module):
     def _check_shapes(self, x_t: torch.Tensor, noise_levels: torch.Tensor, labels: Labels) -> None:
         if x_t.ndim != 4 or x_t.shape[1] != self.latent_channels:
             raise ValueError(f"x_t must be (B, {self.latent_channels}, H, W), not {tuple(x_t.shape)}")
-        height, width = x_t.shape[2:]
-        if height % self.multiple or width % self.multiple:
-            raise ValueError(
-                f"this UNet halves the latent {self.halvings} times, so its sides must be multiples of "
-                f"{self.multiple}, not {height}x{width}"
-            )
+        self.check_sides(*x_t.shape[2:])
         if noise_levels.numel() not in (1, x_t.shape[0]):
             raise ValueError(f"{noise_levels.numel()} noise levels for {x_t.shape[0]} samples: need one, or one each")
         shape = tuple(pooled(labels).shape)

@@ -94,12 +94,12 @@ class TextToImage:
         try:
             width, height = Size.parse(size)
         except ValueError as error:
-            raise UserError(f"size = {size!r}: {error}") from error
+            raise UserError(f"size: {error}") from error
         multiple = self.codec.vae.factor * self.network.multiple
         nearest = Size(*(min(max(round(side / multiple), 1) * multiple, LARGEST_SIDE) for side in (width, height)))
         if nearest != (width, height):
             raise UserError(
-                f"size = {size!r}: this model makes sides that are multiples of {multiple} pixels, up to "
+                f"size: {size} is none that this model makes: sides are multiples of {multiple} pixels, up to "
                 f"{LARGEST_SIDE}; the nearest is {nearest}"
             )
         return self.config.latent_shape[0], height // self.codec.vae.factor, width // self.codec.vae.factor

@@ -65,12 +65,11 @@ def prepare_image(
     centre = _centre(image, size)
     to_srgb = conversion_of(centre)
 
-    def scaled(part: Image.Image, to: tuple[int, int], filter: Image.Resampling) -> np.ndarray:
-        return np.asarray(to_srgb(on_white(part, to_srgb.mode).resize(to, filter)))
+    def scaled(part: Image.Image, to: tuple[int, int]) -> np.ndarray:
+        return np.asarray(to_srgb(on_white(part, to_srgb.mode).resize(to, Image.Resampling.LANCZOS)))
 
-    pixels = scaled(centre, size, Image.Resampling.LANCZOS)
-    squares = all(len(table) == 1 for table in tables)
-    compared = pixels if squares else scaled(image, WHOLE, Image.Resampling.BOX)
+    pixels = scaled(centre, size)
+    compared = pixels if all(len(table) == 1 for table in tables) else scaled(image, WHOLE)
     return PreparedImage(pixels, compared, width, height, to_srgb.profile)
 
 

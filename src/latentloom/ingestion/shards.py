@@ -123,9 +123,9 @@ def decode(png: bytes) -> np.ndarray:
         raise ValueError(f"not a whole PNG ({len(png)} bytes): {type(error).__name__}") from error
 
 
-def size_of(png: bytes) -> Size:
-    """The size that the header of a PNG names, in which it comes first."""
-    return Size(*struct.unpack(">II", png[16:24]))
+def size_of(png: bytes | pa.Buffer) -> Size:
+    """The size that the header of a PNG names."""
+    return Size(*struct.unpack_from(">II", png, offset=16))
 
 
 def write_shards(rows: Iterable[ImageRow], folder: Path) -> list[dict[str, Any]]:
@@ -303,7 +303,7 @@ def prepared_sizes(folder: Path | str) -> list[Size]:
     for shard in manifest["shards"]:
         with _opened(folder, shard) as file:
             for batch in file.iter_batches(ROW_GROUP_ROWS, columns=["image.bytes"]):
-                sizes += [size_of(png.as_py()) for png in batch["image"].field("bytes")]
+                sizes += [size_of(png.as_buffer()) for png in batch["image"].field("bytes")]
     return sizes
 
 

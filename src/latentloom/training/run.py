@@ -78,7 +78,8 @@ def run_training(
         network = config.build().to(device, memory_format=torch.channels_last)
     except ValueError as error:
         raise UserError(
-            f"model.widths = {params.model.widths}: {error}; use fewer widths or another ingest.image_size"
+            f"model.widths = {params.model.widths}: {error}; use fewer widths, another ingest.image_size or a larger "
+            "ingest.bucket_multiple"
         ) from error
     fit_whitening(network, caches)
     network.gradient_checkpointing = params.machine.gradient_checkpointing
