@@ -66,13 +66,17 @@ def _text(
 
 
 def _images(name: str, images: Sequence[np.ndarray]) -> Image.Image:
-    """A row of images, each as large as its place allows and in the middle of it."""
-    strip = Image.new("RGB", (WIDTH, CELL + 4), PAPER)
-    ImageDraw.Draw(strip).text((MARGIN, CELL // 2 - 7), name, fill=SOFT, font=font(11))
-    for column, image in enumerate(images):
+    """A row of images in the middle of their places, the longer side of each as long as its place is wide."""
+    cells = []
+    for image in images:
         height, width = (max(1, round(CELL * side / max(image.shape[:2]))) for side in image.shape[:2])
-        shown = Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS)
-        strip.paste(shown, (LEFT + column * (CELL + GAP) + (CELL - width) // 2, (CELL - height) // 2))
+        cells.append(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
+    highest = max(cell.height for cell in cells)
+    strip = Image.new("RGB", (WIDTH, highest + 4), PAPER)
+    ImageDraw.Draw(strip).text((MARGIN, highest // 2 - 7), name, fill=SOFT, font=font(11))
+    for column, cell in enumerate(cells):
+        left = LEFT + column * (CELL + GAP)
+        strip.paste(cell, (left + (CELL - cell.width) // 2, (highest - cell.height) // 2))
     return strip
 
 
