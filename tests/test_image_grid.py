@@ -20,6 +20,15 @@ def test_images_lie_row_by_row_and_places_left_over_are_white(count, columns, ro
         np.testing.assert_array_equal(shown, expected)
 
 
+def test_smaller_images_are_centred_on_white():
+    images = [np.zeros(shape, dtype=np.uint8) for shape in ((4, 8, 3), (6, 2, 3))]
+    expected = np.full((6, 16, 3), 255)
+    expected[1:5, :8] = expected[:, 11:13] = 0
+    np.testing.assert_array_equal(image_grid(images, 2), expected)
+    grid = captioned_grid(images, ["", ""])
+    assert [int((grid[:, x : x + 128] == 0).all(-1).sum()) for x in (0, 128)] == [32, 12]
+
+
 def test_each_image_has_its_own_caption_below_it():
     images = np.full((3, 4, 6, 3), 200, dtype=np.uint8)
     grid = captioned_grid(images, ["lion", "a very long caption " * 20, "lion"])
