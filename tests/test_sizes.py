@@ -4,12 +4,12 @@ import pytest
 
 from latentloom.sizes import Size, best_bucket, bucket_table, prepared_size
 
-TABLE = [Size(96, 192), Size(96, 160), Size(128, 128), Size(160, 96), Size(192, 96)]
+TABLE = (Size(96, 192), Size(96, 160), Size(128, 128), Size(160, 96), Size(192, 96))
 
 
 def test_a_table_has_about_the_area_of_its_square_in_every_ratio_up_to_the_largest():
     assert bucket_table(128, 32, 2.0) == TABLE
-    assert bucket_table(128, 32, 1.0) == bucket_table(128, 128, 2.0) == [Size(128, 128)]
+    assert bucket_table(128, 32, 1.0) == bucket_table(128, 128, 2.0) == (Size(128, 128),)
     for base, multiple, most in [(512, 64, 2.0), (256, 32, 4.0), (96, 8, 3.0)]:
         table = bucket_table(base, multiple, most)
         assert Size(base, base) in table

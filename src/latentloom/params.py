@@ -161,10 +161,10 @@ class IngestParams(Section):
         return self.shape == "buckets" or isinstance(self.image_size, list)
 
     @property
-    def tables(self) -> list[list[Size]]:
+    def tables(self) -> list[tuple[Size, ...]]:
         """The sizes that images are prepared at: for each base size, ascending, its buckets, or its square alone."""
         if self.shape == "square":
-            return [[Size(size, size)] for size in self.image_sizes]
+            return [(Size(size, size),) for size in self.image_sizes]
         return [bucket_table(size, self.bucket_multiple, self.max_bucket_ratio) for size in self.image_sizes]
 
     @property

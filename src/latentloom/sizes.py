@@ -7,6 +7,7 @@ Pixels throughout, width first, as people write it: 192x128.
 import math
 import re
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 
@@ -32,7 +33,8 @@ class Size(NamedTuple):
         return cls(*map(int, text.split("x")))
 
 
-def bucket_table(image_size: int, multiple: int, max_ratio: float) -> list[Size]:
+@cache
+def bucket_table(image_size: int, multiple: int, max_ratio: float) -> tuple[Size, ...]:
     """The buckets of a base size, the widest last: sides are multiples of ``multiple``, the longer side is at most
     ``max_ratio`` times the shorter.
 
@@ -44,7 +46,7 @@ def bucket_table(image_size: int, multiple: int, max_ratio: float) -> list[Size]
         height = multiple * math.ceil(image_size**2 / (width * multiple) - 0.5)
         if height and max(width, height) <= max_ratio * min(width, height):
             table |= {Size(width, height), Size(height, width)}
-    return sorted(table, key=lambda size: (size.ratio, size))
+    return tuple(sorted(table, key=lambda size: (size.ratio, size)))
 
 
 def kept_share(width: int, height: int, size: Size) -> float:

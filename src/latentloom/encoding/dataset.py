@@ -209,8 +209,9 @@ class Split:
 
     def take(self, count: int) -> "Split":
         """The first ``count`` images by id, whatever their shapes."""
-        chosen = set(sorted(self.ids)[:count])
-        return Split(_without_empty([bucket.take(len(chosen.intersection(bucket.ids))) for bucket in self.buckets]))
+        firsts = [bucket.take(count) for bucket in self.buckets]
+        chosen = set(sorted(own for first in firsts for own in first.ids)[:count])
+        return Split(_without_empty([first.take(len(chosen.intersection(first.ids))) for first in firsts]))
 
 
 @dataclass(frozen=True)
