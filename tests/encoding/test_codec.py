@@ -43,6 +43,22 @@ def test_latents_come_back_as_they_were_and_pixels_too():
     assert np.array_equal(codec.decode(codec.encode(pixels)), pixels)
 
 
+def test_latents_of_several_shapes_are_decoded_together_by_shape_and_come_back_in_order():
+    batches = []
+
+    class Counting(Doubling):
+        def decode(self, raw, *, batch_size=32):
+            batches.append(len(raw))
+            return super().decode(raw)
+
+    codec, random = LatentCodec(MEAN, STD, load_vae=Counting), np.random.default_rng(0)
+    shapes = [(4, 6), (2, 3), (4, 6), (6, 4), (4, 6)]
+    pixels = [random.integers(0, 256, (*shape, 1), dtype=np.uint8).repeat(3, axis=-1) for shape in shapes]
+    images = codec.decode_each([codec.encode(own[None])[0] for own in pixels], batch_size=2)
+    assert all(np.array_equal(image, own) for image, own in zip(images, pixels, strict=True))
+    assert batches == [2, 1, 1, 1]
+
+
 def test_stored_half_precision_is_standardised_in_fp32():
     raw = torch.randn(3, 4, 2, 2).half()
     codec = LatentCodec(MEAN, STD)

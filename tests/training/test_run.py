@@ -68,7 +68,7 @@ class GreyVae:
 
     def decode(self, latents, *, batch_size):
         assert len(latents) <= 16
-        return np.full((len(latents), 8, 8, 3), 128, dtype=np.uint8)
+        return np.full((len(latents), *latents.shape[2:], 3), 128, dtype=np.uint8)
 
 
 class MemoryLogger:
@@ -165,10 +165,14 @@ def stop_after(monkeypatch):
 
 @of_two_shapes
 def test_a_training_of_two_shapes_resumes_to_the_same_bytes_and_its_model_draws_both(
-    run, caches, tmp_path, logger, stop_after
+    run, caches, tmp_path, monkeypatch, stop_after
 ):
+    shown = []
+    monkeypatch.setattr("latentloom.training.preview.captioned_grid", lambda images, _: shown.append(images))
     params = quick(steps=9, monitor={"validate_every": 4}, previews={"steps": 2, "captions": 6})
     run(params)
+    # of image0, image1 and image10, the first by id; and likewise of those held out
+    assert [image.shape[:2] for image in shown[0]] == [(6, 10)] * 2 + [(8, 8)] * 3 + [(14, 12)]
     whole = outs(tmp_path)
     stop_after(6)
     with pytest.raises(TrainingStopped):

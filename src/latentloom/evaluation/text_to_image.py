@@ -39,7 +39,7 @@ from latentloom.sizes import Size
 from latentloom.source_code import code_hash, deciding_modules
 
 BATCH_SIZE = 64
-LARGEST_SIDE = 4096  # pixels, of an image that is asked for
+LARGEST_SIDE = 2048  # pixels, of an image that is asked for
 SETTINGS_FILE = "sampling.json"
 
 Shape: TypeAlias = tuple[int, int, int]  # (C, h, w)
