@@ -13,25 +13,24 @@ MARGIN = 4  # pixels between captions of neighbours
 
 
 def image_grid(images: Sequence[np.ndarray], columns: int | None = None) -> np.ndarray:
-    """Images (H, W, 3) uint8 side by side, row by row, as one image (rows * H, columns * W, 3).
+    """Images, each (H, W, 3) uint8, side by side, row by row, as one image (rows * H, columns * W, 3).
+
+    Images of several sizes lie in the middle of places as high as the highest and as wide as the widest.
 
     Args:
-        images: at least one; smaller ones are centred on white in a place as high as the highest and as wide as the
-            widest.
+        images: at least one.
         columns: None makes the grid about square. Places left over in the last row are white.
     """
     columns = columns or math.ceil(math.sqrt(len(images)))
-    rows = math.ceil(len(images) / columns)
-    height, width, channels = np.max([image.shape for image in images], axis=0).tolist()
-    grid = np.full((rows * columns, height, width, channels), 255, dtype=np.uint8)
-    for place, image in zip(grid, images, strict=False):
-        top, left = (height - image.shape[0]) // 2, (width - image.shape[1]) // 2
-        place[top : top + image.shape[0], left : left + image.shape[1]] = image
-    return (
-        grid.reshape(rows, columns, height, width, channels)
-        .swapaxes(1, 2)
-        .reshape(rows * height, columns * width, channels)
-    )
+    height, width, _ = np.max([image.shape for image in images], axis=0).tolist()
+    grid = np.full((math.ceil(len(images) / columns) * height, columns * width, 3), 255, dtype=np.uint8)
+    for place, image in enumerate(images):
+        row, column = divmod(place, columns)
+        own_height, own_width = image.shape[:2]
+        top = row * height + (height - own_height) // 2
+        left = column * width + (width - own_width) // 2
+        grid[top : top + own_height, left : left + own_width] = image
+    return grid
 
 
 def captioned_grid(images: Sequence[np.ndarray], captions: Sequence[str], *, lines: int = 3) -> np.ndarray:

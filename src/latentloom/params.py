@@ -287,9 +287,15 @@ class SweepParams(Section):
     diffusion_steps: Annotated[list[Steps], Field(min_length=1)]
 
 
+def _size(text: str) -> str:
+    Size.parse(text)
+    return text
+
+
 class EvaluateParams(Section):
     sampling: SamplingSettings  # its settings are keys of the section itself
     prompts: Annotated[list[Prompt], Field(min_length=1)] | None
+    sizes: Annotated[list[Annotated[StrictStr, AfterValidator(_size)]], Field(min_length=1)] | None
     held_out_captions: Annotated[StrictInt, Field(ge=0)]
     training_captions: Count
     features: Reference | None
@@ -333,7 +339,7 @@ class Params(Section):
     def _sections_fit(self) -> "Params":
         """What two sections ask for can be had together; else it would show after hours of encoding."""
         ingest, limits = self.ingest, self.validate_
-        _check_sizes(ingest, self.model.widths, self.encode_images.vae)
+        _check_sizes(ingest, self.evaluate.sizes or [], self.model.widths, self.encode_images.vae)
         if limits.on_failure == "stop" and ingest.limit is not None and ingest.limit < limits.min_train_images:
             raise ValueError(
                 f"ingest.limit = {ingest.limit}: validate.min_train_images asks for {limits.min_train_images} images "
@@ -347,19 +353,20 @@ class Params(Section):
         return self
 
 
-def _check_sizes(ingest: IngestParams, widths: list[int], vae: str) -> None:
+def _check_sizes(ingest: IngestParams, sampled: list[str], widths: list[int], vae: str) -> None:
     """Raise where latents cannot be halved as often as the network does; where the VAE is not at hand, that waits."""
     factor, halvings = _downsampling(vae), len(widths) - 1
-    sides = {f"image_size = {size}": size for size in ingest.image_sizes}
+    sides = {f"ingest.image_size = {size}": size for size in ingest.image_sizes}
     if ingest.shape == "buckets":
-        sides[f"bucket_multiple = {ingest.bucket_multiple}"] = ingest.bucket_multiple
+        sides[f"ingest.bucket_multiple = {ingest.bucket_multiple}"] = ingest.bucket_multiple
+    sides |= {f"evaluate.sizes: {side} in {size}": side for size in sampled for side in Size.parse(size)}
     for key, side in sides.items() if factor else ():
         multiple = factor * 2**halvings
         if side % multiple:
             raise ValueError(
-                f"ingest.{key}: the VAE ({vae}) makes images smaller by {factor}, and a network of "
-                f"{len(widths)} model.widths halves that {halvings} times, so it must be a multiple of {multiple}; "
-                f"set it to {_nearest(side, multiple)}, or give "
+                f"{key}: the VAE ({vae}) makes images smaller by {factor}, and a network of {len(widths)} "
+                f"model.widths halves that {halvings} times, so it must be a multiple of {multiple}; set it to "
+                f"{_nearest(side, multiple)}, or give "
                 f"{'another number of model.widths' if halvings else 'another VAE'}"
             )
     for size in ingest.image_sizes if ingest.shape == "buckets" else ():
@@ -429,6 +436,7 @@ ADDED = {
     "previews.seed": 0,
     "previews.steps": 20,
     "evaluate.precision": "auto",
+    "evaluate.sizes": None,
     "evaluate.features": None,
     "evaluate.clip": None,
     "evaluate.samples": 1000,

@@ -214,6 +214,16 @@ class Split:
         return Split(_without_empty([first.take(len(chosen.intersection(first.ids))) for first in firsts]))
 
 
+def row_shapes(split: LatentDataset | Split) -> list[tuple[int, int, int]]:
+    """The shape (C, h, w) of each image's latent (N)."""
+    return [bucket.latent_shape for bucket in split.buckets for _ in bucket.ids]
+
+
+def all_latents(split: LatentDataset | Split) -> list[torch.Tensor]:
+    """Each image's standardised latent (C, h, w), or the mean of its distribution (N)."""
+    return [latent for bucket in split.buckets for latent in bucket.latents_at(slice(0, len(bucket)))[0]]
+
+
 @dataclass(frozen=True)
 class Caches:
     """Both splits, and what made the caches.
