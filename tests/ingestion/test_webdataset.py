@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import webdataset
 from hypothesis import HealthCheck, given, settings
@@ -20,6 +21,7 @@ from outcomes import Outcome, outcomes
 from webdataset.tariterators import group_by_keys
 
 from latentloom.ingestion.rejects import Reason
+from latentloom.ingestion.shards import encode
 from latentloom.ingestion.sources import IngestError
 from latentloom.ingestion.webdataset import WebDatasetSource
 
@@ -220,6 +222,26 @@ def test_what_follows_a_tar_and_is_none_is_told(tmp_path):
     tar.write_bytes(tar.read_bytes() + b"PK, an archive of another kind" * 100)
     assert captions(tar) == {"a.tar/a": ["one"]}
     assert rejects(tar) == {"a.tar": Reason.UNREADABLE}
+
+
+@pytest.mark.parametrize("source", ["webdataset", "parquet"])
+def test_what_lies_loose_beside_tars_or_tables_is_a_reject(corpus, source, picture):
+    """Nothing reads it there; what img2dataset leaves beside its tars is no image and no caption."""
+    loose = ("a.jpg", "more/b.PNG", "more/b.txt", "captions.csv")
+    for name in (*loose, "00000_stats.json", "notes.md", "._c.jpg", "_SUCCESS"):
+        corpus.write(name, "x")
+    png = encode(picture(1))
+    if source == "webdataset":
+        pack(corpus.path / "00000.tar", [("c.png", png), ("c.txt", "a cat")])
+        corpus.write("00000.parquet", "what img2dataset writes")
+    else:
+        pq.write_table(pa.table({"image": [png], "text": ["a cat"]}), corpus.path / "0.parquet")
+    report = corpus.ingest(source=source)
+    assert corpus.reasons() == dict.fromkeys(loose, "missing_file")
+    assert (report.found, report.kept) == (len(loose) + 1, 1)
+    assert all("as a source of its own (source: folder)" in detail for detail in corpus.details().values())
+    own_path = str(next(corpus.path.glob("0*.tar" if source == "webdataset" else "0*.parquet")))
+    assert corpus.ingest(source=source, path=own_path).rejected == 0
 
 
 def test_archives_of_other_kinds_among_the_tars_are_rejects(tmp_path):

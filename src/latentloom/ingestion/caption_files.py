@@ -25,6 +25,7 @@ from latentloom.ingestion.rejects import Reason, RejectedSample
 TEXT_SUFFIXES = (".txt", ".caption", ".captions", ".cap", ".text", ".prompt")
 JSON_SUFFIX = ".json"
 CAPTION_SUFFIXES = (*TEXT_SUFFIXES, JSON_SUFFIX)  # in the order in which the files of an image are read
+TABLES = (".csv", ".tsv", ".jsonl", ".xlsx")  # which may hold captions
 WORD = re.compile(r"[\u4e00-\u9fff]|\w{3,}")  # which captions of one picture have in common: or a Chinese character
 FREQUENT = frozenset(("the", "and", "are", "for", "has", "her", "his", "its", "that", "this", "with"))
 COUNTER = re.compile(r"\s*\(\d+\)$|[_-]\d+$")  # of a file's name: "cat (2)", "cat_002"

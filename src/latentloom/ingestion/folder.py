@@ -17,6 +17,7 @@ from pathlib import Path
 
 from latentloom.ingestion.caption_files import (
     CAPTION_SUFFIXES,
+    TABLES,
     CaptionFiles,
     as_seen,
     caption_in_name,
@@ -31,8 +32,6 @@ from latentloom.ingestion.metadata import FILE_NAME, READERS, columns_wanted, re
 from latentloom.ingestion.rejects import Reason, RejectedSample
 from latentloom.ingestion.source_files import resolve_source_path, visible_files
 from latentloom.ingestion.sources import IngestError, Sample, Source, rejected_sample
-
-TABLES = (".csv", ".tsv", ".jsonl", ".parquet", ".xlsx")
 
 
 class FolderSource(Source):
@@ -112,7 +111,7 @@ class FolderSource(Source):
         for name in sorted(set(names).difference(self._images, caption_files, metadata)):
             self._others[as_seen(posixpath.splitext(name)[0])] = name
         for name in names:
-            if name.lower().endswith(TABLES) and posixpath.basename(name).lower() not in READERS:
+            if name.lower().endswith((*TABLES, ".parquet")) and posixpath.basename(name).lower() not in READERS:
                 detail = f"may hold captions, but only {', '.join(READERS)} are read; rename it, or remove it"
                 self._unused.append(rejected_sample(name, Reason.BAD_ROW, detail))
 

@@ -20,7 +20,7 @@ import pyarrow.types as types
 
 from latentloom.ingestion.captions import CAPTION_COLUMNS, columns_of_captions, flat_captions, notice_of_several
 from latentloom.ingestion.rejects import Reason, RejectedSample, error_message
-from latentloom.ingestion.source_files import source_files
+from latentloom.ingestion.source_files import loose_samples, source_files
 from latentloom.ingestion.sources import IngestError, Sample, Source, rejected_sample
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "image_bytes", "bytes")
@@ -49,9 +49,10 @@ class ParquetSource(Source):
         self, path: Path | str, image_column: str | None = None, caption_columns: Sequence[str] | None = None
     ) -> None:
         self._files = source_files(path, SUFFIXES)
+        self._loose = loose_samples(path, self._files)
         self._image_column, self._caption_columns = image_column, caption_columns
         self._several: dict[tuple[str, ...], str] = {}  # columns of captions -> a file that has them
-        self.total = 0
+        self.total = len(self._loose)
         for path in self._files.values():
             try:
                 with _open(path) as file:
@@ -61,6 +62,7 @@ class ParquetSource(Source):
                 self.total += 1  # the file is a reject
 
     def samples(self) -> Iterator[Sample]:
+        yield from self._loose
         for name, path in self._files.items():
             try:
                 file = _open(path)

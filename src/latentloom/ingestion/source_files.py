@@ -15,7 +15,7 @@ import os
 import posixpath
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,9 +24,11 @@ from typing import Any
 from tqdm import tqdm
 
 from latentloom.files import read_json, sha256_file, user_path
-from latentloom.ingestion.image_formats import PLUGINS
+from latentloom.ingestion.caption_files import TABLES, TEXT_SUFFIXES
+from latentloom.ingestion.image_formats import PLUGINS, looks_like_image
 from latentloom.ingestion.parallel import ordered_map, worker_count
-from latentloom.ingestion.sources import IngestError
+from latentloom.ingestion.rejects import Reason
+from latentloom.ingestion.sources import IngestError, Sample, rejected_sample
 from latentloom.layout import project_root
 from latentloom.params import WHAT_A_PATH_HOLDS, SourceParams
 
@@ -69,6 +71,19 @@ def source_files(path: Path | str, suffixes: tuple[str, ...]) -> dict[str, Path]
         kind = " or ".join(filter(None, suffixes))
         raise IngestError(f"ingest: the path {path} holds no file{kind and f' that ends in {kind}'}")
     return files
+
+
+def loose_samples(path: Path | str, read: Collection[str]) -> list[Sample]:
+    """A reject for each image, caption file and table among a source's files that is none of those ``read``."""
+    detail = (
+        f"lies beside {next(iter(read))}, not in it, and this source reads nothing else; pack it, move it, or add its "
+        "folder to ingest.source as a source of its own (source: folder)"
+    )
+    return [
+        rejected_sample(name, Reason.MISSING_FILE, detail)
+        for name in source_files(path, ("",))
+        if name not in read and (looks_like_image(name) or name.lower().endswith((*TEXT_SUFFIXES, *TABLES)))
+    ]
 
 
 def resolve_source_path(path: Path | str) -> Path:

@@ -21,7 +21,7 @@ from latentloom.ingestion.caption_files import CaptionFiles, caption_in_name, ca
 from latentloom.ingestion.image_formats import looks_like_image
 from latentloom.ingestion.images import MAX_BYTES
 from latentloom.ingestion.rejects import Reason, RejectedSample, error_message
-from latentloom.ingestion.source_files import is_hidden, source_files
+from latentloom.ingestion.source_files import is_hidden, loose_samples, source_files
 from latentloom.ingestion.sources import Sample, Source, rejected_sample
 
 ZSTD = (".zst", ".tzst")
@@ -54,12 +54,14 @@ class WebDatasetSource(Source):
         key: str = "first_dot",
     ) -> None:
         self._tars = source_files(path, TARS + OTHER_ARCHIVES)
+        self._loose = loose_samples(path, self._tars)
         self._reader = CaptionFiles(captions == "lines", caption_columns)
         self._from_name = captions if captions in ("file_name", "folder_name") else None
         self._unread = 0
         self._split = _split_at_last_dot if key == "last_dot" else _split_at_first_dot
 
     def samples(self) -> Iterator[Sample]:
+        yield from self._loose
         for name, path in self._tars.items():
             yield from self._samples(name, path)
 
