@@ -165,6 +165,10 @@ def test_a_caption_column_may_be_named_for_metadata_and_json(corpus):
     assert corpus.captions() == {"a.png": ["an apple"], "b.png": ["short"]}
     corpus.ingest(source=[entry | {"caption_column": ["Long", "alt"]}], path=None)
     assert corpus.captions() == {"a.png": ["a red apple on a plate", "an apple"], "b.png": ["a long one", "short"]}
+    report = corpus.ingest(source=[entry | {"caption_column": {"Long": 3, "alt": 1}}], path=None)
+    assert corpus.captions()["a.png"] == ["a red apple on a plate"] * 3 + ["an apple"]
+    assert corpus.captions()["b.png"] == ["a long one"] * 3 + ["short"]
+    assert report.captions == 4
     with pytest.raises(IngestError, match=r"'alt', 'Long'; it needs file_name and alt, lnog"):
         corpus.ingest(source=[entry | {"caption_column": ["alt", "lnog"]}], path=None)
 

@@ -74,7 +74,13 @@ def test_an_empty_text_file_holds_an_empty_caption():
 
 
 def test_lists_are_laid_flat_and_nulls_left_out():
-    assert flat_captions(["one", None, ["two", None, float("nan")], [], 3, float("nan")]) == ["one", "two", 3]
+    values = ["one", None, ["two", None, float("nan")], [], 3, float("nan")]
+    assert flat_captions(values, [1] * len(values)) == ["one", "two", 3]
+
+
+def test_a_caption_stands_as_often_as_its_column_asks_whatever_else_repeats_it():
+    raw = flat_captions(["a long one", ["one", "two"], "two ", "one"], [3, 1, 2, 1])
+    assert clean_captions(raw) == ["a long one"] * 3 + ["one", "two", "two"]
 
 
 @given(st.text())

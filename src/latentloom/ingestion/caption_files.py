@@ -9,7 +9,7 @@ import posixpath
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from threading import Lock
 
@@ -100,7 +100,7 @@ class CaptionFiles:
         columns: the keys of JSON objects that hold captions; None for those of ``CAPTION_COLUMNS``.
     """
 
-    def __init__(self, lines: bool = True, columns: Sequence[str] | None = None) -> None:
+    def __init__(self, lines: bool = True, columns: Mapping[str, int] | None = None) -> None:
         self._lines, self._columns = lines, columns
         self._lock = Lock()  # images are read in several threads
         self._further = self._unlike = 0  # lines after a text's first; those that have no word of it
@@ -116,8 +116,8 @@ class CaptionFiles:
         for suffix, content in sorted(files, key=lambda file: CAPTION_SUFFIXES.index(file[0])):
             if suffix == JSON_SUFFIX:
                 fields = _json(content)
-                columns = columns_of_captions(fields, self._columns) if isinstance(fields, dict) else []
-                captions += flat_captions(fields[column] for column in columns)
+                columns = columns_of_captions(fields, self._columns) if isinstance(fields, dict) else {}
+                captions += flat_captions([fields[column] for column in columns], columns.values())
                 problem = problem if columns else self._without_captions(fields)
             else:
                 captions += self._text_captions(content)

@@ -11,7 +11,7 @@ Names and captions are held in memory; images are read one at a time, and nothin
 import os.path
 import posixpath
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -41,13 +41,15 @@ class FolderSource(Source):
         path: the folder.
         captions: what is a caption: each of the ``lines`` of a text file, the whole ``file``, the image's
             ``file_name``, or its ``folder_name``; with these two, caption files and metadata are not read.
-        caption_columns: of metadata and JSON; None for all of the usual names.
+        caption_columns: of metadata and JSON, and how often a caption of each counts; None for all of the usual names.
 
     Raises:
         IngestError: when the folder is missing or holds no image, or a metadata file cannot be used.
     """
 
-    def __init__(self, path: Path | str, captions: str = "lines", caption_columns: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, path: Path | str, captions: str = "lines", caption_columns: Mapping[str, int] | None = None
+    ) -> None:
         self.root = resolve_source_path(path)
         if not self.root.is_dir():
             what = "is not a folder" if self.root.exists() else "does not exist"
@@ -128,7 +130,7 @@ class FolderSource(Source):
             else:
                 captions = self._captions.setdefault(self._key(posixpath.dirname(name), row[FILE_NAME].strip()), [])
                 columns = columns_of_captions(row, self._columns)
-                captions += flat_captions(row[column] for column in columns)
+                captions += flat_captions([row[column] for column in columns], columns.values())
                 used.update(dict.fromkeys(columns))
         if len(used) > 1 and not self._columns:
             self._notices.append(notice_of_several(name, used))

@@ -9,7 +9,7 @@ A page of a column (of 1,024 rows or fewer, as the common writers cut them) is i
 of a row group. A damaged row group, or file, is one reject; the others are used.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class ParquetSource(Source):
     Args:
         path: a file, a folder, or a pattern.
         image_column: of encoded bytes; None for the first of ``IMAGE_COLUMNS`` that holds some.
-        caption_columns: None for all of the usual names.
+        caption_columns: and how often a caption of each counts; None for all of the usual names.
 
     Raises:
         IngestError: when there is no Parquet file, or one lacks a column; file, columns and param are named.
@@ -46,7 +46,7 @@ class ParquetSource(Source):
     joins_captions = True
 
     def __init__(
-        self, path: Path | str, image_column: str | None = None, caption_columns: Sequence[str] | None = None
+        self, path: Path | str, image_column: str | None = None, caption_columns: Mapping[str, int] | None = None
     ) -> None:
         self._files = source_files(path, SUFFIXES)
         self._loose = loose_samples(path, self._files)
@@ -77,7 +77,7 @@ class ParquetSource(Source):
         return [notice_of_several(name, columns) for columns, name in self._several.items()]
 
     def _samples(self, file: pq.ParquetFile, name: str, columns: list[str]) -> Iterator[Sample]:
-        stop = 0
+        stop, times = 0, columns_of_captions(columns[1:], self._caption_columns).values()
         for number in range(file.num_row_groups):
             group = file.metadata.row_group(number)
             row, stop = stop, stop + group.num_rows
@@ -85,7 +85,9 @@ class ParquetSource(Source):
             try:
                 for batch in file.iter_batches(rows, row_groups=[number], columns=columns):
                     for image, *captions in zip(*(batch.column(column) for column in columns), strict=True):
-                        yield Sample(f"{name}:{row}", partial(_image, image.as_py()), partial(_captions, captions))
+                        yield Sample(
+                            f"{name}:{row}", partial(_image, image.as_py()), partial(_captions, captions, times)
+                        )
                         row += 1
             except DAMAGED as error:
                 detail = f"the rows {row} to {stop - 1} cannot be read ({error_message(error)})"
@@ -140,8 +142,8 @@ def _image(value: bytes | dict[str, Any] | None) -> bytes:
     raise RejectedSample(Reason.MISSING_FILE, detail)
 
 
-def _captions(scalars: Sequence[pa.Scalar]) -> list[object]:
+def _captions(scalars: Sequence[pa.Scalar], times: Iterable[int]) -> list[object]:
     try:
-        return flat_captions(scalar.as_py() for scalar in scalars)
+        return flat_captions([scalar.as_py() for scalar in scalars], times)
     except UnicodeDecodeError:
         raise RejectedSample(Reason.CAPTION_NOT_UTF8, "its caption is not UTF-8; save the captions as UTF-8") from None

@@ -10,7 +10,7 @@ in one file. A damaged tar costs what lies behind the damage; the samples before
 
 import posixpath
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import groupby
 from pathlib import Path, PureWindowsPath
@@ -37,7 +37,8 @@ class WebDatasetSource(Source):
         path: a tar, a folder of them, or a pattern.
         captions: what is a caption: each of the ``lines`` of a text file, the whole ``file``, the image's
             ``file_name``, or its ``folder_name``; with these two, caption files are not read.
-        caption_columns: the keys of captions in JSON; None for all of the usual names.
+        caption_columns: the keys of captions in JSON, and how often a caption of each counts; None for all of the usual
+            names.
         key: where in a name the key ends: at the ``first_dot`` or at the ``last_dot``.
 
     Raises:
@@ -50,7 +51,7 @@ class WebDatasetSource(Source):
         self,
         path: Path | str,
         captions: str = "lines",
-        caption_columns: Sequence[str] | None = None,
+        caption_columns: Mapping[str, int] | None = None,
         key: str = "first_dot",
     ) -> None:
         self._tars = source_files(path, TARS + OTHER_ARCHIVES)
