@@ -166,7 +166,9 @@ def test_every_picture_and_caption_of_one_key_is_accounted_for(tmp_path, image):
 
 def test_caption_files_are_those_of_folders(tmp_path):
     files = [("a.jpg", JPEG), ("a.TXT", "one"), ("a.caption", "two"), ("a.json", '{"prompt": "three", "alt": "four"}')]
-    tar = pack(tmp_path / "a.tar", [*files, ("b.jpg", JPEG), ("b.jpg.txt", "called after the whole name")])
+    files += [("b.jpg", JPEG), ("b.jpg.txt", "called after the whole name")]
+    tar = pack(tmp_path / "a.tar", [*files, ("metadata.csv", "file_name,text"), ("._captions.csv", "")])
+    assert rejects(tar) == {"a.tar/metadata.csv": Reason.BAD_ROW}
     assert captions(tar) == {"a.tar/a": ["one", "two", "three"], "a.tar/b": ["called after the whole name"]}
     assert captions(tar, caption_columns={"alt": 1})["a.tar/a"] == ["one", "two", "four"]
     assert captions(tar, key="last_dot") == captions(tar)

@@ -17,7 +17,7 @@ from pathlib import Path, PureWindowsPath
 
 import pyarrow as pa
 
-from latentloom.ingestion.caption_files import CaptionFiles, caption_in_name, caption_suffix
+from latentloom.ingestion.caption_files import TABLES, CaptionFiles, caption_in_name, caption_suffix
 from latentloom.ingestion.image_formats import looks_like_image
 from latentloom.ingestion.images import MAX_BYTES
 from latentloom.ingestion.rejects import Reason, RejectedSample, error_message
@@ -197,6 +197,9 @@ def _problem(member: tarfile.TarInfo) -> RejectedSample | None:
     if member.issym() or member.islnk() or member.isdev():
         detail = "a link or a device, not a file; pack the file itself (tar --dereference)"
         return RejectedSample(Reason.UNSAFE_PATH, detail)
+    if member.name.lower().endswith(TABLES) and not is_hidden(member.name):
+        detail = "may hold captions, but of a tar only caption files are read; put them into one for each image"
+        return RejectedSample(Reason.BAD_ROW, detail)
     if member.size > MAX_BYTES:
         return RejectedSample(Reason.TOO_MANY_BYTES, f"{member.size:,} bytes; at most {MAX_BYTES:,}")
     return None
