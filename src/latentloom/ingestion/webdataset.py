@@ -17,7 +17,7 @@ from pathlib import Path, PureWindowsPath
 
 import pyarrow as pa
 
-from latentloom.ingestion.caption_files import TABLES, CaptionFiles, caption_in_name, caption_suffix
+from latentloom.ingestion.caption_files import TABLES, CaptionFiles, caption_suffix
 from latentloom.ingestion.image_formats import looks_like_image
 from latentloom.ingestion.images import MAX_BYTES
 from latentloom.ingestion.rejects import Reason, RejectedSample, error_message
@@ -35,10 +35,7 @@ class WebDatasetSource(Source):
 
     Args:
         path: a tar, a folder of them, or a pattern.
-        captions: what is a caption: each of the ``lines`` of a text file, the whole ``file``, the image's
-            ``file_name``, or its ``folder_name``; with these two, caption files are not read.
-        caption_columns: the keys of captions in JSON, and how often a caption of each counts; None for all of the usual
-            names.
+        captions, caption_columns: as `CaptionFiles` has them.
         key: where in a name the key ends: at the ``first_dot`` or at the ``last_dot``.
 
     Raises:
@@ -56,9 +53,7 @@ class WebDatasetSource(Source):
     ) -> None:
         self._tars = source_files(path, TARS + OTHER_ARCHIVES)
         self._loose = loose_samples(path, self._tars)
-        self._reader = CaptionFiles(captions == "lines", caption_columns)
-        self._from_name = captions if captions in ("file_name", "folder_name") else None
-        self._unread = 0
+        self._reader = CaptionFiles(captions, caption_columns)
         self._split = _split_at_last_dot if key == "last_dot" else _split_at_first_dot
 
     def samples(self) -> Iterator[Sample]:
@@ -67,8 +62,6 @@ class WebDatasetSource(Source):
             yield from self._samples(name, path)
 
     def notices(self) -> list[str]:
-        if self._unread:
-            return [f"{self._unread} caption files are not read, since captions are the names of images or folders"]
         return self._reader.notices()
 
     def _samples(self, tar: str, path: Path) -> Iterator[Sample]:
@@ -96,17 +89,11 @@ class WebDatasetSource(Source):
                 detail = "its key came before in this tar, with others in between; pack by name (tar --sort=name)"
                 yield rejected_sample(key, Reason.DUPLICATE_KEY, detail)
             elif image is not None:
-                self._unread += len(captions) if self._from_name else 0
-                yield Sample(key, partial(bytes, image), partial(self._captions, stem, captions))
+                yield Sample(key, partial(bytes, image), partial(self._reader.read, stem, captions.items()))
             elif captions:
                 yield rejected_sample(key, Reason.MISSING_FILE, f"{' and '.join(captions)} without an image")
             yield from _of_longer_extension(tar, stem, others)
             known.add(stem)
-
-    def _captions(self, stem: str, files: dict[str, bytes]) -> list[object]:
-        if self._from_name:
-            return caption_in_name(stem, self._from_name == "folder_name")
-        return self._reader.read(files.items())
 
 
 def _of_longer_extension(tar: str, stem: str, names: list[str]) -> Iterator[Sample]:
