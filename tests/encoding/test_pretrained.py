@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 
+from latentloom.encoding import pretrained
 from latentloom.encoding.pretrained import fingerprint, has_fingerprint
 from latentloom.encoding.references import text_folder
 from latentloom.encoding.text_encoder import TextEncoder, load_text_encoder
@@ -163,6 +165,13 @@ def test_weights_in_several_files_are_one_model_and_each_is_named_when_it_is_mis
     first.unlink()
     with pytest.raises(UserError, match=rf"{first.name}, which model\.safetensors\.index\.json names, is missing"):
         TextEncoder(str(parts))
+
+
+def test_without_docstrings_the_library_is_not_imported_and_that_is_said(monkeypatch):
+    """transformers writes its own docstrings as it is imported, and fails where Python keeps none."""
+    monkeypatch.setattr(pretrained, "sys", SimpleNamespace(flags=SimpleNamespace(optimize=2)))
+    with pytest.raises(UserError, match="transformers cannot be imported with PYTHONOPTIMIZE=2"):
+        pretrained.library("transformers")
 
 
 def test_a_whole_pipeline_is_told_from_a_model(tmp_path):
