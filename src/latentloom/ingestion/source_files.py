@@ -202,10 +202,7 @@ def _content(files: dict[str, Path], hash_file: Callable[[Path], str]) -> str:
 
     digest = hashlib.sha256()
     contents = ordered_map(hashed, files.values(), worker_count())
-    for name, content in zip(files, _with_bar(contents, len(files)), strict=True):
+    shown = tqdm(contents, "find_sources", len(files), unit="file", delay=PATIENCE, mininterval=1, leave=False)
+    for name, content in zip(files, shown, strict=True):
         digest.update(f"{name}\0{content}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
-
-
-def _with_bar(contents: Iterable[str], total: int) -> Iterable[str]:
-    return tqdm(contents, "find_sources", total, unit="file", delay=PATIENCE, mininterval=1, leave=False)
