@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -36,8 +37,17 @@ def _without_references(text: str) -> str:
     return text
 
 
+def _counted_once(columns: Any) -> Any:
+    """A column, or a list of them, as columns of which each caption counts once."""
+    names = [columns] if isinstance(columns, str) else columns
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        return dict.fromkeys(names, 1)
+    if not isinstance(columns, dict):
+        raise ValueError("must be a column's name, a list of names, or {name: how often its captions count, ...}")
+    return columns
+
+
 Count = Annotated[StrictInt, Field(ge=1)]
-Repeats = Annotated[StrictInt, Field(ge=1, le=100)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Steps = Annotated[StrictInt, Field(ge=2, le=1000)]
@@ -45,13 +55,8 @@ Seed = Annotated[StrictInt, Field(ge=0, lt=2**63)]
 Prompt = Annotated[StrictStr, Field(min_length=1), AfterValidator(_without_references)]
 SourceName = Literal["openmoji", "folder", "webdataset", "parquet"]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-TAGS = {str: "one", list: "several", dict: "weighted"}  # of values that may be written in several ways
-CaptionColumn = Annotated[
-    Annotated[StrictStr, Tag("one")]
-    | Annotated[list[StrictStr], Tag("several")]
-    | Annotated[dict[StrictStr, Repeats], Tag("weighted")],
-    Discriminator(lambda value: TAGS.get(type(value), "one")),
-]
+Repeats = Annotated[StrictInt, Field(ge=1, le=100)]  # how often a caption of a column counts in training
+CaptionColumns = Annotated[dict[StrictStr, Repeats], BeforeValidator(_counted_once)]
 Compile = Literal[False, True, "cuda_graphs"]
 Reference = Annotated[StrictStr, Field(min_length=1)]  # of a pretrained model
 
@@ -72,8 +77,7 @@ class SourceParams(Section):
     name: Annotated[StrictStr, Field(min_length=1)] | None = None
     weight: Positive = 1.0
     image_column: StrictStr | None = None  # of parquet; null: the first known name that is there
-    # A name, several, or how often a caption of each counts in training; null: all of the usual names that are there
-    caption_column: CaptionColumn | None = None
+    caption_column: CaptionColumns | None = None  # null: all of the usual names that are there
     captions: Literal["lines", "file", "file_name", "folder_name"] = "lines"  # of folder and webdataset
     key: Literal["first_dot", "last_dot"] = "first_dot"  # of webdataset: where the key in a member's name ends
 
@@ -85,20 +89,12 @@ class SourceParams(Section):
             )
         if self.source != "openmoji" and not self.path:
             raise ValueError(f"source: {self.source} needs path, {WHAT_A_PATH_HOLDS[self.source]}")
-        if self.caption_column in ("", [], {}):
+        if self.caption_column is not None and not any(self.caption_column):
             raise ValueError("caption_column names no column; null is for the usual names")
         for key, sources in KEYS_OF_SOURCES.items():
             if key in self.model_fields_set and self.source not in sources:
                 raise ValueError(f"source: {self.source} takes no {key}, which is for {' and '.join(sources)}")
         return self
-
-    @property
-    def caption_columns(self) -> dict[str, int] | None:
-        """The columns of captions, and how often a caption of each counts; None for those of the usual names."""
-        if self.caption_column is None or isinstance(self.caption_column, dict):
-            return self.caption_column
-        names = [self.caption_column] if isinstance(self.caption_column, str) else self.caption_column
-        return dict.fromkeys(names, 1)
 
     @property
     def label(self) -> str:
@@ -121,8 +117,9 @@ WHAT_A_PATH_HOLDS = {
 
 class IngestParams(Section):
     source: Annotated[
-        Annotated[SourceName, Tag("one")] | Annotated[list[SourceParams], Field(min_length=1), Tag("several")],
-        Discriminator(lambda source: "several" if isinstance(source, list) else "one"),
+        Annotated[SourceName, Tag("one source")]
+        | Annotated[list[SourceParams], Field(min_length=1), Tag("several sources")],
+        Discriminator(lambda source: "several sources" if isinstance(source, list) else "one source"),
     ]
     path: StrictStr | None
     image_size: Annotated[StrictInt, Field(ge=32, le=1024, multiple_of=8)]
@@ -456,7 +453,7 @@ def _updated(content: dict[str, Any]) -> tuple[dict[str, Any], str]:
 
 
 def _explain(error: dict[str, Any]) -> str:
-    location = [str(part) for part in error["loc"] if part not in TAGS.values()]
+    location = [str(part) for part in error["loc"] if part not in ("one source", "several sources")]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
         *section, name = location
