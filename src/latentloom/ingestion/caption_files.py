@@ -50,14 +50,15 @@ class ImageNames:
     """Finds images by what other files call them: with their suffix or without, and as people see names."""
 
     def __init__(self, images: Iterable[str]) -> None:
-        self._images: dict[str, dict[str, str]] = defaultdict(dict)  # a name as seen -> image -> the name itself
+        self._images: dict[str, list[str]] = defaultdict(list)  # by name as seen
         for image in images:
-            for name in (image, posixpath.splitext(image)[0]):
-                self._images[as_seen(name)][image] = name
+            for name in _names(image):
+                self._images[as_seen(name)].append(image)
 
     def called(self, name: str) -> dict[str, str]:
         """The images called exactly so, or where none is, as people see names; each with what it is called."""
-        alike = self._images.get(as_seen(name), {})
+        seen = as_seen(name)
+        alike = {image: own for image in self._images.get(seen, ()) for own in _names(image) if as_seen(own) == seen}
         return {image: own for image, own in alike.items() if own == name} or alike
 
 
@@ -164,6 +165,10 @@ def caption_in_name(name: str, of_folder: bool) -> list[str]:
     if not text:
         raise RejectedSample(Reason.NO_CAPTION, "it lies in no sub-folder whose name could be its caption")
     return [(needless.sub("", text) or text).replace("_", " ")]
+
+
+def _names(image: str) -> set[str]:
+    return {image, posixpath.splitext(image)[0]}
 
 
 def _json(content: bytes) -> object:
