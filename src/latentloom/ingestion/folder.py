@@ -25,7 +25,7 @@ from latentloom.ingestion.caption_files import (
     pair,
 )
 from latentloom.ingestion.captions import columns_of_captions, flat_captions, notice_of_several
-from latentloom.ingestion.image_formats import HEAD, format_of, looks_like_image, may_be_image
+from latentloom.ingestion.image_formats import HEAD, format_of, looks_like_image
 from latentloom.ingestion.metadata import FILE_NAME, READERS, columns_wanted, read_metadata_rows
 from latentloom.ingestion.rejects import Reason, RejectedSample
 from latentloom.ingestion.source_files import resolve_source_path, visible_files
@@ -77,7 +77,7 @@ class FolderSource(Source):
     def _is_image(self, name: str) -> bool:
         """By its name, or where that says nothing by its content. A link to nowhere may be to a folder of images."""
         path = self.root / name
-        if looks_like_image(name) or not may_be_image(name):
+        if looks_like_image(name) or _may_hold_captions(name):
             return looks_like_image(name)
         if not _is_file(path):
             return path.is_symlink() and not path.exists()
@@ -109,8 +109,7 @@ class FolderSource(Source):
             self._unused.append(rejected_sample(name, Reason.MISSING_FILE, f"may hold a caption, but {why}"))
         for name in sorted(set(names).difference(self._images, caption_files, metadata)):
             self._others[as_seen(posixpath.splitext(name)[0])] = name
-        for name in names:
-            if name.lower().endswith((*TABLES, ".parquet")) and posixpath.basename(name).lower() not in READERS:
+            if _may_hold_captions(name):
                 detail = f"may hold captions, but only {', '.join(READERS)} are read; rename it, or remove it"
                 self._unused.append(rejected_sample(name, Reason.BAD_ROW, detail))
 
@@ -167,6 +166,10 @@ class FolderSource(Source):
             raise RejectedSample(Reason.NO_CAPTION, detail)
         files = ((caption_suffix(name), _content(self.root / name)) for name in self._files_of.get(key, ()))
         return self._reader.read(stem, files)
+
+
+def _may_hold_captions(name: str) -> bool:
+    return caption_suffix(name) is not None or name.lower().endswith((*TABLES, ".parquet"))
 
 
 def _content(path: Path) -> bytes:
