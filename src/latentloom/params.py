@@ -17,6 +17,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    PlainSerializer,
     StrictBool,
     StrictInt,
     StrictStr,
@@ -47,6 +48,13 @@ def _counted_once(columns: Any) -> Any:
     return columns
 
 
+def _without_needless_counts(columns: dict[str, int]) -> str | list[str] | dict[str, int]:
+    """As one writes it, and as runs have it."""
+    if any(times > 1 for times in columns.values()):
+        return columns
+    return next(iter(columns)) if len(columns) == 1 else list(columns)
+
+
 Count = Annotated[StrictInt, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
@@ -56,7 +64,9 @@ Prompt = Annotated[StrictStr, Field(min_length=1), AfterValidator(_without_refer
 SourceName = Literal["openmoji", "folder", "webdataset", "parquet"]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Repeats = Annotated[StrictInt, Field(ge=1, le=100)]  # how often a caption of a column counts in training
-CaptionColumns = Annotated[dict[StrictStr, Repeats], BeforeValidator(_counted_once)]
+CaptionColumns = Annotated[
+    dict[StrictStr, Repeats], BeforeValidator(_counted_once), PlainSerializer(_without_needless_counts)
+]
 Compile = Literal[False, True, "cuda_graphs"]
 Reference = Annotated[StrictStr, Field(min_length=1)]  # of a pretrained model
 
