@@ -114,7 +114,7 @@ class CaptionFiles:
             if suffix == JSON_SUFFIX:
                 fields = _json(content)
                 columns = columns_of_captions(fields, self._columns) if isinstance(fields, dict) else {}
-                captions += flat_captions([fields[column] for column in columns], columns.values())
+                captions += flat_captions(fields, columns)
                 problem = problem if columns else self._without_captions(fields)
             else:
                 captions += self._text_captions(content)

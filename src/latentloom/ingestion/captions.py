@@ -87,22 +87,22 @@ def notice_of_several(name: str, columns: Iterable[str]) -> str:
     return f"the captions of {name} are those of all of its columns {', '.join(columns)}; caption_column chooses"
 
 
-def flat_captions(values: Iterable[object], times: Iterable[int]) -> list[object]:
-    """Raw captions of columns' values that are a caption, a list of captions, or null each; nulls, NaN too, are left
-    out. ``times`` is how often those of each column count.
+def flat_captions(row: Mapping[str, object], columns: Mapping[str, int]) -> list[object]:
+    """The raw captions in ``columns`` of a row, each of which counts so often; nulls, NaN too, are left out.
 
-    A list may be written as text, ``["one", "two"]``, as tables without lists have it.
+    A value is a caption or a list of captions, also one written as text, ``["one", "two"]``, as tables without lists
+    have it.
     """
     return [
         Repeated(caption, count) if count > 1 else caption
-        for value, count in zip(values, times, strict=True)
-        for caption in (value if isinstance(value, list) else _listed(value))
+        for column, count in columns.items()
+        for caption in _listed(row[column])
         if caption is not None and not (isinstance(caption, float) and not math.isfinite(caption))
     ]
 
 
 def _listed(value: object) -> list[object]:
-    """The captions of a text that is a list in JSON's or Python's form; of anything else, itself."""
+    """The captions of a list, or of a text that is one in JSON's or Python's form; of anything else, itself."""
     if isinstance(value, str) and LISTED.fullmatch(value):
         for parse in (json.loads, ast.literal_eval):
             with suppress(ValueError, SyntaxError, RecursionError):
@@ -110,7 +110,7 @@ def _listed(value: object) -> list[object]:
                 # NumPy's form has no commas, so Python would join its texts.
                 if parse is json.loads or repr(listed) == value.strip():
                     return listed
-    return [value]
+    return value if isinstance(value, list) else [value]
 
 
 def _text(caption: object) -> str:

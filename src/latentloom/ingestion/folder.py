@@ -126,7 +126,7 @@ class FolderSource(Source):
             else:
                 captions = self._captions.setdefault(self._key(posixpath.dirname(name), row[FILE_NAME].strip()), [])
                 columns = columns_of_captions(row, self._columns)
-                captions += flat_captions([row[column] for column in columns], columns.values())
+                captions += flat_captions(row, columns)
                 used.update(dict.fromkeys(columns))
         if len(used) > 1 and not self._columns:
             self._notices.append(notice_of_several(name, used))

@@ -9,7 +9,7 @@ A page of a column (of 1,024 rows or fewer, as the common writers cut them) is i
 of a row group. A damaged row group, or file, is one reject; the others are used.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ class ParquetSource(Source):
         return [notice_of_several(name, columns) for columns, name in self._several.items()]
 
     def _samples(self, file: pq.ParquetFile, name: str, columns: list[str]) -> Iterator[Sample]:
-        stop, times = 0, columns_of_captions(columns[1:], self._caption_columns).values()
+        stop, of_captions = 0, columns_of_captions(columns[1:], self._caption_columns)
         for number in range(file.num_row_groups):
             group = file.metadata.row_group(number)
             row, stop = stop, stop + group.num_rows
@@ -86,7 +86,7 @@ class ParquetSource(Source):
                 for batch in file.iter_batches(rows, row_groups=[number], columns=columns):
                     for image, *captions in zip(*(batch.column(column) for column in columns), strict=True):
                         yield Sample(
-                            f"{name}:{row}", partial(_image, image.as_py()), partial(_captions, captions, times)
+                            f"{name}:{row}", partial(_image, image.as_py()), partial(_captions, captions, of_captions)
                         )
                         row += 1
             except DAMAGED as error:
@@ -142,8 +142,8 @@ def _image(value: bytes | dict[str, Any] | None) -> bytes:
     raise RejectedSample(Reason.MISSING_FILE, detail)
 
 
-def _captions(scalars: Sequence[pa.Scalar], times: Iterable[int]) -> list[object]:
+def _captions(scalars: Sequence[pa.Scalar], columns: Mapping[str, int]) -> list[object]:
     try:
-        return flat_captions([scalar.as_py() for scalar in scalars], times)
+        return flat_captions({name: own.as_py() for name, own in zip(columns, scalars, strict=True)}, columns)
     except UnicodeDecodeError:
         raise RejectedSample(Reason.CAPTION_NOT_UTF8, "its caption is not UTF-8; save the captions as UTF-8") from None
