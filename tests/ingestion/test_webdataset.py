@@ -167,8 +167,11 @@ def test_every_picture_and_caption_of_one_key_is_accounted_for(tmp_path, image):
 def test_caption_files_are_those_of_folders(tmp_path):
     files = [("a.jpg", JPEG), ("a.TXT", "one"), ("a.caption", "two"), ("a.json", '{"prompt": "three", "alt": "four"}')]
     files += [("b.jpg", JPEG), ("b.jpg.txt", "called after the whole name")]
-    tar = pack(tmp_path / "a.tar", [*files, ("metadata.csv", "file_name,text"), ("._captions.csv", "")])
-    assert rejects(tar) == {"a.tar/metadata.csv": Reason.BAD_ROW}
+    tar = pack(
+        tmp_path / "a.tar",
+        [*files, ("metadata.csv", "file_name,text"), ("._captions.csv", ""), ("b.img", JPEG), ("b.npy", "x")],
+    )
+    assert rejects(tar) == {"a.tar/metadata.csv": Reason.BAD_ROW, "a.tar/b.img": Reason.UNSUPPORTED_FORMAT}
     assert captions(tar) == {"a.tar/a": ["one", "two", "three"], "a.tar/b": ["called after the whole name"]}
     assert captions(tar, caption_columns={"alt": 1})["a.tar/a"] == ["one", "two", "four"]
     assert captions(tar, key="last_dot") == captions(tar)
@@ -185,8 +188,9 @@ def test_captions_may_be_whole_files_or_names(tmp_path):
 
 
 def test_what_programs_leave_beside_pictures_is_no_picture(tmp_path):
-    names = ("._cat.jpg", "x/._cat.txt", "@eaDir/cat.jpg/SYNOPHOTO_THUMB_M.jpg", "__MACOSX/cat.jpg", "Thumbs.db")
-    tar = pack(tmp_path / "a.tar", [("cat.jpg", JPEG), ("cat.txt", "x"), *((name, JPEG) for name in names)])
+    names = ("._cat.jpg", "x/._cat.txt", "@eaDir/cat.jpg/SYNOPHOTO_THUMB_M.jpg", "__MACOSX/cat.jpg")
+    left = [*((name, JPEG) for name in names), ("Thumbs.db", b"\xd0\xcf\x11\xe0")]
+    tar = pack(tmp_path / "a.tar", [("cat.jpg", JPEG), ("cat.txt", "x"), *left])
     assert [(item.key, item.captions) for item in read(tar)] == [("a.tar/cat", ["x"])]
 
 

@@ -18,7 +18,7 @@ from pathlib import Path, PureWindowsPath
 import pyarrow as pa
 
 from latentloom.ingestion.caption_files import TABLES, CaptionFiles, caption_suffix
-from latentloom.ingestion.image_formats import looks_like_image
+from latentloom.ingestion.image_formats import HEAD, format_of, looks_like_image
 from latentloom.ingestion.images import MAX_BYTES
 from latentloom.ingestion.rejects import Reason, RejectedSample, error_message
 from latentloom.ingestion.source_files import is_hidden, loose_samples, source_files
@@ -126,8 +126,13 @@ def _members(path: Path) -> Iterator[tuple[str, bytes | RejectedSample]]:
                     raise tarfile.ReadError("negative size")
                 if problem := _problem(member):
                     yield last, problem
-                elif member.isfile() and _is_wanted(last):
-                    yield last, tar.extractfile(member).read()
+                elif member.isfile() and not is_hidden(last):
+                    file = tar.extractfile(member)
+                    if looks_like_image(last) or caption_suffix(last):
+                        yield last, file.read()
+                    elif name := format_of(file.read(HEAD)):
+                        detail = f"begins as {name}, but is not called as an image; call it KEY.jpg or the like"
+                        yield last, RejectedSample(Reason.UNSUPPORTED_FORMAT, detail)
     except MemoryError:
         raise
     except Exception as error:  # tarfile meets damaged bytes with nearly any exception: each costs this tar alone
@@ -205,8 +210,3 @@ def _without_image_suffix(base: str) -> str:
     stem, suffix = posixpath.splitext(base)
     bare, inner = posixpath.splitext(stem)
     return bare + suffix if caption_suffix(base) and looks_like_image(inner) else base
-
-
-def _is_wanted(name: str) -> bool:
-    """Images and caption files, but none that is hidden, or that a program left in a folder of its own."""
-    return (looks_like_image(name) or caption_suffix(name) is not None) and not is_hidden(name)
