@@ -107,7 +107,7 @@ def caches(make_data, request) -> Caches:
     text = {"dim": 12, "token_dim": 10 if tokens else None, "max_tokens": 5, "encoder": made_by}
     if request.param == "shapes":
         train = split_of_shapes(make_data(12), (3, (6, 10)), (9, (8, 8)))
-        held_out = split_of_shapes(make_data(11, prefix="held out"), (9, (8, 8)), (2, (14, 12)))
+        held_out = split_of_shapes(make_data(11, prefix="held out"), (2, (14, 12)), (9, (8, 8)))
         return Caches(train, held_out, latents | {"latent_shape": [4, 8, 8]}, text)
     return Caches(make_data(6, tokens=tokens), make_data(9, prefix="held out", tokens=tokens), latents, text)
 
@@ -169,10 +169,10 @@ def test_a_training_of_two_shapes_resumes_to_the_same_bytes_and_its_model_draws_
 ):
     shown = []
     monkeypatch.setattr("latentloom.training.preview.captioned_grid", lambda images, _: shown.append(images))
-    params = quick(steps=9, monitor={"validate_every": 4}, previews={"steps": 2, "captions": 6})
+    params = quick(steps=9, monitor={"validate_every": 4}, previews={"steps": 2, "captions": 8})
     run(params)
-    # of image0, image1 and image10, the first by id; and likewise of those held out
-    assert [image.shape[:2] for image in shown[0]] == [(6, 10)] * 2 + [(8, 8)] * 3 + [(14, 12)]
+    # of the first four by id, and of the first four that are held out
+    assert [image.shape[:2] for image in shown[0]] == [(6, 10)] * 3 + [(8, 8)] + [(14, 12)] * 2 + [(8, 8)] * 2
     whole = outs(tmp_path)
     stop_after(6)
     with pytest.raises(TrainingStopped):
