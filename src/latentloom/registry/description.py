@@ -39,6 +39,8 @@ def describe(run: "Run", figures: Figures, provenance: Provenance, moves: Sequen
     )
     if provenance.commit:
         parts[-1] += f", code of the commit `{provenance.commit[:10]}`"
+    if provenance.sizes:
+        parts[-1] += f", on images of {', '.join(provenance.sizes)}"
     picture = f"get-artifact?path={SAMPLE_SHEET.name}&run_uuid={figures.run_id}"
     parts[-1] += f".\n\n![{SAMPLE_SHEET.name} of the evaluation]({picture})"
     return "\n".join(parts)

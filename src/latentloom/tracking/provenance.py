@@ -95,6 +95,11 @@ class Provenance:
     mlflow_run_id: str | None = None
     run_key: str | None = None
 
+    @property
+    def sizes(self) -> list[str]:
+        """Of the images, as ``192x128``; empty where all are squares of one size."""
+        return [row["size"] for row in self.ingested.get("sizes", [])[:-1]]  # the last is of all together
+
     def with_model(self, folder: Path, model_sha256: str, run_key: str | None) -> "Provenance":
         """This and the finished model in ``folder``, with DVC's hash of it."""
         outs = {**self.outs, str(MODEL): out_hash(folder)}

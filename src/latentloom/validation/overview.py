@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from latentloom.ingestion.shards import iterate_images
+from latentloom.ingestion.shards import iterate_images, sizes_of
 from latentloom.validation.tables import SPLITS, Data
 
 KEPT = 48
@@ -86,6 +86,7 @@ def describe(data: Data) -> Overview:
             for row in of_reason.head(REJECTED).itertuples()
         ]
 
+    sizes = {str(size): count for size, count in sizes_of(data.manifest).items()}
     reasons = rejects["reason"].value_counts().sort_index().sort_values(ascending=False, kind="stable")
     return Overview(
         counts={
@@ -109,6 +110,7 @@ def describe(data: Data) -> Overview:
                 images[["width", "height"]].min(axis=1), _ranges(SIZES)
             ),
             "Aspect ratio of the originals": histogram(images["width"] / images["height"], ASPECTS),
+            **({"Size of the images, as prepared": sizes} if "sizes" in data.manifest else {}),
         },
         kept=[tile(image_id) for image_id in chosen],
         rejected={reason: (count, rejected(reason)) for reason, count in reasons.items()},
