@@ -14,7 +14,7 @@ from latentloom.evaluation.text_to_image import default_settings, load_text_to_i
 from latentloom.files import read_table
 from latentloom.layout import COMPARISONS, PARAMS, TEXT
 from latentloom.params import load_params
-from latentloom.registry.figures import SHOWN_FIRST, VAL_MAE, WAYS, Figures, deciding_recall, in_the_same_way, in_words
+from latentloom.registry.figures import SHOWN_FIRST, VAL_MAE, WAYS, Figures, gain, in_the_same_way, in_words
 from latentloom.registry.models import FoundModel, find_model, stored_model
 from latentloom.registry.registry import known_figures
 from latentloom.tracking.store import existing_store
@@ -157,16 +157,16 @@ def _verdict(a: Side, b: Side, *, comparable: bool) -> str:
     if not comparable:
         ways = "; ".join(a.figures.differences(b.figures))
         return f"not known: they were measured otherwise: {ways}. `latentloom promote` measures a champion again"
-    if name := deciding_recall(a.figures, b.figures):
-        difference = b.figures.share(name).minus(a.figures.share(name))
-        better = b if difference.low > 0 else a if difference.high < 0 else None
-        if better:
-            return f"{better.title} is better: {name} differs by {difference}"
-        return f"they cannot be told apart: {name} differs by {difference}, which may be chance"
-    if a.figures.noise != b.figures.noise or VAL_MAE not in a.figures.values.keys() & b.figures.values.keys():
+    found = gain(b.figures, a.figures)
+    if found is None:
         return "not known: they have no figure in common that decides"
-    better = min((a, b), key=lambda side: side.figures.values[VAL_MAE])
-    return f"{better.title} has the lower {VAL_MAE}, which has no interval: it may be chance"
+    name, difference = found
+    better = b if difference.low > 0 else a if difference.high < 0 else None
+    if better is None:
+        return f"they cannot be told apart: {name} differs by {difference}, which may be chance"
+    if name == VAL_MAE:
+        return f"{better.title} has the lower {VAL_MAE}, which has no interval: it may be chance"
+    return f"{better.title} is better: {name} differs by {difference}"
 
 
 def _file_name(reference: str) -> str:

@@ -24,7 +24,7 @@ from latentloom.registry.figures import Figures, figures_of, in_the_same_way, sa
 from latentloom.registry.gate import NO_LIMITS, objections, worse
 from latentloom.registry.measuring import measure_again
 from latentloom.registry.models import NAME, SERVED, FoundModel, StoredModel, find_model, run_provenance, stored_model
-from latentloom.registry.moves import Move, all_moves, moves_of, rewrite_json
+from latentloom.registry.moves import Move, all_moves, moves_of
 from latentloom.registry.packing import save_served_model
 from latentloom.tracking.provenance import HASH_TAG, Provenance
 from latentloom.tracking.store import existing_store, has_error_code
@@ -55,7 +55,6 @@ def promote(
     """
     client = existing_store(root)
     with _one_at_a_time():
-        rewrite_json(client)
         stored, aliases = stored_model(client, found.sha256, found.run_id, found.evaluation_id), current(root)
         if stored.run is None:
             raise UserError(
@@ -94,7 +93,6 @@ def demote(alias: Alias, root: Path, *, why: str | None = None) -> tuple[str, st
     """
     client = existing_store(root)
     with _one_at_a_time():
-        rewrite_json(client)
         now = current(root).get(alias)
         if now is None:
             raise UserError(f"there is no {alias} to take back: `latentloom history` shows what there was")
