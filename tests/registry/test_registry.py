@@ -1,6 +1,5 @@
 """Promotions: what is rejected, what moves when, and what is left when something breaks off."""
 
-import json
 import re
 import shutil
 import subprocess

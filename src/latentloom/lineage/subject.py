@@ -26,7 +26,7 @@ from latentloom.registry.models import (
     stored_model,
 )
 from latentloom.tracking.git import Git
-from latentloom.tracking.provenance import CODE_DIFF, Provenance, read_carried_record, read_run_record
+from latentloom.tracking.provenance import CODE_DIFF, Provenance, read_run_record
 from latentloom.tracking.store import existing_store, first_line, tracking_uri, without_credentials
 
 
@@ -93,7 +93,7 @@ def _ask_store(subject: Subject, root: Path) -> Provenance | None:
 def _known_here(subject: Subject, root: Path) -> Provenance | None:
     """What was written down without MLflow, from the first place that has it."""
     sha256, metadata = subject.stored.sha256, subject.metadata
-    if sha256 and (record := read_run_record(root, sha256) or read_carried_record(subject.folder, sha256)):
+    if sha256 and (record := read_run_record(root, sha256, subject.folder)):
         return record
     if metadata and metadata.provenance:
         return Provenance.from_dict(metadata.provenance)

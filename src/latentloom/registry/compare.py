@@ -107,15 +107,11 @@ def compare(a: str, b: str, root: Path) -> Comparison:
 def make_sheet(
     compared: Comparison, root: Path, *, prompts: Sequence[str] | None, seed: int, count: int, path: Path | None
 ) -> Path:
-    """Write a sheet of the same prompts and the same noise for both models; its path.
+    """Write a sheet of the same prompts and the same noise for both models, into `COMPARISONS` by default; its path.
 
     Args:
-        compared: the two models.
-        root: the project's, whose params give the sampling settings.
         prompts: what to generate; None: ``evaluate.prompts``, or captions of the data where there are none.
-        seed: of the noise.
         count: samples per prompt and model.
-        path: where to; None: into `COMPARISONS`.
     """
     a, b = compared.a, compared.b
     prompts = prompts or load_params(root / PARAMS).evaluate.prompts or _captions(root)

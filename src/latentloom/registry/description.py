@@ -20,14 +20,7 @@ MEANINGS = {
 
 
 def describe(run: "Run", figures: Figures, provenance: Provenance, moves: Sequence[Move]) -> str:
-    """A version in Markdown.
-
-    Args:
-        run: of its training.
-        figures: of the run, all of them.
-        provenance: of the training.
-        moves: of the version, the oldest first.
-    """
+    """A version in Markdown, by the run of its training and its ``moves``, the oldest first."""
     parts = [f"- {move.when:%Y-%m-%d %H:%M} UTC: {_one_line(move.text)}" for move in moves]
     parts.append("\n| figure | value (95 % interval) | |\n|---|---|---|")
     parts += [f"| `{name}` | {figures.in_words(name)} | {MEANINGS.get(name, '')} |" for name in figures.names]

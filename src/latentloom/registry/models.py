@@ -22,13 +22,7 @@ from latentloom.files import user_path
 from latentloom.layout import MODEL
 from latentloom.model_files import MODEL_FILES, model_hash
 from latentloom.tracking.evaluations import EVALUATED_TAG
-from latentloom.tracking.provenance import (
-    HASH_TAG,
-    PROVENANCE,
-    Provenance,
-    read_carried_record,
-    read_run_record,
-)
+from latentloom.tracking.provenance import HASH_TAG, PROVENANCE, Provenance, read_run_record
 from latentloom.tracking.store import existing_store, has_error_code
 
 if TYPE_CHECKING:
@@ -90,8 +84,7 @@ def find_model(reference: str, root: Path) -> FoundModel:
     folder = named_folder(reference)
     if is_model(folder):
         sha256 = model_hash(folder)
-        known = read_run_record(root, sha256) or read_carried_record(folder, sha256)
-        return FoundModel(folder, sha256, provenance=known)
+        return FoundModel(folder, sha256, provenance=read_run_record(root, sha256, folder))
     stored = look_up(reference, root)
     run, evaluation, version = stored.run, stored.evaluation, stored.version
     if stored.sha256 is None:
@@ -173,10 +166,7 @@ def look_up(reference: str, root: Path) -> StoredModel:
 def stored_model(client: "MlflowClient", sha256: str, *run_ids: str | None) -> StoredModel:
     """What MLflow has of the model with that hash: the newest run that made it, and that measured it.
 
-    Args:
-        client: of the store.
-        sha256: the model's hash.
-        run_ids: runs to take rather than the newest, where they made or measured it.
+    Runs of ``run_ids`` are taken rather than the newest.
     """
 
     def last(condition: str) -> "Run | None":

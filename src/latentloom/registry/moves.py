@@ -1,6 +1,6 @@
 """Promotions and demotions, each a short tag of the version that it happened to.
 
-    move 2026-11-27 14.35.11.123456: promoted to champion instead of version 1, by ada: sharper outlines
+move 2026-11-27 14.35.11.123456: promoted to champion instead of version 1, by ada: sharper outlines
 """
 
 import re

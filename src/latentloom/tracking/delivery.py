@@ -29,14 +29,7 @@ LARGEST_BATCH = 25  # events per request: MLflow takes 1,000 metrics, and a mach
 
 
 def deliver_until(stopping: threading.Event, journal: Journal, root: Path, measure: Callable[[], None]) -> None:
-    """Deliver the journal every few seconds, and once more after ``stopping`` is set.
-
-    Args:
-        stopping: set when nothing more is logged.
-        journal: what was logged.
-        root: the project's root, for the store.
-        measure: called between two deliveries.
-    """
+    """Deliver the journal every few seconds, and once more after ``stopping`` is set; ``measure`` in between."""
     last = warned = False
     while not last:
         last = stopping.is_set()

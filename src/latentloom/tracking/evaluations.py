@@ -33,14 +33,7 @@ DECIDING = {"seed": True, "evaluate": True, "diffusion": {"schedule", "noise_lev
 
 @contextmanager
 def evaluation_run(root: Path, params: Params, model_sha256: str, figures: Mapping[str, float]) -> Iterator[TrackedRun]:
-    """Open the run of an evaluation, with its settings and ``figures``, by name.
-
-    Args:
-        root: the project's root.
-        params: of all stages.
-        model_sha256: names the model that was measured, see `model_files.model_hash`.
-        figures: what came out.
-    """
+    """Open the run of an evaluation of the model ``model_sha256``, with its settings and ``figures``."""
     provenance, record = collect(Path.cwd()), read_run_record(root, model_sha256)
     data = {name: provenance.inputs[name] for name in ("latents", "text", "captions") if name in provenance.inputs}
     settings = _settings(params)

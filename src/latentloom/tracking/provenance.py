@@ -144,12 +144,8 @@ def record_start(
     """Before the first step: record the code, the params and the data, and describe the run.
 
     Args:
-        tracked: the training's run.
-        params: of all stages.
-        provenance: of the training.
         images: the number of images per split, ``training`` first.
         digests: a hash of each split's content.
-        device: what trains.
         code_diff: how the code differs from its commit, for ``git apply``.
     """
     tracked.set_tags({**origin_tags(provenance), "device": device})
@@ -201,22 +197,13 @@ def save_run_record(root: Path, provenance: Provenance) -> None:
     write_json(_run_record(root, provenance.model_sha256), asdict(provenance))
 
 
-def read_run_record(root: Path, model_sha256: str) -> Provenance | None:
-    """The provenance of a model that was trained on this machine; None where there is none."""
-    path = _run_record(root, model_sha256)
-    return Provenance.from_dict(read_json(path)) if path.exists() else None
-
-
-def save_carried_record(folder: Path, provenance: Provenance) -> None:
-    """Write the provenance of a model into its folder, so that it goes where the model goes."""
-    write_json(folder / PROVENANCE, asdict(provenance))
-
-
-def read_carried_record(folder: Path, model_sha256: str) -> Provenance | None:
-    """The provenance that a model's folder carries; None where there is none, or it is another model's."""
-    path = folder / PROVENANCE
-    provenance = Provenance.from_dict(read_json(path)) if path.exists() else None
-    return provenance if provenance and provenance.model_sha256 == model_sha256 else None
+def read_run_record(root: Path, model_sha256: str, folder: Path | None = None) -> Provenance | None:
+    """The provenance of a model that was trained on this machine, else that which its ``folder`` carries, or None."""
+    for path in (_run_record(root, model_sha256), folder and folder / PROVENANCE):
+        if path and path.exists():
+            found = Provenance.from_dict(read_json(path))
+            return found if found.model_sha256 == model_sha256 else None  # a folder's may be another model's
+    return None
 
 
 def _run_record(root: Path, model_sha256: str | None) -> Path:
