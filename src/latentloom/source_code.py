@@ -20,7 +20,7 @@ UNDECIDING = (
 
 
 def deciding_modules(script: Path, package: Path) -> list[Path]:
-    """The files that decide what ``script`` computes: itself, and what it imports of the folder ``package``, at any depth.
+    """The files that decide what ``script`` computes: itself, and what of ``package`` it imports, at any depth.
 
     Imports inside functions count. The package's own code imports a name from the module that defines it, never from
     the package around it.

@@ -34,25 +34,17 @@ PRESENT_CODE = Path(latentloom.__file__).parents[1]  # an earlier commit's canno
 
 @dataclass(frozen=True)
 class Link:
-    """One thing that another came from.
+    """One thing that another came from."""
 
-    Attributes:
-        link: what it is, such as ``latents``; the key for machines.
-        name: what it is called, for the user.
-        hash: what names its bytes, in full; None where nothing does.
-        place: where its bytes are.
-        where: where exactly, or why it is not known.
-        needed: whether the state cannot be brought back without it.
-        command: for a shell in the new clone, brings it back where it is at hand; that of the code makes the clone.
-    """
-
-    link: str
-    name: str
-    hash: str | None
+    link: str  # what it is, such as ``latents``; the key for machines
+    name: str  # what it is called, for the user
+    hash: str | None  # what names its bytes, in full; None where nothing does
     place: Place
-    where: str
-    needed: bool = True
-    command: str = ""
+    where: str  # exactly, or why it is not known
+    needed: bool = True  # whether the state cannot be brought back without it
+    command: str = (
+        ""  # for a shell in the new clone, brings it back where it is at hand; that of the code makes the clone
+    )
 
 
 def gather(subject: Subject, root: Path) -> tuple[Link, ...]:

@@ -32,24 +32,15 @@ from latentloom.tracking.store import existing_store, first_line, tracking_uri, 
 
 @dataclass
 class Subject:
-    """What was asked for, and what is known of its training.
+    """What was asked for, and what is known of its training."""
 
-    Attributes:
-        stored: what MLflow has of the model; its hash is None where there is none, or only DVC's hash is known.
-        folder: the model's, where it was asked for or is the package's, or the project's own.
-        image: the PNG, where one was asked for, and its ``metadata``.
-        provenance: as it was written down; empty where nothing was found.
-        code_diff: what differed from the commit; None where the run does not hold it.
-        message: why MLflow does not have the run, or not its files.
-    """
-
-    stored: StoredModel
-    folder: Path
-    image: Path | None = None
-    metadata: ImageMetadata | None = None
-    provenance: Provenance = field(default_factory=Provenance)
-    code_diff: bytes | None = None
-    message: str = ""
+    stored: StoredModel  # its hash is None where there is no model, or only DVC's hash is known
+    folder: Path  # the model's, where it was asked for or is the package's, or the project's own
+    image: Path | None = None  # the PNG, where one was asked for
+    metadata: ImageMetadata | None = None  # of the PNG
+    provenance: Provenance = field(default_factory=Provenance)  # as it was written down; empty where nothing was found
+    code_diff: bytes | None = None  # what differed from the commit; None where the run does not hold it
+    message: str = ""  # why MLflow does not have the run, or not its files
 
 
 def find_subject(reference: str, root: Path) -> Subject:

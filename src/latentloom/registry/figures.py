@@ -59,25 +59,17 @@ class Share:
 class Figures:
     """Figures of a model, and how they were measured; None where that is not known.
 
-    Attributes:
-        values: by name, as the stage `evaluate` names them; a share's interval as ``NAME_low`` and ``NAME_high``.
-        data: names all images and captions of the data set, see `Caches.digests`.
-        samples: how many held-out captions were sampled.
-        seed: of the samples' noise.
-        sampling: the sampling settings, as `in_words` gives them.
-        noise: the schedule and the noise levels that ``val_mae`` is a mean over.
-        beside_real: the params that FID and the like were measured with.
-        run_id: of the MLflow run that holds them.
+    ``values`` are by the names that the stage `evaluate` gives them, a share's interval as ``NAME_low``, ``NAME_high``.
     """
 
     values: Mapping[str, float] = field(default_factory=dict)
-    data: str | None = None
-    samples: int | None = None
-    seed: str | None = None
-    sampling: str | None = None
-    noise: str | None = None
-    beside_real: str | None = None
-    run_id: str | None = None
+    data: str | None = None  # names all images and captions of the data set, see `Caches.digests`
+    samples: int | None = None  # how many held-out captions were sampled
+    seed: str | None = None  # of the samples' noise
+    sampling: str | None = None  # the sampling settings, as `in_words` gives them
+    noise: str | None = None  # the schedule and the noise levels that ``val_mae`` is a mean over
+    beside_real: str | None = None  # the params that FID and the like were measured with
+    run_id: str | None = None  # of the MLflow run that holds them
 
     def share(self, name: str) -> Share | None:
         """A share with its interval; None where it is no share, or was not measured."""

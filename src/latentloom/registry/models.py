@@ -41,19 +41,12 @@ URI = re.compile(rf"^(runs:/|(models:/)?{NAME}[@:/])")  # as MLflow writes runs,
 
 @dataclass(frozen=True)
 class StoredModel:
-    """What MLflow has of a model.
+    """What MLflow has of a model."""
 
-    Attributes:
-        sha256: the model's hash; None: the run made no model.
-        run: that trained it.
-        evaluation: the run with its figures: the last that is finished, unless another was asked for.
-        version: of the registry.
-    """
-
-    sha256: str | None
-    run: "Run | None" = None
-    evaluation: "Run | None" = None
-    version: "ModelVersion | None" = None
+    sha256: str | None  # None: the run made no model
+    run: "Run | None" = None  # that trained it
+    evaluation: "Run | None" = None  # with its figures: the last that is finished, unless another was asked for
+    version: "ModelVersion | None" = None  # of the registry
 
 
 @dataclass(frozen=True)

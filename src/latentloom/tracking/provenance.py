@@ -58,42 +58,27 @@ SECTIONS = {"seed", "ingest", "encode_images", "encode_text", "model", "diffusio
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a training came from; None or empty where it is not known.
+    """What a training came from; None or empty where it is not known."""
 
-    Attributes:
-        commit: what was checked out when the training began.
-        dirty: whether code or params differed from it; the difference is in the run, as ``code.diff``.
-        branch: of the commit.
-        experiment: the name of the DVC experiment that ran the training.
-        user: who trained.
-        inputs: the SHA-256 of the files that name the data, by `INPUTS`' names.
-        outs: DVC's hashes of the data, and of the finished model: path -> hash.
-        sources: what the sources held, as `find_sources` listed it.
-        ingested: what `ingest` counted.
-        encoders: ``vae`` and ``text_encoder``, that made the caches: each one's reference and fingerprint.
-        failed_checks: the names of the validation's checks that failed; None: there was no validation.
-        model_sha256: names the finished model, see `model_files.model_hash`.
-        converted_from: the hash of the model that this training made, where the finished model is a copy of that in
-            another precision, which carries this record and comes without the caches.
-        mlflow_run_id: of the training, where MLflow answered.
-        run_key: what names the training's run on this machine.
-    """
-
-    commit: str | None = None
-    dirty: bool | None = None
+    commit: str | None = None  # what was checked out when the training began
+    dirty: bool | None = None  # whether code or params differed from it; the run has the difference, as `CODE_DIFF`
     branch: str | None = None
-    experiment: str | None = None
+    experiment: str | None = None  # DVC's, that ran the training
     user: str | None = None
-    inputs: Mapping[str, str] = field(default_factory=dict)
-    outs: Mapping[str, str] = field(default_factory=dict)
-    sources: list[dict[str, Any]] = field(default_factory=list)
-    ingested: dict[str, Any] = field(default_factory=dict)
-    encoders: Mapping[str, dict[str, str]] = field(default_factory=dict)
-    failed_checks: list[str] | None = None
-    model_sha256: str | None = None
-    converted_from: str | None = None
-    mlflow_run_id: str | None = None
-    run_key: str | None = None
+    inputs: Mapping[str, str] = field(default_factory=dict)  # the SHA-256 of the files of `INPUTS`
+    outs: Mapping[str, str] = field(
+        default_factory=dict
+    )  # DVC's hashes of the data, and of the finished model, by path
+    sources: list[dict[str, Any]] = field(default_factory=list)  # as `find_sources` listed them
+    ingested: dict[str, Any] = field(default_factory=dict)  # what `ingest` counted
+    encoders: Mapping[str, dict[str, str]] = field(default_factory=dict)  # of `ENCODERS`: reference and fingerprint
+    failed_checks: list[str] | None = None  # of the validation; None: there was none
+    model_sha256: str | None = None  # names the finished model, see `model_files.model_hash`
+    converted_from: str | None = (
+        None  # the model that was trained, where the present one is a copy in another precision
+    )
+    mlflow_run_id: str | None = None  # where MLflow answered
+    run_key: str | None = None  # names the training's run on this machine
 
     def with_model(self, folder: Path, model_sha256: str, run_key: str | None) -> "Provenance":
         """This and the finished model in ``folder``, with DVC's hash of it."""

@@ -50,16 +50,8 @@ def validate(
     from latentloom.validation.checks import checks
     from latentloom.validation.data_docs import write_data_docs
 
-    expectations = checks(
-        params,
-        vae_fingerprint=expected_vae_fingerprint,
-        text_fingerprint=expected_text_fingerprint,
-        val_fraction=val_fraction,
-        latents=len(tables["latents"]),
-        rejected_latents=len(data.latent_rejects),
-        max_tokens=data.max_tokens,
-    )
-    results = _run(expectations, tables)
+    asked = {"vae_fingerprint": expected_vae_fingerprint, "text_fingerprint": expected_text_fingerprint}
+    results = _run(checks(params, data, val_fraction=val_fraction, **asked), tables)
     report = ValidationReport(
         checks=tuple(_result(item, tables[name]) for name, result in results.items() for item in result.results),
         rows={name: len(frame) for name, frame in tables.items()},
