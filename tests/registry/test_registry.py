@@ -21,8 +21,8 @@ from latentloom.evaluation.text_to_image import load_text_to_image, stored_setti
 from latentloom.model_files import model_hash, read_config
 from latentloom.registry import packing, registry
 from latentloom.registry.models import find_model
+from latentloom.tracking.provenance import user_name
 from latentloom.tracking.store import open_client
-from latentloom.user import user_name
 
 ROOT = Path(__file__).parents[2]
 

@@ -54,14 +54,14 @@ def gather(subject: Subject, root: Path) -> tuple[Link, ...]:
     code = _code(subject, root)
     named = [name for name, path in DATA.items() if path in known.outs or name in ("latents", "text", "images")]
     data = [_out(name, DATA[name], known, found, root / DATA[name]) for name in named]
-    if known.converted_from:
-        data = list(map(_left_behind, data))
+    if known.converted_from:  # it is complete without its data, and their source gives them again
+        left_behind = {"place": Place.LOST, "where": "did not come with the model", "needed": False}
+        data = [link if link.place in AT_HAND else replace(link, **left_behind) for link in data]
     images_are_there = any(link.link == "images" and link.place in AT_HAND for link in data)
     return (
         *([_picture(subject)] if subject.metadata else []),
         _model(subject, found, root),
-        _run(subject, root),
-        *_evaluation(subject, root),
+        *_runs(subject, root),
         Link("params", str(PARAMS), None, code.place, "of the code"),
         code,
         *_changes(subject, root),
@@ -111,25 +111,24 @@ def _model(subject: Subject, found: Mapping[str, tuple[Place, str]], root: Path)
     return replace(link, place=Place.REMOTE, where=where, command=command)
 
 
-def _run(subject: Subject, root: Path) -> Link:
-    """The MLflow run; what it knows may be written down elsewhere, so it is needed only where nothing else is."""
-    known, run = subject.provenance, subject.stored.run
+def _runs(subject: Subject, root: Path) -> list[Link]:
+    """The MLflow run of the training, and the one that holds the model's figures and sheets, where there are.
+
+    What the first knows may be written down elsewhere, so it is needed only where nothing else is; the second never is.
+    """
+    known, run, evaluation = subject.provenance, subject.stored.run, subject.stored.evaluation
+    place, store = _store_place(root), without_credentials(tracking_uri(root))
     if run is None:
         name = f"run {known.mlflow_run_id}" if known.mlflow_run_id else "no run is known"
-        return Link("run", name, known.mlflow_run_id, Place.UNKNOWN, subject.message, needed=not known.outs)
-    name = f"{run.info.run_name} ({run.info.run_id}), {run.info.status.lower()}"
-    name += f", DVC experiment {known.experiment}" if known.experiment else ""
-    return Link("run", name, run.info.run_id, _store_place(root), without_credentials(tracking_uri(root)))
-
-
-def _evaluation(subject: Subject, root: Path) -> list[Link]:
-    """The MLflow run that holds the model's figures and sheets; nothing depends on it."""
-    run = subject.stored.evaluation
-    if run is None:
-        return []
-    name = f"{run.info.run_name} ({run.info.run_id})"
-    where = without_credentials(tracking_uri(root))
-    return [Link("evaluation", name, run.info.run_id, _store_place(root), where, needed=False)]
+        links = [Link("run", name, known.mlflow_run_id, Place.UNKNOWN, subject.message, needed=not known.outs)]
+    else:
+        name = f"{run.info.run_name} ({run.info.run_id}), {run.info.status.lower()}"
+        name += f", DVC experiment {known.experiment}" if known.experiment else ""
+        links = [Link("run", name, run.info.run_id, place, store)]
+    if evaluation is not None:
+        name = f"{evaluation.info.run_name} ({evaluation.info.run_id})"
+        links.append(Link("evaluation", name, evaluation.info.run_id, place, store, needed=False))
+    return links
 
 
 def _code(subject: Subject, root: Path) -> Link:
@@ -179,13 +178,6 @@ def _out(link: str, path: str, known: Provenance, found: Mapping[str, tuple[Plac
         return Link(link, name, out, Place.HERE, f"{local} alone", command=copy)
     bring = f"PYTHONPATH={shlex.quote(str(PRESENT_CODE))} python -m latentloom.dvc_outs {out}={path}"
     return Link(link, name, out, place, where, command=bring)
-
-
-def _left_behind(link: Link) -> Link:
-    """Data of a model that comes without them: it is complete, and their source gives them again."""
-    if link.place in AT_HAND:
-        return link
-    return replace(link, place=Place.LOST, where="did not come with the model", needed=False)
 
 
 def _source(then: Mapping[str, Any], ingested: Mapping[str, Any], *, needed: bool) -> Link:

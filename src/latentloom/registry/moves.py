@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal
 
 from latentloom.registry.models import NAME
-from latentloom.user import user_name
+from latentloom.tracking.provenance import user_name
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient

@@ -26,9 +26,8 @@ from latentloom.registry.measuring import measure_again
 from latentloom.registry.models import NAME, SERVED, FoundModel, StoredModel, find_model, run_provenance, stored_model
 from latentloom.registry.moves import Move, all_moves, moves_of
 from latentloom.registry.packing import save_served_model
-from latentloom.tracking.provenance import HASH_TAG, Provenance
+from latentloom.tracking.provenance import HASH_TAG, Provenance, user_name
 from latentloom.tracking.store import existing_store, has_error_code
-from latentloom.user import user_name
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient

@@ -5,6 +5,7 @@ It goes into the MLflow run as ``provenance.json``, with tags and a description 
 sample` writes a part of it into each PNG.
 """
 
+import getpass
 import json
 import os
 from collections.abc import Mapping
@@ -31,7 +32,6 @@ from latentloom.layout import (
 from latentloom.params import Params
 from latentloom.tracking.git import Git
 from latentloom.tracking.runs import TrackedRun
-from latentloom.user import user_name
 
 PROVENANCE, CODE_DIFF = "provenance.json", "code.diff"
 HASH_TAG, NOTE = "model.sha256", "mlflow.note.content"  # MLflow shows the latter as the run's description
@@ -114,6 +114,14 @@ def collect(root: Path) -> Provenance:
         encoders={name: own for name, (path, key) in ENCODERS.items() if (own := _read(root / path, {}).get(key))},
         failed_checks=_read(root / VALIDATED, {}).get("failed"),
     )
+
+
+def user_name() -> str | None:
+    """Who runs this; None where the user id has no name, as in a container."""
+    try:
+        return getpass.getuser()
+    except (ImportError, KeyError, OSError):  # as Python's versions have it
+        return None
 
 
 def record_start(

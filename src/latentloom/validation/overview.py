@@ -1,4 +1,8 @@
-"""The data at a glance, for the page: counts, distributions, and pictures by which to judge it.
+"""The report for a browser, one page: the data at a glance, and each check with what was observed.
+
+Great Expectations' own Data Docs load Bootstrap, jQuery and a logo from the network, name no data asset, link to pages
+that nobody wrote, hold times and random ids, and of a check say no more than which percentage is unexpected. So
+templates beside this file make the page: plain HTML and CSS with the pictures in it.
 
 Kept images are those whose ids, read backwards, come first: an id is a hash of the picture, so that is a fair sample,
 and the same one for the same data. (Read forwards it would not be fair: an id's beginning decides the split.) Rejected
@@ -12,13 +16,17 @@ import io
 import itertools
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
+from latentloom.files import write_text
 from latentloom.ingestion.shards import iterate_images
+from latentloom.validation.report import ValidationReport
 from latentloom.validation.tables import SPLITS, Data
 
 KEPT = 48
@@ -61,12 +69,25 @@ class Overview:
     reconstructions: list[tuple[Tile, Tile, float]]  # the worst: the image, the same decoded, and the PSNR in dB
 
 
-def describe(data: Data) -> Overview:
-    """The overview of one ``data`` folder; reads the few pictures that it shows.
+def write_data_docs(folder: Path, report: ValidationReport, data: Data) -> None:
+    """Write ``index.html`` into ``folder``, over what is there.
 
     Raises:
         UserError: when a shard of images is missing or damaged, naming it.
     """
+    environment = Environment(
+        loader=PackageLoader("latentloom.validation"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("index.j2").render(report=report, overview=describe(data))
+    write_text(folder / "index.html", page)
+
+
+def describe(data: Data) -> Overview:
+    """The data at a glance: counts, distributions, and the few pictures by which to judge it, which are read here."""
     images, near_duplicates = data.tables["images"], data.tables["near_duplicates"]
     chosen = heapq.nsmallest(KEPT, images["id"].unique(), key=lambda image_id: image_id[::-1])
     alike = near_duplicates.sort_values(["distance", "image_id", "twin_id"], kind="stable").head(NEAR_DUPLICATES)
