@@ -19,6 +19,7 @@ from latentloom.errors import UserError
 from latentloom.files import atomic_path
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
 EXPERIMENT = "latentloom"
@@ -130,6 +131,12 @@ def existing_store(root: Path) -> "MlflowClient":
     except ImportError as error:
         store = without_credentials(tracking_uri(root))
         raise UserError(f"{store} cannot be opened: {error}; install that in this environment") from error
+
+
+def search_runs(client: "MlflowClient", condition: str, most: int = 100) -> "list[Run]":
+    """Runs of all experiments, the newest first."""
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return list(client.search_runs(experiments, condition, max_results=most))
 
 
 def experiment_id(client: "MlflowClient", root: Path) -> str:
