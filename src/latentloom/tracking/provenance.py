@@ -132,20 +132,17 @@ def record_start(
     images: Mapping[str, int],
     digests: Mapping[str, str],
     device: str,
-    code_diff: str = "",
 ) -> None:
     """Before the first step: record the code, the params and the data, and describe the run.
 
     Args:
         images: the number of images per split, ``training`` first.
         digests: a hash of each split's content.
-        code_diff: how the code differs from its commit, for ``git apply``.
     """
-    tracked.set_tags({**origin_tags(provenance), "device": device})
+    record_code(tracked, provenance)
+    tracked.set_tags({"device": device})
     tracked.log_params(params.model_dump(mode="json", by_alias=True, include=SECTIONS))
     tracked.log_text(json.dumps(asdict(provenance), indent=2) + "\n", PROVENANCE)
-    if code_diff:
-        tracked.log_text(code_diff, CODE_DIFF)
     sources = [source["name"] for source in provenance.ingested.get("sources", [])] or ["images"]
     for split, rows in images.items():
         name = f"{'+'.join(sources)}-{split}"
@@ -154,6 +151,13 @@ def record_start(
         if path.exists():
             tracked.log_file(path)
     tracked.set_tags({NOTE: _description(params, provenance, images, sources)})
+
+
+def record_code(tracked: TrackedRun, provenance: Provenance) -> None:
+    """Record whose and which code a run is of, and how it differs from its commit, for ``git apply``."""
+    tracked.set_tags(origin_tags(provenance))
+    if provenance.dirty:
+        tracked.log_text(Git(Path.cwd()).code_diff(), CODE_DIFF)
 
 
 def origin_tags(provenance: Provenance) -> dict[str, str | None]:
