@@ -21,7 +21,7 @@ MEANINGS = {
 
 def describe(run: "Run", figures: Figures, provenance: Provenance, moves: Sequence[Move]) -> str:
     """A version in Markdown, by the run of its training and its ``moves``, the oldest first."""
-    parts = [f"- {move.when:%Y-%m-%d %H:%M} UTC: {_one_line(move.text)}" for move in moves]
+    parts = [f"- {move.when:%Y-%m-%d %H:%M} UTC: {' '.join(move.text.split())}" for move in moves]
     parts.append("\n| figure | value (95 % interval) | |\n|---|---|---|")
     parts += [f"| `{name}` | {figures.in_words(name)} | {MEANINGS.get(name, '')} |" for name in figures.names]
     if figures.samples:
@@ -35,7 +35,3 @@ def describe(run: "Run", figures: Figures, provenance: Provenance, moves: Sequen
     picture = f"get-artifact?path={SAMPLE_SHEET.name}&run_uuid={figures.run_id}"
     parts[-1] += f".\n\n![{SAMPLE_SHEET.name} of the evaluation]({picture})"
     return "\n".join(parts)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
