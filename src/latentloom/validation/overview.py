@@ -12,7 +12,6 @@ alone, without time or chance: the same data gives the same page.
 
 import base64
 import heapq
-import io
 import itertools
 import math
 from dataclasses import dataclass
@@ -22,17 +21,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from PIL import Image
 
 from latentloom.files import write_text
-from latentloom.ingestion.shards import iterate_images
+from latentloom.ingestion.shards import iterate_images, thumbnail
 from latentloom.validation.report import ValidationReport
 from latentloom.validation.tables import SPLITS, Data
 
 KEPT = 48
 REJECTED = 8  # of each reason
 NEAR_DUPLICATES = 12  # pairs, the most alike first
-THUMBNAIL = 160  # pixels per side, at most
 
 LENGTHS = (1, 10, 20, 30, 40, 50, 75, 100, 150, 200, 300, 500, 1000)  # characters
 SIZES = (1, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)  # pixels
@@ -94,7 +91,7 @@ def describe(data: Data) -> Overview:
     worst = data.reconstructions.dropna(subset="preview").sort_values("psnr", kind="stable")
     rejects = pd.concat([data.rejects, data.latent_rejects], ignore_index=True)
     wanted = {*chosen, *worst["id"], *alike["image_id"], *alike["twin_id"], *data.latent_rejects["id"].head(REJECTED)}
-    pictures = {image_id: _thumbnail(pixels) for image_id, pixels in iterate_images(data.folder / "images", wanted)}
+    pictures = {image_id: thumbnail(pixels) for image_id, pixels in iterate_images(data.folder / "images", wanted)}
     known = {row.id: row for row in images[images["id"].isin(wanted)].itertuples()}
 
     def tile(image_id: str) -> Tile:
@@ -153,13 +150,6 @@ def _ranges(edges: tuple[int, ...]) -> dict[str, float]:
     """Edges of whole numbers with their labels: ``1–9`` and so on, the last ``1,000 or more``."""
     between = {f"{low:,}–{high - 1:,}": low for low, high in itertools.pairwise(edges)}
     return between | {f"{edges[-1]:,} or more": edges[-1]}
-
-
-def _thumbnail(pixels: np.ndarray) -> bytes:
-    image, buffer = Image.fromarray(pixels), io.BytesIO()
-    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _address(png: bytes | None) -> str | None:
