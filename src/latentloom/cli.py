@@ -178,6 +178,7 @@ def sample(
 
     found = find_model(model, project_root())
     settings = default_settings(found.folder)
+    # All options are read by their names; those that were not given are as in the params.
     given = [name for name in OPTION_NAMES if context.get_parameter_source(name).name != "DEFAULT"]
     try:
         request = SampleRequest.of(settings, {name: context.params[name] for name in given})
