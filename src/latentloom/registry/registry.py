@@ -16,10 +16,9 @@ from filelock import FileLock
 
 from latentloom.errors import UserError
 from latentloom.evaluation.text_to_image import default_settings
-from latentloom.layout import PARAMS, state_folder
+from latentloom.layout import PARAMS, SAMPLE_SHEET, state_folder
 from latentloom.model_files import read_config
 from latentloom.params import Params, load_params
-from latentloom.registry.description import describe
 from latentloom.registry.figures import Figures, figures_of, in_the_same_way, sampling_settings
 from latentloom.registry.gate import NO_LIMITS, objections, worse
 from latentloom.registry.measuring import measure_again
@@ -34,6 +33,12 @@ if TYPE_CHECKING:
 
 Alias = Literal["champion", "candidate"]
 REMEASURED = "remeasured."  # before the names of tags that keep the figures of a champion that was measured again
+MEANINGS = {
+    "held_out_recall_at_1": "generates what captions it has never seen ask for",
+    "copied_share": "samples nearer to a training image than 95 % of real held-out images are",
+    "val_mae": "error on held-out images",
+    "memorisation_recall": "knows its training images by heart",
+}
 DESCRIPTION = "Prompts in, PNG images out: `mlflow models serve -m models:/latentloom@champion --env-manager local`"
 
 
@@ -167,13 +172,29 @@ def _set_tags(client: "MlflowClient", version: str, tags: dict[str, str]) -> Non
 
 
 def _describe(client: "MlflowClient", number: str) -> None:
-    """Let MLflow's page of a version show its figures and moves; a version whose run is gone stays as it was."""
+    """Let MLflow's page of a version show a person its moves, figures, picture and training.
+
+    A version whose run is gone stays as it was.
+    """
     version = client.get_model_version(NAME, number)
     stored = stored_model(client, version.tags.get(HASH_TAG, ""), version.run_id)
-    if stored.run is not None:
-        provenance = run_provenance(client, stored.run) or Provenance()
-        text = describe(stored.run, figures_of(client, stored), provenance, moves_of(number, version.tags))
-        client.update_model_version(NAME, number, description=text)
+    if stored.run is None:
+        return
+    figures, run = figures_of(client, stored), stored.run.info
+    commit = (run_provenance(client, stored.run) or Provenance()).commit
+    parts = [
+        f"- {move.when:%Y-%m-%d %H:%M} UTC: {' '.join(move.text.split())}" for move in moves_of(number, version.tags)
+    ]
+    parts.append("\n| figure | value (95 % interval) | |\n|---|---|---|")
+    parts += [f"| `{name}` | {figures.in_words(name)} | {MEANINGS.get(name, '')} |" for name in figures.names]
+    if figures.samples:
+        parts.append(f"\nOf {figures.samples} held-out captions, seed {figures.seed}: {figures.sampling}.")
+    # By addresses relative to MLflow's page, wherever its server is.
+    trained = f"\nTrained by the run [{run.run_name}](#/experiments/{run.experiment_id}/runs/{run.run_id})"
+    parts.append(trained + (f", code of the commit `{commit[:10]}`." if commit else "."))
+    picture = f"get-artifact?path={SAMPLE_SHEET.name}&run_uuid={figures.run_id}"
+    parts.append(f"\n![{SAMPLE_SHEET.name} of the evaluation]({picture})")
+    client.update_model_version(NAME, number, description="\n".join(parts))
 
 
 def _one_at_a_time() -> AbstractContextManager:
