@@ -16,7 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pydantic import TypeAdapter
 
-from latentloom.diffusion.sampling_settings import SETTING_NAMES, SHORT_NAMES, SamplingSettings
+from latentloom.diffusion.sampling_settings import SamplingSettings
 from latentloom.errors import UserError
 from latentloom.files import atomic_path
 
@@ -83,7 +83,7 @@ def save_image(path: Path, image: np.ndarray, metadata: ImageMetadata) -> None:
 
 
 def read_metadata(path: Path) -> ImageMetadata:
-    """The metadata of an image that `save_image` wrote, in this version or an earlier one.
+    """The metadata of an image that `save_image` wrote.
 
     Raises:
         UserError: naming the file, when there is no such file, or it is not a PNG of ours.
@@ -100,21 +100,11 @@ def read_metadata(path: Path) -> ImageMetadata:
             "it again without its text chunks"
         )
     try:
-        return TypeAdapter(ImageMetadata).validate_python(_in_present_form(json.loads(chunk)))
+        return TypeAdapter(ImageMetadata).validate_python(json.loads(chunk))
     except ValueError as error:
-        raise UserError(f"{path}: its text chunk {CHUNK!r} cannot be read: {error}") from error
-
-
-def _in_present_form(values: Any) -> Any:
-    """The first version wrote the settings beside the rest, under names of its own, and the run's id alone."""
-    if not isinstance(values, dict) or "sampling" in values:
-        return values
-    settings = {name: values.pop(name) for name in (*SHORT_NAMES, *SETTING_NAMES) if name in values}
-    run = values.pop("mlflow_run_id", None)
-    return values | {
-        "sampling": SamplingSettings.from_dict(settings),
-        "provenance": {"mlflow_run_id": run} if run else None,
-    }
+        raise UserError(
+            f"{path}: its text chunk {CHUNK!r} cannot be read; the first version of this program wrote another: {error}"
+        ) from error
 
 
 def generate_command(
