@@ -12,7 +12,10 @@ NO_LIMITS = RegistryParams(min_held_out_recall_at_1=None, max_copied_share=None)
 
 def objections(figures: Figures, provenance: Provenance, limits: RegistryParams) -> list[str]:
     """What speaks against a model, whoever is the champion; empty: nothing."""
-    return [objection for objection in (_invalid(provenance), *_beyond(figures, limits)) if objection]
+    failed, found = provenance.failed_checks, _beyond(figures, limits)
+    if failed is None:
+        return ["the result of its data's validation is not known: the run does not hold it", *found]
+    return [f"the validation of its data failed: {', '.join(failed)}", *found] if failed else found
 
 
 def worse(figures: Figures, champion: Figures) -> str | None:
@@ -24,14 +27,6 @@ def worse(figures: Figures, champion: Figures) -> str | None:
     own, others = figures.in_words(name), champion.in_words(name)
     interval = "" if name == VAL_MAE else f": the difference is {less}"
     return f"{name} is {own}, worse than the champion's {others}{interval}"
-
-
-def _invalid(provenance: Provenance) -> str | None:
-    """Why the data of a model are not known to be good; None: they are."""
-    if provenance.failed_checks is None:
-        return "the result of its data's validation is not known: the run does not hold it"
-    failed = ", ".join(provenance.failed_checks)
-    return f"the validation of its data failed: {failed}" if failed else None
 
 
 def _beyond(figures: Figures, limits: RegistryParams) -> list[str]:
