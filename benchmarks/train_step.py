@@ -48,7 +48,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from latentloom.devices import autocast, autocast_dtype, choose_device
 from latentloom.diffusion import UNet, get_network
 from latentloom.encoding.codec import LatentCodec
-from latentloom.encoding.dataset import LatentDataset
+from latentloom.encoding.dataset import LatentDataset, Split
 from latentloom.encoding.row_sources import InMemoryRows
 from latentloom.params import Compile, DiffusionParams, TrainParams
 
@@ -82,9 +82,17 @@ class Contender:
     step: Callable[[], object]
 
 
-def our_network(settings: Settings) -> UNet:
+def our_network(settings: Settings, *, size_condition: bool = False) -> UNet:
     torch.manual_seed(0)
-    network = get_network(SIZE, settings.depth, 256, CHANNELS, widths=settings.widths, text_dim=TEXT_DIM)
+    network = get_network(
+        SIZE,
+        settings.depth,
+        256,
+        CHANNELS,
+        widths=settings.widths,
+        text_dim=TEXT_DIM,
+        size_condition=size_condition,
+    )
     return network.to(settings.device, memory_format=torch.channels_last)
 
 
@@ -95,7 +103,7 @@ def our_params(settings: Settings) -> tuple[TrainParams, DiffusionParams]:
     return TrainParams(**(params["train"] | changed)), DiffusionParams(**params["diffusion"])
 
 
-def ours(settings: Settings, network: UNet | None = None) -> Contender:
+def ours(settings: Settings, network: UNet | None = None, data: LatentDataset | Split | None = None) -> Contender:
     """All that this script knows of our training loop."""
     from latentloom.training.loop import TrainingState, train
 
@@ -104,7 +112,7 @@ def ours(settings: Settings, network: UNet | None = None) -> Contender:
     train_params = train_params.model_copy(update={"optimizer": settings.optimizer})
     steps = train(
         TrainingState.start(network, train_params, settings.dtype),
-        synthetic_data(settings),
+        data or synthetic_data(settings),
         params=train_params,
         diffusion=diffusion,
         seed=0,

@@ -1,7 +1,5 @@
 """Stage `ingest`: sources of captioned images -> data/images, data/rejects.parquet, data/near_duplicates.parquet."""
 
-from dataclasses import asdict
-
 from latentloom.files import write_json
 from latentloom.ingestion.ingest import ingest
 from latentloom.layout import IMAGES, INGEST_REPORT, NEAR_DUPLICATES, REJECTS
@@ -11,7 +9,9 @@ from latentloom.stage import run_stage
 
 def main(params: Params) -> str:
     report = ingest(params.ingest, IMAGES, REJECTS, NEAR_DUPLICATES)
-    write_json(INGEST_REPORT, asdict(report))
+    write_json(INGEST_REPORT, report.to_dict())
+    if report.size_table:
+        print(report.size_table)
     return str(report)
 
 

@@ -2,17 +2,19 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from latentloom.encoding.cache import FORMAT_VERSION, save_shard
 from latentloom.encoding.codec import LatentCodec
-from latentloom.encoding.dataset import LatentDataset
+from latentloom.encoding.dataset import LatentDataset, Split
 from latentloom.encoding.row_sources import InMemoryRows
 from latentloom.encoding.shard_files import TOKENS, ragged
 from latentloom.files import read_json, write_json
@@ -109,6 +111,25 @@ def make_data() -> Callable[..., TensorDataset]:
         )
 
     return make
+
+
+def split_of_shapes(data: LatentDataset, *parts: tuple[int, tuple[int, int]]) -> Split:
+    """So many images of each size (h, w), one after the other, of ``data``, whose latents are resized to it."""
+    buckets, first = [], 0
+    for count, size in parts:
+        rows = slice(first, first + count)
+        raw = data.latents.gather(rows)
+        bucket = replace(
+            data,
+            ids=data.ids[rows],
+            latents=InMemoryRows({name: F.interpolate(tensor, size) for name, tensor in raw.items()}),
+            captions=data.captions[rows],
+            caption_counts=data.caption_counts[rows],
+            weights=None if data.weights is None else data.weights[rows],
+        )
+        buckets.append(bucket)
+        first += count
+    return Split(tuple(buckets))
 
 
 @pytest.fixture

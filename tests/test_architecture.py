@@ -10,7 +10,7 @@ PACKAGE = ROOT / "src" / "latentloom"
 
 CORE = (
     *("params", "files", "layout", "errors", "stage", "devices", "randomness", "model_files", "sharding"),
-    *("source_code", "image_grid", "dvc_outs", "lettering", "tensor_files", "file_hashes"),
+    *("source_code", "sizes", "image_grid", "dvc_outs", "lettering", "tensor_files", "file_hashes"),
 )
 # Readers of what a stage left: what other stage packages may import of it.
 READERS = (
@@ -37,12 +37,13 @@ FOUNDATION = {
     "randomness": (),
     "sharding": (),
     "source_code": (),
+    "sizes": (),
     "image_grid": ("lettering",),
     "lettering": (),
     "layout": ("errors",),
     "files": ("errors",),
     "devices": ("errors",),
-    "params": ("errors", "diffusion.sampling_settings"),
+    "params": ("errors", "sizes", "diffusion.sampling_settings"),
 }
 
 

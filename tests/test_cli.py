@@ -29,6 +29,16 @@ def test_a_good_params_file_passes_silently(invoke):
     assert (result.exit_code, result.output) == (0, "")
 
 
+def test_a_params_file_of_several_sizes_shows_them(invoke, tmp_path):
+    shipped = (ROOT / "params.yaml").read_text()
+    changed = shipped.replace("shape: square", "shape: buckets").replace("image_size: 128", "image_size: [128, 192]")
+    (tmp_path / "params.yaml").write_text(changed)
+    assert invoke("check").output.splitlines() == [
+        "ingest.image_size 128: 96x192, 96x160, 128x128, 160x96, 192x96",
+        "ingest.image_size 192: 128x256, 160x224, 192x192, 224x160, 256x128",
+    ]
+
+
 def test_a_bad_params_file_is_rejected(invoke, tmp_path):
     (tmp_path / "params.yaml").write_text("seed: 0\n")
     result = invoke("check")

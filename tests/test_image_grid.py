@@ -20,6 +20,21 @@ def test_images_lie_row_by_row_and_places_left_over_are_white(count, columns, ro
         np.testing.assert_array_equal(shown, expected)
 
 
+def test_images_of_several_sizes_lie_whole_in_the_middle_of_equal_places():
+    images = [np.full((height, width, 3), 10 * width, dtype=np.uint8) for height, width in ((4, 6), (2, 6), (4, 2))]
+    grid = image_grid(images, columns=2)
+    captioned = captioned_grid(images, ["", "", ""])
+    assert grid.shape == (8, 12, 3)
+    for place, (top, left) in enumerate([(0, 0), (1, 6), (4, 2)]):
+        height, width = images[place].shape[:2]
+        row, column = divmod(place, 2)
+        y, x = row * (4 + 56) + top - 4 * row, column * 128 + 61 + left - 6 * column
+        np.testing.assert_array_equal(grid[top : top + height, left : left + width], images[place])
+        np.testing.assert_array_equal(captioned[y : y + height, x : x + width], images[place])
+    for shown in (grid, captioned):
+        assert (shown < 255).all(-1).sum() == sum(image.shape[0] * image.shape[1] for image in images)
+
+
 def test_each_image_has_its_own_caption_below_it():
     images = np.full((3, 4, 6, 3), 200, dtype=np.uint8)
     grid = captioned_grid(images, ["lion", "a very long caption " * 20, "lion"])

@@ -51,6 +51,18 @@ def test_the_same_model_gives_the_same_bytes(model, tmp_path):
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 
 
+def test_only_a_model_of_several_shapes_says_so_and_is_told_the_size(model, tmp_path):
+    folder, network = model
+    assert "latent_shapes" not in json.loads((folder / "config.json").read_text())
+    assert (network.size_projection, load_model(folder)[1].trained_shapes) == (None, ((4, 8, 8),))
+    several = CONFIG.model_copy(update={"latent_shapes": ((4, 6, 10), (4, 8, 8))})
+    save_model(tmp_path / "several", several.build().state_dict(), several)
+    network, config = load_model(tmp_path / "several")
+    assert network.size_projection is not None and config.trained_shapes == several.latent_shapes
+    with pytest.raises(ValueError, match="halves the latent 1 times, so its sides must be multiples of 2, not 5x8"):
+        CONFIG.model_copy(update={"latent_shapes": ((4, 5, 8), (4, 8, 8))}).build()
+
+
 def test_any_user_may_read_a_model(model):
     folder, _ = model
     assert {path.stat().st_mode & 0o777 for path in folder.glob("*.safetensors")} == {0o644}

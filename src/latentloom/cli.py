@@ -60,8 +60,11 @@ app = typer.Typer(
 
 @app.command()
 def check(params: Annotated[Path, typer.Argument(help="A params file.")] = PARAMS) -> None:
-    """Check a params file: every key and value, before any work."""
-    load_params(params)
+    """Check a params file: every key and value, before any work; show the sizes of images, where there are several."""
+    ingest = load_params(params).ingest
+    if ingest.several_sizes:
+        for image_size, table in zip(ingest.image_sizes, ingest.tables, strict=True):
+            print(f"ingest.image_size {image_size}: " + ", ".join(map(str, table)))
 
 
 @app.command()
@@ -155,6 +158,7 @@ def sample(
     seed: Annotated[int, typer.Option(help="Of the noise that samples start from.")] = 0,
     count: Annotated[int, typer.Option(help="Samples per prompt.")] = 1,
     first: Annotated[int, typer.Option(help="The number of the first sample.")] = 0,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels; by default the model's own.")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps; by default as in params.yaml.")] = None,
     guidance: Annotated[float | None, typer.Option(help="1: as trained; more: closer to the prompt.")] = None,
     sampler: Annotated[str | None, typer.Option(help="ddim or dpmpp_2m.")] = None,
@@ -185,7 +189,7 @@ def sample(
     except ValueError as error:
         raise UserError(str(error)) from error
     loaded = load_text_to_image(found.folder, provenance=found.provenance and found.provenance.in_images())
-    for warning in filter(None, map(loaded.unread, prompts)):
+    for warning in loaded.remarks(prompts, request):
         print(f"warning: {warning}", file=sys.stderr)
     images = loaded.generate(prompts, request)
     if not folder:

@@ -36,6 +36,8 @@ class ModelConfig(BaseModel):
     ``latent_mean`` and ``latent_std`` turn standardised latents back into the VAE's own; ``latent_bound`` is the bound
     for dynamic thresholding, in standardised units, measured on the training latents. ``token_dim`` is None where the
     network reads pooled embeddings alone; of a prompt, as of a caption in training, ``max_tokens`` are read.
+    ``latent_shape`` (C, h, w) is sampled where no size is asked for; ``latent_shapes`` are all that the model was
+    trained on, None (and left out of the file) where that is the only one.
     ``weights_sha256`` is of ``model.safetensors``; None before it is saved, and in models of earlier versions.
     """
 
@@ -57,11 +59,21 @@ class ModelConfig(BaseModel):
     attribution: str | None
     licence: str | None
     weights_sha256: str | None = None
+    latent_shapes: tuple[tuple[int, int, int], ...] | None = None
+
+    @property
+    def trained_shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """The latents (C, h, w) that the model was trained on, at least one."""
+        return self.latent_shapes or (self.latent_shape,)
 
     def build(self) -> UNet:
-        """The network that the config describes, with fresh weights."""
+        """The network that the config describes, with fresh weights; one of several shapes is told the size.
+
+        Raises:
+            ValueError: when the widths would halve a latent more often than its size allows.
+        """
         channels, height, _ = self.latent_shape
-        return get_network(
+        network = get_network(
             height,
             self.block_depth,
             self.emb_size,
@@ -69,7 +81,11 @@ class ModelConfig(BaseModel):
             widths=self.widths,
             text_dim=self.text_dim,
             token_dim=self.token_dim,
+            size_condition=self.latent_shapes is not None,
         )
+        for _, *sides in self.trained_shapes:
+            network.check_sides(*sides)
+        return network
 
 
 def save_model(folder: Path, weights: Mapping[str, torch.Tensor], config: ModelConfig) -> None:
@@ -81,7 +97,8 @@ def save_model(folder: Path, weights: Mapping[str, torch.Tensor], config: ModelC
     path = folder / "model.safetensors"
     save_tensors(path, weights)
     whole = config.model_copy(update={"weights_sha256": sha256_file(path)})
-    write_json(folder / "config.json", whole.model_dump(mode="json"))
+    left_out = {"latent_shapes"} if whole.latent_shapes is None else None
+    write_json(folder / "config.json", whole.model_dump(mode="json", exclude=left_out))
 
 
 def model_hash(folder: Path) -> str:

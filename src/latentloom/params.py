@@ -28,6 +28,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from latentloom.diffusion.sampling_settings import SETTING_NAMES, SamplingSettings
 from latentloom.errors import UserError
+from latentloom.sizes import Size, bucket_table
 
 
 def _without_references(text: str) -> str:
@@ -46,6 +47,9 @@ SourceName = Literal["openmoji", "folder", "webdataset", "parquet"]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Compile = Literal[False, True, "cuda_graphs"]
 Reference = Annotated[StrictStr, Field(min_length=1)]  # of a pretrained model
+ImageSize = Annotated[StrictInt, Field(ge=32, le=1024, multiple_of=8)]
+ONE, SEVERAL = "one", "several"  # which of its two forms a value has that may be a list; left out of messages
+OneOrSeveral = Discriminator(lambda value: SEVERAL if isinstance(value, list) else ONE)
 
 
 class ParamsError(UserError):
@@ -107,14 +111,25 @@ WHAT_A_PATH_HOLDS = {
 }
 
 
+def _ascending(sizes: list[int]) -> list[int]:
+    if sizes != sorted(set(sizes)):
+        raise ValueError("sizes are listed from the smallest to the largest, each once")
+    return sizes
+
+
 class IngestParams(Section):
     source: Annotated[
-        Annotated[SourceName, Tag("one source")]
-        | Annotated[list[SourceParams], Field(min_length=1), Tag("several sources")],
-        Discriminator(lambda source: "several sources" if isinstance(source, list) else "one source"),
+        Annotated[SourceName, Tag(ONE)] | Annotated[list[SourceParams], Field(min_length=1), Tag(SEVERAL)], OneOrSeveral
     ]
     path: StrictStr | None
-    image_size: Annotated[StrictInt, Field(ge=32, le=1024, multiple_of=8)]
+    shape: Literal["square", "buckets"]
+    image_size: Annotated[
+        Annotated[ImageSize, Tag(ONE)]
+        | Annotated[list[ImageSize], Field(min_length=1), AfterValidator(_ascending), Tag(SEVERAL)],
+        OneOrSeveral,
+    ]
+    bucket_multiple: Annotated[StrictInt, Field(ge=8, le=1024, multiple_of=8)]
+    max_bucket_ratio: Annotated[float, Field(ge=1.0, le=16.0)]
     limit: Count | None
     skin_tones: Annotated[StrictInt, Field(ge=0)] | None
     val_fraction: Fraction
@@ -134,6 +149,23 @@ class IngestParams(Section):
             if names.count(name) > 1:
                 raise ValueError(f"two sources are called {name!r}; give each a name of its own (name: ...)")
         return self
+
+    @property
+    def image_sizes(self) -> list[int]:
+        """The base sizes, ascending."""
+        return self.image_size if isinstance(self.image_size, list) else [self.image_size]
+
+    @property
+    def several_sizes(self) -> bool:
+        """Whether images may be prepared at more than one size."""
+        return self.shape == "buckets" or isinstance(self.image_size, list)
+
+    @property
+    def tables(self) -> list[tuple[Size, ...]]:
+        """The sizes that images are prepared at: for each base size, ascending, its buckets, or its square alone."""
+        if self.shape == "square":
+            return [(Size(size, size),) for size in self.image_sizes]
+        return [bucket_table(size, self.bucket_multiple, self.max_bucket_ratio) for size in self.image_sizes]
 
     @property
     def sources(self) -> list[SourceParams]:
@@ -255,9 +287,15 @@ class SweepParams(Section):
     diffusion_steps: Annotated[list[Steps], Field(min_length=1)]
 
 
+def _size(text: str) -> str:
+    Size.parse(text)
+    return text
+
+
 class EvaluateParams(Section):
     sampling: SamplingSettings  # its settings are keys of the section itself
     prompts: Annotated[list[Prompt], Field(min_length=1)] | None
+    sizes: Annotated[list[Annotated[StrictStr, AfterValidator(_size)]], Field(min_length=1)] | None
     held_out_captions: Annotated[StrictInt, Field(ge=0)]
     training_captions: Count
     features: Reference | None
@@ -301,7 +339,7 @@ class Params(Section):
     def _sections_fit(self) -> "Params":
         """What two sections ask for can be had together; else it would show after hours of encoding."""
         ingest, limits = self.ingest, self.validate_
-        _check_image_size(ingest.image_size, self.model.widths, self.encode_images.vae)
+        _check_sizes(ingest, self.evaluate.sizes or [], self.model.widths, self.encode_images.vae)
         if limits.on_failure == "stop" and ingest.limit is not None and ingest.limit < limits.min_train_images:
             raise ValueError(
                 f"ingest.limit = {ingest.limit}: validate.min_train_images asks for {limits.min_train_images} images "
@@ -315,20 +353,34 @@ class Params(Section):
         return self
 
 
-def _check_image_size(image_size: int, widths: list[int], vae: str) -> None:
-    """Raise where the latents cannot be halved as often as the network does; nothing where the VAE is not at hand."""
-    if (factor := _downsampling(vae)) is None:
-        return
-    halvings = len(widths) - 1
-    multiple = factor * 2**halvings
-    if image_size % multiple:
-        below = image_size // multiple * multiple
-        sizes = " or ".join(str(size) for size in (below, below + multiple) if size)
-        raise ValueError(
-            f"ingest.image_size = {image_size}: the VAE ({vae}) makes images smaller by {factor}, and a network of "
-            f"{len(widths)} model.widths halves that {halvings} times, so it must be a multiple of {multiple}; "
-            f"set it to {sizes}, or give {'another number of model.widths' if halvings else 'another VAE'}"
-        )
+def _check_sizes(ingest: IngestParams, sampled: list[str], widths: list[int], vae: str) -> None:
+    """Raise where latents cannot be halved as often as the network does; where the VAE is not at hand, that waits."""
+    factor, halvings = _downsampling(vae), len(widths) - 1
+    sides = {f"ingest.image_size = {size}": size for size in ingest.image_sizes}
+    if ingest.shape == "buckets":
+        sides[f"ingest.bucket_multiple = {ingest.bucket_multiple}"] = ingest.bucket_multiple
+    sides |= {f"evaluate.sizes: {side} in {size}": side for size in sampled for side in Size.parse(size)}
+    for key, side in sides.items() if factor else ():
+        multiple = factor * 2**halvings
+        if side % multiple:
+            raise ValueError(
+                f"{key}: the VAE ({vae}) makes images smaller by {factor}, and a network of {len(widths)} "
+                f"model.widths halves that {halvings} times, so it must be a multiple of {multiple}; set it to "
+                f"{_nearest(side, multiple)}, or give "
+                f"{'another number of model.widths' if halvings else 'another VAE'}"
+            )
+    for size in ingest.image_sizes if ingest.shape == "buckets" else ():
+        if size % ingest.bucket_multiple:
+            raise ValueError(
+                f"ingest.image_size = {size}: with ingest.shape = buckets it must be a multiple of "
+                f"ingest.bucket_multiple, {ingest.bucket_multiple}; set it to {_nearest(size, ingest.bucket_multiple)}"
+            )
+
+
+def _nearest(side: int, multiple: int) -> str:
+    """The multiples below and above."""
+    below = side // multiple * multiple
+    return " or ".join(str(size) for size in (below, below + multiple) if size)
 
 
 def _downsampling(vae: str) -> int | None:
@@ -364,8 +416,12 @@ RENAMED = {
 }
 # What a params file of the version before lacks, at the value that changes nothing.
 ADDED = {
+    "ingest.shape": "square",
+    "ingest.bucket_multiple": 32,
+    "ingest.max_bucket_ratio": 2.0,
     "validate.min_reconstruction_psnr": 0.0,
     "validate.max_same_embeddings": 1.0,
+    "evaluate.sizes": None,
 }
 
 
@@ -415,7 +471,7 @@ def _add_missing(content: dict[str, Any]) -> list[str]:
 
 
 def _explain(error: dict[str, Any]) -> str:
-    location = [str(part) for part in error["loc"] if part not in ("one source", "several sources")]
+    location = [str(part) for part in error["loc"] if part not in (ONE, SEVERAL)]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
         *section, name = location

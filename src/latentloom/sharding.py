@@ -5,6 +5,9 @@ id says so, only the shards around the change do, and DVC stores and pushes no m
 chunking, Muthitacharoen, Chen & Mazieres 2001: "A low-bandwidth network file system", section 3.1).
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 FEWEST_ROWS = 512
 TYPICAL_ROWS = 512  # beyond the fewest, on average
 MOST_ROWS = 2048
@@ -17,11 +20,12 @@ def ends_shard(row_id: str, rows: int) -> bool:
     return rows >= FEWEST_ROWS and int(row_id[:16], 16) % TYPICAL_ROWS == 0
 
 
-def shard_ranges(row_ids: list[str]) -> list[range]:
-    """The positions of each shard's rows."""
+def shard_ranges(row_ids: Sequence[str], groups: Sequence[Any] = ()) -> list[range]:
+    """The positions of each shard's rows; with ``groups``, one for each row, a shard is of rows of one group."""
     ranges, start = [], 0
+    last = {position - 1 for position in range(1, len(groups)) if groups[position] != groups[position - 1]}
     for position, row_id in enumerate(row_ids):
-        if ends_shard(row_id, position + 1 - start):
+        if position in last or ends_shard(row_id, position + 1 - start):
             ranges.append(range(start, position + 1))
             start = position + 1
     return [*ranges, range(start, len(row_ids))] if start < len(row_ids) else ranges

@@ -17,9 +17,9 @@ class Rows:
     """Random latents (rows, 4, 8, 8), each with a caption of its own, as `denoising_error` reads them."""
 
     device = torch.device("cpu")
-    latent_shape = (4, 8, 8)
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, size: tuple[int, int] = (8, 8)) -> None:
+        self.latent_shape = (4, *size)
         random = torch.Generator().manual_seed(0)
         self.latents = torch.randn(1000, *self.latent_shape, generator=random)[:rows]
         self.embeddings = torch.randn(1000, 12, generator=random)[:rows]
@@ -29,12 +29,33 @@ class Rows:
     def __len__(self) -> int:
         return len(self.latents)
 
+    @property
+    def buckets(self) -> list["Rows"]:
+        return [self]
+
+    def take(self, count: int) -> "Rows":
+        taken = Rows(min(count, len(self)))
+        taken.rows_read = self.rows_read
+        return taken
+
     def latents_at(self, rows: slice) -> tuple[torch.Tensor, None]:
         self.rows_read += range(len(self))[rows]
         return self.latents[rows], None
 
     def embeddings_at(self, rows: torch.Tensor) -> torch.Tensor:
         return self.embeddings[rows]
+
+
+class Shapes:
+    """Rows of several shapes."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, *buckets: Rows) -> None:
+        self.buckets = buckets
+
+    def __len__(self) -> int:
+        return sum(map(len, self.buckets))
 
 
 class Zero(nn.Module):
@@ -109,6 +130,25 @@ def test_a_rows_noise_does_not_depend_on_how_many_rows_there_are():
         latent = Rows(22).latents[row]
         errors = [((1 - math.sqrt(1 - level**2)) * latent - level * noise[row]).abs().mean() for level in LEVELS]
         assert added == pytest.approx(float(np.mean(errors)), rel=1e-4)
+
+
+def test_of_several_shapes_each_image_counts_once_however_many_values_it_has():
+    data = Shapes(Rows(ROWS_PER_CHUNK + 3, (4, 6)), Rows(5, (16, 12)))
+    errors, chunk = [], 0
+    for bucket in data.buckets:
+        for latents in bucket.latents.split(ROWS_PER_CHUNK):
+            drawn = torch.Generator().manual_seed(NOISE_SEED + chunk)
+            noise = torch.randn(ROWS_PER_CHUNK, *latents.shape[1:], generator=drawn)[: len(latents)].double().numpy()
+            chunk += 1
+            for x0, epsilon in zip(latents.double().numpy(), noise, strict=True):
+                errors.append([np.abs((1 - math.sqrt(1 - a * a)) * x0 - a * epsilon).mean() for a in LEVELS])
+    measured = denoising_error(Identity(), data, **SETTINGS)
+    assert measured["mae"] == pytest.approx(np.mean(errors), rel=1e-5)
+    jobs = [OneOf(index, 2) for index in range(2)]
+    for job in jobs:
+        denoising_error(Identity(), data, accelerator=job, **SETTINGS)
+    jobs[0].others = jobs[1].own
+    assert denoising_error(Identity(), data, accelerator=jobs[0], **SETTINGS) == measured
 
 
 @pytest.mark.parametrize("rows", [200, 900])

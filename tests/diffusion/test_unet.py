@@ -1,5 +1,8 @@
 """The UNet: the shapes and sizes of the design, gradients everywhere, precision, and clear errors."""
 
+import copy
+import math
+
 import pytest
 import torch
 
@@ -203,6 +206,45 @@ def test_one_level_and_latents_that_are_not_square_work():
         5,
         7,
     )
+
+
+def test_height_and_width_are_treated_alike_whatever_they_are():
+    """With every kernel transposed, the whole network gives the transposed prediction of a transposed latent."""
+    torch.manual_seed(0)
+    network = UNet(4, (16, 32, 64), 1, 16, 24)
+    with torch.no_grad():  # attention starts by adding nothing
+        for weight in network.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+    transposed = copy.deepcopy(network)
+    with torch.no_grad():
+        for weight in transposed.parameters():
+            if weight.ndim == 4:
+                weight.copy_(weight.mT.clone())
+    _, levels, text = inputs()
+    for height, width in ((4, 20), (12, 8), (28, 4)):  # odd multiples of 4, the least that this network takes
+        x_t = torch.randn(3, 4, height, width)
+        torch.testing.assert_close(
+            transposed(x_t.mT, levels, text), network(x_t, levels, text).mT, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_the_size_condition_tells_sizes_apart_and_changes_nothing_at_first():
+    torch.manual_seed(0)
+    plain = UNet(4, (16, 32), 1, 16, 24)
+    torch.manual_seed(0)
+    told = UNet(4, (16, 32), 1, 16, 24, size_condition=True)
+    assert told.state_dict().keys() - plain.state_dict().keys() == {"size_projection.weight"}
+    _, levels, text = inputs()
+    x_t = torch.randn(3, 4, 12, 16)
+    assert torch.equal(told(x_t, levels, text), plain(x_t, levels, text))
+    (told(x_t, levels, text) - x_t).abs().mean().backward()
+    assert told.size_projection.weight.grad.any()
+    sizes = [(8, 8), (8, 16), (16, 8), (16, 16), (10, 8), (12, 12)]
+    features = torch.stack([told.size_embedding(*size) for size in sizes])
+    assert torch.pdist(features).min() > 0.3
+    logs = torch.tensor([math.log2(8), math.log2(16)])
+    angles = 2 * math.pi * torch.tensor([1 / 16, 1 / 8, 1 / 4, 1 / 2]) * logs[:, None]
+    torch.testing.assert_close(features[1], torch.cat([angles.flatten().sin(), angles.flatten().cos()]))
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,15 @@ import tiny_models
 import torch
 from latent_data import read_cache
 
-from latentloom.encoding.cache import RowStore
+from latentloom.encoding.cache import RowStore, save_shard
 from latentloom.encoding.captions import encode_captions
 from latentloom.encoding.dataset import load_caches
 from latentloom.encoding.latents import encode_images
+from latentloom.encoding.shard_files import load_shard
 from latentloom.encoding.text_encoder import load_text_encoder
 from latentloom.encoding.vae import load_vae
 from latentloom.errors import UserError
+from latentloom.files import read_json, write_json
 from latentloom.ingestion.shards import read_metadata
 
 
@@ -150,3 +152,38 @@ def test_captions_keep_their_order_whatever_the_order_of_pairs_and_whichever_ima
         expected = [text_of[caption] for caption in pairs[pairs["image_id"] == own]["caption_id"]]
         assert [train.texts[row] for row in captions] == (expected * len(captions))[: len(captions)]
         assert count == len(expected)
+
+
+@pytest.mark.parametrize("memory_share", [1.0, 0.0])
+def test_a_split_of_two_shapes_is_a_data_set_of_each(write_caches, memory_share):
+    latents, text = write_caches(40)
+    index, statistics = pd.read_parquet(latents / "index.parquet"), read_json(latents / "stats.json")
+    plain = load_caches(latents, text)
+    wide = index["shard"] == "00001.safetensors"
+    for path in (latents / "00001.safetensors", latents / "flipped" / "00001.safetensors"):
+        save_shard(path, {name: tensor[..., :6].contiguous() for name, tensor in load_shard(path).items()}, ["keys"])
+    index["height"], index["width"] = 8, np.where(wide, 6, 8)
+    index.to_parquet(latents / "index.parquet", index=False)
+    write_json(latents / "stats.json", statistics | {"latent_shape": [4, 8, 8], "latent_shapes": []})
+
+    caches = load_caches(latents, text, memory_share=memory_share)
+    train = caches.train
+    assert train.shapes == ((4, 8, 6), (4, 8, 8))
+    assert caches.latent_shape == (4, 8, 8)
+    assert sorted(train.ids) == plain.train.ids
+    for bucket in train.buckets:
+        assert bucket.ids == sorted(set(plain.train.ids) & set(index["id"][wide == (bucket.latent_shape[2] == 6)]))
+        rows = [plain.train.ids.index(own) for own in bucket.ids]
+        for own, known in ((0, 0), (bucket.first_mirrored, plain.train.first_mirrored)):
+            mean, std = bucket.latents_at(slice(own, own + len(bucket)))
+            expected = plain.train.latents_at(torch.tensor(rows) + known)
+            assert torch.equal(mean, expected[0][..., : mean.shape[3]])
+            assert torch.equal(std, expected[1][..., : std.shape[3]])
+        assert bucket.primary_texts() == [plain.train.primary_texts()[row] for row in rows]
+        assert torch.equal(bucket.weights, plain.train.weights[rows])
+    at = [plain.train.ids.index(own) for own in train.ids]
+    assert torch.equal(train.captions, plain.train.captions[at])
+    assert torch.equal(train.weights, plain.train.weights[at])
+    assert torch.equal(train.primary_embeddings(), plain.train.primary_embeddings()[at])
+    for count in (0, 3, 100):
+        assert sorted(train.take(count).ids) == plain.train.ids[:count]

@@ -53,6 +53,12 @@ def test_a_pictures_features_do_not_depend_on_how_many_others_there_are(folders)
     np.testing.assert_array_equal(encoder.encode(images)[9:], encoder.encode(images[9:]))
 
 
+def test_of_a_picture_that_is_not_square_the_middle_is_read(folders):
+    encoder, (wide,) = VisionEncoder(str(folders["clip"]), KEY), pictures(1, size=64)
+    middle = wide[:32, 16:48]
+    np.testing.assert_allclose(encoder.encode([wide[:32], middle])[0], encoder.encode([middle])[0], atol=1e-6)
+
+
 def test_both_towers_of_clip_give_features_of_one_space(folders):
     clip = load_clip(str(folders["clip"]), "evaluate.clip")
     assert clip.vision.encode(pictures(2)).shape == clip.text.encode(["a cat", "a dog"]).shape == (2, 24)

@@ -31,13 +31,13 @@ class Paints:
     def __init__(self, paint):
         self.paint, self.names, self.embeddings, self.codec = paint, [], [], self
 
-    def latents(self, embeddings, names, settings, *, seed):
+    def latents(self, embeddings, names, settings, *, seed, shapes):
         self.names += names
         self.embeddings += embeddings[:, 0].tolist()
         return [self.paint(name, seed) for name in names]
 
-    def decode(self, latents):
-        return np.stack(latents)
+    def decode_each(self, latents):
+        return latents
 
 
 def noise(name: str, seed: int) -> np.ndarray:

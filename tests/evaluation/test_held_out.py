@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 from latent_data import TensorDataset
+from PIL import Image
 from scipy.stats import binomtest
 
-from latentloom.encoding.dataset import Caches, LatentDataset
+from latentloom.encoding.dataset import Caches, LatentDataset, Split
+from latentloom.encoding.row_sources import InMemoryRows
 from latentloom.evaluation import recall
 from latentloom.evaluation.held_out import combinations, measure
 from latentloom.evaluation.recall import nearest, recalled, with_interval
@@ -150,5 +152,35 @@ def test_the_nearest_of_several_data_sets_are_found_as_numpy_finds_them_whatever
     references = torch.cat([first.mean, second.mean]).flatten(1).numpy()
     distances = np.linalg.norm(samples.flatten(1).numpy()[:, None] - references[None], axis=2)
     np.testing.assert_array_equal(rows, distances.argsort(1, kind="stable")[:, :5])
-    np.testing.assert_allclose(near, np.sort(distances, 1)[:, :5], rtol=1e-5)
+    np.testing.assert_allclose(near, np.sort(distances, 1)[:, :5] / 8, rtol=1e-5)  # of 64 = 8² numbers
     assert nearest(samples, [first], 50)[0].shape == (6, 20)
+
+
+@pytest.mark.parametrize("part", [3, 100])
+def test_pictures_of_other_shapes_are_candidates_at_the_samples_own_shape(monkeypatch, part):
+    """Compared with what NumPy finds among pictures that Pillow resized, which filters as is meant here."""
+    monkeypatch.setattr(recall, "PART", part)
+    generator = torch.Generator().manual_seed(0)
+
+    def bucket(first: int, height: int, width: int) -> LatentDataset:
+        mean = torch.randn(6, 4, height, width, generator=generator)
+        return TensorDataset(
+            **{**split(TEXTS[first : first + 6], TEXTS, 0).__dict__, "latents": InMemoryRows({"mean": mean})}
+        )
+
+    buckets = [bucket(0, 4, 8), bucket(6, 6, 6), bucket(12, 8, 4)]
+    pictures = [latent for data in buckets for latent in data.mean.numpy()]
+    samples = [torch.randn(4, *size, generator=generator) for size in ((6, 6), (4, 8), (6, 6))]
+    samples[1] = torch.from_numpy(resized(pictures[14], 4, 8)) + 0.01  # a copy of a picture of another shape
+    rows, near = nearest(samples, [Split(tuple(buckets[:2])), buckets[2]], 5)
+    for sample, own_rows, own_near in zip(samples, rows, near, strict=True):
+        others = np.stack([resized(picture, *sample.shape[1:]) for picture in pictures])
+        distances = np.sqrt(np.square(others - sample.numpy()).mean((1, 2, 3)))
+        np.testing.assert_array_equal(own_rows, distances.argsort(kind="stable")[:5])
+        np.testing.assert_allclose(own_near, np.sort(distances)[:5], rtol=1e-4)
+    assert rows[1, 0] == 14
+
+
+def resized(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    channels = [Image.fromarray(channel).resize((width, height), Image.Resampling.BILINEAR) for channel in picture]
+    return np.stack([np.asarray(channel) for channel in channels])

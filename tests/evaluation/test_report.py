@@ -15,11 +15,12 @@ from torch import nn
 
 from latentloom.diffusion import Diffuser, SamplingSettings
 from latentloom.encoding.codec import LatentCodec
-from latentloom.encoding.dataset import Caches, LatentDataset
+from latentloom.encoding.dataset import Caches, LatentDataset, Split, all_latents, row_shapes
+from latentloom.encoding.row_sources import InMemoryRows
 from latentloom.evaluation import report
 from latentloom.evaluation.distribution import Distribution, Encoders
 from latentloom.evaluation.report import Evaluation, evaluate
-from latentloom.evaluation.sheet import CELL, Section, render_sheet, save_sheet
+from latentloom.evaluation.sheet import CELL, GAP, Section, render_sheet, save_sheet
 from latentloom.evaluation.text_to_image import TextToImage
 from latentloom.ingestion.shards import iterate_images, read_metadata
 from latentloom.model_files import FORMAT_VERSION, EncoderReference, ModelConfig
@@ -49,23 +50,31 @@ SETTINGS = SamplingSettings(diffusion_steps=8, precision="fp32")
 
 
 class Remembers(nn.Module):
-    """A network that knows the latent of each label by heart; of a label it does not know, zero."""
+    """A network that knows the latent of each label by heart; of a label that it does not know at a shape, zero."""
+
+    multiple = 1
 
     def __init__(self, labels, latents):
         super().__init__()
         self.labels, self.latents = nn.Parameter(labels, requires_grad=False), latents
 
     def forward(self, x_t, noise_levels, labels):
-        known = (labels[:, None] == self.labels).all(-1)
-        return torch.einsum("bn,nchw->bchw", known.float(), self.latents)
+        known = (labels[:, None] == self.labels).all(-1).float()
+        rows = [row for row, latent in enumerate(self.latents) if latent.shape == x_t.shape[1:]]
+        if not rows:
+            return torch.zeros_like(x_t)
+        return torch.einsum("bn,nchw->bchw", known[:, rows], torch.stack([self.latents[row] for row in rows]))
 
 
 class Grey:
     """A VAE whose images show the latents' mean as a shade."""
 
+    factor = 8
+
     def decode(self, latents, *, batch_size):
         shade = latents.mean((1, 2, 3)).mul(50).add(128).clamp(0, 255).to(torch.uint8).numpy()
-        return np.broadcast_to(shade[:, None, None, None], (len(latents), 32, 32, 3)).copy()
+        height, width = (8 * side for side in latents.shape[2:])
+        return np.broadcast_to(shade[:, None, None, None], (len(latents), height, width, 3)).copy()
 
 
 class Hashing:
@@ -85,7 +94,7 @@ def means(data: LatentDataset) -> torch.Tensor:
 @pytest.fixture
 def caches(prepare_images) -> tuple[Caches, Path]:
     images = prepare_images(range(16))
-    metadata = read_metadata(images)
+    metadata = read_metadata(images).sort_values("id", ignore_index=True)
     generator = torch.Generator().manual_seed(0)
     embeddings = torch.randn(16, 8, generator=generator)
 
@@ -160,6 +169,36 @@ def test_the_sheet_begins_with_held_out_captions_beside_the_real_and_the_nearest
     np.testing.assert_array_equal(sample, Grey().decode(copied[:3], batch_size=4))
     np.testing.assert_array_equal(nearest, [pixels[data.train.ids[row]] for row in (5, 2, 7)])
     assert (prompts.title, trained.title) == ("Prompts", "Captions of training images")
+
+
+def test_captions_are_sampled_in_the_shape_of_their_image_and_prompts_in_each_size(caches, params, sheets):
+    data, images = caches
+
+    def of_two_shapes(square: LatentDataset) -> Split:
+        wide = [row for row in range(len(square)) if row % 2]
+        own = {"ids": [square.ids[row] for row in wide], "captions": square.captions[wide]}
+        own |= {"latents": InMemoryRows({"mean": torch.randn(len(wide), 4, 2, 6)})}
+        rest = [row for row in range(len(square)) if not row % 2]
+        left = {"ids": [square.ids[row] for row in rest], "captions": square.captions[rest]}
+        left |= {"latents": InMemoryRows({"mean": square.mean[rest]})}
+        return Split((replace(square, **own), replace(square, **left)))
+
+    data = Caches(of_two_shapes(data.train), of_two_shapes(data.validation), {}, {})
+    evaluation = params.evaluate.model_copy(update={"sizes": ["32x32", "48x16"], "held_out_captions": 4})
+    network = Remembers(data.validation.primary_embeddings(), all_latents(data.validation))
+    result = evaluate(params.model_copy(update={"evaluate": evaluation}), model(network), data, images)
+    assert result.metrics["held_out_recall_at_1"] == 1.0
+    assert result.metrics["val_mae"] == 0.0
+    first, square, wide, trained = sheets[0]
+    assert [section.title for section in (square, wide)] == ["Prompts at 32x32", "Prompts at 48x16"]
+    assert {image.shape for image in square.rows["sample"]} == {(32, 32, 3)}
+    assert {image.shape for image in wide.rows["sample"]} == {(16, 48, 3)}
+    pairs = zip(data.validation.ids, data.validation.primary_texts(), row_shapes(data.validation), strict=True)
+    _, captions, shapes = zip(*sorted(pairs), strict=True)
+    assert list(first.labels) == list(captions)
+    for (_, height, width), sample in zip(shapes, first.rows["sample"], strict=True):
+        assert sample.shape == (8 * height, 8 * width, 3)
+    assert len({image.shape for image in trained.rows["sample"]}) == 2
 
 
 def test_without_prompts_the_sheet_shows_captions_of_the_data_alone(caches, params, sheets):
@@ -302,6 +341,18 @@ def test_the_sheet_shows_every_image_whole_and_grows_with_their_number(tmp_path)
     assert (tmp_path / "deep" / "sheet.png").read_bytes() == (tmp_path / "again.png").read_bytes()
     with Image.open(tmp_path / "again.png") as opened:
         assert opened.size == sheet.size
+
+
+def test_a_sheet_keeps_the_ratio_of_pictures_in_the_middle_of_their_places():
+    wide, high = (np.zeros((*shape, 3), dtype=np.uint8) for shape in ((32, 64), (48, 24)))
+    wide[..., 0] = high[..., 0] = 255
+    is_red = (np.asarray(render_sheet([Section("", ["", ""], {"": [wide, high]})], "")) == [255, 0, 0]).all(-1)
+    rows, columns = np.flatnonzero(is_red.any(1)), np.flatnonzero(is_red.any(0))
+    top, left = rows[0], columns[0]
+    second = left + CELL + GAP + CELL // 4
+    assert is_red[top : top + CELL, second : second + CELL // 2].all()
+    assert is_red[top + CELL // 4 : top + 3 * CELL // 4, left : left + CELL].all()
+    assert is_red.sum() == CELL * CELL
 
 
 def test_without_held_out_images_the_reports_are_all_there(tmp_path, monkeypatch):

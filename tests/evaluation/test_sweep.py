@@ -26,7 +26,7 @@ POINTS = pd.DataFrame([(w, n, 1 - 0.1 * w, 0.2 + w / n) for n, w in product(STEP
 class Drifting:
     """Gives each caption's own latent, shifted by guidance / steps; from guidance 4 on, the next caption's."""
 
-    def latents(self, embeddings, names, settings, *, seed):
+    def latents(self, embeddings, names, settings, *, seed, shapes):
         assert seed == 7 and settings.sampler == "dpmpp_2m"
         rows = [int(name) for name in names]
         if settings.class_guidance >= 4:

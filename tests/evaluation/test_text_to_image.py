@@ -59,10 +59,13 @@ def sample(model, tmp_path, monkeypatch):
     return run
 
 
-def test_a_sample_is_what_the_science_gives_step_by_step(sample, model):
-    sample("a red apple", "--seed", "5", "--guidance", "2.5", *QUICK, "-o", "a.png")
+@pytest.mark.parametrize(("size", "shape"), [(None, (8, 8)), ("96x48", (6, 12))])
+def test_a_sample_of_any_size_is_what_the_science_gives_step_by_step(sample, model, size, shape):
+    asked = ["--size", size] if size else []
+    output = sample("a red apple", "--seed", "5", "--guidance", "2.5", *asked, *QUICK, "-o", "a.png")
+    assert ("warning: the model was trained on 64x64; at 96x48 its samples may be worse" in output) == bool(size)
     network, config = load_model(model)
-    noise = torch.randn(1, 4, 8, 8, generator=generator("cpu", 5, "sample", "0"))
+    noise = torch.randn(1, 4, *shape, generator=generator("cpu", 5, "sample", "0"))
     label = torch.from_numpy(load_text_encoder("bundled").encode(["a red apple"]))
     latent = Diffuser(network, 2.5, 3, bound=config.latent_bound).reverse_diffusion(noise, label, layout="nchw")
     expected = load_vae("bundled").decode(latent * 0.9 + 0.1)[0]
@@ -115,12 +118,19 @@ def test_several_samples_stand_side_by_side_prompts_in_rows(sample):
         assert (sheet[64:, 64:128] == np.asarray(image)).all()
 
 
-@pytest.mark.parametrize(("prompts", "threshold"), [(['it\'s "red"; $HOME'], "98.5"), (["-v", "an apple"], "none")])
-def test_the_command_in_the_metadata_generates_the_same_bytes_again(sample, prompts, threshold):
+@pytest.mark.parametrize(
+    ("prompts", "threshold", "size"),
+    [(['it\'s "red"; $HOME'], "98.5", None), (["-v", "an apple"], "none", "32x80")],
+)
+def test_the_command_in_the_metadata_generates_the_same_bytes_again(sample, prompts, threshold, size):
     settings = "--seed 3 --first 1 --count 2 --guidance 1.7 --sampler dpmpp_2m --guidance-interval 0.1 0.9"
     settings += f" --guidance-rescale 0.3 --threshold {threshold} -o a.png"
+    settings += f" --size {size}" if size else ""
     sample(*settings.split(), *QUICK, "--", *prompts)
     metadata = read_metadata(Path("a.png"))
+    with Image.open("a.png") as image:
+        assert image.size == ((64, 160) if size else (128, 64))
+        assert json.loads(image.info["latentloom"]).get("size") == size
     assert (metadata.prompts, metadata.model_sha256) == (tuple(prompts), model_hash(Path("models/unet")))
     # Other defaults than those that generated it: the command must not depend on them.
     params = yaml.safe_load((ROOT / "params.yaml").read_text()) | {"seed": 99}
@@ -154,6 +164,9 @@ def test_settings_come_from_the_params_then_from_the_model_then_from_us(sample):
         (("--threshold", "high"), "threshold_percentile = 'high': must be a number, from 50 to 100, or none"),
         (("--sampler", "euler"), "sampler = 'euler': must be"),
         (("--guidance-interval", "0.9", "0.1"), "guidance_interval"),
+        (("--size", "100x40"), "multiples of 16 pixels, up to 4096; the nearest is 96x32"),
+        (("--size", "9999x3"), "the nearest is 4096x16"),
+        (("--size", "96"), "size: '96' is no size: it is written as WIDTHxHEIGHT"),
         (("--seed", "-1"), "seed = -1: must be a whole number from 0 to 9223372036854775807"),
         (("--count", "0"), "count = 0: must be a whole number from 1 to 10000"),
         (("--first", "-1"), "first = -1: must be"),

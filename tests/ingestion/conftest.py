@@ -18,6 +18,9 @@ from latentloom.params import IngestParams
 
 SIZE = 32
 UNBOUNDED = {  # params of `ingest` that reject nothing
+    "shape": "square",
+    "bucket_multiple": 32,
+    "max_bucket_ratio": 2.0,
     "limit": None,
     "skin_tones": 0,
     "max_pixels": 178_956_970,

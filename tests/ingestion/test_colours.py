@@ -9,6 +9,7 @@ from PIL import Image, ImageCms
 
 from latentloom.ingestion.colours import Profile
 from latentloom.ingestion.images import prepare_image
+from latentloom.sizes import Size
 
 SIZE = 32
 BOUNDS = {"max_pixels": 178_956_970, "max_aspect_ratio": 100.0}
@@ -86,7 +87,7 @@ def saved(image: Image.Image, file_format: str, profile: bytes | None) -> bytes:
 
 
 def prepared(data: bytes) -> tuple[np.ndarray, Profile]:
-    image = prepare_image(data, SIZE, **BOUNDS)
+    image = prepare_image(data, [[Size(SIZE, SIZE)]], **BOUNDS)
     return image.pixels, image.profile
 
 

@@ -347,7 +347,10 @@ def ingested(request, tmp_path_factory) -> Ingested:
     params = IngestParams(
         source=request.param,
         path=str(root / "source"),
+        shape="square",
         image_size=SIZE,
+        bucket_multiple=32,
+        max_bucket_ratio=2.0,
         limit=None,
         skin_tones=0,
         val_fraction=0.2,

@@ -13,6 +13,7 @@ from latentloom.ingestion.image_formats import format_of, jpeg_xl_size, looks_li
 from latentloom.ingestion.images import prepare_image
 from latentloom.ingestion.png_chunks import readable_png
 from latentloom.ingestion.rejects import Reason, RejectedSample
+from latentloom.sizes import Size
 
 SIZE = 32
 BOUNDS = {"max_pixels": 1_000_000, "max_aspect_ratio": 100.0}
@@ -27,12 +28,12 @@ def saved(image: Image.Image | np.ndarray, file_format: str = "PNG", **options) 
 
 
 def prepared(data: bytes) -> np.ndarray:
-    return prepare_image(data, SIZE, **BOUNDS).pixels
+    return prepare_image(data, [[Size(SIZE, SIZE)]], **BOUNDS).pixels
 
 
 def rejected(data: bytes, **bounds: float) -> RejectedSample:
     with pytest.raises(RejectedSample) as caught:
-        prepare_image(data, SIZE, **(BOUNDS | bounds))
+        prepare_image(data, [[Size(SIZE, SIZE)]], **(BOUNDS | bounds))
     return caught.value
 
 
@@ -196,7 +197,7 @@ def test_with_its_plugin_an_image_is_read_within_the_bounds(file_format, plugin)
     pytest.importorskip(plugin)
     assert file_format in image_formats.installed_plugins()
     data = saved(PIXELS[:, :24], file_format, quality=95)
-    image = prepare_image(data, 24, **BOUNDS)
+    image = prepare_image(data, [[Size(24, 24)]], **BOUNDS)
     assert (image.width, image.height) == (24, 32)
     assert np.abs(image.pixels.astype(int) - PIXELS[4:28, :24]).mean() < 8
     assert rejected(data, max_pixels=700).reason is Reason.TOO_MANY_PIXELS
@@ -211,10 +212,10 @@ def test_a_jpeg_xl_is_turned_once(tmp_path):
     exif[0x0112] = 6
     Image.fromarray(PIXELS[:, :24]).save(tmp_path / "a.jpg", exif=exif)
     Image.open(tmp_path / "a.jpg").save(tmp_path / "a.jxl", lossless_jpeg=True)
-    image = prepare_image((tmp_path / "a.jxl").read_bytes(), 24, **BOUNDS)
+    image = prepare_image((tmp_path / "a.jxl").read_bytes(), [[Size(24, 24)]], **BOUNDS)
     assert (image.width, image.height) == (32, 24)
     # Its own header says upright, whatever the EXIF beside it repeats.
-    image = prepare_image(saved(PIXELS[:, :24], "JXL", exif=exif.tobytes()), 24, **BOUNDS)
+    image = prepare_image(saved(PIXELS[:, :24], "JXL", exif=exif.tobytes()), [[Size(24, 24)]], **BOUNDS)
     assert (image.width, image.height) == (24, 32)
 
 

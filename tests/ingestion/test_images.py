@@ -11,9 +11,12 @@ from PIL import Image, ImageOps
 
 from latentloom.ingestion import images
 from latentloom.ingestion.images import image_id, prepare_image
+from latentloom.ingestion.near_duplicates import find_near_duplicates, signature
 from latentloom.ingestion.rejects import Reason, RejectedSample
+from latentloom.sizes import Size, bucket_table
 
 SIZE = 32
+TABLES = [bucket_table(64, 16, 2.0)]
 BOUNDS = {"max_pixels": 178_956_970, "max_aspect_ratio": 100.0}
 
 
@@ -25,12 +28,12 @@ def saved(image: Image.Image | np.ndarray, file_format: str = "PNG", **options) 
 
 
 def prepared(data: bytes, size: int = SIZE) -> np.ndarray:
-    return prepare_image(data, size, **BOUNDS).pixels
+    return prepare_image(data, [[Size(size, size)]], **BOUNDS).pixels
 
 
 def reason(data: bytes, **bounds: float) -> Reason:
     with pytest.raises(RejectedSample) as caught:
-        prepare_image(data, SIZE, **(BOUNDS | bounds))
+        prepare_image(data, [[Size(SIZE, SIZE)]], **(BOUNDS | bounds))
     assert caught.value.detail
     return caught.value.reason
 
@@ -79,7 +82,7 @@ def test_resizing_is_an_antialiased_lanczos_of_the_square_alone(picture, height,
 def test_the_original_size_is_that_of_the_upright_picture():
     exif = Image.Exif()
     exif[0x0112] = 6
-    image = prepare_image(saved(gradient(40, 60), "JPEG", exif=exif), SIZE, **BOUNDS)
+    image = prepare_image(saved(gradient(40, 60), "JPEG", exif=exif), [[Size(SIZE, SIZE)]], **BOUNDS)
     assert (image.width, image.height) == (40, 60)
 
 
@@ -234,6 +237,40 @@ def test_a_side_below_a_quarter_of_the_size_is_too_small():
     assert prepared(saved(gradient(SIZE // 4, 100))).shape == (SIZE, SIZE, 3)
 
 
+def test_with_buckets_a_picture_must_fill_a_quarter_of_its_own(picture):
+    def size(height, width):
+        return prepare_image(saved(picture(7, height, width)), TABLES, **BOUNDS).pixels.shape[:2]
+
+    assert size(12, 24) == (48, 96)
+    assert size(24, 12) == (96, 48)
+    with pytest.raises(RejectedSample, match="24x11 pixels; at least 24x12, a quarter of the size"):
+        size(11, 24)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_picture_is_cropped_to_the_ratio_of_its_bucket_once_it_is_upright(picture, orientation):
+    upright, exif = picture(8, 48, 101), Image.Exif()
+    exif[0x0112] = orientation
+    stored = upright if orientation == 1 else np.rot90(upright)
+    image = prepare_image(saved(Image.fromarray(stored), exif=exif), TABLES, **BOUNDS)
+    assert (image.width, image.height) == (101, 48)
+    assert np.array_equal(image.pixels, upright[:, 2:98])
+
+
+def test_near_duplicates_are_compared_whole_whatever_their_buckets():
+    """The same photo at two resolutions, and squeezed, is cropped to three ratios."""
+    photo = Image.fromarray(np.random.default_rng(9).integers(0, 256, (8, 12, 3), np.uint8))
+    photo = photo.resize((180, 120), Image.Resampling.BICUBIC)
+    tables = [bucket_table(64, 16, 2.0), bucket_table(96, 16, 2.0)]
+    shapes, signatures = set(), []
+    for size in [(180, 120), (100, 66), (80, 66)]:
+        image = prepare_image(saved(photo.resize(size, Image.Resampling.LANCZOS)), tables, **BOUNDS)
+        shapes.add(image.pixels.shape[:2])
+        signatures.append(np.frombuffer(signature(image.compared), np.uint8))
+    assert len(shapes) == 3
+    assert len(find_near_duplicates(np.stack(signatures), 8)) == 3
+
+
 def test_pixels_and_aspect_are_looked_at_before_decoding():
     header = saved(gradient(40, 100))[:60]  # nothing to decode follows
     assert reason(header, max_pixels=3999) is Reason.TOO_MANY_PIXELS
@@ -247,7 +284,7 @@ def test_more_pixels_than_pillow_allows_are_allowed_by_the_param_alone(monkeypat
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # beyond twice of which Pillow rejects an image
     data = saved(gradient(60, 60), "TIFF")
     with images.pillow_settings(3600):
-        assert prepare_image(data, SIZE, max_pixels=3600, max_aspect_ratio=1.0).width == 60
+        assert prepare_image(data, [[Size(SIZE, SIZE)]], max_pixels=3600, max_aspect_ratio=1.0).width == 60
         assert reason(data, max_pixels=3599) is Reason.TOO_MANY_PIXELS
     assert Image.MAX_IMAGE_PIXELS == 1000
 

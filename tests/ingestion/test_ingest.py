@@ -2,7 +2,6 @@
 
 import io
 import tarfile
-from dataclasses import asdict
 from pathlib import Path
 from uuid import uuid4
 
@@ -34,7 +33,7 @@ def test_what_is_found_is_kept_or_rejected(corpus):
     assert report.captions == 12
     assert report.train + report.validation == 6
     assert "2 rejected (1 empty_file, 1 no_caption)" in str(report)
-    assert set(asdict(report)) == {
+    assert set(report.to_dict()) == {
         "found",
         "kept",
         "rejected",

@@ -91,7 +91,8 @@ def lab(project_root, tiny_unets) -> Path:
         "data/sources.json", fingerprint_sources([SourceParams(source="folder", path=str(pictures))], Path("no"))
     )
     counts = {"name": "folder", "source": "folder", "weight": 1.0, "found": 3, "kept": 2, "rejected": 1}
-    write_json("reports/ingest.json", {"kept": 2, "train": 1, "validation": 1, "sources": [counts]})
+    sizes = [{"size": size, "images": 1} for size in ("96x192", "128x128", "all")]
+    write_json("reports/ingest.json", {"kept": 2, "train": 1, "validation": 1, "sources": [counts], "sizes": sizes})
     commit("Some code")
     return project_root
 
@@ -167,7 +168,7 @@ def test_the_chain_goes_from_the_model_to_the_sources_with_hashes_and_counts(lab
     assert link(found, "run").hash == run_id
     assert link(found, "code").hash == head
     assert link(found, "latents").hash == out_hash(Path("data/latents"))
-    assert "2 images (1 train, 1 validation)" in link(found, "images").name
+    assert "2 images (1 train, 1 validation) of 96x192, 128x128" in link(found, "images").name
     assert link(found, "source").name == f"folder {lab / 'pictures'}: 3 found, 2 kept, 1 rejected"
     assert link(found, "VAE").name.startswith("bundled ")
 
@@ -175,7 +176,7 @@ def test_the_chain_goes_from_the_model_to_the_sources_with_hashes_and_counts(lab
 def test_a_run_a_version_an_alias_a_folder_and_an_image_have_one_lineage(lab, trained, tiny_unets):
     run_id = trained(name="gentle")
     registry.promote(find_model("gentle", lab), "champion", lab)
-    sampled = CliRunner().invoke(app, ["sample", "a red apple", "--steps", "2", "-o", "drawn.png"])
+    sampled = CliRunner().invoke(app, ["sample", "a red apple", "--size", "32x64", "--steps", "2", "-o", "drawn.png"])
     assert sampled.exit_code == 0, sampled.output
     references = ("gentle", run_id, "gentle, evaluated", "1", "champion", "models/unet")
     chains = [trace(reference, lab).links for reference in references]
@@ -183,6 +184,7 @@ def test_a_run_a_version_an_alias_a_folder_and_an_image_have_one_lineage(lab, tr
     image = trace("drawn.png", lab)
     assert image.links[1:] == chains[0]
     assert link(image, "picture").name.startswith('"a red apple", sample 0 of seed 0, 2 steps of ddim')
+    assert link(image, "picture").name.endswith(", 32x64")
 
 
 def test_what_was_pushed_is_in_the_remote_and_what_was_not_is_lost(lab, trained):

@@ -16,7 +16,7 @@ from latentloom.encoding.codec import LatentCodec
 from latentloom.encoding.dataset import load_caches
 from latentloom.errors import UserError
 from latentloom.layout import LATENTS, MODEL, TEXT
-from latentloom.model_files import model_hash
+from latentloom.model_files import model_hash, read_config
 from latentloom.registry import measuring, registry
 from latentloom.registry.figures import RECALLS, Figures, figures_of, sampling_settings
 from latentloom.registry.models import stored_model
@@ -93,7 +93,7 @@ def test_samples_in_other_units_than_the_caches_are_compared_in_those_of_the_cac
         def embed(self, captions):
             return captions
 
-        def latents(self, captions, ids, settings, *, seed):
+        def latents(self, captions, ids, settings, *, seed, shapes):
             rows = [held_out.ids.index(own) for own in ids]
             return other.standardise(held_out.codec.destandardise(held_out.latents_at(rows)[0]))
 
@@ -105,3 +105,7 @@ def test_samples_in_other_units_than_the_caches_are_compared_in_those_of_the_cac
     assert set(recalls) == {1.0}
     with pytest.raises(UserError, match=r"hold other data \(\w{16}\) than it was measured on \(f{16}\)"):
         measuring.measure_again(MODEL, replace(like, data="f" * 16), SamplingSettings(), project.folder)
+    other_shape = read_config(MODEL).model_copy(update={"latent_shape": (4, 8, 16)})
+    monkeypatch.setattr(measuring, "read_config", lambda folder: other_shape)
+    with pytest.raises(UserError, match=r"latents of shapes that it was not trained on: \(4, 8, 8\)$"):
+        measuring.measure_again(MODEL, like, SamplingSettings(), project.folder)

@@ -33,6 +33,7 @@ WRONG = [
     ({"params": {"seed": -1}}, "seed = -1: must be a whole number from 0 to 9223372036854775807"),
     ({"params": {"seed": "1"}}, "seed = '1': must be"),
     ({"params": {"count": 10**9}}, "count = 1000000000: must be a whole number from 1 to 10000"),
+    ({"params": {"size": "96x50"}}, "size: 96x50 is none that this model makes: sides are multiples of 16 pixels"),
     ({"params": {"guidance": None}}, "class_guidance = None: must be"),
     ({"params": [1]}, "params = [1]: must be an object"),
     ({"inputs": {"prompt": ["a"], "seed": [1]}}, "seed: the one column is prompt"),
@@ -109,8 +110,10 @@ def test_every_command_of_the_page_does_what_it_says(project):
         assert [(row["prompt"], row["number"]) for row in rows[1:3]] == [("a red apple", 1), ("a snowman", 0)]
 
         options = "--model champion --first 2 --steps 3 --sampler dpmpp_2m --guidance-interval 0.1 0.9 --threshold none"
+        options += " --size 96x48"
         keyboard("sample", "a red apple", *shlex.split(options), "-o", "other.png")
         params = {"first": 2, "steps": 3, "sampler": "dpmpp_2m", "guidance_interval": [0.1, 0.9], "threshold": None}
+        params["size"] = "96x48"
         (row,) = json.loads(ask(port, {"inputs": {"prompt": ["a red apple"]}, "params": params}))["predictions"]
         assert (row["number"], base64.b64decode(row["png"])) == (2, Path("other.png").read_bytes())
 

@@ -6,17 +6,20 @@ import threading
 import time
 from collections import Counter
 from dataclasses import replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from latent_data import split_of_shapes
 
+from latentloom.encoding.dataset import Split
 from latentloom.training.batches import (
     PREFETCH_THREAD,
     PREFETCHED_STEPS,
     Batch,
     batches,
+    bucket_schedule,
     epoch_rows,
     prefetch,
 )
@@ -187,6 +190,64 @@ def test_the_batches_of_any_steps_are_those_drawn_for_each_alone(make_data):
     for step, together in zip(range(5, 9), batches(data, steps=range(5, 9), parts=parts, **SETTINGS), strict=True):
         for part, batch in zip(parts, together, strict=True):
             assert_equal(batch, drawn(data, step=step, positions=part))
+
+
+def several_shapes(make_data, *counts: int, weighted: bool = False) -> Split:
+    """A split of so many images of each of several shapes."""
+    rows = sum(counts)
+    data = replace(make_data(rows, std=True), weights=torch.arange(rows).double() + 1 if weighted else None)
+    return split_of_shapes(data, *((count, (8, 4 + 2 * number)) for number, count in enumerate(counts)))
+
+
+@pytest.mark.parametrize("shares", [(7,), (5, 5), (1, 99), (50, 20, 15, 10, 5), (3, 0, 4), (0.1, 0.7, 2.5, 1e-3)])
+def test_after_any_number_of_steps_each_bucket_has_had_its_share_to_less_than_one_batch(shares):
+    steps, counts = list(islice(bucket_schedule(shares), 1000)), [0] * len(shares)
+    for done, (bucket, before) in enumerate(steps, start=1):
+        assert before == counts[bucket]
+        counts[bucket] += 1
+        assert all(abs(count - done * own / sum(shares)) < 1 for count, own in zip(counts, shares, strict=True))
+    for first in (1, 99, 100, 777):
+        assert list(islice(bucket_schedule(shares, first), 100)) == steps[first : first + 100]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+def test_of_several_shapes_every_image_comes_once_a_pass_also_of_fewer_than_a_batch(make_data, batch_size):
+    data, passes = several_shapes(make_data, 13, 3, 24), 4
+    seen: dict[int, list[int]] = {}
+    for step in range(-(-passes * len(data) // batch_size)):
+        batch = drawn(data, step=step, batch_size=batch_size)
+        assert len(batch.rows) == batch_size and batch.latents.shape == batch.noise.shape
+        seen.setdefault(batch.latents.shape[3], []).extend(batch.rows.tolist())
+    first = 0
+    for bucket in data.buckets:
+        own = seen[bucket.latent_shape[2]]
+        assert abs(len(own) - passes * len(bucket)) <= 2 * batch_size  # the quota, and the last batch of all
+        for start in range(0, len(own) // len(bucket) * len(bucket), len(bucket)):
+            assert sorted(own[start : start + len(bucket)]) == list(range(first, first + len(bucket)))
+        first += len(bucket)
+
+
+def test_of_several_shapes_an_image_comes_as_often_as_its_weight_asks_of_all(make_data):
+    data = several_shapes(make_data, 5, 2, 9, weighted=True)
+    counts = rows_of(data, range(500), batch_size=4).bincount(minlength=16)
+    expected = 2000 * data.weights / data.weights.sum()
+    assert ((counts - expected).abs() < 4 * expected.sqrt()).all()
+    for own, wanted in zip(counts.split([5, 2, 9]), expected.split([5, 2, 9]), strict=True):
+        assert abs(own.sum() - wanted.sum()) <= 4  # to a batch
+
+
+def test_processes_and_parts_share_a_batch_of_one_shape_and_any_step_can_be_drawn_alone(make_data):
+    data, halves = several_shapes(make_data, 7, 2, 12), (slice(0, 8), slice(8, 16))
+    steps = batches(data, steps=range(12), parts=[slice(None)], **SETTINGS)
+    for step, (whole,) in enumerate(steps):
+        assert_equal(drawn(data, step=step), whole)
+        parts = [drawn(data, step=step, positions=half) for half in halves]
+        assert_equal(Batch(*map(torch.cat, zip(*parts, strict=True))), whole)
+
+
+def test_a_split_of_one_shape_is_drawn_as_its_data_set(make_data):
+    data = make_data(20, std=True)
+    assert_equal(drawn(Split((data,)), step=7), drawn(data, step=7))
 
 
 CPU = torch.device("cpu")

@@ -2,9 +2,11 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from latent_data import split_of_shapes
 
 from latentloom.diffusion.text import Text, no_text
 from latentloom.diffusion.unet import get_network
@@ -64,6 +66,28 @@ def test_a_run_resumes_from_any_step_bit_by_bit(make_data, few_steps, diffusion_
     resumed, rest = run(data, few_steps, diffusion_params, state=resumed, dtype=dtype)
     assert [float(step.loss) for step in rest] == [float(step.loss) for step in steps[stop:]]
     assert_equal(resumed.tensors(), whole.tensors())
+
+
+@pytest.mark.slow
+def test_a_compiled_training_makes_a_graph_for_each_of_more_shapes_than_torch_allows_by_itself(
+    make_data, few_steps, diffusion_params, monkeypatch
+):
+    class Small(torch.nn.Conv2d):
+        def forward(self, x_t, noise_levels, labels):
+            return super().forward(x_t)
+
+    graphs = []
+
+    def backend(graph, example):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr("torch.compile", partial(torch.compile, backend=backend))
+    data = split_of_shapes(make_data(5), *((1, (4, width)) for width in range(2, 7)))
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        state = TrainingState.start(Small(4, 4, 1), few_steps)
+        assert len(run(data, few_steps, diffusion_params, state=state, compiled=True)[1]) == few_steps.steps
+    assert len(graphs) == 5
 
 
 def test_a_state_that_does_not_fit_is_rejected_with_the_tensors_name(make_data, train_params, diffusion_params):

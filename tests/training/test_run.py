@@ -17,12 +17,17 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from latent_data import split_of_shapes
 
 from latentloom.diffusion.denoising_error import denoising_error
+from latentloom.diffusion.diffuser import Diffuser
+from latentloom.diffusion.sampling_settings import SamplingSettings
 from latentloom.encoding.dataset import Caches
 from latentloom.errors import UserError
+from latentloom.evaluation.text_to_image import TextToImage
 from latentloom.model_files import load_model
 from latentloom.params import Params
+from latentloom.randomness import generator
 from latentloom.training import run as run_module
 from latentloom.training.checkpoints import Checkpoint, Checkpoints, CodeVersion
 from latentloom.training.interruption import StopRequest, TrainingStopped
@@ -100,9 +105,14 @@ def caches(make_data, request) -> Caches:
     latents = {"mean": [0.0] * 4, "std": [1.0] * 4, "bound": 3.0, "vae": made_by, "attribution": None, "licence": None}
     tokens = request.param == "tokens"
     text = {"dim": 12, "token_dim": 10 if tokens else None, "max_tokens": 5, "encoder": made_by}
+    if request.param == "shapes":
+        train = split_of_shapes(make_data(12), (3, (6, 10)), (9, (8, 8)))
+        held_out = split_of_shapes(make_data(11, prefix="held out"), (9, (8, 8)), (2, (14, 12)))
+        return Caches(train, held_out, latents | {"latent_shape": [4, 8, 8]}, text)
     return Caches(make_data(6, tokens=tokens), make_data(9, prefix="held out", tokens=tokens), latents, text)
 
 
+of_two_shapes = pytest.mark.parametrize("caches", ["shapes"], indirect=True)
 with_tokens = pytest.mark.parametrize("caches", ["tokens"], indirect=True)
 
 
@@ -151,6 +161,41 @@ def stop_after(monkeypatch):
         )
 
     yield arrange
+
+
+@of_two_shapes
+def test_a_training_of_two_shapes_resumes_to_the_same_bytes_and_its_model_draws_both(
+    run, caches, tmp_path, logger, stop_after
+):
+    params = quick(steps=9, monitor={"validate_every": 4}, previews={"steps": 2, "captions": 6})
+    run(params)
+    whole = outs(tmp_path)
+    stop_after(6)
+    with pytest.raises(TrainingStopped):
+        run(params)
+    stop_after(0)
+    run(params, resumed=usable_checkpoint(kept(tmp_path), params))
+    assert outs(tmp_path) == whole
+
+    network, config = load_model(tmp_path / "model")
+    assert (config.latent_shape, config.latent_shapes) == ((4, 8, 8), ((4, 6, 10), (4, 8, 8)))
+    assert network.size_projection.weight.any()  # the size was learnt from
+    model = TextToImage(network, config, codec=None, text_encoder=None, model_sha256="")
+    texts, names = caches.train.primary_embeddings(), caches.train.ids
+    shapes = [(4, 8, 8), (4, 6, 10), (4, 8, 8), (4, 10, 6)]  # the last was not trained on
+    settings = SamplingSettings(3, 2.0, precision="fp32")
+    samples = model.latents(texts[:4], names[:4], settings, seed=1, shapes=shapes)
+    for name, text, shape, sample in zip(names, texts, shapes, samples, strict=False):
+        noise = torch.randn(1, *shape, generator=generator("cpu", 1, "sample", name))
+        alone = Diffuser(network, settings=settings, bound=3.0).reverse_diffusion(noise, text[None], layout="nchw")
+        torch.testing.assert_close(sample, alone[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(model.latents(texts[:1], names[:1], settings, seed=1)[0], samples[0], rtol=0, atol=1e-4)
+
+
+@of_two_shapes
+def test_cuda_graphs_are_rejected_for_several_shapes(caches):
+    with pytest.raises(UserError, match=r"machine\.compile = cuda_graphs: a graph is of one shape, .* have 2 "):
+        run_module._check_settings(quick(machine={"compile": "cuda_graphs"}), caches, torch.device("cuda"))
 
 
 def error_of_model(folder: Path, caches: Caches) -> float:

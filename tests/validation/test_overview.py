@@ -47,6 +47,12 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data.strip()
 
 
+def png(colour: tuple[int, int, int], size: tuple[int, int]) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def opened(address: str) -> Image.Image:
     form, _, data = address.partition(",")
     assert form == "data:image/png;base64"
@@ -176,6 +182,23 @@ def test_lengths_and_sizes_are_counted_in_ranges(page):
     count = sum(256 <= side < 384 for side in sides)
     assert bars["256–383"] == str(count)
     assert shares["256–383"] == f"{100 * count / 41:.1f}\xa0%"
+
+
+def test_images_of_several_sizes_are_counted_by_size_and_shown_in_their_ratio(caches, page):
+    assert "as prepared" not in page.words
+    caches.set_manifest(image_size=[48], sizes=[[32, 64, 4], [48, 48, 37]])
+    images = caches.read("images")
+    images["image"] = [{"bytes": png((250, 0, 0), (32, 64)), "path": "a.png"}] * len(images)
+    caches.write("images", images)
+    report = caches.validate(docs=True)
+    assert report.success
+    assert report.notices == (
+        "sizes of fewer than 16 images (validate.min_train_images): 32x64 (4); the model learns little of them. A "
+        "lower ingest.max_bucket_ratio or a larger ingest.bucket_multiple makes fewer sizes",
+    )
+    page = Page((caches.root / "docs/index.html").read_text())
+    assert ["32x64", "", "4", "9.8\xa0%"] in page.rows
+    assert opened(page.pictures[0][0]).size == (32, 64)
 
 
 def test_aspects_fall_where_a_person_would_put_them():

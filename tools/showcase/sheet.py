@@ -22,6 +22,7 @@ from latentloom.files import read_json
 from latentloom.ingestion.images import image_id, prepare_image
 from latentloom.ingestion.openmoji import render
 from latentloom.registry.models import SHOWCASE_FOLDER
+from latentloom.sizes import Size
 
 ROOT = Path(__file__).resolve().parents[2]
 SHEET = ROOT / "docs" / "showcase.png"
@@ -68,7 +69,7 @@ def _section(title: str, rows: pd.DataFrame, model: TextToImage, folder: Path) -
 
 
 def _real_picture(key: str, own_id: str, size: int) -> np.ndarray:
-    pixels = prepare_image(render(key, size), size, max_pixels=size**2, max_aspect_ratio=1.0).pixels
+    pixels = prepare_image(render(key, size), [[Size(size, size)]], max_pixels=size**2, max_aspect_ratio=1.0).pixels
     if image_id(pixels) != own_id:
         raise UserError(
             f"the emoji {key} is drawn otherwise than when it was held out: install the packages of requirements.lock"

@@ -6,6 +6,7 @@ of one training, differ by their weights alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Protocol
 
@@ -22,9 +23,8 @@ BINS = ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))
 
 
 class LatentRows(Protocol):
-    """A data set whose rows can be read by slices; ``captions`` (N, K) holds each image's primary caption first."""
+    """Latents of one shape that can be read by slices; ``captions`` (N, K) holds each image's primary caption first."""
 
-    device: torch.device
     latent_shape: tuple[int, int, int]
     captions: torch.Tensor
 
@@ -33,6 +33,17 @@ class LatentRows(Protocol):
     def latents_at(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor | None]: ...
 
     def embeddings_at(self, rows: torch.Tensor) -> Labels: ...
+
+
+class Buckets(Protocol):
+    """A data set of latents of one or more shapes; it can be cut to its first images."""
+
+    device: torch.device
+    buckets: Sequence[LatentRows]
+
+    def __len__(self) -> int: ...
+
+    def take(self, count: int) -> Buckets: ...
 
 
 class Processes(Protocol):
@@ -52,7 +63,7 @@ def bin_name(low: float, high: float) -> str:
 @torch.no_grad()
 def denoising_error(
     network: nn.Module,
-    data: LatentRows,
+    data: Buckets,
     *,
     schedule: str,
     noise_levels: str,
@@ -74,24 +85,29 @@ def denoising_error(
         ``mae``, and ``mae_noise_LOW-HIGH`` for each bin of noise levels that a level falls into, in units of a latent's
         standard deviation; empty when there are no rows.
     """
-    rows = len(data) if images is None else min(images, len(data))
-    if not rows:
+    if images is not None:
+        data = data.take(images)
+    if not len(data):
         return {}
     device = data.device
     process, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     forward = get_schedule(schedule)
     midpoints = (torch.arange(LEVELS_PER_ROW, device=device) + 0.5) / LEVELS_PER_ROW
     levels = noise_levels_from_uniform(midpoints, noise_levels).tolist()
-    chunks = range(0, rows, ROWS_PER_CHUNK)
+    chunks = [
+        (bucket, slice(start, min(start + ROWS_PER_CHUNK, len(bucket))))
+        for bucket in data.buckets
+        for start in range(0, len(bucket), ROWS_PER_CHUNK)
+    ]
     # One cell per chunk, so that sums are taken in the same order whichever process filled it.
     errors = torch.zeros(len(chunks), LEVELS_PER_ROW, device=device)
     for chunk in range(process, len(chunks), processes):
-        part = slice(chunks[chunk], min(chunks[chunk] + ROWS_PER_CHUNK, rows))
-        clean, _ = data.latents_at(part)
+        bucket, part = chunks[chunk]
+        clean, _ = bucket.latents_at(part)
         generator = torch.Generator(device).manual_seed(NOISE_SEED + chunk)
         # Always a whole chunk's numbers: on CUDA, a shorter tensor would get others from the same seed.
-        noise = torch.randn(ROWS_PER_CHUNK, *data.latent_shape, generator=generator, device=device)[: len(clean)]
-        labels = data.embeddings_at(data.captions[part, 0])
+        noise = torch.randn(ROWS_PER_CHUNK, *bucket.latent_shape, generator=generator, device=device)[: len(clean)]
+        labels = bucket.embeddings_at(bucket.captions[part, 0])
         for number, level in enumerate(levels):
             level_per_row = torch.full((len(clean),), level, device=device)
             noisy = forward.add_noise(clean, noise, level_per_row)
@@ -100,7 +116,7 @@ def denoising_error(
             errors[chunk, number] = (predicted.float() - clean).abs().mean((1, 2, 3)).sum()
     if accelerator:
         errors = accelerator.reduce(errors, "sum")
-    by_level = dict(zip(levels, (errors.cpu().double().sum(0) / rows).tolist(), strict=True))
+    by_level = dict(zip(levels, (errors.cpu().double().sum(0) / len(data)).tolist(), strict=True))
     return {"mae": fmean(by_level.values())} | {
         f"mae_{bin_name(low, high)}": fmean(inside)
         for low, high in BINS

@@ -1,4 +1,4 @@
-"""What the network is conditioned on, as features: a noise level as sinusoids, a text embedding whitened."""
+"""What the network is conditioned on, as features: a noise level and a size as sinusoids, a text embedding whitened."""
 
 from __future__ import annotations
 
@@ -44,6 +44,25 @@ class NoiseEmbedding(nn.Module):
 
     def forward(self, noise_levels: torch.Tensor) -> torch.Tensor:
         return _sinusoids(noise_levels.to(self.frequencies), self.frequencies)
+
+
+class SizeEmbedding(nn.Module):
+    """Height and width of a feature map as sinusoids of their logarithms, `(dim,)`: 16, 8, 4 and 2 octaves long.
+
+    What was learnt at two sizes so holds, about, at one between them. The idea is that of SDXL (Podell et al. 2023,
+    section 2.2), which tells its network the size of the original picture.
+    """
+
+    dim = 16
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("frequencies", torch.tensor([1 / 16, 1 / 8, 1 / 4, 1 / 2]), persistent=False)
+
+    def forward(self, height: int, width: int) -> torch.Tensor:
+        # Numbers of the host times a tensor: nothing is copied to the device.
+        angles = torch.cat([self.frequencies * (2 * math.pi * math.log2(side)) for side in (height, width)])
+        return torch.cat([angles.sin(), angles.cos()])
 
 
 class TextWhitening(nn.Module):

@@ -85,6 +85,7 @@ class SampleRequest:
     seed:     of the noise that samples start from, from 0 to 2**63 - 1.
     count:    samples per prompt, from 1 to 10,000.
     first:    the number of each prompt's first sample; its noise is a function of the seed and its number.
+    size:     of the images, `WIDTHxHEIGHT` in pixels; None: the model's own. Which there are, a model knows.
 
     Raises `ValueError` naming the option, its value and what is allowed.
     """
@@ -93,11 +94,14 @@ class SampleRequest:
     seed: int = 0
     count: int = 1
     first: int = 0
+    size: str | None = None
 
     def __post_init__(self) -> None:
         _check_integer("seed", self.seed, 0, LARGEST)
         _check_integer("count", self.count, 1, MOST_SAMPLES)
         _check_integer("first", self.first, 0, LARGEST - MOST_SAMPLES)
+        if not isinstance(self.size, str | None):
+            raise ValueError(f"size = {self.size!r}: must be text such as 192x128, or none")
 
     @classmethod
     def of(cls, settings: SamplingSettings, options: Mapping[str, Any]) -> SampleRequest:

@@ -7,6 +7,7 @@
     token states ------ linear --- T tokens --'
 
 The token states are optional, see `Text`: one vector can hardly say which word belongs to which part of a picture.
+A network for several sizes is told that of `x_t`, added to the projected text: nothing else in it depends on a size.
 
 The condition enters twice. Merged into the input, it reaches every position once; and by FiLM it rescales the
 features of every residual block, since what a layer should do depends on the noise level: find the large
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from latentloom.diffusion.blocks import ConditionedLayer, DownBlock, Tokens, UpBlock, group_norm
-from latentloom.diffusion.embeddings import NoiseEmbedding, TextWhitening
+from latentloom.diffusion.embeddings import NoiseEmbedding, SizeEmbedding, TextWhitening
 from latentloom.diffusion.text import Labels, Text, pooled
 
 NOISE_EMB_DIM = 32  # of the noise-level embedding
@@ -60,6 +61,7 @@ class UNet(nn.Module):
     emb_size:         size of the projected text, of the conditioning vector and of a text token.
     text_dim:         size of the text embedding that the encoder gives.
     token_dim:        size of the token states that the encoder gives; None: the network reads the embedding alone.
+    size_condition:   whether the network is told the size of `x_t`. At first that changes nothing.
 
     The layers of all levels but the finest, where it costs the most, have self- and cross-attention.
     `gradient_checkpointing`, False unless set, trades time for memory in training (see `ConditionedLayer`); it changes
@@ -74,6 +76,7 @@ class UNet(nn.Module):
         emb_size: int = 256,
         text_dim: int = 512,
         token_dim: int | None = None,
+        size_condition: bool = False,
     ):
         super().__init__()
         if not widths or min(*widths, latent_channels, block_depth, emb_size, text_dim, token_dim or 1) < 1:
@@ -120,6 +123,16 @@ class UNet(nn.Module):
         with torch.no_grad():
             self.head.weight.mul_(0.1)
             self.head.bias.zero_()
+        # Last, so that all other weights start as they would without it.
+        self.size_embedding = SizeEmbedding() if size_condition else None
+        self.size_projection = nn.Linear(SizeEmbedding.dim, emb_size, bias=False) if size_condition else None
+        if self.size_projection is not None:
+            nn.init.zeros_(self.size_projection.weight)
+
+    @property
+    def multiple(self) -> int:
+        """What the sides of a latent must be multiples of."""
+        return 2**self.halvings
 
     @property
     def gradient_checkpointing(self) -> bool:
@@ -147,7 +160,10 @@ class UNet(nn.Module):
         dtype = self.head.weight.dtype
         text = self.text_whitening(pooled(text_embeddings))
         noise = self.noise_embedding(noise_levels).expand(x_t.shape[0], -1)
-        embedding = torch.cat([noise, self.text_projection(text)], dim=1)
+        told = self.text_projection(text)
+        if self.size_projection is not None:
+            told = told + self.size_projection(self.size_embedding(*x_t.shape[2:]))
+        embedding = torch.cat([noise, told], dim=1)
         condition, tokens = self.condition(embedding), self._tokens(text, text_embeddings)
 
         h = self.stem(x_t.to(dtype).contiguous(memory_format=torch.channels_last))
@@ -164,6 +180,14 @@ class UNet(nn.Module):
         with torch.autocast(x_t.device.type, enabled=False):  # the prediction itself keeps all its digits
             return self.head(h.to(dtype))
 
+    def check_sides(self, height: int, width: int) -> None:
+        """Raise `ValueError` where a latent cannot be halved as often as this network does."""
+        if height % self.multiple or width % self.multiple:
+            raise ValueError(
+                f"this UNet halves the latent {self.halvings} times, so its sides must be multiples of "
+                f"{self.multiple}, not {height}x{width}"
+            )
+
     def _tokens(self, text: torch.Tensor, labels: Labels) -> torch.Tensor | Tokens:
         """What cross-attention sees: tokens made of the whitened vector, and those of the caption beside them.
 
@@ -179,12 +203,7 @@ class UNet(nn.Module):
     def _check_shapes(self, x_t: torch.Tensor, noise_levels: torch.Tensor, labels: Labels) -> None:
         if x_t.ndim != 4 or x_t.shape[1] != self.latent_channels:
             raise ValueError(f"x_t must be (B, {self.latent_channels}, H, W), not {tuple(x_t.shape)}")
-        height, width = x_t.shape[2:]
-        if height % 2**self.halvings or width % 2**self.halvings:
-            raise ValueError(
-                f"this UNet halves the latent {self.halvings} times, so its sides must be multiples of "
-                f"{2**self.halvings}, not {height}x{width}"
-            )
+        self.check_sides(*x_t.shape[2:])
         if noise_levels.numel() not in (1, x_t.shape[0]):
             raise ValueError(f"{noise_levels.numel()} noise levels for {x_t.shape[0]} samples: need one, or one each")
         shape = tuple(pooled(labels).shape)
@@ -207,6 +226,7 @@ def get_network(
     widths: Sequence[int] = (128, 256, 512),
     text_dim: int = 512,
     token_dim: int | None = None,
+    size_condition: bool = False,
 ) -> UNet:
     """A `UNet` for square latents of `latent_image_size`, checked to fit.
 
@@ -218,4 +238,4 @@ def get_network(
             f"latent_image_size {latent_image_size} cannot be halved {halvings} times, as {len(widths)} "
             f"widths ask for: it must be a multiple of {2 ** max(halvings, 0)}"
         )
-    return UNet(latent_channels, widths, block_depth, emb_size, text_dim, token_dim)
+    return UNet(latent_channels, widths, block_depth, emb_size, text_dim, token_dim, size_condition)

@@ -29,6 +29,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -178,14 +179,18 @@ class Plan:
         out: the folder for ``00000.safetensors`` and so on.
         ids: what each row is of, as a hash; they decide where shards end, so that this depends on no encoder.
         keys: one key per row.
+        groups: one per row, such as the shape of its tensors; rows of two groups never share a shard.
 
     Attributes:
         missing: the positions of the rows that have to be computed, ascending.
     """
 
-    def __init__(self, store: RowStore, out: Path, ids: Sequence[str], keys: Sequence[str]) -> None:
+    def __init__(
+        self, store: RowStore, out: Path, ids: Sequence[str], keys: Sequence[str], groups: Sequence[Any] = ()
+    ) -> None:
         self._store, self._out, self._keys = store, out, keys
-        self._shards = {out / f"{number:05d}.safetensors": rows for number, rows in enumerate(shard_ranges(ids))}
+        ranges = shard_ranges(ids, groups)
+        self._shards = {out / f"{number:05d}.safetensors": rows for number, rows in enumerate(ranges)}
         self._linked: set[Path] = set()
         out.mkdir(parents=True, exist_ok=True)
         wanted: dict[str, int] = {}

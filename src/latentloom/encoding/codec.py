@@ -7,12 +7,21 @@ latents           fp32 (B, C, h, w)             standardised per channel: what t
 pixels --encode--> raw latents --standardise--> latents --destandardise--> raw latents --decode--> pixels
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+
+
+def batches_by_shape(shapes: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
+    """The places of each shape in ``shapes``, in order, at most ``size`` at a time."""
+    places: dict[tuple[int, ...], list[int]] = {}
+    for place, shape in enumerate(shapes):
+        places.setdefault(tuple(shape), []).append(place)
+    for own in places.values():
+        yield from (own[start : start + size] for start in range(0, len(own), size))
 
 
 class LatentCodec:
@@ -57,6 +66,14 @@ class LatentCodec:
     def decode(self, latents: torch.Tensor, *, batch_size: int = 32) -> np.ndarray:
         """Standardised latents (B, C, h, w) as pixels, uint8 (B, H, W, 3); ``batch_size`` are decoded at a time."""
         return self.vae.decode(self.destandardise(latents), batch_size=batch_size)
+
+    def decode_each(self, latents: Sequence[torch.Tensor], *, batch_size: int = 32) -> list[np.ndarray]:
+        """Standardised latents (C, h, w) of any shapes as pixels, uint8 (H, W, 3) each, in order."""
+        images: dict[int, np.ndarray] = {}
+        for places in batches_by_shape([latent.shape for latent in latents], batch_size):
+            decoded = self.decode(torch.stack([latents[place] for place in places]), batch_size=batch_size)
+            images |= zip(places, decoded, strict=True)
+        return [images[place] for place in range(len(latents))]
 
     def _on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and std on a device; they stay on the last one, since copying them would wait for it at each batch."""

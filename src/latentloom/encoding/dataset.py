@@ -5,10 +5,13 @@
                                         any; each image names its captions by row
 
 The raw rows are on the device, or streamed from the disk where they do not fit (`latentloom.encoding.row_sources`).
+
+Latents of one shape are a `LatentDataset`. A split of several shapes is a `Split`: a data set of each. Whatever reads
+splits goes over ``buckets``, which both have, so one shape needs no code of its own.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,10 +30,10 @@ from latentloom.files import read_json, read_table, sha256_file
 
 @dataclass(frozen=True)
 class LatentDataset:
-    """Latents with their captions, for one device.
+    """Latents of one shape with their captions, for one device.
 
     Attributes:
-        ids: the images' ids (N).
+        ids: the images' ids (N), ascending.
         latents: raw latents; a row is ``mean``, and ``std`` unless the VAE is deterministic, (C, h, w) each.
         codec: standardises them.
         text: raw caption embeddings; a row is an ``embedding`` (dim,), and ``tokens`` (T, token_dim) where the cache
@@ -56,6 +59,16 @@ class LatentDataset:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def buckets(self) -> tuple["LatentDataset", ...]:
+        """Itself, as the one bucket of a split of one shape."""
+        return (self,)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """Its one shape, as `Split.shapes`."""
+        return (self.latent_shape,)
 
     @property
     def device(self) -> torch.device:
@@ -118,6 +131,100 @@ class LatentDataset:
 
 
 @dataclass(frozen=True)
+class Split:
+    """A split whose latents have several shapes. What has one value per image is of one bucket after the other.
+
+    Attributes:
+        buckets: a data set per shape, by rising height, then width; none is empty, unless it is the only one. They
+            share their captions (``text``, ``texts``) and ``codec``.
+    """
+
+    buckets: tuple[LatentDataset, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.buckets))
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """(C, h, w) of each bucket."""
+        return tuple(bucket.latent_shape for bucket in self.buckets)
+
+    @property
+    def ids(self) -> list[str]:
+        """The images' ids (N): ascending within a bucket."""
+        return [own for bucket in self.buckets for own in bucket.ids]
+
+    @property
+    def captions(self) -> torch.Tensor:
+        """As `LatentDataset.captions` (N, K)."""
+        return torch.cat([bucket.captions for bucket in self.buckets])
+
+    @property
+    def caption_counts(self) -> torch.Tensor:
+        """Captions per image (N)."""
+        return torch.cat([bucket.caption_counts for bucket in self.buckets])
+
+    @property
+    def weights(self) -> torch.Tensor | None:
+        """As `LatentDataset.weights` (N): of all buckets, or of none."""
+        weights = [bucket.weights for bucket in self.buckets]
+        return None if weights[0] is None else torch.cat(weights)
+
+    @property
+    def text(self) -> RowSource:
+        """Raw caption embeddings."""
+        return self.buckets[0].text
+
+    @property
+    def texts(self) -> pd.Series:
+        """The captions (M)."""
+        return self.buckets[0].texts
+
+    @property
+    def codec(self) -> LatentCodec:
+        """Standardises the latents of all buckets alike."""
+        return self.buckets[0].codec
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches go."""
+        return self.buckets[0].device
+
+    @property
+    def streamed(self) -> bool:
+        """Whether rows stay on the disk until a batch asks for them."""
+        return self.buckets[0].streamed
+
+    def embeddings_at(self, rows: Rows) -> Labels:
+        """Caption embeddings of ``rows`` of ``text``, as `LatentDataset.embeddings_at`."""
+        return self.buckets[0].embeddings_at(rows)
+
+    def primary_texts(self) -> list[str]:
+        """Each image's primary caption."""
+        return [text for bucket in self.buckets for text in bucket.primary_texts()]
+
+    def primary_embeddings(self) -> Labels:
+        """The embedding of each image's primary caption (N, dim), or a `Text` of them."""
+        return self.embeddings_at(self.captions[:, 0])
+
+    def take(self, count: int) -> "Split":
+        """The first ``count`` images by id, whatever their shapes."""
+        firsts = [bucket.take(count) for bucket in self.buckets]
+        chosen = set(sorted(own for first in firsts for own in first.ids)[:count])
+        return Split(_without_empty([first.take(len(chosen.intersection(first.ids))) for first in firsts]))
+
+
+def row_shapes(split: LatentDataset | Split) -> list[tuple[int, int, int]]:
+    """The shape (C, h, w) of each image's latent (N)."""
+    return [bucket.latent_shape for bucket in split.buckets for _ in bucket.ids]
+
+
+def all_latents(split: LatentDataset | Split) -> list[torch.Tensor]:
+    """Each image's standardised latent (C, h, w), or the mean of its distribution (N)."""
+    return [latent for bucket in split.buckets for latent in bucket.latents_at(slice(0, len(bucket)))[0]]
+
+
+@dataclass(frozen=True)
 class Caches:
     """Both splits, and what made the caches.
 
@@ -130,8 +237,8 @@ class Caches:
         placement: a message: whether the rows are on the device or streamed, and why.
     """
 
-    train: LatentDataset
-    validation: LatentDataset
+    train: LatentDataset | Split
+    validation: LatentDataset | Split
     latent_statistics: dict
     text_statistics: dict
     digests: Mapping[str, str] = field(default_factory=dict)
@@ -141,6 +248,12 @@ class Caches:
     def has_validation(self) -> bool:
         """Whether any image is held out."""
         return len(self.validation) > 0
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of a sample that no size is asked of: a shape of the training split."""
+        shapes = self.train.shapes
+        return shapes[0] if len(shapes) == 1 else tuple(self.latent_statistics["latent_shape"])
 
 
 def load_caches(latents: Path, text: Path, *, device: torch.device | str = "cpu", memory_share: float = 1.0) -> Caches:
@@ -156,7 +269,9 @@ def load_caches(latents: Path, text: Path, *, device: torch.device | str = "cpu"
     """
     device = torch.device(device)
     latent_statistics, text_statistics = read_json(latents / STATS), read_json(text / STATS)
-    index = read_table(latents / INDEX, ["id", "split", "weight", "shard", "row"]).sort_values("id", ignore_index=True)
+    several_shapes = "latent_shapes" in latent_statistics
+    columns = ["id", "split", "weight", "shard", "row", *(["height", "width"] if several_shapes else [])]
+    index = read_table(latents / INDEX, columns).sort_values("id", ignore_index=True)
     text_index = read_table(text / INDEX, ["id", "text", "shard", "row"])
     pairs = read_table(text / PAIRS, ["image_id", "caption_id", "position"])
     captions, counts = _caption_table(index["id"], pairs, text_index["id"])
@@ -165,19 +280,24 @@ def load_caches(latents: Path, text: Path, *, device: torch.device | str = "cpu"
         raise UserError(f"{latents} has no training image: add images, or lower ingest.val_fraction")
 
     views = [latents, latents / FLIPPED] if latent_statistics["flip"] else [latents]
-    latent_rows = StreamedRows(views, index["shard"], index["row"], device)
+    rows_of_shape = index.groupby(["height", "width"]).indices if several_shapes else {(): np.arange(len(index))}
+    buckets = [
+        (rows, StreamedRows(views, index["shard"].iloc[rows], index["row"].iloc[rows], device))
+        for _, rows in sorted(rows_of_shape.items())
+    ]
     text_rows = StreamedRows([text], text_index["shard"], text_index["row"], device)
-    needed, free = latent_rows.nbytes + text_rows.nbytes, free_memory(device)
+    needed, free = sum(latent_rows.nbytes for _, latent_rows in buckets) + text_rows.nbytes, free_memory(device)
     streamed = needed > memory_share * free
     embeddings = text_rows if streamed else text_rows.load()
     codec = LatentCodec(latent_statistics["mean"], latent_statistics["std"])
     weights = torch.from_numpy(index["weight"].to_numpy(np.float64))
     weighted = weights.unique().numel() > 1
 
-    def split(name: str) -> LatentDataset:
-        chosen = np.flatnonzero(index["split"] == name)
+    def bucket(name: str, rows: np.ndarray, latent_rows: StreamedRows) -> LatentDataset:
+        inside = np.flatnonzero(index["split"].iloc[rows] == name)
+        chosen = rows[inside]
         at = torch.from_numpy(chosen)
-        own = latent_rows.select(np.concatenate([chosen + len(index) * view for view in range(len(views))]))
+        own = latent_rows.select(np.concatenate([inside + len(rows) * view for view in range(len(views))]))
         return LatentDataset(
             ids=index["id"].iloc[chosen].tolist(),
             latents=own if streamed else own.load(),
@@ -190,6 +310,10 @@ def load_caches(latents: Path, text: Path, *, device: torch.device | str = "cpu"
             first_mirrored=len(chosen) if latent_statistics["flip"] else None,
         )
 
+    def split(name: str) -> LatentDataset | Split:
+        own = _without_empty([bucket(name, *each) for each in buckets])
+        return own[0] if len(own) == 1 else Split(own)
+
     return Caches(
         split("train"),
         split("validation"),
@@ -200,6 +324,11 @@ def load_caches(latents: Path, text: Path, *, device: torch.device | str = "cpu"
         + (f"streamed from the disk to {device}" if streamed else f"on {device}")
         + f": {_size(memory_share * free)} allowed, {memory_share:g} of the {_size(free)} free",
     )
+
+
+def _without_empty(buckets: Sequence[LatentDataset]) -> tuple[LatentDataset, ...]:
+    """Those with an image; the first where none has one."""
+    return tuple(bucket for bucket in buckets if len(bucket)) or (buckets[0],)
 
 
 def _digest(split: str, *files: Path) -> str:

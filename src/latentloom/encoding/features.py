@@ -47,4 +47,4 @@ def _encode(encoder: VisionEncoder, images: Path, wanted: set[str]) -> Iterator[
     """The features of the images of ``wanted``, in the order they are stored."""
     read = iterate_images(images, wanted=wanted) if wanted else iter(())
     while batch := [pixels for _, pixels in islice(read, BATCH_SIZE)]:
-        yield {"features": torch.from_numpy(encoder.encode(np.stack(batch)))}
+        yield {"features": torch.from_numpy(encoder.encode(batch))}

@@ -8,12 +8,15 @@
                                                               standardise latents and to bound them
 
 Standardising is not applied here, so another scale never invalidates the cache.
+
+A shard holds latents of one shape. Images of several sizes come size by size, in the manifest's order of sizes, and
+within a size in the order in which they are stored.
 """
 
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +30,8 @@ from latentloom.encoding.shard_files import FLIPPED, INDEX, REJECTS, STATS, Tens
 from latentloom.encoding.vae import Vae
 from latentloom.errors import UserError
 from latentloom.files import atomic_path, write_json
-from latentloom.ingestion.shards import iterate_images, read_manifest, read_metadata
+from latentloom.ingestion.shards import iterate_images, prepared_sizes, read_manifest, read_metadata, sizes_of
+from latentloom.sizes import Size
 
 BATCH_SIZE = 32
 PREPROCESSING = "uint8/127.5-1"
@@ -48,10 +52,14 @@ def encode_images(vae: Vae, images: Path, out: Path, store: RowStore, *, flip: b
     """
     (out / STATS).unlink(missing_ok=True)  # a folder without it is not finished
     metadata, manifest = read_metadata(images), read_manifest(images)
-    ids = metadata["id"].tolist()
-    if not ids:
+    if metadata.empty:
         raise UserError(f"{images} holds no images: run `dvc repro -f ingest`")
-    _check_size(vae, manifest["image_size"])
+    sizes = list(sizes_of(manifest))
+    for size in sizes:
+        _check_size(vae, size)
+    metadata["size"] = [sizes.index(size) for size in prepared_sizes(images)]
+    metadata = metadata.sort_values("size", kind="stable", ignore_index=True)
+    ids = metadata["id"].tolist()
     made_by = (vae.fingerprint, PREPROCESSING, f"{vae.precision}->{STORED}")
     views = {out: (), out / FLIPPED: (MIRRORED,)} if flip else {out: ()}
     if not flip:
@@ -59,9 +67,10 @@ def encode_images(vae: Vae, images: Path, out: Path, store: RowStore, *, flip: b
     encoded, frames = 0, []
     for folder, view in views.items():
         keys = [row_key(image_id, *made_by, *view) for image_id in ids]
-        plan = Plan(store, folder, ids, keys)
+        plan = Plan(store, folder, ids, keys, metadata["size"].tolist())
         encoded += len(plan.missing)
-        batches = _encode(vae, images, {ids[position] for position in plan.missing}, mirrored=bool(view))
+        missing = metadata.iloc[plan.missing].groupby("size")["id"]
+        batches = chain.from_iterable(_encode(vae, images, set(of_size), mirrored=bool(view)) for _, of_size in missing)
         shards = plan.write(batches, " ".join(["encode_images", *view]), "image")
         frames.append(pd.concat([_index(metadata[shard.rows], keys[shard.rows], shard) for shard in shards]))
     store.trim()
@@ -94,7 +103,7 @@ def encode_images(vae: Vae, images: Path, out: Path, store: RowStore, *, flip: b
             "precision": vae.precision,
             "distribution": vae.distribution,
             "flip": flip,
-            "latent_shape": index[["channels", "height", "width"]].iloc[0].tolist(),
+            **_shapes(index, int(np.min(manifest["image_size"])) // vae.factor),
             "rows": len(index),
             "rejected": len(rejects),
             "train_rows": len(train),
@@ -108,16 +117,38 @@ def encode_images(vae: Vae, images: Path, out: Path, store: RowStore, *, flip: b
     return EncodeCounts(len(ids) * len(views), encoded, len(rejects))
 
 
-def _check_size(vae: Vae, size: int) -> None:
+def _check_size(vae: Vae, size: Size) -> None:
     """Latents are whole numbers of rows and columns: of other sizes the VAE would drop the rest, and pictures come out
     smaller than they went in.
     """
-    if size % vae.factor:
-        low = size // vae.factor * vae.factor
+    if not any(side % vae.factor for side in size):
+        return
+    made = f"the VAE {vae.reference} makes latents {vae.factor} times smaller, into which"
+    if size.width != size.height:
         raise UserError(
-            f"ingest.image_size = {size}: the VAE {vae.reference} makes latents {vae.factor} times smaller, into which "
-            f"{size} does not divide; set {' or '.join(str(own) for own in (low, low + vae.factor) if own)}"
+            f"images of {size}: {made} that does not divide; set ingest.bucket_multiple to a multiple of {vae.factor}"
         )
+    low = size.width // vae.factor * vae.factor
+    raise UserError(
+        f"ingest.image_size = {size.width}: {made} {size.width} does not divide; set "
+        f"{' or '.join(str(own) for own in (low, low + vae.factor) if own)}"
+    )
+
+
+def _shapes(index: pd.DataFrame, base: int) -> dict[str, list]:
+    """``latent_shape``, of a sample that no size is asked of, and of several shapes all with their rows.
+
+    That is the square of the base size, ``base`` rows high; where it was never trained on, the shape of most training
+    images.
+    """
+    by_shape = ["channels", "height", "width"]
+    in_train = index[index["split"] == "train"].groupby(by_shape, sort=False).size()
+    squares = [shape for shape in in_train.index if shape[1:] == (base, base)]
+    shapes = {"latent_shape": list(map(int, squares[0] if squares else in_train.idxmax()))}
+    rows = index.groupby(by_shape, sort=False).size()
+    if len(rows) > 1:
+        shapes["latent_shapes"] = [[*map(int, shape), int(count)] for shape, count in rows.items()]
+    return shapes
 
 
 def _rows(folder: Path, index: pd.DataFrame) -> Iterator[Tensors]:

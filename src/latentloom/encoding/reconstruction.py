@@ -42,11 +42,13 @@ def reconstruct(vae: Vae, images: Path, out: Path, store: RowStore) -> float:
     Returns:
         The mean PSNR in dB.
     """
-    index = pd.read_parquet(out / INDEX, columns=["id", "key", "shard", "row"])
+    index = pd.read_parquet(out / INDEX, columns=["id", "key", "shard", "row", "height", "width"])
     chosen = heapq.nsmallest(SAMPLE, index["id"], key=lambda image: image[::-1])
     sample = index[index["id"].isin(chosen)]
     with TemporaryDirectory() as folder:  # the store keeps the shards
-        plan = Plan(store, Path(folder), sample["id"].tolist(), [row_key(own, "decoded") for own in sample["key"]])
+        keys = [row_key(own, "decoded") for own in sample["key"]]
+        shapes = list(zip(sample["height"], sample["width"], strict=True))
+        plan = Plan(store, Path(folder), sample["id"].tolist(), keys, shapes)
         batches = _decode(vae, images, out, sample.iloc[plan.missing])
         shards = [shard.tensors for shard in plan.write(batches, "decode again", "image")]
         ratios = torch.cat([shard["psnr"] for shard in shards]).numpy()
@@ -61,10 +63,12 @@ def reconstruct(vae: Vae, images: Path, out: Path, store: RowStore) -> float:
 
 
 def _decode(vae: Vae, images: Path, out: Path, rows: pd.DataFrame) -> Iterator[Tensors]:
-    """The rows of an index as the store keeps them: ``psnr`` (N,) and ``pixels`` (N, H, W, 3)."""
+    """The rows of an index, which come shape by shape, as the store keeps them: ``psnr`` (N,) and ``pixels``
+    (N, H, W, 3).
+    """
     originals = dict(iterate_images(images, wanted=set(rows["id"]))) if len(rows) else {}
-    for start in range(0, len(rows), BATCH_SIZE):
-        batch = rows.iloc[start : start + BATCH_SIZE]
+    of_shapes = [own for _, own in rows.groupby(["height", "width"], sort=False)]
+    for batch in (own[start : start + BATCH_SIZE] for own in of_shapes for start in range(0, len(own), BATCH_SIZE)):
         places = zip(batch["shard"], batch["row"], strict=True)
         latents = torch.stack([load_shard(out / shard)["mean"][row] for shard, row in places]).float()
         # Always the same batch size: a row's bytes must not depend on how many others are decoded with it.

@@ -8,6 +8,7 @@ Two families, told apart by the ``model_type`` of the model's ``config.json``:
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -91,8 +92,8 @@ class VisionEncoder:
         return model.eval().requires_grad_(False).to(self.device)
 
     @torch.inference_mode()
-    def encode(self, pixels: np.ndarray) -> np.ndarray:
-        """The features (B, dim), fp32, of pictures, uint8 (B, H, W, 3).
+    def encode(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
+        """The features (B, dim), fp32, of pictures, each uint8 (H, W, 3).
 
         Batches always have the same size, so that a picture's features do not depend on how many others there are.
         """
@@ -100,8 +101,8 @@ class VisionEncoder:
         features = []
         for start in range(0, len(pixels), size):
             batch = pixels[start : start + size]
-            filled = np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), axis=0)])
-            read = self.processor(images=list(filled), return_tensors="pt", input_data_format="channels_last")
+            filled = [*batch, *[batch[-1]] * (size - len(batch))]
+            read = self.processor(images=filled, return_tensors="pt", input_data_format="channels_last")
             output = self.model(pixel_values=read["pixel_values"].to(self.device))
             vectors = output.image_embeds if CLASSES[self._type] == CLIP_CLASS else output.pooler_output
             features.append(vectors[: len(batch)].float().cpu().numpy())

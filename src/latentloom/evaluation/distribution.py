@@ -11,13 +11,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from latentloom.encoding.dataset import Caches, LatentDataset
+from latentloom.encoding.dataset import Caches, LatentDataset, Split, row_shapes
 from latentloom.encoding.features import features_of
 from latentloom.encoding.named_encoders import pinned_reference
 from latentloom.encoding.vision_encoder import Clip, VisionEncoder, load_clip
@@ -97,6 +98,8 @@ def measure_distribution(
 ) -> Distribution:
     """Sample the primary captions of real images ``evaluate.samples`` times, and measure samples beside the images.
 
+    A sample has the shape of its image; the encoders crop or resize it as they do the image.
+
     The images are the first by id of ``evaluate.real_images``, as many as samples; where there are fewer, all, and
     their captions come again with other noise.
 
@@ -160,26 +163,28 @@ def _features_of_samples(
     encoders: Encoders,
     settings: EvaluateParams,
     model: TextToImage,
-    real: LatentDataset,
+    real: LatentDataset | Split,
     rows: torch.Tensor,
     seed: int,
     seconds: dict[str, float],
 ) -> dict[str, np.ndarray]:
     """By name of the encoder, the features (M, dim) of a sample for the primary caption of each of ``rows``."""
-    captions, names = real.captions[rows.to(real.captions.device), 0], _noise_names(real.ids, len(rows))
+    captions, names = real.captions[rows.to(real.device), 0], _noise_names(real.ids, len(rows))
+    shapes = list(islice(cycle(row_shapes(real)), len(rows)))
     found: dict[str, list[np.ndarray]] = {name: [] for name in encoders.vision}
     for start in range(0, len(rows), PART):
         part = slice(start, start + PART)
         with _timed(seconds, "sampling"):
-            latents = model.latents(real.embeddings_at(captions[part]), names[part], settings.sampling, seed=seed)
-            pixels = model.codec.decode(latents)
+            embeddings = real.embeddings_at(captions[part])
+            latents = model.latents(embeddings, names[part], settings.sampling, seed=seed, shapes=shapes[part])
+            pixels = model.codec.decode_each(latents)
         with _timed(seconds, "sample_features"):
             for name, encoder in encoders.vision.items():
                 found[name] += _in_batches(encoder, pixels)
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
-def _in_batches(encoder: VisionEncoder, pixels: np.ndarray, size: int = 64) -> Iterator[np.ndarray]:
+def _in_batches(encoder: VisionEncoder, pixels: Sequence[np.ndarray], size: int = 64) -> Iterator[np.ndarray]:
     for start in tqdm(range(0, len(pixels), size), desc="features of samples", unit="batch"):
         yield encoder.encode(pixels[start : start + size])
 

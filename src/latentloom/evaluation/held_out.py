@@ -4,15 +4,14 @@ Held-out captions are of two kinds. A *combination* has only words that training
 part, and has to put them together. One with *new words* asks for what no training caption names.
 """
 
-import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from latentloom.encoding.dataset import Caches, LatentDataset
+from latentloom.encoding.dataset import Caches, LatentDataset, Split, all_latents
 from latentloom.evaluation.recall import nearest, recalled, with_interval
 
 COPY_QUANTILE = 0.05
@@ -25,23 +24,25 @@ class HeldOut:
 
     Attributes:
         data: the images (B).
-        samples: a latent (B, C, h, w) for each caption.
+        samples: a latent (C, h, w) for each caption (B), of the shape of its image's.
         combination: which captions are combinations (B), bool.
         nearest_ids: of the training image nearest to each sample (B).
-        error: the distance of each sample to its own real image (B), float32.
+        error: the distance of each sample to its own real image (B), as in `recall`.
         figures: by name, see `measure`.
     """
 
-    data: LatentDataset
-    samples: torch.Tensor
+    data: LatentDataset | Split
+    samples: Sequence[torch.Tensor]
     combination: np.ndarray
     nearest_ids: list[str]
     error: np.ndarray
     figures: dict[str, float]
 
 
-def measure(samples: torch.Tensor, held_out: LatentDataset, caches: Caches) -> HeldOut:
-    """Measure samples (B, C, h, w) of the primary captions of ``held_out``, a part of the validation split.
+def measure(samples: Sequence[torch.Tensor], held_out: LatentDataset | Split, caches: Caches) -> HeldOut:
+    """Measure samples of the primary captions of ``held_out`` (B), a part of the validation split.
+
+    Each sample is a latent (C, h, w) of the shape of its real image's.
 
     Figures, each share with its interval as `with_interval` gives it: ``held_out_recall_at_1`` and ``_at_5`` of
     combinations, ``new_words_recall_at_1`` and ``_at_5`` of the other captions: the share whose sample has an image of
@@ -58,18 +59,20 @@ def measure(samples: torch.Tensor, held_out: LatentDataset, caches: Caches) -> H
             right = recalled(rows[:, :among], everything, held_out.captions[:, 0])
             figures |= with_interval(f"{name}_recall_at_{among}", right[chosen])
     counts = {"held_out_combinations": int(combination.sum()), "new_words_captions": int((~combination).sum())}
-    real = held_out.latents_at(slice(0, len(held_out)))[0]
+    real = all_latents(held_out)
     (nearest_rows, distances), (_, of_real) = nearest(samples, [caches.train]), nearest(real, [caches.train])
     if len(held_out):
         limit = of_real.quantile(COPY_QUANTILE)
         figures |= with_interval("copied_share", (distances[:, 0] < limit).numpy())
-        counts["copied_limit"] = round(float(limit) / math.sqrt(real[0].numel()), 4)
-    error = (samples - real).flatten(1).norm(dim=1).cpu().numpy()
-    nearest_ids = [caches.train.ids[row] for row in nearest_rows[:, 0].tolist()]
+        counts["copied_limit"] = round(float(limit), 4)
+    pairs = zip(samples, real, strict=True)
+    error = np.array([float((sample - own).square().mean().sqrt()) for sample, own in pairs])
+    trained = caches.train.ids
+    nearest_ids = [trained[row] for row in nearest_rows[:, 0].tolist()]
     return HeldOut(held_out, samples, combination, nearest_ids, error, figures | counts)
 
 
-def combinations(captions: Iterable[str], train: LatentDataset) -> np.ndarray:
+def combinations(captions: Iterable[str], train: LatentDataset | Split) -> np.ndarray:
     """Which captions (B), bool, have no word but those of training captions, whatever their case."""
     of_captions = [words(caption) for caption in captions]
     unseen = set().union(*of_captions)

@@ -38,6 +38,7 @@ class ImageMetadata:
         text_encoder: the fingerprint of the encoder that read the prompts.
         code: the hash of the code that generated, see `text_to_image.generating_code`; None in the oldest images.
         provenance: of the model, where it is known: mlflow_run_id, commit, dirty, outs, encoders.
+        size: of each sample, ``WIDTHxHEIGHT`` in pixels, where one was asked for; None: the model's own.
     """
 
     prompts: tuple[str, ...]
@@ -50,6 +51,7 @@ class ImageMetadata:
     text_encoder: str
     code: str | None = None
     provenance: Mapping[str, Any] | None = None
+    size: str | None = None
 
     @property
     def mlflow_run_id(self) -> str | None:
@@ -65,7 +67,10 @@ def encode_png(image: np.ndarray, metadata: ImageMetadata) -> bytes:
     chunks.add_text("model_sha256", metadata.model_sha256)
     if metadata.mlflow_run_id:
         chunks.add_text("mlflow_run_id", metadata.mlflow_run_id)
-    chunks.add_text(CHUNK, json.dumps(asdict(metadata)))
+    values = asdict(metadata)
+    if metadata.size is None:
+        del values["size"]
+    chunks.add_text(CHUNK, json.dumps(values))
     written = io.BytesIO()
     Image.fromarray(image).save(written, format="PNG", pnginfo=chunks)
     return written.getvalue()
@@ -135,6 +140,8 @@ def generate_command(
         "threshold": "none" if sampling.threshold_percentile is None else sampling.threshold_percentile,
         "precision": sampling.precision,
     }
+    if metadata.size is not None:
+        options["size"] = metadata.size
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     words += ["--guidance-interval", str(low), str(high), "-o", output]
     prompts = list(metadata.prompts)

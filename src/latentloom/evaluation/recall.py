@@ -1,58 +1,84 @@
 """Whether a sample is the image that its caption belongs to: the nearest of all latents says.
 
-Distances are Euclidean, between standardised latents. A caption that several images have is right with any of them.
+Distances are root mean squares of differences, between standardised latents. Latents of another shape than a sample's
+are resized to it. A caption that several images have is right with any of them.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch.nn.functional import interpolate
 
-from latentloom.encoding.dataset import LatentDataset
+from latentloom.encoding.codec import batches_by_shape
+from latentloom.encoding.dataset import LatentDataset, Split
 
 PART = 8192  # latents compared at a time
 
 
 def nearest(
-    samples: torch.Tensor, datasets: Sequence[LatentDataset], count: int = 1
+    samples: Sequence[torch.Tensor], splits: Sequence[LatentDataset | Split], count: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ``count`` images nearest to each sample (B, C, h, w) among all of ``datasets``; all, where there are fewer.
+    """The ``count`` images nearest to each sample (C, h, w) among all of ``splits``; all, where there are fewer.
 
     Only `PART` latents are in memory at a time.
 
     Returns:
-        Numbers of images (B, count), counted through the data sets one after the other, the nearest first; of two
-        equally near, the first. And their distances (B, count). Both on the CPU.
+        Numbers of images (B, count), counted through the splits one after the other, the nearest first; of two equally
+        near, the first. And their distances (B, count). Both on the CPU.
     """
-    queries, exact = samples.flatten(1).float(), "donot_use_mm_for_euclid_dist"
-    distances = queries.new_empty(len(queries), 0)
-    rows = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
+    places = list(batches_by_shape([sample.shape for sample in samples], len(samples)))
+    searches = [_Search(torch.stack([samples[place] for place in own]), count) for own in places]
     start = 0
-    for data in datasets:
-        for part, latents in data.parts(PART):
-            added = torch.cdist(queries, latents.flatten(1), compute_mode=exact)
-            numbers = torch.arange(start + part.start, start + part.stop, device=rows.device)
-            distances, order = torch.cat([distances, added], 1).sort(dim=1, stable=True)
-            rows = torch.cat([rows, numbers.expand(len(rows), -1)], 1).gather(1, order[:, :count])
-            distances = distances[:, :count]
-        start += len(data)
-    return rows.cpu(), distances.cpu()
+    for bucket in (bucket for split in splits for bucket in split.buckets):
+        for part, latents in bucket.parts(PART):
+            for search in searches:
+                search.add(latents, start + part.start)
+        start += len(bucket)
+    found = (len(samples), min(count, start))
+    rows, distances = torch.empty(found, dtype=torch.long), torch.empty(found)
+    for own, search in zip(places, searches, strict=True):
+        rows[own], distances[own] = search.rows.cpu(), search.distances.cpu()
+    return rows, distances
 
 
-def recalled(rows: torch.Tensor, datasets: Sequence[LatentDataset], captions: torch.Tensor) -> np.ndarray:
+class _Search:
+    """The ``count`` latents nearest to each of ``samples`` (B, C, h, w), of those that were added."""
+
+    def __init__(self, samples: torch.Tensor, count: int) -> None:
+        self.queries, self.size, self.count = samples.flatten(1).float(), samples.shape[2:], count
+        self.distances = self.queries.new_empty(len(samples), 0)
+        self.rows = torch.empty(len(samples), 0, dtype=torch.long, device=samples.device)
+
+    def add(self, latents: torch.Tensor, first: int) -> None:
+        """Compare with ``latents`` (N, C, h, w) of any size, numbered from ``first`` on."""
+        if latents.shape[2:] != self.size:
+            latents = interpolate(latents, tuple(self.size), mode="bilinear", antialias=True)
+        added = torch.cdist(self.queries, latents.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
+        added /= math.sqrt(self.queries.shape[1])
+        numbers = torch.arange(first, first + len(latents), device=self.rows.device)
+        distances, order = torch.cat([self.distances, added], 1).sort(dim=1, stable=True)
+        rows = torch.cat([self.rows, numbers.expand(len(self.rows), -1)], 1).gather(1, order[:, : self.count])
+        self.rows, self.distances = rows, distances[:, : self.count]
+
+
+def recalled(rows: torch.Tensor, splits: Sequence[LatentDataset | Split], captions: torch.Tensor) -> np.ndarray:
     """Which samples (B), bool, have an image of their caption among those nearest to them.
 
     Args:
         rows: of the nearest images (B, k), as `nearest` numbers them.
-        datasets: with a common table of captions.
+        splits: with a common table of captions.
         captions: the samples' captions, as rows of that table (B).
     """
-    captions_of = torch.cat([data.captions.cpu() for data in datasets])  # (N, K)
+    captions_of = torch.cat([split.captions.cpu() for split in splits])  # (N, K)
     own = captions_of[rows]  # (B, k, K)
     return (own == captions.cpu()[:, None, None]).any(-1).any(-1).numpy()
 
 
-def memorisation_recall(samples: torch.Tensor, known: LatentDataset, train: LatentDataset) -> np.ndarray:
+def memorisation_recall(
+    samples: Sequence[torch.Tensor], known: LatentDataset | Split, train: LatentDataset | Split
+) -> np.ndarray:
     """Of samples of the captions of training images ``known``, which are nearest to an image of their caption (B)."""
     return recalled(nearest(samples, [train])[0], [train], known.captions[:, 0])
 

@@ -7,6 +7,7 @@ what it leaves.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from latentloom.devices import autocast_dtype
 from latentloom.diffusion.denoising_error import BINS, bin_name, denoising_error
 from latentloom.diffusion.text import concatenate
 from latentloom.encoding.codec import LatentCodec
-from latentloom.encoding.dataset import Caches, LatentDataset
+from latentloom.encoding.dataset import Caches, LatentDataset, Split, row_shapes
 from latentloom.evaluation.distribution import (
     BESIDE_REAL,
     ERROR,
@@ -90,10 +91,10 @@ class Evaluation:
 def evaluate(params: Params, model: TextToImage, caches: Caches, images: Path) -> Evaluation:
     """Measure the model, and show samples of it beside real images.
 
-    The figures on held-out captions are those of `measure`. ``memorisation_recall``: of ``evaluate.training_captions``
-    training captions, the share whose sample's nearest training image, among all of them, is one that the caption
-    belongs to. Without a validation split only that is measured. Those of samples beside real images are of
-    `measure_distribution`.
+    Captions are sampled in the shape of their real image. The figures on held-out captions are those of `measure`.
+    ``memorisation_recall``: of ``evaluate.training_captions`` training captions, the share whose sample's nearest
+    training image, among all of them, is one that the caption belongs to. Without a validation split only that is
+    measured. Those of samples beside real images are of `measure_distribution`.
 
     Args:
         params: the whole params.
@@ -110,15 +111,18 @@ def evaluate(params: Params, model: TextToImage, caches: Caches, images: Path) -
         noise_levels=params.diffusion.noise_levels,
         dtype=autocast_dtype(settings.sampling.precision, model.device),
     )
-    prompts = settings.prompts or []
-    prompted = [model.embed(prompts)] if prompts else []
+    prompts, sizes = settings.prompts or [], settings.sizes or [None]
+    prompted = [model.embed(prompts)] * len(sizes) if prompts else []
     # The first by id: as good as random, and the same in each run.
     held_out = caches.validation.take(settings.held_out_captions)
     known = caches.train.take(settings.training_captions)
     embeddings = concatenate([*prompted, *(data.primary_embeddings().to("cpu") for data in (known, held_out))])
-    names = [*(f"prompt {prompt}" for prompt in prompts), *known.ids, *held_out.ids]
-    latents = model.latents(embeddings, names, settings.sampling, seed=params.seed)
-    of_prompts, of_known, of_held_out = latents.split([len(prompts), len(known), len(held_out)])
+    names = [*(f"prompt {prompt}" for _ in sizes for prompt in prompts), *known.ids, *held_out.ids]
+    asked = [model.latent_shape(size) for size in sizes for _ in prompts]
+    shapes = [*asked, *row_shapes(known), *row_shapes(held_out)]
+    latents = iter(model.latents(embeddings, names, settings.sampling, seed=params.seed, shapes=shapes))
+    of_prompts = {size: list(islice(latents, len(prompts))) for size in sizes}
+    of_known, of_held_out = list(islice(latents, len(known))), list(latents)
 
     measured = measure(of_held_out, held_out, caches)
     metrics = {f"val_{name}": round(value, 4) for name, value in error.items()} | measured.figures
@@ -136,16 +140,18 @@ def evaluate(params: Params, model: TextToImage, caches: Caches, images: Path) -
 
 def _sections(
     prompts: Sequence[str],
-    of_prompts: torch.Tensor,
-    known: LatentDataset,
-    of_known: torch.Tensor,
+    of_prompts: Mapping[str | None, Sequence[torch.Tensor]],
+    known: LatentDataset | Split,
+    of_known: Sequence[torch.Tensor],
     held_out: HeldOut,
     codec: LatentCodec,
     images: Path,
 ) -> tuple[list[Section], list[Section]]:
     """Those of the sheet of samples, and those of the sheet of extremes."""
-    combinations = np.flatnonzero(held_out.combination)[: 2 * SHOWN]
-    new_words = np.flatnonzero(~held_out.combination)[:SHOWN]
+    ids, captions = np.array(held_out.data.ids, dtype=str), held_out.data.primary_texts()
+    by_id = np.argsort(ids)
+    combinations = by_id[held_out.combination[by_id]][: 2 * SHOWN]
+    new_words = by_id[~held_out.combination[by_id]][:SHOWN]
     by_error = np.argsort(held_out.error, kind="stable")
     best, worst = np.split(by_error, [(len(by_error) + 1) // 2])
     first = {
@@ -157,26 +163,33 @@ def _sections(
         f"The nearest to their real images, of {len(by_error)} held-out samples": best[:SHOWN],
     }
     trained = known.take(SHOWN)
-    ids, captions = np.array(held_out.data.ids), held_out.data.primary_texts()
     nearest_ids = np.array(held_out.nearest_ids)
     used = [row for rows in (first | extremes).values() for row in rows]
     real = dict(iterate_images(images, wanted={*trained.ids, *ids[used], *nearest_ids[used]}))
 
-    def originals(names: Iterable[str]) -> np.ndarray:
-        return np.stack([real[name] for name in names])
+    def originals(names: Iterable[str]) -> list[np.ndarray]:
+        return [real[name] for name in names]
 
     def beside_real(title: str, rows: np.ndarray) -> Section:
         shown = {
             "real": originals(ids[rows]),
-            "sample": codec.decode(held_out.samples[rows.tolist()]),
+            "sample": codec.decode_each([held_out.samples[row] for row in rows]),
             "nearest\ntraining\nimage": originals(nearest_ids[rows]),
         }
         return Section(title, [captions[row] for row in rows], shown)
 
-    of_trained = {"real": originals(trained.ids), "sample": codec.decode(of_known[:SHOWN])}
+    samples = dict(zip(known.ids, of_known, strict=True))
+    of_trained = {
+        "real": originals(trained.ids),
+        "sample": codec.decode_each([samples[name] for name in trained.ids]),
+    }
     sections = [
         *(beside_real(title, rows) for title, rows in first.items() if len(rows)),
-        *([Section("Prompts", prompts, {"sample": codec.decode(of_prompts)})] if prompts else []),
+        *(
+            Section(f"Prompts at {size}" if size else "Prompts", prompts, {"sample": codec.decode_each(latents)})
+            for size, latents in of_prompts.items()
+            if prompts
+        ),
         Section("Captions of training images", trained.primary_texts(), of_trained),
     ]
     return sections, [beside_real(title, rows) for title, rows in extremes.items() if len(rows)]

@@ -28,12 +28,12 @@ class Section:
     Attributes:
         title: above the images.
         labels: one per column, below the images.
-        rows: by name, the images of a row, uint8 (N, H, W, 3).
+        rows: by name, the images of a row, each uint8 (H, W, 3).
     """
 
     title: str
     labels: Sequence[str]
-    rows: Mapping[str, np.ndarray]
+    rows: Mapping[str, Sequence[np.ndarray]]
 
 
 def render_sheet(sections: Sequence[Section], footer: str) -> Image.Image:
@@ -65,12 +65,18 @@ def _text(
     return strip
 
 
-def _images(name: str, images: np.ndarray) -> Image.Image:
-    strip = Image.new("RGB", (WIDTH, CELL + 4), PAPER)
-    ImageDraw.Draw(strip).text((MARGIN, CELL // 2 - 7), name, fill=SOFT, font=font(11))
-    for column, image in enumerate(images):
-        cell = Image.fromarray(image).resize((CELL, CELL), Image.Resampling.LANCZOS)
-        strip.paste(cell, (LEFT + column * (CELL + GAP), 0))
+def _images(name: str, images: Sequence[np.ndarray]) -> Image.Image:
+    """A row of images in the middle of their places, the longer side of each as long as its place is wide."""
+    cells = []
+    for image in images:
+        height, width = (max(1, round(CELL * side / max(image.shape[:2]))) for side in image.shape[:2])
+        cells.append(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
+    highest = max(cell.height for cell in cells)
+    strip = Image.new("RGB", (WIDTH, highest + 4), PAPER)
+    ImageDraw.Draw(strip).text((MARGIN, highest // 2 - 7), name, fill=SOFT, font=font(11))
+    for column, cell in enumerate(cells):
+        left = LEFT + column * (CELL + GAP)
+        strip.paste(cell, (left + (CELL - cell.width) // 2, (highest - cell.height) // 2))
     return strip
 
 

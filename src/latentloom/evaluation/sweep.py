@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from latentloom.encoding.dataset import Caches
+from latentloom.encoding.dataset import Caches, all_latents
 from latentloom.evaluation.held_out import combinations
 from latentloom.evaluation.recall import nearest, recalled
 from latentloom.evaluation.sheet import save_sheet
@@ -46,19 +46,22 @@ def sweep(model: TextToImage, caches: Caches, settings: EvaluateParams, seed: in
         caches.validation.take(settings.held_out_captions),
         [caches.train, caches.validation],
     )
-    rows = torch.from_numpy(np.flatnonzero(combinations(data.primary_texts(), caches.train)))
+    rows = np.flatnonzero(combinations(data.primary_texts(), caches.train))
     if not len(rows):
         name, data, among = "memorisation_recall", caches.train.take(settings.training_captions), [caches.train]
-        rows = torch.arange(len(data))
-    captions, (own, _) = data.captions[rows.to(data.captions.device), 0], data.latents_at(rows)
-    embeddings, ids = data.embeddings_at(captions), [data.ids[row] for row in rows.tolist()]
+        rows = np.arange(len(data))
+    captions = data.captions[torch.from_numpy(rows).to(data.device), 0]
+    embeddings = data.embeddings_at(captions)
+    ids, own = ([values[row] for row in rows] for values in (data.ids, all_latents(data)))
+    shapes = [tuple(latent.shape) for latent in own]
     swept, points = settings.sweep, []
     for steps, guidance in product(sorted(set(swept.diffusion_steps)), sorted(set(swept.class_guidance))):
         sampling = settings.sampling.changed(class_guidance=guidance, diffusion_steps=steps)
-        latents = model.latents(embeddings, ids, sampling, seed=seed)
+        latents = model.latents(embeddings, ids, sampling, seed=seed, shapes=shapes)
         recall = float(recalled(nearest(latents, among)[0], among, captions).mean())
         points.append({"class_guidance": guidance, "diffusion_steps": steps, name: recall})
-        points[-1]["latent_mae"] = float((latents - own).abs().mean())
+        differences = [(latent - real).flatten() for latent, real in zip(latents, own, strict=True)]
+        points[-1]["latent_mae"] = float(torch.cat(differences).abs().mean())
     return pd.DataFrame(points)
 
 

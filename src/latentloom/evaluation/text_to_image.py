@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from latentloom.diffusion.diffuser import Diffuser
 from latentloom.diffusion.sampling_settings import SampleRequest, SamplingSettings
 from latentloom.diffusion.text import Labels, trimmed
 from latentloom.diffusion.unet import UNet
-from latentloom.encoding.codec import LatentCodec
+from latentloom.encoding.codec import LatentCodec, batches_by_shape
 from latentloom.encoding.text_encoder import TextEncoder, embed, load_text_encoder
 from latentloom.encoding.vae import load_vae
 from latentloom.errors import UserError
@@ -35,10 +35,14 @@ from latentloom.layout import PARAMS
 from latentloom.model_files import EncoderReference, ModelConfig, load_model, model_hash
 from latentloom.params import load_params
 from latentloom.randomness import generator
+from latentloom.sizes import Size
 from latentloom.source_code import code_hash, deciding_modules
 
 BATCH_SIZE = 64
+LARGEST_SIDE = 4096  # pixels, of an image that is asked for
 SETTINGS_FILE = "sampling.json"
+
+Shape: TypeAlias = tuple[int, int, int]  # (C, h, w)
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,48 @@ class TextToImage:
         numbers = [str(number) for number in range(request.first, request.first + request.count)]
         embeddings = self.embed(prompts)[torch.arange(len(prompts)).repeat_interleave(request.count)]
         batch_size = 1 if self.device.type == "cpu" else BATCH_SIZE
+        names = numbers * len(prompts)
+        shapes = [self.latent_shape(request.size)] * len(names)
         latents = self.latents(
-            embeddings, numbers * len(prompts), request.settings, seed=request.seed, batch_size=batch_size
+            embeddings, names, request.settings, seed=request.seed, batch_size=batch_size, shapes=shapes
         )
-        images = self.codec.decode(latents, batch_size=batch_size)
+        images = np.stack(self.codec.decode_each(latents, batch_size=batch_size))
         return images.reshape(len(prompts), request.count, *images.shape[1:])
+
+    def latent_shape(self, size: str | None) -> Shape:
+        """The latent (C, h, w) of an image of ``size``, ``WIDTHxHEIGHT`` in pixels; None: the model's own.
+
+        Raises:
+            UserError: when it is no size, or one that VAE and network cannot make, naming the nearest that they can.
+        """
+        if size is None:
+            return self.config.latent_shape
+        try:
+            width, height = Size.parse(size)
+        except ValueError as error:
+            raise UserError(f"size: {error}") from error
+        multiple = self.codec.vae.factor * self.network.multiple
+        nearest = Size(*(min(max(round(side / multiple), 1) * multiple, LARGEST_SIDE) for side in (width, height)))
+        if nearest != (width, height):
+            raise UserError(
+                f"size: {size} is none that this model makes: sides are multiples of {multiple} pixels, up to "
+                f"{LARGEST_SIDE}; the nearest is {nearest}"
+            )
+        return self.config.latent_shape[0], height // self.codec.vae.factor, width // self.codec.vae.factor
+
+    def remarks(self, prompts: Sequence[str], request: SampleRequest) -> list[str]:
+        """What is worth a warning about a request, a sentence each.
+
+        Raises:
+            UserError: when a prompt is no text, or the size is none that can be made.
+        """
+        remarks = [remark for remark in map(self.unread, prompts) if remark]
+        asked, trained = self.latent_shape(request.size), self.config.trained_shapes
+        if asked not in trained:
+            factor = self.codec.vae.factor
+            size, *known = (str(Size(width * factor, height * factor)) for _, height, width in (asked, *trained))
+            remarks.append(f"the model was trained on {', '.join(known)}; at {size} its samples may be worse")
+        return remarks
 
     def unread(self, prompt: str) -> str | None:
         """What the model does not read of a prompt, in a sentence; None where it reads all of it.
@@ -121,13 +162,24 @@ class TextToImage:
         *,
         seed: int,
         batch_size: int = BATCH_SIZE,
-    ) -> torch.Tensor:
-        """A standardised latent (B, C, h, w) for each text embedding (B, dim) or text, on the network's device.
+        shapes: Sequence[Shape] | None = None,
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """A standardised latent for each text embedding (B, dim) or text, on the network's device.
 
-        The noise that a sample starts from is a function of ``seed`` and its name alone, so asking for more samples
-        does not change those already asked for.
+        The noise that a sample starts from is a function of ``seed``, its name and shape alone, so asking for more
+        samples does not change those already asked for.
+
+        Args:
+            embeddings: what `embed` gives.
+            names: one per sample.
+            settings: of all samples.
+            seed: of the noise.
+            batch_size: how many are computed at a time.
+            shapes: of each latent; None: all of them the model's own.
+
+        Returns:
+            A tensor (B, C, h, w) or, where ``shapes`` are given, a list of B tensors (C, h, w).
         """
-        noise = torch.stack([self.starting_noise(name, seed) for name in names]).to(self.device)
         diffuser = Diffuser(
             self.network,
             settings=settings,
@@ -136,18 +188,20 @@ class TextToImage:
             latent_channels=self.config.latent_shape[0],
             autocast_dtype=autocast_dtype(settings.precision, self.device),
         )
-        samples = []
+        samples: dict[int, torch.Tensor] = {}
         with tqdm(total=len(names), desc="sample", unit="image") as progress:
-            for start in range(0, len(names), batch_size):
-                part = slice(start, start + batch_size)
-                labels = trimmed(embeddings[part]).to(self.device)
-                samples.append(diffuser.reverse_diffusion(noise[part], labels, layout="nchw"))
-                progress.update(len(samples[-1]))
-        return torch.cat(samples)
+            for part in batches_by_shape(shapes or [self.config.latent_shape] * len(names), batch_size):
+                noise = [self.starting_noise(names[place], seed, shapes and shapes[place]) for place in part]
+                labels = trimmed(embeddings[torch.tensor(part)]).to(self.device)
+                latents = diffuser.reverse_diffusion(torch.stack(noise).to(self.device), labels, layout="nchw")
+                samples |= zip(part, latents, strict=True)
+                progress.update(len(part))
+        in_order = [samples[place] for place in range(len(names))]
+        return torch.stack(in_order) if shapes is None else in_order
 
-    def starting_noise(self, name: str, seed: int) -> torch.Tensor:
-        """The noise (C, h, w) that the sample of that name starts from."""
-        return torch.randn(self.config.latent_shape, generator=generator("cpu", seed, "sample", name))
+    def starting_noise(self, name: str, seed: int, shape: Shape | None = None) -> torch.Tensor:
+        """The noise (C, h, w) that the sample of that name starts from; ``shape`` None: the model's own."""
+        return torch.randn(shape or self.config.latent_shape, generator=generator("cpu", seed, "sample", name))
 
     def metadata(self, prompts: Sequence[str], request: SampleRequest) -> ImageMetadata:
         """What to write into an image of the samples that `generate` gives for the same arguments."""
@@ -163,6 +217,7 @@ class TextToImage:
             text_encoder=self.text_encoder.fingerprint,
             code=generating_code(),
             provenance=self.provenance,
+            size=request.size,
         )
 
 

@@ -14,6 +14,7 @@ from latentloom.ingestion.images import preview
 from latentloom.ingestion.near_duplicates import SIGNATURE_BYTES
 from latentloom.ingestion.rejects import Reason, Reject, RejectTable
 from latentloom.ingestion.shards import ImageRow, SourceCount
+from latentloom.ingestion.size_table import SizeTable
 
 ID_BYTES = 32
 
@@ -31,6 +32,7 @@ class Deduplicator:
         self.rejects = RejectTable()
         self.captions = self.joined = 0
         self.profiles: Counter[str] = Counter()
+        self.sizes = SizeTable()
         self._firsts: dict[bytes, tuple[str, str, bytes]] = {}  # source, key, hash of the file
         self._joined: dict[bytes, list[str]] = {}
         self._in_train = bytearray()
@@ -86,3 +88,4 @@ class Deduplicator:
         self._signatures += row.signature
         self.captions += len(row.captions)
         self.profiles[row.profile] += 1
+        self.sizes.add(row)

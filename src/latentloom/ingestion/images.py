@@ -1,7 +1,8 @@
-"""The bytes of any image file -> prepared pixels: uint8 sRGB ``(S, S, 3)``, upright, on white, its centred square.
+"""The bytes of any image file -> prepared pixels: uint8 sRGB ``(H, W, 3)``, upright, on white, its centre.
 
-File -> first frame -> upright (EXIF) -> centred square -> 8 bits, over white -> Lanczos to ``S`` -> sRGB. Cropping
-comes before converting, so that a wide picture is never converted whole.
+File -> first frame -> upright (EXIF) -> the centre in the ratio of its bucket -> 8 bits, over white -> Lanczos to the
+bucket's size -> sRGB. Without buckets the one size is a square. Cropping comes before converting, so that of a wide
+picture only its square is converted; with buckets it is converted whole, too, to be compared with others.
 """
 
 import hashlib
@@ -9,7 +10,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -20,28 +21,36 @@ from latentloom.ingestion.colours import Profile, conversion_of, on_white
 from latentloom.ingestion.image_formats import FORMATS, PLUGINS, format_of, formats, installed_plugins, jpeg_xl_size
 from latentloom.ingestion.png_chunks import readable_png
 from latentloom.ingestion.rejects import Reason, RejectedSample
+from latentloom.sizes import Size, best_bucket, enlargement, prepared_size
 
 MAX_BYTES = 2**30
 MAX_PNG_CHUNK = 2**22  # of text or a colour profile, inflated; profiles with tables have 3 MiB
 LARGEST_ENLARGEMENT = 4
 PREVIEW_SIZE = 64
+WHOLE, REDUCING_GAP = (64, 64), 3.0  # of what near duplicates are found by; the latter makes it several times as fast
 NEW_SUBFILE_TYPE, DNG_VERSION = 254, 50706  # tags of TIFF; bit 0 of the former: a smaller version of another image
 
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """Prepared ``pixels``, uint8 ``(S, S, 3)``, and of the original the upright ``width`` and ``height``, and what
+    """Prepared ``pixels``, uint8 ``(H, W, 3)``, and of the original the upright ``width`` and ``height``, and what
     became of its colour ``profile``.
+
+    ``compared`` is what near duplicates are found by, which must not depend on the bucket: the pixels themselves where
+    all buckets are squares, else the whole picture, ``(64, 64, 3)``.
     """
 
     pixels: np.ndarray
+    compared: np.ndarray
     width: int
     height: int
     profile: Profile
 
 
-def prepare_image(data: bytes, size: int, *, max_pixels: int, max_aspect_ratio: float) -> PreparedImage:
-    """Decode an image file and prepare its pixels at ``size`` by ``size``.
+def prepare_image(
+    data: bytes, tables: Sequence[Sequence[Size]], *, max_pixels: int, max_aspect_ratio: float
+) -> PreparedImage:
+    """Decode an image file and prepare its pixels at one of the sizes of ``tables``, see `prepared_size`.
 
     Args:
         max_pixels: the most that the image may have.
@@ -50,14 +59,28 @@ def prepare_image(data: bytes, size: int, *, max_pixels: int, max_aspect_ratio: 
     Raises:
         RejectedSample: with the reason, where the bytes are no image that can be used.
     """
-    image = _decode(data, size, max_pixels, max_aspect_ratio)
+    image = _decode(data, tables[0], max_pixels, max_aspect_ratio)
     width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    image = image.crop((left, top, left + side, top + side))
-    to_srgb = conversion_of(image)
-    image = to_srgb(on_white(image, to_srgb.mode).resize((size, size), Image.Resampling.LANCZOS))
-    return PreparedImage(np.asarray(image), width, height, to_srgb.profile)
+    size = prepared_size(width, height, tables)
+    centre = _centre(image, size)
+    to_srgb = conversion_of(centre)
+
+    def scaled(part: Image.Image, to: tuple[int, int], **options: float) -> np.ndarray:
+        return np.asarray(to_srgb(on_white(part, to_srgb.mode).resize(to, Image.Resampling.LANCZOS, **options)))
+
+    pixels = scaled(centre, size)
+    squares = all(len(table) == 1 for table in tables)
+    compared = pixels if squares else scaled(image, WHOLE, reducing_gap=REDUCING_GAP)
+    return PreparedImage(pixels, compared, width, height, to_srgb.profile)
+
+
+def _centre(image: Image.Image, size: Size) -> Image.Image:
+    """The centre in the ratio of ``size``, as much of it as there is."""
+    width, height = image.size
+    own_width = min(width, round(height * size.width / size.height))
+    own_height = min(height, round(width * size.height / size.width))
+    left, top = (width - own_width) // 2, (height - own_height) // 2
+    return image.crop((left, top, left + own_width, top + own_height))
 
 
 def image_id(pixels: np.ndarray) -> str:
@@ -96,14 +119,14 @@ def pillow_settings(max_pixels: int) -> Iterator[None]:
         PngImagePlugin.MAX_TEXT_CHUNK = chunk
 
 
-def _decode(data: bytes, size: int, max_pixels: int, max_aspect_ratio: float) -> Image.Image:
-    """The first frame, upright, in whatever mode the file has."""
+def _decode(data: bytes, smallest: Sequence[Size], max_pixels: int, max_aspect_ratio: float) -> Image.Image:
+    """The first frame, upright, in whatever mode the file has; ``smallest`` is the table of the smallest base size."""
     if not data:
         raise RejectedSample(Reason.EMPTY_FILE, "the file holds no bytes")
     if len(data) > MAX_BYTES:
         raise RejectedSample(Reason.TOO_MANY_BYTES, f"{len(data):,} bytes; at most {MAX_BYTES:,}")
     try:
-        image = _open(data, lambda width, height: _check_bounds(width, height, size, max_pixels, max_aspect_ratio))
+        image = _open(data, lambda width, height: _check_bounds(width, height, smallest, max_pixels, max_aspect_ratio))
         image.load()
     except (RejectedSample, MemoryError):
         raise
@@ -159,15 +182,17 @@ def _check_pixels(width: int, height: int, max_pixels: float) -> None:
         raise RejectedSample(Reason.TOO_MANY_PIXELS, detail)
 
 
-def _check_bounds(width: int, height: int, size: int, max_pixels: int, max_aspect_ratio: float) -> None:
+def _check_bounds(width: int, height: int, smallest: Sequence[Size], max_pixels: int, max_aspect_ratio: float) -> None:
+    """Raise for a picture, turned or not: tables hold each size lying and standing."""
     _check_pixels(width, height, max_pixels)
     if max(width, height) > max_aspect_ratio * min(width, height):
         detail = f"{width}x{height} pixels; at most {max_aspect_ratio:g} to 1 (ingest.max_aspect_ratio)"
         raise RejectedSample(Reason.TOO_EXTREME_ASPECT, detail)
-    smallest = -(-size // LARGEST_ENLARGEMENT)
-    if min(width, height) < smallest:
-        least = f"at least {smallest}, 1/{LARGEST_ENLARGEMENT} of ingest.image_size"
-        raise RejectedSample(Reason.TOO_SMALL, f"{width}x{height} pixels; the shorter side must have {least}")
+    size = best_bucket(width, height, smallest)
+    if enlargement(width, height, size) > LARGEST_ENLARGEMENT:
+        least = Size(*(-(-side // LARGEST_ENLARGEMENT) for side in size))
+        detail = f"{width}x{height} pixels; at least {least}, a quarter of the size that it would have, {size}"
+        raise RejectedSample(Reason.TOO_SMALL, detail)
 
 
 def _upright(image: Image.Image) -> Image.Image:

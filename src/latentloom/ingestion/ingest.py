@@ -14,7 +14,7 @@ follow those into the training split.
 import sys
 from collections.abc import Iterable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from latentloom.ingestion.parquet import ParquetSource
 from latentloom.ingestion.preprocess import preprocess_sample
 from latentloom.ingestion.rejects import Reject, RejectTable
 from latentloom.ingestion.shards import ImageRow, SourceCount, amend_shards, write_manifest, write_shards
+from latentloom.ingestion.size_table import render
 from latentloom.ingestion.source_files import resolve_source_path
 from latentloom.ingestion.sources import IngestError, Sample, Source
 from latentloom.ingestion.splits import linked_to_train
@@ -47,7 +48,7 @@ class IngestReport:
     to an equal picture, and are neither found nor kept; ``near_duplicates`` the pairs; ``moved_to_train`` the images
     that left the validation split because a near duplicate is in train. Of kept images with a colour profile other than
     sRGB's, ``profiles_converted`` counts those that were converted, and ``profiles_ignored`` those whose profile could
-    not be used.
+    not be used. ``sizes`` is what `SizeTable.rows` gives; empty where all images are squares of one size.
     """
 
     found: int
@@ -63,6 +64,16 @@ class IngestReport:
     moved_to_train: int
     profiles_converted: int
     profiles_ignored: int
+    sizes: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON can hold it."""
+        return {name: value for name, value in asdict(self).items() if name != "sizes" or value}
+
+    @property
+    def size_table(self) -> str:
+        """The table of sizes, to print; empty where all images are squares of one size."""
+        return render(self.sizes) if self.sizes else ""
 
     def __str__(self) -> str:
         pairs = f", {self.near_duplicates} pairs of near duplicates" if self.near_duplicates else ""
@@ -70,9 +81,13 @@ class IngestReport:
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.reasons.items())
         colours = f", {self.profiles_converted} converted to sRGB" if self.profiles_converted else ""
         colours += f", {self.profiles_ignored} colour profiles ignored" if self.profiles_ignored else ""
+        sizes = ""
+        if self.sizes:
+            *each, together = self.sizes
+            sizes = f" of {len(each)} sizes, {together['cut_off']:.1%} cut off on average"
         warning = "; no held-out image: training can neither validate nor keep the best"
         return (
-            f"{self.kept} images ({self.train} train, {self.validation} validation){pairs}{joined}{colours}, "
+            f"{self.kept} images ({self.train} train, {self.validation} validation){sizes}{pairs}{joined}{colours}, "
             f"{self.rejected} rejected{f' ({reasons})' if reasons else ''}{'' if self.validation else warning}"
         )
 
@@ -130,7 +145,8 @@ def ingest(
     pairs, moved = _keep_near_duplicates_together(deduplicator, params.near_duplicate_distance, near_duplicates_path)
     more_captions = amend_shards(images_folder, shards, moved, deduplicator.joined_captions())
     train = int(deduplicator.in_train().sum()) + len(moved)
-    manifest = write_manifest(images_folder, params.image_size, train, counts.values(), shards)
+    sizes = deduplicator.sizes.counts(params.tables) if params.several_sizes else None
+    manifest = write_manifest(images_folder, params.image_size, train, counts.values(), shards, sizes)
     return IngestReport(
         found=found,
         kept=written,
@@ -148,6 +164,7 @@ def ingest(
         moved_to_train=len(moved),
         profiles_converted=deduplicator.profiles[Profile.CONVERTED],
         profiles_ignored=deduplicator.profiles[Profile.IGNORED],
+        sizes=deduplicator.sizes.rows(params.tables) if params.several_sizes else [],
     )
 
 
@@ -159,7 +176,7 @@ def open_source(entry: SourceParams, params: IngestParams) -> Source:
     """
     match entry.source:
         case "openmoji":
-            return OpenMojiSource(params.image_size, params.skin_tones, params.limit)
+            return OpenMojiSource(params.image_sizes[-1], params.skin_tones, params.limit)
         case "folder":
             return FolderSource(entry.path, entry.captions, entry.caption_columns)
         case "webdataset":

@@ -25,7 +25,7 @@ def preprocess_sample(
         data = sample.read()
         captions = clean_captions(sample.captions())
         image = prepare_image(
-            data, params.image_size, max_pixels=params.max_pixels, max_aspect_ratio=params.max_aspect_ratio
+            data, params.tables, max_pixels=params.max_pixels, max_aspect_ratio=params.max_aspect_ratio
         )
     except RejectedSample as rejected:
         picture = preview(data, params.max_pixels) if wants_preview(rejected.reason) else None
@@ -41,6 +41,6 @@ def preprocess_sample(
         width=image.width,
         height=image.height,
         profile=image.profile,
-        signature=b"" if params.near_duplicate_distance is None else signature(image.pixels),
+        signature=b"" if params.near_duplicate_distance is None else signature(image.compared),
         file_hash=hashlib.sha256(data).digest(),
     )

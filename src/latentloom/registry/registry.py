@@ -181,7 +181,7 @@ def _describe(client: "MlflowClient", number: str) -> None:
     if stored.run is None:
         return
     figures, run = figures_of(client, stored), stored.run.info
-    commit = (run_provenance(client, stored.run) or Provenance()).commit
+    provenance = run_provenance(client, stored.run) or Provenance()
     parts = [
         f"- {move.when:%Y-%m-%d %H:%M} UTC: {' '.join(move.text.split())}" for move in moves_of(number, version.tags)
     ]
@@ -191,9 +191,10 @@ def _describe(client: "MlflowClient", number: str) -> None:
         parts.append(f"\nOf {figures.samples} held-out captions, seed {figures.seed}: {figures.sampling}.")
     # By addresses relative to MLflow's page, wherever its server is.
     trained = f"\nTrained by the run [{run.run_name}](#/experiments/{run.experiment_id}/runs/{run.run_id})"
-    parts.append(trained + (f", code of the commit `{commit[:10]}`." if commit else "."))
+    trained += f", code of the commit `{provenance.commit[:10]}`" if provenance.commit else ""
+    trained += f", on images of {', '.join(provenance.sizes)}" if provenance.sizes else ""
     picture = f"get-artifact?path={SAMPLE_SHEET.name}&run_uuid={figures.run_id}"
-    parts.append(f"\n![{SAMPLE_SHEET.name} of the evaluation]({picture})")
+    parts.append(f"{trained}.\n\n![{SAMPLE_SHEET.name} of the evaluation]({picture})")
     client.update_model_version(NAME, number, description="\n".join(parts))
 
 

@@ -51,7 +51,7 @@ class ServedModel(PythonModel):
         options = {name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()}
         try:
             request = SampleRequest.of(self.settings, options)
-            for warning in filter(None, map(self.model.unread, prompts)):
+            for warning in self.model.remarks(prompts, request):
                 warnings.warn(warning, stacklevel=2)
         except ValueError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error

@@ -66,19 +66,20 @@ class Provenance:
     experiment: str | None = None  # DVC's, that ran the training
     user: str | None = None
     inputs: Mapping[str, str] = field(default_factory=dict)  # the SHA-256 of the files of `INPUTS`
-    outs: Mapping[str, str] = field(
-        default_factory=dict
-    )  # DVC's hashes of the data, and of the finished model, by path
+    outs: Mapping[str, str] = field(default_factory=dict)  # DVC's hashes of the data and the finished model, by path
     sources: list[dict[str, Any]] = field(default_factory=list)  # as `find_sources` listed them
     ingested: dict[str, Any] = field(default_factory=dict)  # what `ingest` counted
     encoders: Mapping[str, dict[str, str]] = field(default_factory=dict)  # of `ENCODERS`: reference and fingerprint
     failed_checks: list[str] | None = None  # of the validation; None: there was none
     model_sha256: str | None = None  # names the finished model, see `model_files.model_hash`
-    converted_from: str | None = (
-        None  # the model that was trained, where the present one is a copy in another precision
-    )
+    converted_from: str | None = None  # the trained model, where the present one is a copy in another precision
     mlflow_run_id: str | None = None  # where MLflow answered
     run_key: str | None = None  # names the training's run on this machine
+
+    @property
+    def sizes(self) -> list[str]:
+        """Of the images, as ``192x128``; empty where all are squares of one size."""
+        return [row["size"] for row in self.ingested.get("sizes", [])[:-1]]  # the last is of all together
 
     def with_model(self, folder: Path, model_sha256: str, run_key: str | None) -> "Provenance":
         """This and the finished model in ``folder``, with DVC's hash of it."""

@@ -4,25 +4,32 @@ Every random number of a step is a function of (seed, step, position in the glob
 one step to the next, so a resumed run sees the batches that it would have seen. Numbers are drawn for the whole batch
 wherever a part of it is needed, so processes that share a batch, or compute it part by part, see the very batch that
 one process would.
+
+A batch is of latents of one shape, so it comes from one bucket of the data. Each bucket has its own epochs, and gets as
+many of the steps as it has of the images: see `bucket_schedule`.
 """
 
+import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from functools import lru_cache
+from fractions import Fraction
+from functools import lru_cache, partial
 from typing import NamedTuple, TypeVar
 
 import torch
 
 from latentloom.diffusion.noise import noise_levels_from_uniform
 from latentloom.diffusion.text import Labels, drop
-from latentloom.encoding.dataset import LatentDataset
+from latentloom.encoding.dataset import LatentDataset, Split
 from latentloom.randomness import generator
 
 PREFETCHED_STEPS = 2
 PREFETCH_THREAD = "batch-prefetch"
 
+Item = TypeVar("Item")
 Parts = TypeVar("Parts", bound=Sequence[Iterable[Labels]])
 
 
@@ -30,7 +37,7 @@ class Batch(NamedTuple):
     """What a step computes on, or a part of it.
 
     Clean latents and noise (B, C, h, w), noise levels (B,), text embeddings (B, dim), with token states where the data
-    set has them, and the rows of the data set (B,) that they come from.
+    set has them, and the rows (B,) of the split that they come from.
     """
 
     latents: torch.Tensor
@@ -40,13 +47,37 @@ class Batch(NamedTuple):
     rows: torch.Tensor
 
 
-def epoch_rows(seed: int, epoch: int, size: int, weights: torch.Tensor | None = None) -> torch.Tensor:
+def bucket_schedule(shares: Sequence[float], first: int = 0) -> Iterator[tuple[int, int]]:
+    """For each step from ``first`` on, which bucket its batch is from, and how many batches of that bucket came before.
+
+    After n steps from 0 on, bucket b has had n s_b batches, less than one more or less, where s_b is its part of the
+    sum of ``shares``: of the buckets that do not run ahead of theirs, the one that is due first is next (Tijdeman 1980,
+    the chairman assignment problem). Nothing is random, and all is exact.
+    """
+    exact = [Fraction(share) for share in shares]
+    unit = math.gcd(*(share.numerator for share in exact)), math.lcm(*(share.denominator for share in exact))
+    whole = [int(share * unit[1] / unit[0]) for share in exact]
+    period, states = sum(whole), max(2 * len(whole) - 2, 1)  # after a period all have had their share exactly
+    periods, left = divmod(first, period)
+    counts = [0] * len(whole)
+    for step in itertools.count(1):
+        behind = [step * share - count * period for share, count in zip(whole, counts, strict=True)]
+        allowed = [bucket for bucket, own in enumerate(behind) if own * states >= period]
+        bucket = min(allowed, key=lambda own: (period * (states - 1) - behind[own] * states) / whole[own])
+        if step > left:
+            yield bucket, periods * whole[bucket] + counts[bucket]
+        counts[bucket] += 1
+
+
+def epoch_rows(
+    seed: int, epoch: int, size: int, weights: torch.Tensor | None = None, key: tuple[int, ...] = ()
+) -> torch.Tensor:
     """The rows (N,) of an epoch in random order: each once, or as often as its weight asks.
 
     With weights (N,), row i comes N w_i / sum(w) times on average, and never more than one time more or less
-    (systematic resampling, Kitagawa 1996, appendix).
+    (systematic resampling, Kitagawa 1996, appendix). ``key`` tells buckets apart.
     """
-    draws = generator("cpu", seed, "epoch", epoch)
+    draws = generator("cpu", seed, "epoch", epoch, *key)
     order = torch.randperm(size, generator=draws)
     if weights is None:
         return order
@@ -59,7 +90,7 @@ def epoch_rows(seed: int, epoch: int, size: int, weights: torch.Tensor | None = 
 
 
 def step_rows(step: int, batch_size: int, size: int, epoch: Callable[[int], torch.Tensor]) -> torch.Tensor:
-    """The rows (B,), int64, of the whole batch of ``step``; ``epoch`` gives the ``size`` rows of each epoch."""
+    """The rows (B,), int64, of batch number ``step`` of ``size`` rows; ``epoch`` gives those of each epoch."""
     first = step * batch_size
     epochs = [epoch(number) for number in range(first // size, (first + batch_size - 1) // size + 1)]
     rows = torch.cat(epochs) if len(epochs) > 1 else epochs[0]
@@ -110,10 +141,10 @@ def draw_batch(
 
 
 def batches(
-    data: LatentDataset,
+    data: LatentDataset | Split,
     *,
     seed: int,
-    steps: Iterable[int],
+    steps: Sequence[int],
     batch_size: int,
     distribution: str,
     label_dropout: float,
@@ -125,7 +156,7 @@ def batches(
     for.
 
     Args:
-        steps: from 0 on.
+        steps: from 0 on, one after the other.
         batch_size: images per step, over all processes together.
         distribution: of noise levels, as `noise_levels_from_uniform` knows it.
         label_dropout: the share of labels that are dropped.
@@ -135,20 +166,32 @@ def batches(
         Whatever reading a batch raises, when that batch is due.
     """
 
-    @lru_cache(maxsize=1)  # so an epoch is shuffled, and copied to the device, once
-    def epoch(number: int) -> torch.Tensor:
-        return epoch_rows(seed, number, len(data), data.weights).to(data.device)
+    if not steps:
+        return
+    buckets = data.buckets
+    firsts = [0, *itertools.accumulate(map(len, buckets))]
 
-    def make(step: int) -> list[Batch]:
-        rows = step_rows(step, batch_size, len(data), epoch)
+    @lru_cache(maxsize=len(buckets))  # so an epoch is shuffled, and copied to the device, once
+    def epoch(bucket: int, number: int) -> torch.Tensor:
+        own = buckets[bucket]
+        key = own.latent_shape[1:] if len(buckets) > 1 else ()
+        return epoch_rows(seed, number, len(own), own.weights, key).to(data.device)
+
+    def make(at: tuple[int, tuple[int, int]]) -> list[Batch]:
+        step, (bucket, number) = at
+        own = buckets[bucket]
+        rows = step_rows(number, batch_size, len(own), partial(epoch, bucket))
         draws = generator(data.device, seed, "step", step)
-        return draw_batch(data, rows, draws, distribution=distribution, label_dropout=label_dropout, parts=parts)
+        drawn = draw_batch(own, rows, draws, distribution=distribution, label_dropout=label_dropout, parts=parts)
+        return [part._replace(rows=part.rows + firsts[bucket]) for part in drawn]
 
-    yield from prefetch(make, steps, data.device) if data.streamed else map(make, steps)
+    shares = [len(own) if own.weights is None else math.fsum(own.weights.tolist()) for own in buckets]
+    places = zip(steps, bucket_schedule(shares, steps[0]), strict=False)
+    yield from prefetch(make, places, data.device) if data.streamed else map(make, places)
 
 
-def prefetch(make: Callable[[int], Parts], steps: Iterable[int], device: torch.device) -> Iterator[Parts]:
-    """Yield ``make(step)`` for each of ``steps``, in order; a thread makes up to ``PREFETCHED_STEPS`` in advance.
+def prefetch(make: Callable[[Item], Parts], items: Iterable[Item], device: torch.device) -> Iterator[Parts]:
+    """Yield ``make(item)`` for each of ``items``, in order; a thread makes up to ``PREFETCHED_STEPS`` in advance.
 
     So reading and copying a batch hides behind the steps before it. On CUDA the thread works on a stream of its own.
     What ``make`` raises is raised here, where its item is due. The thread ends with the iterator.
@@ -157,9 +200,9 @@ def prefetch(make: Callable[[int], Parts], steps: Iterable[int], device: torch.d
     if stream:
         stream.wait_stream(torch.cuda.current_stream(device))  # where what `make` reads may still be written
 
-    def complete(step: int) -> Parts:
+    def complete(item: Item) -> Parts:
         with torch.cuda.stream(stream) if stream else nullcontext():
-            parts = make(step)
+            parts = make(item)
         if stream:
             stream.synchronize()
         return parts
@@ -181,8 +224,8 @@ def prefetch(make: Callable[[int], Parts], steps: Iterable[int], device: torch.d
     thread.submit(_use_one_thread).result()
     torch.set_num_threads(threads)  # the setting above reached the whole process; this restores all other threads
     try:
-        for step in steps:
-            waiting.append(thread.submit(complete, step))
+        for item in items:
+            waiting.append(thread.submit(complete, item))
             if len(waiting) > PREFETCHED_STEPS:
                 yield next_parts()
         while waiting:

@@ -1,7 +1,8 @@
 """The network's forward and backward pass as one CUDA graph each, which the host starts as a whole.
 
 Else it starts some 1,500 kernels one by one, and a GPU that is done with a small batch sooner waits for it. A graph
-repeats its kernels on the same memory: inputs are copied there, so all batches have the shape of the first. What stays
+repeats its kernels on the same memory: inputs are copied there, so all batches have the shape of the first. Data of
+several shapes are rejected (`training.run`). What stays
 outside (drawing the batch, clipping, the optimizers, the average) is done for all weights at once, in few kernels; so
 learning rates and step counts remain plain numbers, and several processes can average the gradients.
 """

@@ -18,7 +18,7 @@ from torch import nn
 
 from latentloom.devices import autocast
 from latentloom.diffusion.noise import get_schedule
-from latentloom.encoding.dataset import LatentDataset
+from latentloom.encoding.dataset import LatentDataset, Split
 from latentloom.errors import UserError
 from latentloom.params import Compile, DiffusionParams, TrainParams
 from latentloom.training.batches import Batch, batches
@@ -156,7 +156,7 @@ def rank_slices(batch_size: int, parts: int, process: int, processes: int) -> li
 
 def train(
     state: TrainingState,
-    data: LatentDataset,
+    data: LatentDataset | Split,
     *,
     params: TrainParams,
     diffusion: DiffusionParams,
@@ -197,7 +197,10 @@ def train(
         [(example, *_)] = draw(steps=[state.step])
         use_graphs(state.network, example, dtype)
     elif compiled:
-        state.network.compile(dynamic=False)  # all batches have one shape
+        # A graph per shape of batches: dynamo would give up after its own, lower limit, and compute as if not asked.
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, len(data.buckets) + 1)
+        state.network.compile(dynamic=False)
     network = distribute(state.network, accelerator, params)
     # Parts can only be added up in memory that is not the graphs' own.
     adds_up = graphs and params.gradient_accumulation > 1

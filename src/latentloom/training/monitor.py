@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from latentloom.diffusion.denoising_error import denoising_error
-from latentloom.encoding.dataset import Caches, LatentDataset
+from latentloom.encoding.dataset import Caches, LatentDataset, Split
 from latentloom.errors import WriteError
 from latentloom.model_files import ModelConfig
 from latentloom.params import Params
@@ -250,7 +250,7 @@ class TrainingMonitor:
             known = {f"train_{name}": mae for name, mae in self._error(self._train).items() if name != "mae"}
             self._record("train_by_noise", {"step": step} | known, {})
 
-    def _error(self, data: LatentDataset) -> dict[str, float]:
+    def _error(self, data: LatentDataset | Split) -> dict[str, float]:
         """The denoising error of the averaged weights, on as many images as a validation takes."""
         return denoising_error(
             self._average,

@@ -13,7 +13,7 @@ from torch import nn
 from latentloom.diffusion.diffuser import Diffuser
 from latentloom.diffusion.sampling_settings import SamplingSettings
 from latentloom.diffusion.text import Labels, concatenate
-from latentloom.encoding.codec import LatentCodec
+from latentloom.encoding.codec import LatentCodec, batches_by_shape
 from latentloom.encoding.dataset import Caches
 from latentloom.encoding.text_encoder import TextEncoder, embed
 from latentloom.encoding.vae import Vae
@@ -48,8 +48,8 @@ class Previews:
     """Generates the preview grids of one training.
 
     First come the prompts, then captions of the training split, then as many of validation (or as many as there are):
-    the first ones by id. The VAE's files are fetched here, which may be a long download; its weights are loaded for the
-    first grid.
+    the first ones by id, each in the shape of its own picture. The VAE's files are fetched here, which may be a long
+    download; its weights are loaded for the first grid.
 
     Args:
         params: of all stages.
@@ -80,13 +80,15 @@ class Previews:
         self._captions += [(caption, "validation") for caption in held_out.primary_texts()]
         labels = [] if prompts is None else [prompts.to(train.device)]
         self._embeddings = concatenate(labels + [data.primary_embeddings() for data in (known, held_out) if len(data)])
-        # A function of seed and name alone: with another prompt, the others stay as they were.
-        names = [*(f"prompt {prompt}" for prompt in shown), *known.ids, *held_out.ids]
-        noise = [
-            torch.randn(train.latent_shape, generator=generator("cpu", settings.seed, "preview", name))
-            for name in names
+        # A function of seed, name and shape alone: with another prompt, the others stay as they were.
+        starts = [(f"prompt {prompt}", caches.latent_shape) for prompt in shown]
+        starts += [
+            (own, bucket.latent_shape) for data in (known, held_out) for bucket in data.buckets for own in bucket.ids
         ]
-        self._noise = torch.stack(noise).to(train.device)
+        self._noise = [
+            torch.randn(shape, generator=generator("cpu", settings.seed, "preview", name)).to(train.device)
+            for name, shape in starts
+        ]
 
     def index(self) -> str:
         """The captions of a grid's images, row by row, in full and with where they are from, as JSON."""
@@ -102,9 +104,9 @@ class Previews:
             latent_channels=self._config.latent_shape[0],
             autocast_dtype=self._dtype,
         )
-        images = []
-        for start in range(0, len(self._noise), IMAGES_AT_ONCE):
-            part = slice(start, start + IMAGES_AT_ONCE)
-            latents = diffuser.reverse_diffusion(self._noise[part], self._embeddings[part], layout="nchw")
-            images.append(self._codec.decode(latents, batch_size=IMAGES_AT_ONCE))
-        return captioned_grid(np.concatenate(images), [caption for caption, _ in self._captions])
+        images: dict[int, np.ndarray] = {}
+        for part in batches_by_shape([noise.shape for noise in self._noise], IMAGES_AT_ONCE):
+            noise = torch.stack([self._noise[place] for place in part])
+            latents = diffuser.reverse_diffusion(noise, self._embeddings[torch.tensor(part)], layout="nchw")
+            images |= zip(part, self._codec.decode(latents, batch_size=IMAGES_AT_ONCE), strict=True)
+        return captioned_grid([images[place] for place in sorted(images)], [caption for caption, _ in self._captions])

@@ -76,7 +76,8 @@ def run_training(
         network = config.build().to(device, memory_format=torch.channels_last)
     except ValueError as error:
         raise UserError(
-            f"model.widths = {params.model.widths}: {error}; use fewer widths or another ingest.image_size"
+            f"model.widths = {params.model.widths}: {error}; use fewer widths, another ingest.image_size or a larger "
+            "ingest.bucket_multiple"
         ) from error
     fit_whitening(network, caches)
     network.gradient_checkpointing = params.machine.gradient_checkpointing
@@ -226,6 +227,11 @@ def _check_settings(params: Params, caches: Caches, device: torch.device) -> Non
                 f"machine.compile = cuda_graphs: graphs need a CUDA device, and this training computes on {device}; "
                 "set it to false"
             )
+        if len(caches.train.buckets) > 1:
+            raise UserError(
+                f"machine.compile = cuda_graphs: a graph is of one shape, and the latents have "
+                f"{len(caches.train.buckets)} (ingest.shape, ingest.image_size); set it to true or false"
+            )
     elif params.machine.compile and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise UserError("machine.compile = True: torch.compile needs a C++ compiler; install g++, or set it to false")
 
@@ -235,7 +241,8 @@ def model_config(params: Params, caches: Caches) -> ModelConfig:
     latents, text = caches.latent_statistics, caches.text_statistics
     return ModelConfig(
         format_version=FORMAT_VERSION,
-        latent_shape=caches.train.latent_shape,
+        latent_shape=caches.latent_shape,
+        latent_shapes=caches.train.shapes if len(caches.train.shapes) > 1 else None,
         widths=params.model.widths,
         block_depth=params.model.block_depth,
         emb_size=params.model.emb_size,

@@ -23,7 +23,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from latentloom.files import write_text
-from latentloom.ingestion.shards import iterate_images, thumbnail
+from latentloom.ingestion.shards import iterate_images, sizes_of, thumbnail
 from latentloom.validation.report import ValidationReport
 from latentloom.validation.tables import SPLITS, Data
 
@@ -104,6 +104,7 @@ def describe(data: Data) -> Overview:
             for row in of_reason.head(REJECTED).itertuples()
         ]
 
+    sizes = {str(size): count for size, count in sizes_of(data.manifest).items()}
     reasons = rejects["reason"].value_counts().sort_index().sort_values(ascending=False, kind="stable")
     return Overview(
         counts={
@@ -127,6 +128,7 @@ def describe(data: Data) -> Overview:
                 images[["width", "height"]].min(axis=1), _ranges(SIZES)
             ),
             "Aspect ratio of the originals": histogram(images["width"] / images["height"], ASPECTS),
+            **({"Size of the images, as prepared": sizes} if "sizes" in data.manifest else {}),
         },
         kept=[tile(image_id) for image_id in chosen],
         rejected={reason: (count, rejected(reason)) for reason, count in reasons.items()},

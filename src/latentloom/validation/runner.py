@@ -11,13 +11,15 @@ read: a damaged one is reported at once.
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from latentloom.ingestion.shards import sizes_of
 from latentloom.params import ValidateParams
+from latentloom.sizes import Size
 from latentloom.validation.report import CheckResult, ValidationReport
 from latentloom.validation.tables import read_data
 
@@ -58,15 +60,18 @@ def validate(
     report = ValidationReport(
         checks=tuple(_result(item, tables[name]) for name, result in results.items() for item in result.results),
         rows={name: len(frame) for name, frame in tables.items()},
-        notices=_notices(tables["latents"], val_fraction),
+        notices=(
+            *_nothing_held_out(tables["latents"], val_fraction),
+            *_rare_sizes(sizes_of(data.manifest), params.min_train_images),
+        ),
     )
     if docs_folder is not None:
         write_data_docs(docs_folder, report, data)
     return report
 
 
-def _notices(latents: pd.DataFrame, val_fraction: float) -> tuple[str, ...]:
-    """What the user should know, though no check fails for it: that the validation split is empty, and why."""
+def _nothing_held_out(latents: pd.DataFrame, val_fraction: float) -> tuple[str, ...]:
+    """A notice where the validation split is empty, and why."""
     if (latents["split"] == "validation").any():
         return ()
     reason = (
@@ -76,6 +81,17 @@ def _notices(latents: pd.DataFrame, val_fraction: float) -> tuple[str, ...]:
         "of training images (reports/ingest.json counts those moved to train)"
     )
     return (f"no held-out image: {reason}; training can neither measure val/mae nor keep the best model",)
+
+
+def _rare_sizes(sizes: Mapping[Size, int], fewest: int) -> tuple[str, ...]:
+    """A notice where there are several sizes, some of them of few images."""
+    rare = ", ".join(f"{size} ({count})" for size, count in sizes.items() if count < fewest)
+    if len(sizes) < 2 or not rare:
+        return ()
+    return (
+        f"sizes of fewer than {fewest} images (validate.min_train_images): {rare}; the model learns little of them. A "
+        "lower ingest.max_bucket_ratio or a larger ingest.bucket_multiple makes fewer sizes",
+    )
 
 
 def _run(
