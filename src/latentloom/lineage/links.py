@@ -42,9 +42,7 @@ class Link:
     place: Place
     where: str  # exactly, or why it is not known
     needed: bool = True  # whether the state cannot be brought back without it
-    command: str = (
-        ""  # for a shell in the new clone, brings it back where it is at hand; that of the code makes the clone
-    )
+    command: str = ""  # for a shell in the new clone, to bring it back where it is at hand; the code's makes the clone
 
 
 def gather(subject: Subject, root: Path) -> tuple[Link, ...]:
