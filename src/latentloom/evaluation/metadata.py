@@ -36,8 +36,8 @@ class ImageMetadata:
         model_sha256: names the model, see `model_files.model_hash`.
         vae: the fingerprint of the VAE that decoded.
         text_encoder: the fingerprint of the encoder that read the prompts.
-        code: the hash of the code that generated, see `text_to_image.generating_code`; None in the oldest images.
-        provenance: of the model, where it is known: mlflow_run_id, commit, dirty, outs, encoders.
+        code: the hash of the code that generated, see `text_to_image.generating_code`.
+        provenance: of the model, where known, see `Provenance.in_images`.
         size: of each sample, ``WIDTHxHEIGHT`` in pixels, where one was asked for; None: the model's own.
     """
 
