@@ -25,33 +25,19 @@ CHUNK = "latentloom"
 
 @dataclass(frozen=True)
 class ImageMetadata:
-    """What decided the pixels of an image.
+    """What decided the pixels of an image."""
 
-    Attributes:
-        prompts: one per row of the image.
-        seed: of the noise that the samples start from.
-        first: the number of each prompt's first sample; a sample's noise is a function of the seed and its number.
-        count: samples per prompt, one per column.
-        sampling: the settings; ``precision`` is what the model computed in, ``fp32`` or ``bf16``.
-        model_sha256: names the model, see `model_files.model_hash`.
-        vae: the fingerprint of the VAE that decoded.
-        text_encoder: the fingerprint of the encoder that read the prompts.
-        code: the hash of the code that generated, see `text_to_image.generating_code`.
-        provenance: of the model, where known, see `Provenance.in_images`.
-        size: of each sample, ``WIDTHxHEIGHT`` in pixels, where one was asked for; None: the model's own.
-    """
-
-    prompts: tuple[str, ...]
-    seed: int
-    first: int
-    count: int
-    sampling: SamplingSettings
-    model_sha256: str
-    vae: str
-    text_encoder: str
-    code: str | None = None
-    provenance: Mapping[str, Any] | None = None
-    size: str | None = None
+    prompts: tuple[str, ...]  # one per row of the image
+    seed: int  # of the noise that the samples start from
+    first: int  # the number of each prompt's first sample; a sample's noise is a function of the seed and its number
+    count: int  # samples per prompt, one per column
+    sampling: SamplingSettings  # the settings; ``precision`` is what the model computed in, ``fp32`` or ``bf16``
+    model_sha256: str  # names the model, see `model_files.model_hash`
+    vae: str  # the fingerprint of the VAE that decoded
+    text_encoder: str  # the fingerprint of the encoder that read the prompts
+    code: str | None = None  # the hash of the code that generated, see `text_to_image.generating_code`
+    provenance: Mapping[str, Any] | None = None  # of the model, where known, see `Provenance.in_images`
+    size: str | None = None  # of each sample, ``WIDTHxHEIGHT`` in pixels, where asked for; None: the model's own
 
     @property
     def mlflow_run_id(self) -> str | None:
