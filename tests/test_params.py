@@ -110,6 +110,18 @@ def rejected(tmp_path, change) -> str:
             [{"source": "folder", "path": "x", "caption_column": []}],
             "ingest.source.0: caption_column names no column; null is for the usual names",
         ),
+        (
+            "ingest",
+            "source",
+            [{"source": "folder", "path": "x", "caption_column": {"long": 0.7}}],
+            "ingest.source.0.caption_column.long = 0.7: input should be a valid integer",
+        ),
+        (
+            "ingest",
+            "source",
+            [{"source": "folder", "path": "x", "caption_column": [{"long": 2}]}],
+            "ingest.source.0.caption_column = [{'long': 2}]: must be a column's name, a list of names, or {name: how",
+        ),
         ("ingest", "path", "pictures", "set source: folder"),
         ("ingest", "image_size", 100, "ingest.image_size = 100: input should be a multiple of 8"),
         ("ingest", "image_size", [128, 100], "ingest.image_size.1 = 100: input should be a multiple of 8"),

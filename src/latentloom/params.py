@@ -13,9 +13,11 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
+    PlainSerializer,
     StrictBool,
     StrictInt,
     StrictStr,
@@ -37,6 +39,23 @@ def _without_references(text: str) -> str:
     return text
 
 
+def _counted_once(columns: Any) -> Any:
+    """A column, or a list of them, as columns of which each caption counts once."""
+    names = [columns] if isinstance(columns, str) else columns
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        return dict.fromkeys(names, 1)
+    if not isinstance(columns, dict):
+        raise ValueError("must be a column's name, a list of names, or {name: how often its captions count, ...}")
+    return columns
+
+
+def _without_needless_counts(columns: dict[str, int]) -> str | list[str] | dict[str, int]:
+    """As one writes it, and as runs have it."""
+    if any(times > 1 for times in columns.values()):
+        return columns
+    return next(iter(columns)) if len(columns) == 1 else list(columns)
+
+
 Count = Annotated[StrictInt, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
@@ -45,6 +64,10 @@ Seed = Annotated[StrictInt, Field(ge=0, lt=2**63)]
 Prompt = Annotated[StrictStr, Field(min_length=1), AfterValidator(_without_references)]
 SourceName = Literal["openmoji", "folder", "webdataset", "parquet"]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Repeats = Annotated[StrictInt, Field(ge=1, le=100)]  # how often a caption of a column counts in training
+CaptionColumns = Annotated[
+    dict[StrictStr, Repeats], BeforeValidator(_counted_once), PlainSerializer(_without_needless_counts)
+]
 Compile = Literal[False, True, "cuda_graphs"]
 Reference = Annotated[StrictStr, Field(min_length=1)]  # of a pretrained model
 ImageSize = Annotated[StrictInt, Field(ge=32, le=1024, multiple_of=8)]
@@ -68,7 +91,7 @@ class SourceParams(Section):
     name: Annotated[StrictStr, Field(min_length=1)] | None = None
     weight: Positive = 1.0
     image_column: StrictStr | None = None  # of parquet; null: the first known name that is there
-    caption_column: StrictStr | list[StrictStr] | None = None  # null: all of the usual names that are there
+    caption_column: CaptionColumns | None = None  # null: all of the usual names that are there
     captions: Literal["lines", "file", "file_name", "folder_name"] = "lines"  # of folder and webdataset
     key: Literal["first_dot", "last_dot"] = "first_dot"  # of webdataset: where the key in a member's name ends
 
@@ -80,17 +103,12 @@ class SourceParams(Section):
             )
         if self.source != "openmoji" and not self.path:
             raise ValueError(f"source: {self.source} needs path, {WHAT_A_PATH_HOLDS[self.source]}")
-        if self.caption_column in ("", []):
+        if self.caption_column is not None and not any(self.caption_column):
             raise ValueError("caption_column names no column; null is for the usual names")
         for key, sources in KEYS_OF_SOURCES.items():
             if key in self.model_fields_set and self.source not in sources:
                 raise ValueError(f"source: {self.source} takes no {key}, which is for {' and '.join(sources)}")
         return self
-
-    @property
-    def caption_columns(self) -> list[str] | None:
-        """The columns of captions; None for those of the usual names."""
-        return [self.caption_column] if isinstance(self.caption_column, str) else self.caption_column
 
     @property
     def label(self) -> str:

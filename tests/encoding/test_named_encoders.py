@@ -14,7 +14,7 @@ from latentloom.encoding.pretrained import fingerprint
 from latentloom.encoding.references import text_folder, vae_folder
 from latentloom.errors import UserError
 from latentloom.file_hashes import FileHashes
-from latentloom.files import read_json, sha256_file
+from latentloom.files import read_json, sha256_file, write_json
 
 VAE, TEXT = "encode_images.vae", "encode_text.model"
 OWN = "somebody/some-vae"
@@ -77,6 +77,8 @@ def test_an_encoder_that_is_not_here_keeps_what_was_found_elsewhere(project):
     shutil.rmtree("vae")
     assert project() == before
     assert current_fingerprint(VAE, "vae") == before["fingerprint"]
+    write_json("data/encoders/encode_images.json", {"vae": before | dict.fromkeys(("reference", "pinned"), "/no/vae")})
+    assert project("/no/vae")["fingerprint"] == before["fingerprint"]
     with pytest.raises(UserError, match=r"encode_images\.vae: './other' is neither a folder here nor a hub id"):
         project("./other")
 
@@ -108,6 +110,8 @@ def test_what_the_hub_gave_is_pinned_to_its_commit_until_params_name_another(pro
     before = project(OWN)
     assert before["pinned"] == f"{OWN}@{'a' * 40}"
     hub("b" * 40, seed=1)
+    assert project(OWN) == before
+    write_json("data/encoders/encode_images.json", {"vae": before | {"fingerprint": "of an earlier version"}})
     assert project(OWN) == before
     assert pinned_reference(VAE, OWN) == before["pinned"]
     assert fingerprint(vae_folder(pinned_reference(VAE, OWN))) == before["fingerprint"]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 
-from latentloom.encoding.pretrained import fingerprint
+from latentloom.encoding import pretrained
+from latentloom.encoding.pretrained import fingerprint, has_fingerprint
+from latentloom.encoding.references import text_folder
 from latentloom.encoding.text_encoder import TextEncoder, load_text_encoder
 from latentloom.encoding.vae import load_vae
 from latentloom.errors import UserError
@@ -117,6 +120,36 @@ def test_weights_that_are_not_read_do_not_change_the_fingerprint(save, tmp_path)
         fingerprint(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "counts"),
+    [
+        ("tokenizer_config.json", {"do_lower_case": False}, True),
+        ("tokenizer_config.json", {"truncation_side": "left"}, True),
+        ("special_tokens_map.json", {"cls_token": "[UNK]"}, True),
+        ("added_tokens.json", {"<cat>": 42}, True),
+        ("tokenizer_config.json", {"name_or_path": "elsewhere", "tokenizer_file": None}, False),
+    ],
+)
+def test_what_decides_the_tokens_of_a_caption_is_part_of_the_fingerprint(name, settings, counts, tmp_path):
+    folder = tiny_models.save_bert(tmp_path)
+    before, without_settings = fingerprint(folder), fingerprint(folder, tokenizer_settings=False)
+    path = folder / name
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | settings))
+    assert (fingerprint(folder) != before) == counts
+    assert has_fingerprint(folder, before) != counts
+    assert has_fingerprint(folder, without_settings), "by which models of the version before name it"
+
+
+def test_settings_that_say_what_an_uncased_bert_does_anyway_change_no_fingerprint(tmp_path):
+    """So the bundled encoder, and every cache of it, keep theirs."""
+    bundled = text_folder("bundled")
+    assert fingerprint(bundled) == fingerprint(bundled, tokenizer_settings=False)
+    folder = shutil.copytree(bundled, tmp_path / "own")
+    path = folder / "tokenizer_config.json"
+    path.write_text(path.read_text().replace('"do_lower_case": true', '"do_lower_case": false'))
+    assert fingerprint(folder) != fingerprint(bundled)
+
+
 def test_weights_in_several_files_are_one_model_and_each_is_named_when_it_is_missing(tmp_path):
     from transformers import BertModel
 
@@ -132,6 +165,13 @@ def test_weights_in_several_files_are_one_model_and_each_is_named_when_it_is_mis
     first.unlink()
     with pytest.raises(UserError, match=rf"{first.name}, which model\.safetensors\.index\.json names, is missing"):
         TextEncoder(str(parts))
+
+
+def test_without_docstrings_the_library_is_not_imported_and_that_is_said(monkeypatch):
+    """transformers writes its own docstrings as it is imported, and fails where Python keeps none."""
+    monkeypatch.setattr(pretrained, "sys", SimpleNamespace(flags=SimpleNamespace(optimize=2)))
+    with pytest.raises(UserError, match="transformers cannot be imported with PYTHONOPTIMIZE=2"):
+        pretrained.library("transformers")
 
 
 def test_a_whole_pipeline_is_told_from_a_model(tmp_path):

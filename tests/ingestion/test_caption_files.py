@@ -7,7 +7,7 @@ import pytest
 from outcomes import outcomes
 from PIL import Image
 
-from latentloom.ingestion.caption_files import CaptionFiles, pair
+from latentloom.ingestion.caption_files import CaptionFiles, ImageNames, pair
 from latentloom.ingestion.folder import FolderSource
 from latentloom.ingestion.rejects import Reason
 from latentloom.ingestion.sources import IngestError
@@ -30,9 +30,9 @@ from latentloom.ingestion.sources import IngestError
     ],
 )
 def test_a_caption_file_belongs_to_the_image_that_people_see_it_is_called_after(images, files, of_image, alone):
-    found = pair(images, files)
-    assert dict(found.of_image) == of_image
-    assert list(found.alone) == alone
+    paired, left = pair(ImageNames(images), files)
+    assert dict(paired) == of_image
+    assert sorted(left) == sorted(alone)
 
 
 @pytest.mark.parametrize("suffix", ["caption", "TXT", "Captions", "cap", "text", "prompt", "JSON", "png.txt"])
@@ -100,7 +100,7 @@ def test_a_whole_text_file_is_one_caption_where_params_say_so(corpus, capsys):
 def test_lines_that_do_not_look_like_alternatives_are_pointed_out(text, is_said):
     reader = CaptionFiles()
     for _ in range(3):
-        reader.read([(".txt", text.encode())])
+        reader.read("cat", [(".txt", text.encode())])
     assert bool(reader.notices()) == is_said
     assert not is_said or "6 of 6 lines have no word in common" in reader.notices()[0]
 
@@ -165,6 +165,10 @@ def test_a_caption_column_may_be_named_for_metadata_and_json(corpus):
     assert corpus.captions() == {"a.png": ["an apple"], "b.png": ["short"]}
     corpus.ingest(source=[entry | {"caption_column": ["Long", "alt"]}], path=None)
     assert corpus.captions() == {"a.png": ["a red apple on a plate", "an apple"], "b.png": ["a long one", "short"]}
+    report = corpus.ingest(source=[entry | {"caption_column": {"Long": 3, "alt": 1}}], path=None)
+    assert corpus.captions()["a.png"] == ["a red apple on a plate"] * 3 + ["an apple"]
+    assert corpus.captions()["b.png"] == ["a long one"] * 3 + ["short"]
+    assert report.captions == 4
     with pytest.raises(IngestError, match=r"'alt', 'Long'; it needs file_name and alt, lnog"):
         corpus.ingest(source=[entry | {"caption_column": ["alt", "lnog"]}], path=None)
 

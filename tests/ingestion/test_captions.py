@@ -74,7 +74,14 @@ def test_an_empty_text_file_holds_an_empty_caption():
 
 
 def test_lists_are_laid_flat_and_nulls_left_out():
-    assert flat_captions(["one", None, ["two", None, float("nan")], [], 3, float("nan")]) == ["one", "two", 3]
+    row = {"a": "one", "b": None, "c": ["two", None, float("nan")], "d": [], "e": 3, "f": float("nan"), "g": "no"}
+    assert flat_captions(row, dict.fromkeys("abcdef", 1)) == ["one", "two", 3]
+
+
+def test_a_caption_stands_as_often_as_its_column_asks_whatever_else_repeats_it():
+    row = {"long": "a long one", "all": ["one", "two"], "short": "two ", "other": "one"}
+    raw = flat_captions(row, {"long": 3, "all": 1, "short": 2, "other": 1})
+    assert clean_captions(raw) == ["a long one"] * 3 + ["one", "two", "two"]
 
 
 @given(st.text())

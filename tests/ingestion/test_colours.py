@@ -6,6 +6,7 @@ import struct
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 
 from latentloom.ingestion.colours import Profile
 from latentloom.ingestion.images import prepare_image
@@ -145,6 +146,28 @@ def test_the_profile_of_srgb_changes_no_byte():
     pixels, profile = prepared(data)
     assert profile is Profile.NONE
     assert np.array_equal(pixels, colours())
+
+
+@pytest.mark.parametrize(
+    ("gamma", "chunks", "outcome"),
+    [
+        (1.0, {}, Profile.CONVERTED),
+        (1 / 1.8, {}, Profile.CONVERTED),
+        (1 / 2.2, {}, Profile.NONE),
+        (1.0, {b"sRGB": b"\0"}, Profile.NONE),
+        (0.00001, {}, Profile.IGNORED),
+    ],
+)
+def test_a_png_without_a_profile_goes_by_its_gamma(gamma, chunks, outcome):
+    info = PngInfo()
+    for name, body in {b"gAMA": struct.pack(">I", round(gamma * 100_000)), **chunks}.items():
+        info.add(name, body)
+    buffer = io.BytesIO()
+    Image.fromarray(colours()).save(buffer, "PNG", pnginfo=info)
+    pixels, profile = prepared(buffer.getvalue())
+    expected = srgb_of_linear((colours() / 255.0) ** (1 / gamma)) if outcome is Profile.CONVERTED else colours()
+    assert profile is outcome
+    assert np.abs(pixels - expected).max() <= 0.51
 
 
 @pytest.mark.parametrize(

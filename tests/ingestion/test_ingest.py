@@ -17,7 +17,7 @@ from PIL import Image
 from latentloom.errors import UserError
 from latentloom.ingestion import ingest as stage
 from latentloom.ingestion import preprocess
-from latentloom.ingestion.shards import read_manifest, read_metadata
+from latentloom.ingestion.shards import encode, read_manifest, read_metadata
 from latentloom.ingestion.sources import IngestError
 from latentloom.ingestion.splits import split_of
 
@@ -153,6 +153,16 @@ def test_rows_of_byte_equal_pictures_of_a_table_are_one_image_with_all_captions(
     assert corpus.captions() == {
         f"coco.parquet:{own}": [f"picture {own}, caption {caption}" for caption in range(5)] for own in range(4)
     }
+
+
+def test_captions_that_count_more_often_do_so_beside_those_of_equal_pictures(corpus, picture, tmp_path):
+    png = encode(picture(1))
+    table = pa.table({"image": [png] * 3, "long": ["a", "b", "a"], "short": ["c", "d", "c"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    entry = {"source": "parquet", "path": str(tmp_path / "a.parquet"), "caption_column": {"long": 2, "short": 1}}
+    report = corpus.ingest(source=[entry], path=None)
+    assert corpus.captions() == {"a.parquet:0": ["a", "a", "c", "b", "b", "d"]}
+    assert report.captions == 4
 
 
 def test_samples_of_byte_equal_pictures_of_a_tar_are_one_image_and_of_a_folder_duplicates(corpus, tmp_path):

@@ -89,7 +89,7 @@ def test_all_columns_of_captions_are_taken_and_that_is_said_or_those_that_are_na
     assert source.notices() == [
         "the captions of a.parquet are those of all of its columns text, captions, Prompt; caption_column chooses"
     ]
-    named = ParquetSource(tmp_path, caption_columns=["captions", "text"])
+    named = ParquetSource(tmp_path, caption_columns={"captions": 1, "text": 1})
     assert [item.captions for item in outcomes(named)] == [["two", "one"]]
     assert named.notices() == []
 
@@ -152,7 +152,7 @@ def test_params_may_name_the_columns(corpus, picture, tmp_path):
         ({"image": ["a.jpg"], "text": ["x"]}, (), ["image (string)", "image_column: ..."]),
         ({"image": [b"x"], "label": [3]}, (), ["label (int64)", "caption_column: ...", "text, caption, captions"]),
         ({"image": [b"x"], "text": ["x"]}, ("photo", None), ["called photo", "image_column: ..."]),
-        ({"image": [b"x"], "text": ["x"]}, (None, ["alt"]), ["called alt", "caption_column: ..."]),
+        ({"image": [b"x"], "text": ["x"]}, (None, {"alt": 1}), ["called alt", "caption_column: ..."]),
     ],
 )
 def test_a_missing_column_is_an_error_that_names_file_columns_and_param(tmp_path, columns, named, says):

@@ -116,7 +116,7 @@ def test_what_exists_by_its_name_is_no_pattern(tmp_path, monkeypatch):
     (tmp_path / "set [1]" / "a[0-9]*.tar").write_bytes(b"a")
 
     def files(path):
-        return [file.as_posix() for file in source_files.source_files(path, (".tar",)).values()]
+        return [file.as_posix() for file in source_files.source_files(path, (".tar",))[0].values()]
 
     assert files("set [1]/*.tar") == ["set [1]/7.tar", "set [1]/a[0-9]*.tar"]
     assert files("set [1]") == files("set [1]/*.tar")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import webdataset
 from hypothesis import HealthCheck, given, settings
@@ -20,6 +21,7 @@ from outcomes import Outcome, outcomes
 from webdataset.tariterators import group_by_keys
 
 from latentloom.ingestion.rejects import Reason
+from latentloom.ingestion.shards import encode
 from latentloom.ingestion.sources import IngestError
 from latentloom.ingestion.webdataset import WebDatasetSource
 
@@ -164,9 +166,14 @@ def test_every_picture_and_caption_of_one_key_is_accounted_for(tmp_path, image):
 
 def test_caption_files_are_those_of_folders(tmp_path):
     files = [("a.jpg", JPEG), ("a.TXT", "one"), ("a.caption", "two"), ("a.json", '{"prompt": "three", "alt": "four"}')]
-    tar = pack(tmp_path / "a.tar", [*files, ("b.jpg", JPEG), ("b.jpg.txt", "called after the whole name")])
+    files += [("b.jpg", JPEG), ("b.jpg.txt", "called after the whole name")]
+    tar = pack(
+        tmp_path / "a.tar",
+        [*files, ("metadata.csv", "file_name,text"), ("._captions.csv", ""), ("b.img", JPEG), ("b.npy", "x")],
+    )
+    assert rejects(tar) == {"a.tar/metadata.csv": Reason.BAD_ROW, "a.tar/b.img": Reason.UNSUPPORTED_FORMAT}
     assert captions(tar) == {"a.tar/a": ["one", "two", "three"], "a.tar/b": ["called after the whole name"]}
-    assert captions(tar, caption_columns=["alt"])["a.tar/a"] == ["one", "two", "four"]
+    assert captions(tar, caption_columns={"alt": 1})["a.tar/a"] == ["one", "two", "four"]
     assert captions(tar, key="last_dot") == captions(tar)
 
 
@@ -181,8 +188,9 @@ def test_captions_may_be_whole_files_or_names(tmp_path):
 
 
 def test_what_programs_leave_beside_pictures_is_no_picture(tmp_path):
-    names = ("._cat.jpg", "x/._cat.txt", "@eaDir/cat.jpg/SYNOPHOTO_THUMB_M.jpg", "__MACOSX/cat.jpg", "Thumbs.db")
-    tar = pack(tmp_path / "a.tar", [("cat.jpg", JPEG), ("cat.txt", "x"), *((name, JPEG) for name in names)])
+    names = ("._cat.jpg", "x/._cat.txt", "@eaDir/cat.jpg/SYNOPHOTO_THUMB_M.jpg", "__MACOSX/cat.jpg")
+    left = [*((name, JPEG) for name in names), ("Thumbs.db", b"\xd0\xcf\x11\xe0")]
+    tar = pack(tmp_path / "a.tar", [("cat.jpg", JPEG), ("cat.txt", "x"), *left])
     assert [(item.key, item.captions) for item in read(tar)] == [("a.tar/cat", ["x"])]
 
 
@@ -220,6 +228,26 @@ def test_what_follows_a_tar_and_is_none_is_told(tmp_path):
     tar.write_bytes(tar.read_bytes() + b"PK, an archive of another kind" * 100)
     assert captions(tar) == {"a.tar/a": ["one"]}
     assert rejects(tar) == {"a.tar": Reason.UNREADABLE}
+
+
+@pytest.mark.parametrize("source", ["webdataset", "parquet"])
+def test_what_lies_loose_beside_tars_or_tables_is_a_reject(corpus, source, picture):
+    """Nothing reads it there; what img2dataset leaves beside its tars is no image and no caption."""
+    loose = ("a.jpg", "more/b.PNG", "more/b.txt", "captions.csv")
+    for name in (*loose, "00000_stats.json", "notes.md", "._c.jpg", "_SUCCESS"):
+        corpus.write(name, "x")
+    png = encode(picture(1))
+    if source == "webdataset":
+        pack(corpus.path / "00000.tar", [("c.png", png), ("c.txt", "a cat")])
+        corpus.write("00000.parquet", "what img2dataset writes")
+    else:
+        pq.write_table(pa.table({"image": [png], "text": ["a cat"]}), corpus.path / "0.parquet")
+    report = corpus.ingest(source=source)
+    assert corpus.reasons() == dict.fromkeys(loose, "missing_file")
+    assert (report.found, report.kept) == (len(loose) + 1, 1)
+    assert all("as a source of its own (source: folder)" in detail for detail in corpus.details().values())
+    own_path = str(next(corpus.path.glob("0*.tar" if source == "webdataset" else "0*.parquet")))
+    assert corpus.ingest(source=source, path=own_path).rejected == 0
 
 
 def test_archives_of_other_kinds_among_the_tars_are_rejects(tmp_path):

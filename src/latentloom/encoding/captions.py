@@ -5,7 +5,8 @@ data/images/*.parquet -> data/text/NNNNN.safetensors   `embedding` (M, dim), fp1
                                                        the tokens of all captions, without padding, and `tokens_ends`
                          data/text/index.parquet       one row per caption: its text, its tokens before any were cut,
                                                        its row, statistics
-                         data/text/pairs.parquet       which image has which caption; position 0 is the primary one
+                         data/text/pairs.parquet       which image has which caption; position 0 is the primary one,
+                                                       and what is to be learnt more often comes more often
                          data/text/stats.json          what made it
 """
 

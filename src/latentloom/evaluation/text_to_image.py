@@ -25,6 +25,7 @@ from latentloom.diffusion.sampling_settings import SampleRequest, SamplingSettin
 from latentloom.diffusion.text import Labels, trimmed
 from latentloom.diffusion.unet import UNet
 from latentloom.encoding.codec import LatentCodec, batches_by_shape
+from latentloom.encoding.pretrained import has_fingerprint
 from latentloom.encoding.text_encoder import TextEncoder, embed, load_text_encoder
 from latentloom.encoding.vae import load_vae
 from latentloom.errors import UserError
@@ -275,7 +276,7 @@ def _encoder(load: Callable[..., Any], carried: Path, wanted: EncoderReference, 
     """The encoder in ``carried`` where there is such a folder, else the one that ``wanted`` refers to."""
     reference = str(carried) if carried.is_dir() else wanted.reference
     encoder = load(reference, device)
-    if encoder.fingerprint != wanted.fingerprint:
+    if encoder.fingerprint != wanted.fingerprint and not has_fingerprint(encoder.folder, wanted.fingerprint):
         what = carried.name.replace("_", " ")
         raise UserError(
             f"{carried.parent}: the {what} {reference} is not the one that this model was trained with: its "

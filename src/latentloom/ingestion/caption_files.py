@@ -9,8 +9,7 @@ import posixpath
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from threading import Lock
 
 from latentloom.ingestion.captions import (
@@ -25,6 +24,7 @@ from latentloom.ingestion.rejects import Reason, RejectedSample
 TEXT_SUFFIXES = (".txt", ".caption", ".captions", ".cap", ".text", ".prompt")
 JSON_SUFFIX = ".json"
 CAPTION_SUFFIXES = (*TEXT_SUFFIXES, JSON_SUFFIX)  # in the order in which the files of an image are read
+TABLES = (".csv", ".tsv", ".jsonl", ".xlsx")  # which may hold captions
 WORD = re.compile(r"[\u4e00-\u9fff]|\w{3,}")  # which captions of one picture have in common: or a Chinese character
 FREQUENT = frozenset(("the", "and", "are", "for", "has", "her", "his", "its", "that", "this", "with"))
 COUNTER = re.compile(r"\s*\(\d+\)$|[_-]\d+$")  # of a file's name: "cat (2)", "cat_002"
@@ -42,81 +42,79 @@ def caption_suffix(name: str) -> str | None:
     return suffix if suffix in CAPTION_SUFFIXES else None
 
 
-def names_of(images: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Each image with the names by which others may call it: without its suffix, and with it."""
-    for image in images:
-        yield image, posixpath.splitext(image)[0]
-        yield image, image
-
-
 def is_text_file(name: str) -> bool:
     return caption_suffix(name) in TEXT_SUFFIXES
 
 
-@dataclass(frozen=True)
-class Pairing:
-    """``of_image``: the caption files of each image that has some; ``alone``: those of no image, and why."""
+class ImageNames:
+    """Finds images by what other files call them: with their suffix or without, and as people see names."""
 
-    of_image: dict[str, list[str]]
-    alone: dict[str, str]
+    def __init__(self, images: Iterable[str]) -> None:
+        self._images: dict[str, list[str]] = defaultdict(list)  # by name as seen
+        for image in images:
+            for name in _names(image):
+                self._images[as_seen(name)].append(image)
+
+    def called(self, name: str) -> dict[str, str]:
+        """The images called exactly so, or where none is, as people see names; each with what it is called."""
+        seen = as_seen(name)
+        alike = {image: own for image in self._images.get(seen, ()) for own in _names(image) if as_seen(own) == seen}
+        return {image: own for image, own in alike.items() if own == name} or alike
 
 
-def pair(images: Collection[str], caption_files: Iterable[str]) -> Pairing:
-    """Find the images that caption files belong to, by names relative to one folder.
-
-    A file belongs to the images that are called exactly as it is; where none is, to those that are called so as people
-    see names, unless these are several names.
-    """
-    pairing, by_stem = Pairing(defaultdict(list), {}), defaultdict(list)
-    for file in caption_files:
-        by_stem[posixpath.splitext(file)[0]].append(file)
-    left = dict(by_stem)
-    for image, name in names_of(images):
-        if name in by_stem:
-            pairing.of_image[image] += by_stem[name]
-            left.pop(name, None)
-    alike = {as_seen(stem): defaultdict(list) for stem in left}
-    for image, name in names_of(images) if alike else ():
-        if (seen := as_seen(name)) in alike:
-            alike[seen][name].append(image)
-    for stem, files in left.items():
-        named = alike[as_seen(stem)]
-        if len(named) == 1:
-            for image in next(iter(named.values())):
-                pairing.of_image[image] += files
+def pair(names: ImageNames, caption_files: Iterable[str]) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """The caption files of each image that has some; and those of no image, or of several names, and why."""
+    of_image, alone = defaultdict(list), {}
+    for file in sorted(caption_files, key=lambda file: file.count(".")):  # first those without the image's suffix
+        called = names.called(posixpath.splitext(file)[0])
+        if len(set(called.values())) == 1:
+            for image in called:
+                of_image[image].append(file)
         else:
-            several = f"these differ from its name in upper and lower case alone: {', '.join(named)}"
-            why = several if named else "no image beside it has its name"
-            pairing.alone.update(dict.fromkeys(files, f"{why}; name it as its image, or remove it"))
-    return pairing
+            several = f"these differ from its name in upper and lower case alone: {', '.join(called)}"
+            why = several if called else "no image beside it has its name"
+            alone[file] = f"{why}; name it as its image, or remove it"
+    return of_image, alone
 
 
 class CaptionFiles:
-    """Reads the caption files of one image after another.
+    """Reads the captions of one image after another.
 
     Args:
-        lines: whether each line of a text file is a caption of its own; else the whole text is one.
-        columns: the keys of JSON objects that hold captions; None for those of ``CAPTION_COLUMNS``.
+        captions: what is a caption: each of the ``lines`` of a text file, the whole ``file``, the image's
+            ``file_name``, or its ``folder_name``; with these two, no file is read.
+        columns: the keys of JSON objects that hold captions, and how often a caption of each counts; None for those of
+            ``CAPTION_COLUMNS``.
     """
 
-    def __init__(self, lines: bool = True, columns: Sequence[str] | None = None) -> None:
-        self._lines, self._columns = lines, columns
+    def __init__(self, captions: str = "lines", columns: Mapping[str, int] | None = None) -> None:
+        self._captions, self._columns = captions, columns
+        self.from_names = captions in ("file_name", "folder_name")
         self._lock = Lock()  # images are read in several threads
+        self._unread = 0
         self._further = self._unlike = 0  # lines after a text's first; those that have no word of it
 
-    def read(self, files: Iterable[tuple[str, bytes]]) -> list[object]:
-        """The raw captions of an image's files, which are given as suffix, in lower case, and content.
+    def read(self, name: str, files: Iterable[tuple[str, bytes]]) -> list[object]:
+        """The raw captions of an image.
+
+        Args:
+            name: the image's path without its suffix.
+            files: its caption files as suffix, in lower case, and content.
 
         Raises:
             RejectedSample: ``bad_row`` where JSON is not valid; where it is all there is, also if it is no object, and
-                ``no_caption`` if that has none.
+                ``no_caption`` if that has none, or there is no folder whose name to take.
         """
+        if self.from_names:
+            with self._lock:
+                self._unread += len(list(files))
+            return caption_in_name(name, self._captions == "folder_name")
         captions, problem = [], None
         for suffix, content in sorted(files, key=lambda file: CAPTION_SUFFIXES.index(file[0])):
             if suffix == JSON_SUFFIX:
                 fields = _json(content)
-                columns = columns_of_captions(fields, self._columns) if isinstance(fields, dict) else []
-                captions += flat_captions(fields[column] for column in columns)
+                columns = columns_of_captions(fields, self._columns) if isinstance(fields, dict) else {}
+                captions += flat_captions(fields, columns)
                 problem = problem if columns else self._without_captions(fields)
             else:
                 captions += self._text_captions(content)
@@ -125,7 +123,9 @@ class CaptionFiles:
         return captions
 
     def notices(self) -> list[str]:
-        """What a person should know where most lines do not look like captions of one picture."""
+        """That files were not read, or that most lines do not look like captions of one picture."""
+        if self._unread:
+            return [f"{self._unread} caption files are not read, since captions are the names of images or folders"]
         if 2 * self._unlike <= self._further:
             return []
         return [
@@ -143,7 +143,7 @@ class CaptionFiles:
 
     def _text_captions(self, content: bytes) -> list[str]:
         lines = caption_lines(content)
-        if not self._lines:
+        if self._captions == "file":
             return ["\n".join(lines)]
         first, *further = list(filter(None, map(_words, lines))) or [set()]
         with self._lock:
@@ -165,6 +165,10 @@ def caption_in_name(name: str, of_folder: bool) -> list[str]:
     if not text:
         raise RejectedSample(Reason.NO_CAPTION, "it lies in no sub-folder whose name could be its caption")
     return [(needless.sub("", text) or text).replace("_", " ")]
+
+
+def _names(image: str) -> set[str]:
+    return {image, posixpath.splitext(image)[0]}
 
 
 def _json(content: bytes) -> object:

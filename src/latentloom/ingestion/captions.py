@@ -9,8 +9,9 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from typing import NamedTuple
 
 from latentloom.ingestion.rejects import Reason, RejectedSample, printable
 
@@ -34,19 +35,32 @@ def clean_caption(text: str) -> str:
     return " ".join("".join(" " if unicodedata.category(char) == "Cc" else char for char in text).split())
 
 
+class Repeated(NamedTuple):
+    """A raw caption that is to be learnt so many times as often as a plain one."""
+
+    caption: object
+    times: int
+
+
 def clean_captions(raw: Iterable[object]) -> list[str]:
     """The clean, distinct captions of one image, at least one; numbers become text, and so do bytes.
+
+    A `Repeated` one stands there so many times: whoever takes any of the list takes it as often as was asked.
 
     Raises:
         RejectedSample: ``no_caption`` where nothing was given, ``empty_caption`` where only white space was,
             ``caption_not_text`` where something is neither text nor a number, ``caption_not_utf8``.
     """
-    cleaned = [clean_caption(_text(caption)) for caption in raw]
-    if not cleaned:
+    times: dict[str, int] = {}
+    for caption in raw:
+        text, count = caption if isinstance(caption, Repeated) else (caption, 1)
+        text = clean_caption(_text(text))
+        times[text] = max(count, times.get(text, 0))
+    if not times:
         raise RejectedSample(
             Reason.NO_CAPTION, "nothing gives it a caption: no metadata, no column, no file of its name"
         )
-    captions = list(dict.fromkeys(filter(None, cleaned)))
+    captions = [text for text, count in times.items() if text for _ in range(count)]
     if not captions:
         raise RejectedSample(Reason.EMPTY_CAPTION, "its caption holds nothing but white space")
     return captions
@@ -57,12 +71,15 @@ def caption_lines(data: bytes) -> list[str]:
     return data.decode("utf-8-sig", errors="surrogateescape").split("\n")
 
 
-def columns_of_captions(there: Iterable[str], wanted: Sequence[str] | None) -> list[str]:
-    """Of the columns ``there``, those with captions: the ``wanted`` ones, or all of the usual names, in any case."""
+def columns_of_captions(there: Iterable[str], wanted: Mapping[str, int] | None) -> dict[str, int]:
+    """Of the columns ``there``, those with captions, and how often a caption of each counts.
+
+    They are the ``wanted`` ones, or all of the usual names, in any case.
+    """
     if wanted is not None:
-        return [name for name in wanted if name in there]
+        return {name: times for name, times in wanted.items() if name in there}
     usual = [name for name in there if name.lower() in CAPTION_COLUMNS]
-    return sorted(usual, key=lambda name: CAPTION_COLUMNS.index(name.lower()))
+    return dict.fromkeys(sorted(usual, key=lambda name: CAPTION_COLUMNS.index(name.lower())), 1)
 
 
 def notice_of_several(name: str, columns: Iterable[str]) -> str:
@@ -70,18 +87,22 @@ def notice_of_several(name: str, columns: Iterable[str]) -> str:
     return f"the captions of {name} are those of all of its columns {', '.join(columns)}; caption_column chooses"
 
 
-def flat_captions(values: Iterable[object]) -> list[object]:
-    """Raw captions of values that are a caption, a list of captions, or null each; nulls, NaN too, are left out.
+def flat_captions(row: Mapping[str, object], columns: Mapping[str, int]) -> list[object]:
+    """The raw captions in ``columns`` of a row, each of which counts so often; nulls, NaN too, are left out.
 
-    A list may be written as text, ``["one", "two"]``, as tables without lists have it.
+    A value is a caption or a list of captions, also one written as text, ``["one", "two"]``, as tables without lists
+    have it.
     """
-    lists = [value if isinstance(value, list) else _listed(value) for value in values]
-    captions = [caption for own in lists for caption in own]
-    return [own for own in captions if own is not None and not (isinstance(own, float) and not math.isfinite(own))]
+    return [
+        Repeated(caption, count) if count > 1 else caption
+        for column, count in columns.items()
+        for caption in _listed(row[column])
+        if caption is not None and not (isinstance(caption, float) and not math.isfinite(caption))
+    ]
 
 
 def _listed(value: object) -> list[object]:
-    """The captions of a text that is a list in JSON's or Python's form; of anything else, itself."""
+    """The captions of a list, or of a text that is one in JSON's or Python's form; of anything else, itself."""
     if isinstance(value, str) and LISTED.fullmatch(value):
         for parse in (json.loads, ast.literal_eval):
             with suppress(ValueError, SyntaxError, RecursionError):
@@ -89,7 +110,7 @@ def _listed(value: object) -> list[object]:
                 # NumPy's form has no commas, so Python would join its texts.
                 if parse is json.loads or repr(listed) == value.strip():
                     return listed
-    return [value]
+    return value if isinstance(value, list) else [value]
 
 
 def _text(caption: object) -> str:

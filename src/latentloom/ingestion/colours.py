@@ -2,14 +2,16 @@
 
 An embedded colour profile (Display P3, Adobe RGB, a press's CMYK) says what the numbers stand for, and a `Conversion`
 goes by it. It comes last, since it takes longer than decoding: of a photograph, only the pixels of the prepared image
-are converted. Where there is no profile, or it is damaged or of another kind than the pixels, the numbers are taken as
-sRGB, as viewers do, and CMYK as the complement of RGB.
+are converted. A PNG without a profile may say by its gAMA chunk how its numbers follow light, and is converted by that,
+as browsers do. Where there is neither, or the profile is damaged or of another kind than the pixels, the numbers are
+taken as sRGB, as viewers do, and CMYK as the complement of RGB.
 """
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -22,6 +24,8 @@ COLOURS = dict.fromkeys(("1", "L", "LA", "La", "I", "F"), "L") | {"CMYK": "CMYK"
 COLOURS |= dict.fromkeys(("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "YCbCr"), "RGB")
 PROFILES = 16  # kept ready: most images of a camera or a program have the same
 SAME = 2  # of 255: what two ways of computing sRGB may differ by
+GAMMAS = (0.2, 2.0)  # that a PNG may plausibly have; 1/2.2 of a screen's picture, 1 of light itself
+SAME_GAMMA = 0.05  # the share that libpng, too, takes for no difference
 ADAPTED = ImageCms.Flags.BLACKPOINTCOMPENSATION | ImageCms.Flags.NOCACHE  # the latter: workers share a transform
 
 
@@ -39,20 +43,32 @@ class Conversion:
 
     profile: Profile
     mode: str = "RGB"
-    transform: ImageCms.ImageCmsTransform | None = None
+    transform: Callable[[Image.Image], Image.Image] | None = None
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        return self.transform.apply(image) if self.transform else image
+        return self.transform(image) if self.transform else image
 
 
 def conversion_of(image: Image.Image) -> Conversion:
-    """The conversion by an image's profile, or one that changes nothing."""
+    """The conversion by an image's profile or gamma, or one that changes nothing."""
     if "icc_profile" not in image.info:
-        return Conversion(Profile.NONE)
+        return Conversion(Profile.NONE) if "srgb" in image.info else _of_gamma(image.info.get("gamma"))
     mode, transform = _transform(image.info["icc_profile"] or b"")
     if mode not in TAKES.get(COLOURS.get(image.mode.partition(";")[0], ""), ()):
         return Conversion(Profile.IGNORED)
-    return Conversion(Profile.CONVERTED, mode, transform) if transform else Conversion(Profile.NONE)
+    return Conversion(Profile.CONVERTED, mode, transform.apply) if transform else Conversion(Profile.NONE)
+
+
+def _of_gamma(gamma: float | None) -> Conversion:
+    """The conversion of numbers that are light to the power of ``gamma`` (PNG, third edition, section 11.3.2.2)."""
+    if gamma is None or abs(2.2 * gamma - 1) <= SAME_GAMMA:
+        return Conversion(Profile.NONE)
+    if not GAMMAS[0] <= gamma <= GAMMAS[1]:
+        return Conversion(Profile.IGNORED)
+    light = np.linspace(0, 1, 256) ** (1 / gamma)
+    srgb = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)  # IEC 61966-2-1
+    table = np.rint(255 * srgb).astype(int).tolist() * 3
+    return Conversion(Profile.CONVERTED, transform=partial(Image.Image.point, lut=table))
 
 
 def on_white(image: Image.Image, mode: str = "RGB") -> Image.Image:

@@ -44,7 +44,8 @@ class Deduplicator:
             first = self._firsts.get(bytes.fromhex(result.id)) if isinstance(result, ImageRow) else None
             if first and result.source in self._joining and (result.source, result.file_hash) == first[::2]:
                 self.joined += 1
-                self._joined.setdefault(bytes.fromhex(result.id), []).extend(result.captions)
+                joined = self._joined.setdefault(bytes.fromhex(result.id), [])
+                joined += [caption for caption in result.captions if caption not in joined]
                 continue
             if len(self._firsts) == limit:
                 return
@@ -86,6 +87,6 @@ class Deduplicator:
         self._firsts[bytes.fromhex(row.id)] = (row.source, row.key, row.file_hash)
         self._in_train.append(row.split == "train")
         self._signatures += row.signature
-        self.captions += len(row.captions)
+        self.captions += len(set(row.captions))
         self.profiles[row.profile] += 1
         self.sizes.add(row)

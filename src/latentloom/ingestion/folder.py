@@ -10,29 +10,26 @@ Names and captions are held in memory; images are read one at a time, and nothin
 
 import os.path
 import posixpath
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from functools import cached_property, partial
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from latentloom.ingestion.caption_files import (
     CAPTION_SUFFIXES,
+    TABLES,
     CaptionFiles,
+    ImageNames,
     as_seen,
-    caption_in_name,
     caption_suffix,
     is_text_file,
-    names_of,
     pair,
 )
 from latentloom.ingestion.captions import columns_of_captions, flat_captions, notice_of_several
-from latentloom.ingestion.image_formats import HEAD, format_of, looks_like_image, may_be_image
+from latentloom.ingestion.image_formats import HEAD, format_of, looks_like_image
 from latentloom.ingestion.metadata import FILE_NAME, READERS, columns_wanted, read_metadata_rows
 from latentloom.ingestion.rejects import Reason, RejectedSample
 from latentloom.ingestion.source_files import resolve_source_path, visible_files
 from latentloom.ingestion.sources import IngestError, Sample, Source, rejected_sample
-
-TABLES = (".csv", ".tsv", ".jsonl", ".parquet", ".xlsx")
 
 
 class FolderSource(Source):
@@ -40,15 +37,16 @@ class FolderSource(Source):
 
     Args:
         path: the folder.
-        captions: what is a caption: each of the ``lines`` of a text file, the whole ``file``, the image's
-            ``file_name``, or its ``folder_name``; with these two, caption files and metadata are not read.
-        caption_columns: of metadata and JSON; None for all of the usual names.
+        captions, caption_columns: as `CaptionFiles` has them; the columns are those of metadata, too, which is read
+            where caption files are.
 
     Raises:
         IngestError: when the folder is missing or holds no image, or a metadata file cannot be used.
     """
 
-    def __init__(self, path: Path | str, captions: str = "lines", caption_columns: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, path: Path | str, captions: str = "lines", caption_columns: Mapping[str, int] | None = None
+    ) -> None:
         self.root = resolve_source_path(path)
         if not self.root.is_dir():
             what = "is not a folder" if self.root.exists() else "does not exist"
@@ -60,8 +58,8 @@ class FolderSource(Source):
         self._unused: list[Sample] = []
         self._others: dict[str, str] = {}  # files beside images whose suffix is not known, by name as seen, without it
         self._notices: list[str] = []
-        self._columns, self._reader = caption_columns, CaptionFiles(captions == "lines", caption_columns)
-        self._from_name = captions if captions in ("file_name", "folder_name") else None
+        self._columns, self._reader = caption_columns, CaptionFiles(captions, caption_columns)
+        self._names = ImageNames(sorted(self._images))
         self._read_captions(names)
         self._keys = sorted(self._images.union(self._captions))
         self.total = len(self._unused) + len(self._keys)
@@ -79,7 +77,7 @@ class FolderSource(Source):
     def _is_image(self, name: str) -> bool:
         """By its name, or where that says nothing by its content. A link to nowhere may be to a folder of images."""
         path = self.root / name
-        if looks_like_image(name) or not may_be_image(name):
+        if looks_like_image(name) or _may_hold_captions(name):
             return looks_like_image(name)
         if not _is_file(path):
             return path.is_symlink() and not path.exists()
@@ -96,23 +94,22 @@ class FolderSource(Source):
         """Read metadata, and find the caption files of the other images."""
         metadata = [name for name in names if posixpath.basename(name).lower() in READERS]
         caption_files = [name for name in names if caption_suffix(name)]
-        if self._from_name:
+        if self._reader.from_names:
             self._notice(metadata + caption_files, "not read, since captions are the names of images or folders")
             return
         for name in metadata:
             self._read_metadata(name)
-        pairing = pair(self._images, caption_files)
-        self._files_of = {image: files for image, files in pairing.of_image.items() if not self._captions.get(image)}
-        unread = [file for image, files in pairing.of_image.items() if self._captions.get(image) for file in files]
+        of_image, alone = pair(self._names, caption_files)
+        self._files_of = {image: files for image, files in of_image.items() if not self._captions.get(image)}
+        unread = [file for image, files in of_image.items() if self._captions.get(image) for file in files]
         self._notice(unread, "not read, since metadata gives captions to the images beside them")
         second = [file for files in self._files_of.values() for file in [*filter(is_text_file, files)][1:]]
         self._notice(second, "not the only text file of its image; the captions of all are taken")
-        for name, why in pairing.alone.items():
+        for name, why in sorted(alone.items()):
             self._unused.append(rejected_sample(name, Reason.MISSING_FILE, f"may hold a caption, but {why}"))
         for name in sorted(set(names).difference(self._images, caption_files, metadata)):
             self._others[as_seen(posixpath.splitext(name)[0])] = name
-        for name in names:
-            if name.lower().endswith(TABLES) and posixpath.basename(name).lower() not in READERS:
+            if _may_hold_captions(name):
                 detail = f"may hold captions, but only {', '.join(READERS)} are read; rename it, or remove it"
                 self._unused.append(rejected_sample(name, Reason.BAD_ROW, detail))
 
@@ -129,7 +126,7 @@ class FolderSource(Source):
             else:
                 captions = self._captions.setdefault(self._key(posixpath.dirname(name), row[FILE_NAME].strip()), [])
                 columns = columns_of_captions(row, self._columns)
-                captions += flat_captions(row[column] for column in columns)
+                captions += flat_captions(row, columns)
                 used.update(dict.fromkeys(columns))
         if len(used) > 1 and not self._columns:
             self._notices.append(notice_of_several(name, used))
@@ -144,16 +141,8 @@ class FolderSource(Source):
         if key in self._images or _is_file(self.root / key):
             return key
         key = posixpath.normpath(posixpath.join(parent, file_name.replace("\\", "/")))
-        alike = self._by_sight.get(as_seen(key), [])
-        return alike[0] if len(alike) == 1 else key
-
-    @cached_property
-    def _by_sight(self) -> dict[str, list[str]]:
-        """The images by their names as people see them, with and without the suffix."""
-        images = defaultdict(list)
-        for image, name in names_of(sorted(self._images)):
-            images[as_seen(name)].append(image)
-        return images
+        called = self._names.called(key)
+        return next(iter(called)) if len(called) == 1 else key
 
     def _image(self, key: str) -> bytes:
         if key == ".." or key.startswith(("../", "/")):
@@ -163,22 +152,24 @@ class FolderSource(Source):
             named = "metadata names it, but " if key in self._captions else ""
             if os.path.islink(self.root / key):  # noqa: PTH114
                 raise RejectedSample(Reason.MISSING_FILE, f"{named}it is a link to what is not there")
-            alike = self._by_sight.get(as_seen(key)) or self._by_sight.get(as_seen(posixpath.splitext(key)[0]), [])
-            hint = f"; did you mean {' or '.join(alike)}?" if alike else ""
+            called = self._names.called(key) or self._names.called(posixpath.splitext(key)[0])
+            hint = f"; did you mean {' or '.join(called)}?" if called else ""
             raise RejectedSample(Reason.MISSING_FILE, f"{named}there is no such file{hint}")
         return _content(self.root / key)
 
     def _captions_of(self, key: str) -> Sequence[object]:
-        if self._from_name:
-            return caption_in_name(posixpath.splitext(key)[0], self._from_name == "folder_name")
         if captions := self._captions.get(key):
             return captions
-        if key not in self._files_of and (other := self._others.get(as_seen(posixpath.splitext(key)[0]))):
+        stem = posixpath.splitext(key)[0]
+        if key not in self._files_of and (other := self._others.get(as_seen(stem))):
             detail = f"no metadata row or caption file; {other} beside it does not end in {', '.join(CAPTION_SUFFIXES)}"
             raise RejectedSample(Reason.NO_CAPTION, detail)
-        return self._reader.read(
-            (caption_suffix(name), _content(self.root / name)) for name in self._files_of.get(key, ())
-        )
+        files = ((caption_suffix(name), _content(self.root / name)) for name in self._files_of.get(key, ()))
+        return self._reader.read(stem, files)
+
+
+def _may_hold_captions(name: str) -> bool:
+    return caption_suffix(name) is not None or name.lower().endswith((*TABLES, ".parquet"))
 
 
 def _content(path: Path) -> bytes:

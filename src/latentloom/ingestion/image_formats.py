@@ -4,7 +4,6 @@ A file is an image by its name (`looks_like_image`) or by its first bytes (`form
 safely are read; two formats need a plugin, which is an extra of this package. Any other is named in its reject.
 """
 
-import posixpath
 import re
 from contextlib import suppress
 from functools import cache
@@ -24,8 +23,6 @@ IMAGE_NAME = re.compile(
     )(?![a-z0-9])[^./]*\.?$""",
     re.VERBOSE | re.IGNORECASE,
 )
-# So many, of captions and of what other trainers leave, that opening each would take long.
-TEXT_EXTENSIONS = frozenset([".caption", ".csv", ".json", ".jsonl", ".npz", ".parquet", ".txt", ".xml", ".xmp"])
 HEAD = 1024  # bytes by which a format is known
 FOOTER_OF_TGA = b"TRUEVISION-XFILE.\0"  # the one sign of a format that any bytes may pass for
 SIGNATURES = {
@@ -59,11 +56,6 @@ KNOWN = {name: re.compile(pattern, re.DOTALL) for name, pattern in SIGNATURES.it
 def looks_like_image(name: str) -> bool:
     """Whether a file's name is that of an image, read or not: ``cat.JPG``, ``cat.jpg_large``, ``cat.psd``."""
     return IMAGE_NAME.search(name) is not None
-
-
-def may_be_image(name: str) -> bool:
-    """Whether a file of this name is worth opening to see if it is an image."""
-    return posixpath.splitext(name)[1].lower() not in TEXT_EXTENSIONS
 
 
 def format_of(data: bytes) -> str | None:

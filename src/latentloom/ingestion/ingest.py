@@ -178,11 +178,11 @@ def open_source(entry: SourceParams, params: IngestParams) -> Source:
         case "openmoji":
             return OpenMojiSource(params.image_sizes[-1], params.skin_tones, params.limit)
         case "folder":
-            return FolderSource(entry.path, entry.captions, entry.caption_columns)
+            return FolderSource(entry.path, entry.captions, entry.caption_column)
         case "webdataset":
-            return WebDatasetSource(entry.path, entry.captions, entry.caption_columns, entry.key)
+            return WebDatasetSource(entry.path, entry.captions, entry.caption_column, entry.key)
         case "parquet":
-            return ParquetSource(entry.path, entry.image_column, entry.caption_columns)
+            return ParquetSource(entry.path, entry.image_column, entry.caption_column)
 
 
 def _expected(sources: Iterable[Source], limit: int | None) -> int | None:

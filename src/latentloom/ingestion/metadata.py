@@ -6,7 +6,7 @@ others are left alone. A row that cannot be read is a problem of that row; a fil
 
 import csv
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,13 @@ NULLS = ("nan", "null", "none")  # what other programs write into a CSV file for
 Rows = Iterator[tuple[int, dict[str, Any] | str]]  # number and content of each row, or why it cannot be used
 
 
-def columns_wanted(caption_columns: Sequence[str] | None) -> str:
+def columns_wanted(caption_columns: Mapping[str, int] | None) -> str:
     """What a metadata file must have, for a message."""
     of_captions = f"one of {', '.join(CAPTION_COLUMNS)}" if caption_columns is None else ", ".join(caption_columns)
     return f"it needs {FILE_NAME} and {of_captions}"
 
 
-def read_metadata_rows(path: Path, wanted: Sequence[str] | None = None) -> Rows:
+def read_metadata_rows(path: Path, wanted: Mapping[str, int] | None = None) -> Rows:
     """The rows of one metadata file, in order, each with a file name; bytes that are not UTF-8 are surrogate escapes.
 
     Args:
@@ -57,12 +57,12 @@ def read_metadata_rows(path: Path, wanted: Sequence[str] | None = None) -> Rows:
         raise IngestError(f"{path} cannot be read{place} ({error_message(error)}); fix or remove it") from error
 
 
-def _csv_rows(path: Path, wanted: Sequence[str] | None) -> Rows:
+def _csv_rows(path: Path, wanted: Mapping[str, int] | None) -> Rows:
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         # Strict: of a quote that is never closed, the following rows would be part.
         reader = csv.DictReader(file, skipinitialspace=True, strict=True)
         reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
-        of_captions = _distinct_columns(path, reader.fieldnames, wanted)
+        of_captions = _columns_of_captions(path, reader.fieldnames, wanted)
         for row in reader:
             if None in row:
                 columns = len(reader.fieldnames)
@@ -81,7 +81,7 @@ def _holds_row(cell: str) -> bool:
     return any(looks_like_image(own.strip(' "\r')) for own in cells)
 
 
-def _jsonl_rows(path: Path, wanted: Sequence[str] | None) -> Rows:
+def _jsonl_rows(path: Path, wanted: Mapping[str, int] | None) -> Rows:
     columns: dict[str, None] = {}
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
         for number, line in enumerate(file, start=1):
@@ -95,13 +95,13 @@ def _jsonl_rows(path: Path, wanted: Sequence[str] | None) -> Rows:
             if isinstance(row, dict):
                 columns.update(dict.fromkeys(row))
             yield number, row if isinstance(row, dict) else "is not a JSON object"
-    _require_columns(path, columns, wanted)
+    _columns_of_captions(path, list(columns), wanted)
 
 
-def _parquet_rows(path: Path, wanted: Sequence[str] | None) -> Rows:
+def _parquet_rows(path: Path, wanted: Mapping[str, int] | None) -> Rows:
     with pq.ParquetFile(path) as file:
         names = file.schema_arrow.names
-        columns = [FILE_NAME, *_distinct_columns(path, names, wanted)]
+        columns = [FILE_NAME, *_columns_of_captions(path, names, wanted)]
         rows = (row for batch in file.iter_batches(columns=columns) for row in batch.to_struct_array())
         for number, row in enumerate(rows, start=1):
             try:
@@ -110,23 +110,19 @@ def _parquet_rows(path: Path, wanted: Sequence[str] | None) -> Rows:
                 yield number, "is not UTF-8"
 
 
-def _distinct_columns(path: Path, names: Sequence[str], wanted: Sequence[str] | None) -> list[str]:
-    """The columns of captions, of a table which has them and each of them once."""
-    _require_columns(path, names, wanted)
+def _columns_of_captions(path: Path, names: Sequence[str], wanted: Mapping[str, int] | None) -> dict[str, int]:
+    """Those of a table's columns, which must have the wanted ones, and each of them once."""
     columns = columns_of_captions(names, wanted)
-    for name in (FILE_NAME, *columns):
-        if names.count(name) > 1:
-            raise IngestError(f"{path} has two columns {name!r}; rename one, or remove it")
-    return columns
-
-
-def _require_columns(path: Path, columns: Collection[str], wanted: Sequence[str] | None) -> None:
-    if FILE_NAME not in columns or len(columns_of_captions(columns, wanted)) < len(wanted or [""]):
-        found = f"has the columns {', '.join(map(repr, columns))}" if columns else "has no rows"
+    if FILE_NAME not in names or len(columns) < len(wanted or [""]):
+        found = f"has the columns {', '.join(map(repr, names))}" if names else "has no rows"
         raise IngestError(
             f"{path} {found}; {columns_wanted(wanted)} (CSV columns are separated by commas; captions of another name: "
             f"{HOW_TO_NAME_COLUMN})"
         )
+    for name in (FILE_NAME, *columns):
+        if names.count(name) > 1:
+            raise IngestError(f"{path} has two columns {name!r}; rename one, or remove it")
+    return columns
 
 
 READERS = {"metadata.csv": _csv_rows, "metadata.jsonl": _jsonl_rows, "metadata.parquet": _parquet_rows}

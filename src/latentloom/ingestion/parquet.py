@@ -9,7 +9,7 @@ A page of a column (of 1,024 rows or fewer, as the common writers cut them) is i
 of a row group. A damaged row group, or file, is one reject; the others are used.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import pyarrow.types as types
 
 from latentloom.ingestion.captions import CAPTION_COLUMNS, columns_of_captions, flat_captions, notice_of_several
 from latentloom.ingestion.rejects import Reason, RejectedSample, error_message
-from latentloom.ingestion.source_files import source_files
+from latentloom.ingestion.source_files import loose_samples, source_files
 from latentloom.ingestion.sources import IngestError, Sample, Source, rejected_sample
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "image_bytes", "bytes")
@@ -37,7 +37,7 @@ class ParquetSource(Source):
     Args:
         path: a file, a folder, or a pattern.
         image_column: of encoded bytes; None for the first of ``IMAGE_COLUMNS`` that holds some.
-        caption_columns: None for all of the usual names.
+        caption_columns: and how often a caption of each counts; None for all of the usual names.
 
     Raises:
         IngestError: when there is no Parquet file, or one lacks a column; file, columns and param are named.
@@ -46,12 +46,13 @@ class ParquetSource(Source):
     joins_captions = True
 
     def __init__(
-        self, path: Path | str, image_column: str | None = None, caption_columns: Sequence[str] | None = None
+        self, path: Path | str, image_column: str | None = None, caption_columns: Mapping[str, int] | None = None
     ) -> None:
-        self._files = source_files(path, SUFFIXES)
+        self._files, others = source_files(path, SUFFIXES)
+        self._loose = loose_samples(others, "the tables")
         self._image_column, self._caption_columns = image_column, caption_columns
         self._several: dict[tuple[str, ...], str] = {}  # columns of captions -> a file that has them
-        self.total = 0
+        self.total = len(self._loose)
         for path in self._files.values():
             try:
                 with _open(path) as file:
@@ -61,6 +62,7 @@ class ParquetSource(Source):
                 self.total += 1  # the file is a reject
 
     def samples(self) -> Iterator[Sample]:
+        yield from self._loose
         for name, path in self._files.items():
             try:
                 file = _open(path)
@@ -75,7 +77,7 @@ class ParquetSource(Source):
         return [notice_of_several(name, columns) for columns, name in self._several.items()]
 
     def _samples(self, file: pq.ParquetFile, name: str, columns: list[str]) -> Iterator[Sample]:
-        stop = 0
+        stop, of_captions = 0, columns_of_captions(columns[1:], self._caption_columns)
         for number in range(file.num_row_groups):
             group = file.metadata.row_group(number)
             row, stop = stop, stop + group.num_rows
@@ -83,7 +85,9 @@ class ParquetSource(Source):
             try:
                 for batch in file.iter_batches(rows, row_groups=[number], columns=columns):
                     for image, *captions in zip(*(batch.column(column) for column in columns), strict=True):
-                        yield Sample(f"{name}:{row}", partial(_image, image.as_py()), partial(_captions, captions))
+                        yield Sample(
+                            f"{name}:{row}", partial(_image, image.as_py()), partial(_captions, captions, of_captions)
+                        )
                         row += 1
             except DAMAGED as error:
                 detail = f"the rows {row} to {stop - 1} cannot be read ({error_message(error)})"
@@ -138,8 +142,8 @@ def _image(value: bytes | dict[str, Any] | None) -> bytes:
     raise RejectedSample(Reason.MISSING_FILE, detail)
 
 
-def _captions(scalars: Sequence[pa.Scalar]) -> list[object]:
+def _captions(scalars: Sequence[pa.Scalar], columns: Mapping[str, int]) -> list[object]:
     try:
-        return flat_captions(scalar.as_py() for scalar in scalars)
+        return flat_captions({name: own.as_py() for name, own in zip(columns, scalars, strict=True)}, columns)
     except UnicodeDecodeError:
         raise RejectedSample(Reason.CAPTION_NOT_UTF8, "its caption is not UTF-8; save the captions as UTF-8") from None

@@ -22,7 +22,7 @@ PREVIEWS = 24  # of each reason: enough for a contact sheet
 class Reason(StrEnum):
     """Why an image, a caption or a metadata row was rejected."""
 
-    MISSING_FILE = "missing_file"  # metadata names a file that is not there
+    MISSING_FILE = "missing_file"  # what metadata names, or the image of a caption, or lies beside what is read
     OUTSIDE_FOLDER = "outside_folder"  # metadata names a file out of the source folder
     UNSAFE_PATH = "unsafe_path"  # a tar member that is a link, or whose path is absolute or leads upwards
     DUPLICATE_KEY = "duplicate_key"  # a key of a tar that comes again

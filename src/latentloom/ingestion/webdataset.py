@@ -10,18 +10,18 @@ in one file. A damaged tar costs what lies behind the damage; the samples before
 
 import posixpath
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import groupby
 from pathlib import Path, PureWindowsPath
 
 import pyarrow as pa
 
-from latentloom.ingestion.caption_files import CaptionFiles, caption_in_name, caption_suffix
-from latentloom.ingestion.image_formats import looks_like_image
+from latentloom.ingestion.caption_files import TABLES, CaptionFiles, caption_suffix
+from latentloom.ingestion.image_formats import HEAD, format_of, looks_like_image
 from latentloom.ingestion.images import MAX_BYTES
 from latentloom.ingestion.rejects import Reason, RejectedSample, error_message
-from latentloom.ingestion.source_files import is_hidden, source_files
+from latentloom.ingestion.source_files import is_hidden, loose_samples, source_files
 from latentloom.ingestion.sources import Sample, Source, rejected_sample
 
 ZSTD = (".zst", ".tzst")
@@ -35,9 +35,7 @@ class WebDatasetSource(Source):
 
     Args:
         path: a tar, a folder of them, or a pattern.
-        captions: what is a caption: each of the ``lines`` of a text file, the whole ``file``, the image's
-            ``file_name``, or its ``folder_name``; with these two, caption files are not read.
-        caption_columns: the keys of captions in JSON; None for all of the usual names.
+        captions, caption_columns: as `CaptionFiles` has them.
         key: where in a name the key ends: at the ``first_dot`` or at the ``last_dot``.
 
     Raises:
@@ -50,22 +48,20 @@ class WebDatasetSource(Source):
         self,
         path: Path | str,
         captions: str = "lines",
-        caption_columns: Sequence[str] | None = None,
+        caption_columns: Mapping[str, int] | None = None,
         key: str = "first_dot",
     ) -> None:
-        self._tars = source_files(path, TARS + OTHER_ARCHIVES)
-        self._reader = CaptionFiles(captions == "lines", caption_columns)
-        self._from_name = captions if captions in ("file_name", "folder_name") else None
-        self._unread = 0
-        self._split = _split_at_last_dot if key == "last_dot" else _split_at_first_dot
+        self._tars, others = source_files(path, TARS + OTHER_ARCHIVES)
+        self._loose = loose_samples(others, "the tars")
+        self._reader = CaptionFiles(captions, caption_columns)
+        self._split = partial(_split, at_last_dot=key == "last_dot")
 
     def samples(self) -> Iterator[Sample]:
+        yield from self._loose
         for name, path in self._tars.items():
             yield from self._samples(name, path)
 
     def notices(self) -> list[str]:
-        if self._unread:
-            return [f"{self._unread} caption files are not read, since captions are the names of images or folders"]
         return self._reader.notices()
 
     def _samples(self, tar: str, path: Path) -> Iterator[Sample]:
@@ -93,24 +89,18 @@ class WebDatasetSource(Source):
                 detail = "its key came before in this tar, with others in between; pack by name (tar --sort=name)"
                 yield rejected_sample(key, Reason.DUPLICATE_KEY, detail)
             elif image is not None:
-                self._unread += len(captions) if self._from_name else 0
-                yield Sample(key, partial(bytes, image), partial(self._captions, stem, captions))
+                yield Sample(key, partial(bytes, image), partial(self._reader.read, stem, captions.items()))
             elif captions:
                 yield rejected_sample(key, Reason.MISSING_FILE, f"{' and '.join(captions)} without an image")
             yield from _of_longer_extension(tar, stem, others)
             known.add(stem)
 
-    def _captions(self, stem: str, files: dict[str, bytes]) -> list[object]:
-        if self._from_name:
-            return caption_in_name(stem, self._from_name == "folder_name")
-        return self._reader.read(files.items())
-
 
 def _of_longer_extension(tar: str, stem: str, names: list[str]) -> Iterator[Sample]:
     """A reject for each image of ``names``, which its captions among them share, and for captions without one."""
-    images = {_split_at_last_dot(name)[0] for name in names if not caption_suffix(name)}
+    images = {_split(name)[0] for name in names if not caption_suffix(name)}
     for name in names:
-        own, _ = _split_at_last_dot(name)
+        own, _ = _split(name)
         if not caption_suffix(name) or own not in images:
             detail = (
                 f"a key ends at the first dot, so its key is {stem}, and all that follows is its extension, none of an "
@@ -136,8 +126,13 @@ def _members(path: Path) -> Iterator[tuple[str, bytes | RejectedSample]]:
                     raise tarfile.ReadError("negative size")
                 if problem := _problem(member):
                     yield last, problem
-                elif member.isfile() and _is_wanted(last):
-                    yield last, tar.extractfile(member).read()
+                elif member.isfile() and not is_hidden(last):
+                    file = tar.extractfile(member)
+                    if looks_like_image(last) or caption_suffix(last):
+                        yield last, file.read()
+                    elif name := format_of(file.read(HEAD)):
+                        detail = f"begins as {name}, but is not called as an image; call it KEY.jpg or the like"
+                        yield last, RejectedSample(Reason.UNSUPPORTED_FORMAT, detail)
     except MemoryError:
         raise
     except Exception as error:  # tarfile meets damaged bytes with nearly any exception: each costs this tar alone
@@ -194,23 +189,20 @@ def _problem(member: tarfile.TarInfo) -> RejectedSample | None:
     if member.issym() or member.islnk() or member.isdev():
         detail = "a link or a device, not a file; pack the file itself (tar --dereference)"
         return RejectedSample(Reason.UNSAFE_PATH, detail)
+    if member.name.lower().endswith(TABLES) and not is_hidden(member.name):
+        detail = "may hold captions, but of a tar only caption files are read; put them into one for each image"
+        return RejectedSample(Reason.BAD_ROW, detail)
     if member.size > MAX_BYTES:
         return RejectedSample(Reason.TOO_MANY_BYTES, f"{member.size:,} bytes; at most {MAX_BYTES:,}")
     return None
 
 
-def _split_at_first_dot(name: str) -> tuple[str, str]:
-    """``./a/b.seg.PNG`` -> ``a/b`` and ``.seg.png``."""
+def _split(name: str, at_last_dot: bool = True) -> tuple[str, str]:
+    """``./a/b.seg.PNG`` -> ``a/b.seg`` and ``.png``; at the first dot ``a/b`` and ``.seg.png``."""
     folder, base = posixpath.split(posixpath.normpath(name))
-    stem, dot, extension = _without_image_suffix(base).partition(".")
-    return posixpath.join(folder, stem), dot + extension.lower()
-
-
-def _split_at_last_dot(name: str) -> tuple[str, str]:
-    """``./a/b.seg.PNG`` -> ``a/b.seg`` and ``.png``."""
-    folder, base = posixpath.split(posixpath.normpath(name))
-    stem, extension = posixpath.splitext(_without_image_suffix(base))
-    return posixpath.join(folder, stem), extension.lower()
+    base = _without_image_suffix(base)
+    stem = posixpath.splitext(base)[0] if at_last_dot else base.partition(".")[0]
+    return posixpath.join(folder, stem), base[len(stem) :].lower()
 
 
 def _without_image_suffix(base: str) -> str:
@@ -218,8 +210,3 @@ def _without_image_suffix(base: str) -> str:
     stem, suffix = posixpath.splitext(base)
     bare, inner = posixpath.splitext(stem)
     return bare + suffix if caption_suffix(base) and looks_like_image(inner) else base
-
-
-def _is_wanted(name: str) -> bool:
-    """Images and caption files, but none that is hidden, or that a program left in a folder of its own."""
-    return (looks_like_image(name) or caption_suffix(name) is not None) and not is_hidden(name)

@@ -14,7 +14,7 @@ from typing import Any
 
 import latentloom
 from latentloom.dvc_outs import Place, locate, out_hash
-from latentloom.encoding.pretrained import fingerprint
+from latentloom.encoding.pretrained import has_fingerprint
 from latentloom.evaluation.metadata import generate_command
 from latentloom.evaluation.text_to_image import generating_code
 from latentloom.files import sha256_file, user_path
@@ -206,7 +206,7 @@ def _encoder(link: str, encoder: Mapping[str, str] | None, root: Path) -> Link:
     if reference == "bundled":
         place, where = Place.HERE, "the package, and its requirements.lock"
     elif folder.is_dir():
-        same = fingerprint(folder) == wanted
+        same = has_fingerprint(folder, wanted)
         place, where = (Place.HERE, reference) if same else (Place.LOST, f"{reference} holds another one now")
     elif reference.startswith(("/", ".", "~")) or reference.count("/") != 1:
         place, where = Place.UNKNOWN, f"the folder {reference} is not on this machine"

@@ -13,7 +13,7 @@ import pandas as pd
 
 import latentloom
 from latentloom.diffusion.sampling_settings import SampleRequest, SamplingSettings
-from latentloom.encoding.pretrained import fingerprint
+from latentloom.encoding.pretrained import has_fingerprint
 from latentloom.errors import UserError
 from latentloom.evaluation.text_to_image import store_settings
 from latentloom.files import user_path
@@ -92,7 +92,7 @@ def _pack(model: Path, packed: Path, settings: SamplingSettings) -> None:
     for name, encoder in (("vae", config.vae), ("text_encoder", config.text_encoder)):
         folder = user_path(encoder.reference)
         if encoder.reference != "bundled" and folder.is_dir() and not (packed / name).exists():
-            if fingerprint(folder) != encoder.fingerprint:
+            if not has_fingerprint(folder, encoder.fingerprint):
                 raise UserError(
                     f"{encoder.reference} holds another {name.replace('_', ' ')} now than the one that {model} was "
                     "trained with: put its files back"
