@@ -10,10 +10,12 @@ export DO_NOT_TRACK ?= 1
 # What is compiled is kept, or every process would compile all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-# Tests side by side, each process with one thread, and two processes more than cores: tests of kills and of servers wait
-# a third of their time. What shares a project stays in one process (tests/conftest.py says what).
-CORES := $(shell getconf _NPROCESSORS_ONLN)
-PYTEST := OMP_NUM_THREADS=1 python -m pytest -n $(shell echo $$(( $(CORES) < 4 ? $(CORES) + 2 : 5 ))) --dist loadfile --no-loadscope-reorder
+# Tests side by side, each process with one thread. Tests of kills and of servers wait a third of their time, so there
+# are two processes more than cores; unit tests do not wait, and a process needs ten seconds for its imports. What shares
+# a project stays in one process (tests/conftest.py says what).
+CORES := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 5 ? n : 5)))
+PYTEST := OMP_NUM_THREADS=1 python -m pytest --dist loadfile --no-loadscope-reorder
+PYTEST_WAITING := $(PYTEST) -n $(shell echo $$(($(CORES) < 4 ? $(CORES) + 2 : 5)))
 
 .PHONY: repro test test-fast test-services ui bench notebooks lint install install-tests clean
 
@@ -23,13 +25,13 @@ repro: install ## run every stage that is not up to date
 	@latentloom summary
 
 test: install-tests ## every test
-	$(PYTEST)
+	$(PYTEST_WAITING)
 
 test-fast: install-tests ## unit tests alone, without the slow ones
-	$(PYTEST) -m "not pipeline and not fault and not slow and not service"
+	$(PYTEST) -n $(CORES) -m "not pipeline and not fault and not slow and not service"
 
 test-services: install-tests ## tests with Postgres, S3, a browser, DVC's queue, a served model
-	$(PYTEST) -m service
+	$(PYTEST_WAITING) -m service
 
 ui: install ## MLflow's pages on this machine; PORT=... for another port than 5000
 	@latentloom ui $(if $(PORT),--port $(PORT))

@@ -1,8 +1,9 @@
 """What several test folders share: prepared images on disk, as the ingest stage leaves them."""
 
+import gc
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         places[item.path] = min(places.get(item.path, math.inf), place(item))
     items.sort(key=lambda item: places[item.path])  # stable: a file's tests stay in their order
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Look for no garbage among what the tests import, neither now nor later: that takes a second each time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -94,11 +94,12 @@ class Project:
 
 
 PYTHON = """#!/bin/sh
-# The tests' python: a project's stages and the package's modules are handed to the server of stages, anything else to
-# the real interpreter.
+# The tests' python: a project's stages, the package's modules, torchrun and the tests' own scripts are handed to the
+# server of stages, anything else to the real interpreter.
 case "$PYTHONPATH $1 $2" in
 "src pipelines/"*.py" "*) exec {python} -SI {client} {socket} "$@" ;;
-*" -m latentloom."*) exec {python} -SI {client} {socket} "$@" ;;
+"src "{tests}/*.py" "*) exec {python} -SI {client} {socket} "$@" ;;
+*" -m latentloom."* | *" -m torch.distributed.run") exec {python} -SI {client} {socket} "$@" ;;
 *) exec {python} "$@" ;;
 esac
 """
@@ -121,7 +122,12 @@ def stage_socket() -> Path:
         if not (folder / "python").exists():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            names = {"python": sys.executable, "client": tests / "stage_client.py", "socket": folder / "socket"}
+            names = {
+                "python": sys.executable,
+                "tests": tests,
+                "client": tests / "stage_client.py",
+                "socket": folder / "socket",
+            }
             quoted = {name: shlex.quote(str(value)) for name, value in names.items()}
             own = (*OTHERS, "PYTHONPATH")
             environment = {key: value for key, value in os.environ.items() if not key.startswith(own)}

@@ -10,6 +10,7 @@ request as JSON and gets two lines: the stage's process id, then its exit status
 A client that leaves earlier takes its stage with it.
 """
 
+import atexit
 import gc
 import importlib
 import json
@@ -30,6 +31,7 @@ from typing import Any
 PRELOADED = (
     "torch",
     "torch._dynamo",
+    "torch.distributed.algorithms.ddp_comm_hooks",
     "accelerate",
     "pandas",
     "pandas.core.computation.expressions",
@@ -38,6 +40,7 @@ PRELOADED = (
     "pyarrow.pandas_compat",
     "pyarrow.parquet",
     "pydantic.dataclasses",
+    "typer",
     "diffusers.models.autoencoders.autoencoder_tiny",
     "transformers.models.bert.modeling_bert",
     "transformers.models.bert.tokenization_bert",
@@ -48,19 +51,37 @@ PRELOADED = (
     "s3fs",
     "sqlalchemy.dialects.sqlite",
     "mlflow.tracking",
+    "mlflow.store.model_registry.sqlalchemy_workspace_store",
     "mlflow.store.tracking.sqlalchemy_store",
     "mlflow.store.tracking.sqlalchemy_workspace_store",
     "mlflow.utils.search_logged_model_utils",
+    "configobj",
+    "dvc.cachemgr",
     "dvc.cli.parser",
+    "dvc.data_cloud",
+    "dvc.repo.artifacts",
+    "dvc.repo.datasets",
+    "dvc.repo.experiments.queue.celery",
+    "dvc.repo.graph",
     "dvc.repo.index",
     "dvc.repo.open_repo",
+    "dvc.repo.params",
     "dvc.repo.plots",
     "dvc.repo.reproduce",
+    "dvc.repo.stage",
+    "dvc.repo.trie",
     "dvc.rwlock",
     "dvc.scm",
+    "dvc.utils.hydra",
+    "dvc.utils.strictyaml",
+    "dvc_data.hashfile.db.local",
+    "dvc_data.index.checkout",
+    "dvc_data.index.push",
+    "dulwich.ignore",
     "dulwich.repo",
     "dulwich.worktree",
     "fsspec.implementations.local",
+    "fsspec.implementations.memory",
     "networkx",
     "platformdirs",
     "great_expectations",
@@ -71,6 +92,7 @@ PRELOADED = (
     "resvg_py",
     "PIL.ImageDraw",
     "PIL.ImageFont",
+    "matplotlib.backends.backend_agg",
     "matplotlib.pyplot",
 )
 
@@ -78,17 +100,36 @@ PRELOADED = (
 def main(folder: Path, owner: int) -> None:
     """Serve on ``folder/socket`` until the process ``owner`` is gone."""
     import stage_hooks  # noqa: F401 (before the folder of the tests leaves the path)
+    from migrations import read_migrations_once
 
+    gc.disable()  # nothing of what is imported is garbage
     for module in PRELOADED:
         importlib.import_module(module)
+    read_migrations_once()
     logging.captureWarnings(False)  # Great Expectations, which only some stages import, turned it on
     assert threading.active_count() == 1, "a thread does not survive a fork"
     assert not [name for name in sys.modules if name.partition(".")[0] == "latentloom"]
-    gc.collect()
     gc.freeze()
+    gc.enable()
     request = _serve(folder, owner)
     if request:
-        _run(request["argv"], request["hooks"])
+        _run_and_leave(request["argv"], request["hooks"])
+
+
+def _run_and_leave(argv: list[str], hooks: dict[str, Any]) -> None:
+    """Run, and end as an interpreter does, but without freeing all that the server has imported, which takes long."""
+    status = 0
+    try:
+        _run(argv, hooks)
+    except SystemExit as stop:
+        if not isinstance(stop.code, int | None):
+            raise
+        status = stop.code or 0
+    threading._shutdown()  # waits for threads, as the end of an interpreter does first
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _run(argv: list[str], hooks: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from migrations import read_migrations_once
 from tiny_models import save_tiny_unet
 
 from latentloom.diffusion.sampling_settings import SamplingSettings
@@ -24,6 +25,7 @@ from latentloom.tracking.store import open_client
 @pytest.fixture(scope="session")
 def empty_store(made_once) -> Path:
     """A fresh SQLite store: MLflow needs seconds to make one, so each test gets a copy."""
+    read_migrations_once()
 
     def make(folder: Path) -> str:
         folder.mkdir()

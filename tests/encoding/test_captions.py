@@ -178,19 +178,18 @@ def test_an_encoder_that_leads_nowhere_is_explained(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
-def test_one_percent_more_captions_cost_at_most_two_percent_of_the_encoders_work(bundled, prepare_images, tmp_path):
+def test_one_percent_more_captions_cost_at_most_two_percent_of_the_encoders_work(clip, prepare_images, tmp_path):
     work = []
-    hook = bundled.model.register_forward_pre_hook(
+    hook = clip.model.register_forward_pre_hook(
         lambda *arguments: work.append(len(arguments[2]["input_ids"])), with_kwargs=True
     )
     try:
-        encode_captions(bundled, prepare_images(range(1600), name="a"), tmp_path / "a", RowStore(tmp_path / "s", 2**30))
+        encode_captions(clip, prepare_images(range(1600), name="a"), tmp_path / "a", RowStore(tmp_path / "s", 2**30))
         whole = sum(work)
         work.clear()
         grown = sorted(range(1616), key=lambda seed: seed * 7919 % 1616)  # the new ones anywhere in the list
         images = prepare_images(grown, name="b")
-        counts = encode_captions(bundled, images, tmp_path / "b", RowStore(tmp_path / "s", 2**30))
+        counts = encode_captions(clip, images, tmp_path / "b", RowStore(tmp_path / "s", 2**30))
     finally:
         hook.remove()
     assert counts.encoded == 16

@@ -83,6 +83,7 @@ def test_token_states_and_where_captions_are_cut_are_as_params_say(run_stage):
     assert run_stage("encode_text", "tokens", 5) == "43 captions: encoded 0, reused 43; 3 cut at 5 tokens"
 
 
+@pytest.mark.slow
 def test_with_nothing_to_compute_no_model_is_loaded(run_stage):
     for stage in STAGES:
         run_stage(stage)

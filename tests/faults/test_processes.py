@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,15 +24,15 @@ A_MINUTE = 60
 STAGE_STEPS = 40
 
 
-def launch(*command: object, folder: Path = ROOT, path: str = os.environ["PATH"]) -> subprocess.Popen[str]:
-    """Run a command in two processes."""
+def launch(*arguments: object, folder: Path = ROOT) -> subprocess.Popen[str]:
+    """Run a script in two processes, which the server of stages forks, as it does the one that starts them."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "DVC_"))}
     environment |= {"PYTHONPATH": "src", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "LATENTLOOM_DEVICE": "cpu"}
     return subprocess.Popen(
-        [sys.executable, *torchrun, *map(str, command)],
+        ["python", *torchrun, "python", *map(str, arguments)],
         cwd=folder,
-        env=environment | {"PATH": path},
+        env=environment | {"PATH": Project(folder).environment["PATH"]},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -66,7 +65,7 @@ class Compared:
 def compared(tmp_path_factory) -> Compared:
     folder = tmp_path_factory.mktemp("processes")
     train_in_processes.main(folder / "alone")
-    job = launch(sys.executable, train_in_processes.__file__, folder / "together", 1)
+    job = launch(train_in_processes.__file__, folder / "together", 1)
     saved = [folder / "together" / f"{rank}.safetensors" for rank in (0, 1)]
     while not all(path.exists() for path in saved):
         assert job.poll() is None, printed_by(job)
@@ -121,11 +120,6 @@ def project(uninterrupted, tmp_path) -> Project:
     return copy
 
 
-def launch_stage(project: Project) -> subprocess.Popen[str]:
-    """Train in two processes, which the server of stages forks."""
-    return launch("python", "pipelines/train.py", folder=project.folder, path=project.environment["PATH"])
-
-
 def losses(project: Project) -> list[float]:
     lines = (project.folder / "reports/train/plots/train.csv").read_text().splitlines()[1:]
     return [float(line.split(",")[1]) for line in lines]
@@ -135,7 +129,7 @@ def test_a_job_asked_to_stop_saves_its_state_once_and_resumes_with_any_number_of
     undisturbed = copy_project(project, tmp_path / "undisturbed" / "project")
     finish(undisturbed, "train")
 
-    job = launch_stage(project)
+    job = launch("pipelines/train.py", folder=project.folder)
     while not list(project.folder.glob(".state/checkpoints/*/step-*/state.json")):
         assert job.poll() is None, printed_by(job)
         time.sleep(0.01)
@@ -148,7 +142,7 @@ def test_a_job_asked_to_stop_saves_its_state_once_and_resumes_with_any_number_of
     by_one = copy_project(project, tmp_path / "by one" / "project")
     shutil.copytree(project.folder / ".state", by_one.folder / ".state")
 
-    job = launch_stage(project)
+    job = launch("pipelines/train.py", folder=project.folder)
     printed = printed_by(job)
     assert job.returncode == 0, printed
     resuming = f"train: resuming from step {step} of {STAGE_STEPS}"

@@ -192,6 +192,7 @@ def test_names_that_are_not_utf8_are_kept_with_escapes(corpus):
     assert corpus.reasons() == {"b\\udcff.png": "no_caption"}
 
 
+@pytest.mark.slow
 def test_names_and_captions_are_the_same_in_a_locale_without_them(corpus, tmp_path):
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     params["ingest"] |= {"source": "folder", "path": str(corpus.path), "limit": None}

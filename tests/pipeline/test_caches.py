@@ -28,9 +28,9 @@ def add_pictures(folder: Path, seeds: range, caption: str = "noise number") -> N
 
 @pytest.fixture(scope="module")
 def encoded(make_project) -> Project:
-    """A project of 150 pictures in several shards whose caches are made; tests must leave it as they found it."""
-    project = replace(make_project("caches"), rows_per_shard=16)
-    add_pictures(project.folder / "pictures/b", range(150))
+    """A project of 60 pictures in several shards whose caches are made; tests must leave it as they found it."""
+    project = replace(make_project("caches"), rows_per_shard=6)
+    add_pictures(project.folder / "pictures/b", range(60))
     project.set_params(ingest__source="folder", ingest__path="pictures", ingest__image_size=32, ingest__limit=None)
     project.run("dvc", "repro", "encode_images", "encode_text")
     return project
@@ -55,10 +55,10 @@ def test_added_images_alone_are_encoded_and_shards_beyond_them_stay(project):
     before = set(shards(project).values())
     add_pictures(project.folder / "pictures/a", range(2000, 2012))  # a folder that sorts before the other
     output = project.run("dvc", "repro", "encode_images", "encode_text").stdout
-    assert "162 latents: encoded 12, reused 150" in output
-    assert "162 captions: encoded 12, reused 150" in output
-    assert read_json(project.folder / "reports/encode_images.json")["latents"] == 162
-    assert read_json(project.folder / "reports/encode_text.json")["captions"] == 162
+    assert "72 latents: encoded 12, reused 60" in output
+    assert "72 captions: encoded 12, reused 60" in output
+    assert read_json(project.folder / "reports/encode_images.json")["latents"] == 72
+    assert read_json(project.folder / "reports/encode_text.json")["captions"] == 72
     after = shards(project)
     assert len(before & set(after.values())) >= 3  # of images, of latents and of text, those after the change
     state = {path.stat().st_ino for path in (project.folder / ".state/latents").iterdir()}
@@ -68,25 +68,25 @@ def test_added_images_alone_are_encoded_and_shards_beyond_them_stay(project):
 def test_flip_encodes_the_mirrored_images_alone(project):
     project.set_params(encode_images__flip=True)
     output = project.run("dvc", "repro", "encode_images").stdout
-    assert "300 latents: encoded 150, reused 150" in output
+    assert "120 latents: encoded 60, reused 60" in output
 
 
 def test_another_precision_is_another_cache_and_going_back_encodes_nothing(project):
     project.set_params(encode_images__precision="bf16")
-    assert "encoded 150, reused 0" in project.run("dvc", "repro", "encode_images").stdout
+    assert "encoded 60, reused 0" in project.run("dvc", "repro", "encode_images").stdout
     project.set_params(encode_images__precision="fp32")
     shutil.rmtree(project.folder / ".dvc/cache/runs")  # so that the stage itself is asked, not DVC's run cache
-    assert "encoded 0, reused 150" in project.run("dvc", "repro", "encode_images").stdout
+    assert "encoded 0, reused 60" in project.run("dvc", "repro", "encode_images").stdout
 
 
 def test_other_weights_in_the_folder_of_a_local_vae_are_noticed(project):
     folder = save_tiny_vae(project.folder / "my_vae")
     project.set_params(encode_images__vae="my_vae")
-    assert "encoded 150, reused 0" in project.run("dvc", "repro", "encode_images").stdout
+    assert "encoded 60, reused 0" in project.run("dvc", "repro", "encode_images").stdout
     before = shards(project)
     save_tiny_vae(folder, seed=1)
     printed = project.run("dvc", "repro", "encode_images", "encode_text").stdout
-    assert "encoded 150, reused 0" in printed
+    assert "encoded 60, reused 0" in printed
     assert stages_run(printed) == ["encode_images"]
     assert shards(project) != before
     fingerprint = read_json(project.folder / "data/encoders/encode_images.json")["vae"]["fingerprint"]
@@ -97,12 +97,12 @@ def test_deleting_the_store_costs_time_and_nothing_else(project):
     before = shards(project)
     shutil.rmtree(project.folder / ".state")
     output = project.run("dvc", "repro", "-f", "-s", "encode_images").stdout
-    assert "encoded 0, reused 150" in output  # out of DVC's cache
+    assert "encoded 0, reused 60" in output  # out of DVC's cache
     assert shards(project) == before
     shutil.rmtree(project.folder / ".state")
     shutil.rmtree(project.folder / ".dvc/cache")
     output = project.run("dvc", "repro", "-f", "-s", "encode_images").stdout
-    assert "encoded 150, reused 0" in output
+    assert "encoded 60, reused 0" in output
     assert shards(project) == before
 
 

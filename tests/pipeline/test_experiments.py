@@ -290,17 +290,20 @@ def test_the_best_is_found_taken_over_and_left_again(morning):
     assert len(trainings(morning)) == len(NAMES)
 
 
-def test_what_a_machine_without_mlflow_trained_is_delivered_later(morning):
+def test_a_machine_without_mlflow_and_dvc_trains_the_same_bytes_which_are_delivered_later(morning):
     box = morning.folder.parent / "latentloom"
     ignored = shutil.ignore_patterns(".git", ".dvc", ".state", "mlflow.db*", "mlartifacts", "models", "__pycache__")
     shutil.copytree(morning.folder, box, ignore=ignored)
-    (box / "src" / "mlflow").mkdir()
-    (box / "src" / "mlflow" / "__init__.py").write_text("raise ImportError('there is no MLflow here')")
+    for package in ("mlflow", "dvc", "great_expectations"):
+        (box / "src" / package).mkdir()
+        (box / "src" / package / "__init__.py").write_text(f"raise ImportError('there is no {package} here')")
     there, copy, here = ELSEWHERE.strip().splitlines()
     said = Project(box, cold=True).run("bash", "-euc", there).stderr
     assert said.count("MLflow could not be written to") == 1
-    assert "there is no MLflow here" in said
+    assert "there is no mlflow here" in said
     assert not (box / "mlflow.db").exists()
+    trained = Path("models/unet/model.safetensors")
+    assert (box / trained).read_bytes() == (morning.folder / trained).read_bytes()
 
     before = {run.info.run_id for run in all_runs(morning)}
     for _ in range(2):  # copied and delivered again, nothing is doubled

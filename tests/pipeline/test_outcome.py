@@ -112,29 +112,6 @@ def test_mlflow_has_the_training_with_curves_pictures_data_and_tags_and_its_eval
     assert len(datasets["training"].digest) == 16
 
 
-def test_training_reads_the_caches_without_dvc_and_without_mlflow(finished, tmp_path):
-    import shutil
-
-    for part in ("data", "src", "pipelines", "params.yaml", "reports"):
-        source = finished.folder / part
-        copy = shutil.copytree if source.is_dir() else shutil.copy2
-        copy(source, tmp_path / part)
-    hidden = "import sys; sys.modules['mlflow'] = sys.modules['dvc'] = sys.modules['great_expectations'] = None; "
-    code = hidden + "import runpy; runpy.run_path('pipelines/train.py', run_name='__main__')"
-    environment = finished.environment | {"PYTHONPATH": "src"}
-    finished.run(
-        "env",
-        "-C",
-        str(tmp_path),
-        *(f"{k}={v}" for k, v in environment.items() if k == "PYTHONPATH"),
-        "python",
-        "-c",
-        code,
-    )
-    trained = tmp_path / "models/unet/model.safetensors"
-    assert trained.read_bytes() == (finished.folder / "models/unet/model.safetensors").read_bytes()
-
-
 def test_a_latent_is_read_as_the_page_about_the_caches_shows(finished):
     page = (Path(__file__).parents[2] / "docs" / "caches.md").read_text()
     (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)

@@ -374,10 +374,11 @@ def test_every_task_of_the_page_is_run_here():
     assert sum(len(blocks_of(heading)) for heading, _ in TASKS) == PAGE.count("```sh")
 
 
-def test_an_experiment_from_the_queue_runs_elsewhere_and_reuses_what_this_machine_encoded(project, kept, tmp_path):
+def test_an_experiment_in_a_folder_of_its_own_as_from_the_queue_reuses_what_this_machine_encoded(
+    project, kept, tmp_path
+):
     project = project.copied(tmp_path / "project")
     before = figures(project)
-    project.run("dvc", "exp", "run", "--queue", "-n", "queued", "-S", "encode_images.flip=true", "encode_images")
-    printed = project.run("dvc", "exp", "run", "--run-all").stdout
+    printed = project.run("dvc", "exp", "run", "--temp", "-S", "encode_images.flip=true", "encode_images").stdout
     assert "80 latents: encoded 40, reused 40" in printed
     assert figures(project) == before

@@ -82,6 +82,7 @@ def test_a_name_of_nothing_is_rejected_with_what_to_do(project_root, train, tiny
         find_model(reference, project_root)
 
 
+@pytest.mark.slow
 def test_a_registered_model_is_found_by_alias_and_number_where_nothing_else_has_it(project_root, train, tiny_unets):
     run_id = train(tiny_unets[0])
     registry.promote(find_model(str(tiny_unets[0]), project_root), "champion", project_root)

@@ -294,6 +294,7 @@ def test_demotions_that_follow_each_other_come_to_an_end(project_root, train, pr
     assert registry.demote("champion", project_root) == ("2", None)
 
 
+@pytest.mark.slow
 def test_a_champion_that_was_moved_in_mlflows_own_pages_is_taken_back_to_the_one_before(
     project_root, train, promote, tiny_unets
 ):
@@ -305,6 +306,7 @@ def test_a_champion_that_was_moved_in_mlflows_own_pages_is_taken_back_to_the_one
     assert registry.demote("champion", project_root) == ("2", "1")
 
 
+@pytest.mark.slow
 def test_a_version_that_was_deleted_is_skipped(project_root, train, promote, tiny_unets):
     for number, folder in enumerate(tiny_unets):
         train(folder, recall=0.5 + 0.1 * number)
@@ -350,6 +352,7 @@ def invoke(project_root):
     return run
 
 
+@pytest.mark.slow
 def test_at_the_keyboard(invoke, train, tiny_unets):
     train(tiny_unets[0], name="gentle", recall=0.75)
     bold = train(tiny_unets[1], name="bold", recall=0.5)

@@ -1,14 +1,15 @@
 """Checkpoints are whole or skipped, belong to one training, survive edits of the code, and do not pile up."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
 import warnings
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -227,20 +228,28 @@ def test_a_job_of_several_processes_does_not_wait_but_says_what_runs(checkpoints
 
 
 def test_waiting_can_be_interrupted(tmp_path):
-    script = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs ignore it
-        f"import sys, pathlib; sys.path.insert(0, {str(Path(__file__).parents[2] / 'src')!r})\n"
-        "from latentloom.training.checkpoints import Checkpoints, CodeVersion\n"
-        f"folder = pathlib.Path({str(tmp_path / ('f' * 16))!r})\n"
-        "own = Checkpoints(folder, code=CodeVersion('c'), keep=2, pinned=0, limit=1)\n"
-        "with own.locked(): print('held')"
-    )
+    def wait() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
+        with open(tmp_path / "printed.txt", "w", buffering=1) as printed, contextlib.redirect_stderr(printed):
+            try:
+                with of_training(tmp_path).locked():
+                    print("held", file=sys.stderr)
+            except KeyboardInterrupt:
+                print("interrupted", file=sys.stderr)
+
+    def printed() -> str:
+        return (tmp_path / "printed.txt").read_text() if (tmp_path / "printed.txt").exists() else ""
+
     with of_training(tmp_path).locked():
-        waiting = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
-        assert "waiting until it has ended" in waiting.stderr.readline()
-        waiting.send_signal(signal.SIGINT)
-        _, printed = waiting.communicate(timeout=60)
-    assert "KeyboardInterrupt" in printed
+        waiting = get_context("fork").Process(target=wait)
+        waiting.start()
+        while "waiting until it has ended" not in printed():
+            assert waiting.is_alive(), printed()
+            time.sleep(0.01)
+        os.kill(waiting.pid, signal.SIGINT)
+        waiting.join(60)
+    assert printed().endswith("interrupted\n")
+    assert "held" not in printed()
 
 
 def test_the_state_may_be_deleted_while_it_is_held(checkpoints, tmp_path):

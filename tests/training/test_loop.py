@@ -39,7 +39,7 @@ def assert_equal(one: dict, other: dict) -> None:
 
 
 def test_the_error_falls(make_data, train_params, diffusion_params):
-    _, steps = run(make_data(8), train_params.model_copy(update={"steps": 150}), diffusion_params)
+    _, steps = run(make_data(8), train_params.model_copy(update={"steps": 80}), diffusion_params)
     first, last = (sum(float(step.mae) for step in part) / 20 for part in (steps[:20], steps[-20:]))
     assert last < 0.85 * first
 
@@ -162,7 +162,7 @@ def test_losses_are_what_their_names_say(train_params):
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["mse", "huber"])
 def test_other_losses_learn_and_the_mae_is_measured_with_them(make_data, train_params, diffusion_params, loss):
-    _, steps = run(make_data(8), train_params.model_copy(update={"steps": 150, "loss": loss}), diffusion_params)
+    _, steps = run(make_data(8), train_params.model_copy(update={"steps": 80, "loss": loss}), diffusion_params)
     first, last = (sum(float(step.mae) for step in part) / 20 for part in (steps[:20], steps[-20:]))
     assert last < 0.9 * first
     assert float(steps[-1].loss) != float(steps[-1].mae)

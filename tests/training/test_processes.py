@@ -5,17 +5,17 @@ import signal
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 import train_in_processes
+from projects import ROOT, Project
 from safetensors.torch import load_file
 
 from latentloom.errors import UserError
 from latentloom.training.processes import check_environment, launch, make_accelerator, requested_device
 
-SRC = str(Path(__file__).parents[2] / "src")
+SRC = str(ROOT / "src")
 SCRIPT = """
 import os, sys, time
 sys.path.insert(0, SRC)
@@ -146,8 +146,9 @@ def test_settings_of_an_accelerate_config_change_no_bit_of_a_training(tmp_path):
         "ACCELERATE_TORCH_DEVICE": "meta",
     }
     train_in_processes.main(tmp_path / "plain")
-    command = [sys.executable, train_in_processes.__file__, tmp_path / "config"]
-    subprocess.run(command, env=environment(PYTHONPATH=SRC, **config), check=True, timeout=300)
+    command = ["python", train_in_processes.__file__, tmp_path / "config"]
+    given = Project(ROOT).environment | config | {"PYTHONPATH": "src"}
+    subprocess.run(command, cwd=ROOT, env=given, check=True, timeout=300)
     plain, configured = (load_file(tmp_path / name / "0.safetensors") for name in ("plain", "config"))
     assert plain.keys() == configured.keys()
     assert all(torch.equal(tensor, configured[name]) for name, tensor in plain.items())
