@@ -26,7 +26,7 @@ from PIL import Image
 from latentloom.files import write_json
 from latentloom.ingestion import shards
 from latentloom.params import load_params
-from latentloom.validation import validate
+from latentloom.validation.runner import validate
 from latentloom.validation.tables import LATENT_REJECTS
 
 SHARD_ROWS = 1024  # ingest's, on average

@@ -22,7 +22,6 @@ from latentloom.model_files import model_hash
 from latentloom.params import Params
 from latentloom.source_code import code_hash, deciding_modules
 from latentloom.stage import run_stage
-from latentloom.tracking.git import Git
 from latentloom.tracking.provenance import collect, record_model, record_start, save_run_record
 from latentloom.tracking.runs import new_run
 from latentloom.training.checkpoints import Checkpoints, CodeVersion, training_fingerprint
@@ -81,7 +80,6 @@ def _train_tracked(
                 images=images,
                 digests=caches.digests,
                 device=str(accelerator.device),
-                code_diff=Git(Path.cwd()).code_diff(),
             )
             result = train(checkpoints=checkpoints, resumed=resumed, logger=tracked)
             provenance = provenance.with_model(MODEL, model_hash(MODEL), tracked.key)

@@ -14,7 +14,7 @@ from latentloom.files import sha256_file, write_json, write_text
 from latentloom.layout import DATA_DOCS, IMAGES, LATENTS, TEXT, VALIDATED, VALIDATION_REPORT
 from latentloom.params import Params
 from latentloom.stage import run_stage
-from latentloom.validation import validate
+from latentloom.validation.runner import validate
 
 
 def main(params: Params) -> str:

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "src" / "latentloom"
 
 CORE = (
     *("params", "files", "layout", "errors", "stage", "devices", "randomness", "model_files", "sharding"),
-    *("source_code", "sizes", "image_grid", "dvc_outs", "user", "lettering", "tensor_files", "file_hashes"),
+    *("source_code", "sizes", "image_grid", "dvc_outs", "lettering", "tensor_files", "file_hashes"),
 )
 # Readers of what a stage left: what other stage packages may import of it.
 READERS = (
@@ -40,7 +40,6 @@ FOUNDATION = {
     "sizes": (),
     "image_grid": ("lettering",),
     "lettering": (),
-    "user": (),
     "layout": ("errors",),
     "files": ("errors",),
     "devices": ("errors",),

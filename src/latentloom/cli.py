@@ -139,8 +139,17 @@ def sync() -> None:
     raise typer.Exit(waits)
 
 
+def _percentile(text: str) -> float | str | None:
+    """A percentile as it is typed; what is neither a number nor `none` stays text, which the request's check names."""
+    try:
+        return None if text == "none" else float(text)
+    except ValueError:
+        return text
+
+
 @app.command()
 def sample(
+    context: typer.Context,
     prompts: Annotated[list[str], typer.Argument(help="What to generate; one or more samples per prompt.")],
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = str(MODEL),
     output: Annotated[str, typer.Option("--output", "-o", help="FILE.png, or FOLDER/ for one PNG per sample.")] = (
@@ -157,37 +166,26 @@ def sample(
         tuple[float, float] | None, typer.Option(help="Noise levels at which guidance acts.")
     ] = None,
     guidance_rescale: Annotated[float | None, typer.Option(help="0 to 1: how much contrast is taken back.")] = None,
-    threshold: Annotated[str | None, typer.Option(help="The percentile of dynamic thresholding, or none.")] = None,
+    threshold: Annotated[
+        str | None, typer.Option(parser=_percentile, help="The percentile of dynamic thresholding, or none.")
+    ] = None,
     precision: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")] = None,
 ) -> None:
     """Generate images of prompts. The same command gives the same bytes on one machine's CPU."""
-    options = {
-        "seed": seed,
-        "count": count,
-        "first": first,
-        "size": size,
-        "steps": steps,
-        "guidance": guidance,
-        "sampler": sampler,
-        "guidance_interval": guidance_interval,
-        "guidance_rescale": guidance_rescale,
-        "precision": precision,
-    }
-    options = {name: value for name, value in options.items() if value is not None}
-    if threshold is not None:
-        options["threshold"] = _percentile(threshold)
     folder = _is_folder(output)
     # In UTF-8, whatever the locale says.
     prompts = [os.fsencode(prompt).decode(errors="surrogateescape") for prompt in prompts]
-    from latentloom.diffusion.sampling_settings import SampleRequest
+    from latentloom.diffusion.sampling_settings import OPTION_NAMES, SampleRequest
     from latentloom.evaluation.metadata import save_image
     from latentloom.evaluation.text_to_image import default_settings, load_text_to_image, prompt_grid
     from latentloom.registry.models import find_model
 
     found = find_model(model, project_root())
     settings = default_settings(found.folder)
+    # All options are read by their names; those that were not given are as in the params.
+    given = [name for name in OPTION_NAMES if context.get_parameter_source(name).name != "DEFAULT"]
     try:
-        request = SampleRequest.of(settings, options)
+        request = SampleRequest.of(settings, {name: context.params[name] for name in given})
     except ValueError as error:
         raise UserError(str(error)) from error
     loaded = load_text_to_image(found.folder, provenance=found.provenance and found.provenance.in_images())
@@ -200,18 +198,10 @@ def sample(
         return
     for row, (prompt, samples) in enumerate(zip(prompts, images, strict=True), start=1):
         words = re.sub(r"[^\w]+", "-", prompt).strip("-").encode()[:60].decode(errors="ignore")
-        for number, image in enumerate(samples, start=first):
+        for number, image in enumerate(samples, start=request.first):
             path = Path(output) / f"{row:02d}-{words}-{number}.png"
             save_image(path, image, loaded.metadata([prompt], replace(request, first=number, count=1)))
             print(path)
-
-
-def _percentile(text: str) -> float | str | None:
-    """A percentile as it is typed; what is neither a number nor `none` stays text, which the request's check names."""
-    try:
-        return None if text == "none" else float(text)
-    except ValueError:
-        return text
 
 
 def _is_folder(output: str) -> bool:

@@ -77,11 +77,7 @@ def locate(root: Path, outs: Iterable[str]) -> dict[str, tuple[Place, str]]:
 
 
 def bring(root: Path, wanted: Mapping[str, Path]) -> None:
-    """Write DVC's files or folders to paths, each from the cache, else from the remote; all of them in one pull.
-
-    Args:
-        root: the project.
-        wanted: by the hash of an out, where it goes; what is there is replaced.
+    """Write outs, by their hashes, to paths, from the cache or the remote, in one pull; what is there is replaced.
 
     Raises:
         UserError: saying what DVC said, when neither has all of it, or the remote does not answer; then nothing has

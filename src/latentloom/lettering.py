@@ -67,26 +67,20 @@ def _most_that_fits(word: str, length: Callable[[str], float], width: float) -> 
 
 def _font_for(text: str) -> Path:
     """The first font that has all characters of a text, or else the most."""
-    missing, fonts = {}, [_matplotlib_font(), *_installed_fonts()]
+    needed = {ord(own) for own in text if not own.isspace() and unicodedata.category(own) != "Cf"}
+    fonts = [_matplotlib_font(), *_installed_fonts()]
     for path in fonts:
-        missing[path] = sum(not _has(path, character) for character in set(text) if not character.isspace())
-        if not missing[path]:
+        if needed <= _characters(path):
             return path
     warnings.warn(WITHOUT_A_FONT, stacklevel=4)  # told once, since its text is the same
-    return min(fonts, key=missing.__getitem__)
-
-
-@lru_cache(4096)
-def _has(path: Path, character: str) -> bool:
-    return unicodedata.category(character) == "Cf" or _characters(path)(ord(character)) > 0
+    return min(fonts, key=lambda path: len(needed - _characters(path)))
 
 
 @lru_cache
-def _characters(path: Path) -> Callable[[int], int]:
-    """The number of a code point's glyph, 0 where a font has none."""
+def _characters(path: Path) -> frozenset[int]:
     from matplotlib.ft2font import FT2Font
 
-    return FT2Font(str(path)).get_char_index
+    return frozenset(FT2Font(str(path)).get_charmap())
 
 
 @lru_cache
@@ -105,7 +99,9 @@ def _matplotlib_font(bold: bool = False) -> Path:
 def _installed_fonts() -> tuple[Path, ...]:
     """One file of each package of fonts, in an order that is the same everywhere."""
     modules = [CJK, *sorted({entry.module for entry in entry_points(group=FONT_PACKAGES)})]
-    files = (min(_files(module), key=_is_upright, default=None) for module in modules)
+    files = (
+        min(_files(module), key=lambda path: ("Italic" in path.name, path.name), default=None) for module in modules
+    )
     return tuple(path for path in files if path)
 
 
@@ -113,7 +109,3 @@ def _files(module: str) -> Iterable[Path]:
     spec = find_spec(module)
     roots = (spec and spec.submodule_search_locations) or []
     return (path for root in roots for path in sorted(Path(root).rglob("*")) if path.suffix in (".otf", ".ttf"))
-
-
-def _is_upright(path: Path) -> tuple[bool, str]:
-    return "Italic" in path.name, path.name

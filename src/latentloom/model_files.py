@@ -144,10 +144,8 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> tuple[UNet, 
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is missing or damaged ({error}); run `dvc checkout` or `dvc repro`") from error
     network = config.build()
-    # Models from before there was whitening have none to load, and were trained without.
-    unwhitened = {name: own for name, own in network.state_dict().items() if name.startswith("text_whitening.")}
     try:
-        network.load_state_dict(unwhitened | tensors)
+        network.load_state_dict(tensors)
     except RuntimeError as error:  # in torch's words: which tensors, and their shapes
         raise UserError(f"{path} does not fit its config.json: {error}") from error
     if config.weights_sha256 not in (None, sha256_file(path)):  # names and shapes may fit by chance

@@ -425,44 +425,22 @@ def _downsampling(vae: str) -> int | None:
         return None
 
 
-RENAMED = {"recall_captions": "training_captions"}  # what a key of the same meaning is called now
-
-
-# What a params file of the version before has elsewhere, and what it lacks, at the value that changes nothing.
-MOVED = {
-    **{f"train.{key}": f"monitor.{key}" for key in ("log_every", "validate_every")},
-    **{f"{section}.sample_every": "previews.every" for section in ("train", "monitor")},
-    **{f"{section}.sample_count": "previews.captions" for section in ("train", "monitor")},
-    **{f"{section}.sample_guidance": "previews.guidance" for section in ("train", "monitor")},
-    **{f"train.{key}": f"machine.{key}" for key in ("gradient_checkpointing", "compile")},
-    "evaluate.recall_captions": "evaluate.training_captions",
+# What keys of earlier versions are called now; those that only changed their section are found without.
+RENAMED = {
+    "recall_captions": "evaluate.training_captions",
+    "sample_every": "previews.every",
+    "sample_count": "previews.captions",
+    "sample_guidance": "previews.guidance",
 }
+# What a params file of the version before lacks, at the value that changes nothing.
 ADDED = {
-    "ingest.skin_tones": 0,
     "ingest.shape": "square",
     "ingest.bucket_multiple": 32,
     "ingest.max_bucket_ratio": 2.0,
-    "encode_text.max_tokens": None,
     "validate.min_reconstruction_psnr": 0.0,
-    "validate.max_cut_captions": 1.0,
     "validate.max_same_embeddings": 1.0,
-    "model.text": "pooled",
-    "train.optimizer": "adamw",
-    "train.reduce_precision": "fp32",
-    "monitor.validation_images": 96,
-    "previews.prompts": [],
-    "previews.seed": 0,
-    "previews.steps": 20,
-    "evaluate.precision": "auto",
     "evaluate.sizes": None,
-    "evaluate.features": None,
-    "evaluate.clip": None,
-    "evaluate.samples": 1000,
-    "evaluate.real_images": "held_out",
-    "registry.min_held_out_recall_at_1": None,
-    "registry.max_copied_share": None,
 }
-NEW_SECTIONS = ("registry",)  # of which the version before had no key
 
 
 def load_params(path: Path | str = "params.yaml") -> Params:
@@ -486,11 +464,11 @@ def load_params(path: Path | str = "params.yaml") -> Params:
         raise ParamsError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ParamsError(f"{path} must hold sections ({', '.join(ALLOWED_KEYS[''])}), not {content!r}")
-    content, changes = _updated(content)
-    if changes:
+    added = _add_missing(content)
+    if added:
         warnings.warn(
             f"{path} is of an earlier version. Change it now, since DVC stops at a key that a stage reads and the file "
-            f"lacks, and the next version will not read it: {changes}",
+            f"lacks, and the next version will not read it: {', '.join(added)}",
             stacklevel=2,
         )
     try:
@@ -499,23 +477,15 @@ def load_params(path: Path | str = "params.yaml") -> Params:
         raise ParamsError("\n".join([f"{path}:", *(_explain(item) for item in error.errors())])) from error
 
 
-def _updated(content: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """``content`` with the keys of `MOVED` where they belong and those of `ADDED`; and what of it was changed."""
-    sections = {name: dict(keys) if isinstance(keys, dict) else keys for name, keys in content.items()}
-    changes = []
-    for old, new in MOVED.items():
-        (section, name), (new_section, new_name) = old.split("."), new.split(".")
-        if isinstance(keys := sections.get(section), dict) and name in keys:
-            sections.setdefault(new_section, {}).setdefault(new_name, keys.pop(name))
-            changes.append(f"{old} is now {new}")
+def _add_missing(content: dict[str, Any]) -> list[str]:
+    """Add to the sections of ``content`` what they lack of `ADDED`; return what that was."""
+    added = []
     for key, value in ADDED.items():
         section, name = key.split(".")
-        if section in NEW_SECTIONS:
-            sections.setdefault(section, {})
-        if isinstance(keys := sections.get(section), dict) and name not in keys:
+        if isinstance(keys := content.get(section), dict) and name not in keys:
             keys[name] = value
-            changes.append(f"add {key}: {'null' if value is None else value}")
-    return sections, ", ".join(changes)
+            added.append(f"add {key}: {'null' if value is None else value}")
+    return added
 
 
 def _explain(error: dict[str, Any]) -> str:
@@ -523,11 +493,13 @@ def _explain(error: dict[str, Any]) -> str:
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
         *section, name = location
+        if name in RENAMED:
+            return f"  {key} is now {RENAMED[name]}"
         allowed = ALLOWED_KEYS[".".join(part for part in section if not part.isdigit())]
         elsewhere = [
             f"{other}.{name}".lstrip(".") for other, keys in ALLOWED_KEYS.items() if name in keys and "." not in other
         ]
-        close = elsewhere or difflib.get_close_matches(RENAMED.get(name, name), allowed, n=1)
+        close = elsewhere or difflib.get_close_matches(name, allowed, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         return f"  {key} = {error['input']!r}: unknown key{hint}; allowed here: {', '.join(allowed)}"
     if error["type"] == "missing":

@@ -20,14 +20,10 @@ UNDECIDING = (
 
 
 def deciding_modules(script: Path, package: Path) -> list[Path]:
-    """The files that decide what ``script`` computes: itself, and the modules of ours that it imports, at any depth.
+    """The files that decide what ``script`` computes: itself, and what of ``package`` it imports, at any depth.
 
     Imports inside functions count. The package's own code imports a name from the module that defines it, never from
     the package around it.
-
-    Args:
-        script: a Python file.
-        package: the folder of the package, ``src/latentloom``.
     """
     reached, waiting = {script}, [script]
     while waiting:

@@ -89,38 +89,3 @@ def test_a_file_that_is_not_one_of_our_images_is_named(tmp_path):
     ):
         with pytest.raises(UserError, match=rf"(?s){name}\.png.* {reason}"):
             read_metadata(tmp_path / f"{name}.png")
-
-
-@pytest.mark.parametrize("run", ["b" * 32, None])
-def test_an_image_of_the_first_version_is_read(tmp_path, run):
-    """Its settings lie beside the rest, under other names."""
-    written = {
-        "prompts": ["a red apple"],
-        "seed": 7,
-        "first": 0,
-        "count": 1,
-        "steps": 20,
-        "guidance": 2.5,
-        "sampler": "dpmpp_2m",
-        "guidance_interval": [0.2, 0.7],
-        "guidance_rescale": 0.5,
-        "threshold": 98.0,
-        "precision": "bf16",
-        "model_sha256": "a" * 64,
-        "mlflow_run_id": run,
-        "vae": "c",
-        "text_encoder": "d",
-    }
-    save_with_chunk(tmp_path / "old.png", json.dumps(written))
-    metadata = read_metadata(tmp_path / "old.png")
-    assert asdict(metadata.sampling) == {
-        "diffusion_steps": 20,
-        "class_guidance": 2.5,
-        "sampler": "dpmpp_2m",
-        "guidance_interval": (0.2, 0.7),
-        "guidance_rescale": 0.5,
-        "threshold_percentile": 98.0,
-        "precision": "bf16",
-    }
-    assert (metadata.prompts, metadata.seed, metadata.code) == (("a red apple",), 7, None)
-    assert metadata.mlflow_run_id == run

@@ -257,13 +257,10 @@ def test_samples_of_one_number_start_from_the_same_noise_whatever_the_prompt(mod
     assert torch.equal(*starts)
 
 
-def test_a_model_folder_carries_its_settings_also_as_the_first_version_wrote_them(tmp_path):
+def test_a_model_folder_carries_its_settings(tmp_path):
     settings = SamplingSettings(diffusion_steps=20, guidance_interval=(0.2, 0.7), threshold_percentile=None)
     store_settings(tmp_path, settings)
     assert stored_settings(tmp_path) == settings
-    earlier = {"steps": 12, "guidance": 2.0, "guidance_interval": [0.0, 0.5], "threshold": 98.0, "precision": "fp32"}
-    (tmp_path / "sampling.json").write_text(json.dumps(earlier))
-    assert stored_settings(tmp_path) == SamplingSettings(12, 2.0, "ddim", (0.0, 0.5), 0.0, 98.0, "fp32")
     (tmp_path / "sampling.json").write_text('{"speed": 9}')
     with pytest.raises(UserError, match=r"sampling\.json: speed: not a setting"):
         stored_settings(tmp_path)

@@ -29,7 +29,7 @@ from latentloom.params import SourceParams
 from latentloom.registry import registry
 from latentloom.registry.models import find_model
 from latentloom.tracking.git import Git
-from latentloom.tracking.provenance import Provenance, collect, save_carried_record, save_run_record
+from latentloom.tracking.provenance import PROVENANCE, Provenance, collect, save_run_record
 from latentloom.tracking.store import open_client
 
 DATA = ("data/images", "data/latents", "data/text", "data/validated.json")
@@ -262,9 +262,8 @@ def test_a_model_that_was_converted_and_passed_on_needs_neither_the_store_nor_th
     convert(tiny_unets[0], folder)
     outs = {path: out for path, out in record.outs.items() if path != "models/unet"}
     sha256 = model_hash(folder)
-    save_carried_record(
-        folder, replace(record, converted_from=record.model_sha256, model_sha256=sha256, mlflow_run_id=None, outs=outs)
-    )
+    own = {"converted_from": record.model_sha256, "model_sha256": sha256, "mlflow_run_id": None, "outs": outs}
+    write_json(folder / PROVENANCE, asdict(replace(record, **own)))
     monkeypatch.setattr("latentloom.registry.models.SHOWCASE_FOLDER", folder)
     forget("models", "data", ".dvc/cache", ".state", "mlartifacts")
     Path("mlflow.db").unlink()

@@ -20,6 +20,7 @@ from latentloom.model_files import model_hash, read_config
 from latentloom.registry import measuring, registry
 from latentloom.registry.figures import RECALLS, Figures, figures_of, sampling_settings
 from latentloom.registry.models import stored_model
+from latentloom.tracking.evaluations import EVALUATED_TAG
 from latentloom.tracking.runs import new_run
 from latentloom.tracking.store import open_client
 
@@ -46,7 +47,7 @@ def keyboard(*words: str) -> str:
 def test_a_champion_of_other_data_is_measured_again_as_the_stage_measures_and_compared(project, tmp_path):
     other = save_tiny_unet(tmp_path / "other")
     with new_run(project.folder, name="of other data") as run:
-        run.set_tags({"model.sha256": model_hash(other)})
+        run.set_tags({"model.sha256": model_hash(other), EVALUATED_TAG: model_hash(other)})
         run.log_params({"seed": 0})
         run.log_text(json.dumps({"failed_checks": []}), "provenance.json")
         run.log_dataset(name="mine", source="data/latents", digest="e" * 16, rows=7, context="validation")

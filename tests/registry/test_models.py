@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,12 @@ from dvc.repo import Repo
 
 from latentloom.dvc_outs import out_hash
 from latentloom.errors import UserError
+from latentloom.files import write_json
 from latentloom.model_files import model_hash
 from latentloom.registry import registry
 from latentloom.registry.models import find_model, look_up
 from latentloom.tracking.evaluations import EVALUATED_TAG
-from latentloom.tracking.provenance import Provenance, save_carried_record
+from latentloom.tracking.provenance import PROVENANCE, Provenance
 from latentloom.tracking.runs import new_run
 from latentloom.tracking.store import open_client
 
@@ -125,7 +127,8 @@ def shipped(tiny_unets, tmp_path_factory, monkeypatch) -> Path:
     """A package whose own model is a small one, with its provenance in its folder."""
     folder = tmp_path_factory.mktemp("package") / "showcase"
     shutil.copytree(tiny_unets[1], folder)
-    save_carried_record(folder, Provenance(commit="c" * 40, model_sha256=model_hash(folder)))
+    record = Provenance(commit="c" * 40, model_sha256=model_hash(folder))
+    write_json(folder / PROVENANCE, asdict(record))
     monkeypatch.setattr("latentloom.registry.models.SHOWCASE_FOLDER", folder)
     return folder
 

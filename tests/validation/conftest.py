@@ -16,7 +16,8 @@ from PIL import Image
 from latentloom.files import read_json, write_json
 from latentloom.ingestion.shards import FORMAT_VERSION
 from latentloom.params import ValidateParams
-from latentloom.validation import ValidationReport, validate
+from latentloom.validation.report import ValidationReport
+from latentloom.validation.runner import validate
 
 LIMITS = ValidateParams(
     on_failure="stop",

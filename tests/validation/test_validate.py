@@ -13,7 +13,7 @@ import pytest
 
 from latentloom.errors import UserError
 from latentloom.files import read_json
-from latentloom.validation import ValidationReport
+from latentloom.validation.report import ValidationReport
 
 
 def digest(text: str) -> str:

@@ -34,7 +34,7 @@ from latentloom.layout import EVALUATE_METRICS, IMAGES, LATENTS, MODEL, PARAMS, 
 from latentloom.model_files import load_model, model_hash, save_model
 from latentloom.params import Params, load_params
 from latentloom.registry.models import SHOWCASE_FOLDER, is_model
-from latentloom.tracking.provenance import Provenance, read_run_record, save_carried_record
+from latentloom.tracking.provenance import PROVENANCE, Provenance, read_run_record
 from latentloom.tracking.store import existing_store
 from showcase.card import card, readme_lines
 from showcase.figures import check_recall, compare, measure_held_out, table
@@ -57,7 +57,7 @@ def pack(project: Path, folder: Path, *, shared: bool = False) -> None:
     convert(trained, folder)
     store_settings(folder, params.evaluate.sampling)
     known = _shipped(record, model_hash(folder))
-    save_carried_record(folder, known)
+    write_json(folder / PROVENANCE, asdict(known))
 
     model = load_text_to_image(folder)
     caches = load_caches(project / LATENTS, project / TEXT, device=model.device, memory_share=0.5)

@@ -65,17 +65,15 @@ class SamplingSettings:
     def from_dict(cls, values: Mapping[str, Any]) -> SamplingSettings:
         """Settings from JSON, as `dataclasses.asdict` gives them; what is missing has its default.
 
-        Short names (steps, guidance, threshold) are read as well. Raises `ValueError` as the constructor does, and for
-        a name that is no setting.
+        Raises `ValueError` as the constructor does, and for a name that is no setting.
         """
-        given = {SHORT_NAMES.get(name, name): value for name, value in values.items()}
-        if unknown := given.keys() - set(SETTING_NAMES):
+        if unknown := values.keys() - set(SETTING_NAMES):
             raise ValueError(f"{', '.join(sorted(unknown))}: not a setting; settings are {', '.join(SETTING_NAMES)}")
-        return cls(**given)
+        return cls(**values)
 
 
 SETTING_NAMES = tuple(field.name for field in fields(SamplingSettings))
-# As options of the command line and params of a served model; the first version's files have them, too.
+# As options of the command line and params of a served model.
 SHORT_NAMES = {"steps": "diffusion_steps", "guidance": "class_guidance", "threshold": "threshold_percentile"}
 
 

@@ -17,17 +17,11 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class Text:
-    """A batch of captions as vectors and token states.
+    """A batch of captions as vectors and token states."""
 
-    Attributes:
-        pooled: `(B, dim)`.
-        tokens: `(B, T, token_dim)`; those of a shorter caption are followed by padding.
-        mask: `(B, T)`, bool: whether there is a token.
-    """
-
-    pooled: torch.Tensor
-    tokens: torch.Tensor
-    mask: torch.Tensor
+    pooled: torch.Tensor  # `(B, dim)`
+    tokens: torch.Tensor  # `(B, T, token_dim)`; those of a shorter caption are followed by padding
+    mask: torch.Tensor  # `(B, T)`, bool: whether there is a token
 
     def __post_init__(self) -> None:
         rows = len(self.pooled)

@@ -226,23 +226,14 @@ def all_latents(split: LatentDataset | Split) -> list[torch.Tensor]:
 
 @dataclass(frozen=True)
 class Caches:
-    """Both splits, and what made the caches.
+    """Both splits, and what made the caches."""
 
-    Attributes:
-        train: never empty.
-        validation: may be empty; see `has_validation`.
-        latent_statistics: the ``stats.json`` of the latents.
-        text_statistics: that of the text cache.
-        digests: of each split (training, validation), a short hash of its images, its captions and what encoded them.
-        placement: a message: whether the rows are on the device or streamed, and why.
-    """
-
-    train: LatentDataset | Split
-    validation: LatentDataset | Split
-    latent_statistics: dict
-    text_statistics: dict
-    digests: Mapping[str, str] = field(default_factory=dict)
-    placement: str = ""
+    train: LatentDataset | Split  # never empty
+    validation: LatentDataset | Split  # may be empty; see `has_validation`
+    latent_statistics: dict  # the ``stats.json`` of the latents
+    text_statistics: dict  # that of the text cache
+    digests: Mapping[str, str] = field(default_factory=dict)  # a hash of each split, its captions and encoders
+    placement: str = ""  # a message: whether the rows are on the device or streamed, and why
 
     @property
     def has_validation(self) -> bool:

@@ -8,7 +8,6 @@ other pictures smears yours, and the latents do not show it.
 """
 
 import heapq
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,17 +15,15 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 
 from latentloom.encoding.cache import Plan, RowStore, row_key
 from latentloom.encoding.shard_files import INDEX, RECONSTRUCTIONS, Tensors, load_shard
 from latentloom.encoding.vae import Vae
 from latentloom.files import atomic_path
-from latentloom.ingestion.shards import iterate_images
+from latentloom.ingestion.shards import iterate_images, thumbnail
 
 SAMPLE, SHOWN = 32, 12
 BATCH_SIZE = 8
-THUMBNAIL = 160  # pixels per side, at most
 HIGHEST = 99.0  # dB, also of a picture that comes out the same
 
 
@@ -57,7 +54,7 @@ def reconstruct(vae: Vae, images: Path, out: Path, store: RowStore) -> float:
         ratios = torch.cat([shard["psnr"] for shard in shards]).numpy()
         decoded = [pixels for shard in shards for pixels in shard["pixels"].numpy()]
         worst = set(np.argsort(ratios, kind="stable")[:SHOWN].tolist())
-        previews = [_png(own) if number in worst else None for number, own in enumerate(decoded)]
+        previews = [thumbnail(own) if number in worst else None for number, own in enumerate(decoded)]
     store.trim()
     with atomic_path(out / RECONSTRUCTIONS) as temporary:
         frame = pd.DataFrame({"id": sample["id"].tolist(), "psnr": ratios, "preview": previews})
@@ -79,10 +76,3 @@ def _decode(vae: Vae, images: Path, out: Path, rows: pd.DataFrame) -> Iterator[T
         decoded = vae.decode(filled)[: len(latents)]
         ratios = psnr(np.stack([originals[image] for image in batch["id"]]), decoded)
         yield {"psnr": torch.from_numpy(ratios.astype(np.float32)), "pixels": torch.from_numpy(decoded.copy())}
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    image, buffer = Image.fromarray(pixels), io.BytesIO()
-    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    image.save(buffer, "PNG")
-    return buffer.getvalue()

@@ -37,15 +37,10 @@ PADDING_STEP = 8
 
 @dataclass(frozen=True)
 class EncodedText:
-    """What an encoder makes of N captions.
+    """What an encoder makes of N captions."""
 
-    Attributes:
-        pooled: (N, dim), fp32.
-        states: of each caption its tokens' (T, token_dim), fp32, without padding; empty where they were not asked for.
-    """
-
-    pooled: np.ndarray
-    states: list[np.ndarray]
+    pooled: np.ndarray  # (N, dim), fp32
+    states: list[np.ndarray]  # (T, token_dim) of each caption, fp32, without padding; empty where not asked for
 
 
 class TextEncoder:

@@ -54,17 +54,11 @@ class Encoders:
 
 @dataclass(frozen=True)
 class Distribution:
-    """What was measured of samples beside real images.
+    """What was measured of samples beside real images."""
 
-    Attributes:
-        figures: by name, see `measure_distribution`.
-        seconds: what each part of the work took, by name.
-        left_out: why figures are missing; empty where none are.
-    """
-
-    figures: dict[str, float] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    left_out: str = ""
+    figures: dict[str, float] = field(default_factory=dict)  # by name, see `measure_distribution`
+    seconds: dict[str, float] = field(default_factory=dict)  # what each part of the work took, by name
+    left_out: str = ""  # why figures are missing; empty where none are
 
     @property
     def times(self) -> str:

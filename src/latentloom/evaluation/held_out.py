@@ -20,23 +20,14 @@ WORD = re.compile(r"[^\W_]+(?:[-'’][^\W_]+)*")  # "medium-dark" and "o'clock" 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out images, with their samples.
+    """Held-out images, with their samples."""
 
-    Attributes:
-        data: the images (B).
-        samples: a latent (C, h, w) for each caption (B), of the shape of its image's.
-        combination: which captions are combinations (B), bool.
-        nearest_ids: of the training image nearest to each sample (B).
-        error: the distance of each sample to its own real image (B), as in `recall`.
-        figures: by name, see `measure`.
-    """
-
-    data: LatentDataset | Split
-    samples: Sequence[torch.Tensor]
-    combination: np.ndarray
-    nearest_ids: list[str]
-    error: np.ndarray
-    figures: dict[str, float]
+    data: LatentDataset | Split  # the images (B)
+    samples: Sequence[torch.Tensor]  # a latent (C, h, w) for each caption (B), of the shape of its image's
+    combination: np.ndarray  # which captions are combinations (B), bool
+    nearest_ids: list[str]  # of the training image nearest to each sample (B)
+    error: np.ndarray  # the distance of each sample to its own real image (B), as in `recall`
+    figures: dict[str, float]  # by name, see `measure`
 
 
 def measure(samples: Sequence[torch.Tensor], held_out: LatentDataset | Split, caches: Caches) -> HeldOut:

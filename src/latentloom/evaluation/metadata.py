@@ -16,7 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pydantic import TypeAdapter
 
-from latentloom.diffusion.sampling_settings import SETTING_NAMES, SHORT_NAMES, SamplingSettings
+from latentloom.diffusion.sampling_settings import SamplingSettings
 from latentloom.errors import UserError
 from latentloom.files import atomic_path
 
@@ -25,33 +25,19 @@ CHUNK = "latentloom"
 
 @dataclass(frozen=True)
 class ImageMetadata:
-    """What decided the pixels of an image.
+    """What decided the pixels of an image."""
 
-    Attributes:
-        prompts: one per row of the image.
-        seed: of the noise that the samples start from.
-        first: the number of each prompt's first sample; a sample's noise is a function of the seed and its number.
-        count: samples per prompt, one per column.
-        sampling: the settings; ``precision`` is what the model computed in, ``fp32`` or ``bf16``.
-        model_sha256: names the model, see `model_files.model_hash`.
-        vae: the fingerprint of the VAE that decoded.
-        text_encoder: the fingerprint of the encoder that read the prompts.
-        code: the hash of the code that generated, see `text_to_image.generating_code`; None in the oldest images.
-        provenance: of the model, where it is known: mlflow_run_id, commit, dirty, outs, encoders.
-        size: of each sample, ``WIDTHxHEIGHT`` in pixels, where one was asked for; None: the model's own.
-    """
-
-    prompts: tuple[str, ...]
-    seed: int
-    first: int
-    count: int
-    sampling: SamplingSettings
-    model_sha256: str
-    vae: str
-    text_encoder: str
-    code: str | None = None
-    provenance: Mapping[str, Any] | None = None
-    size: str | None = None
+    prompts: tuple[str, ...]  # one per row of the image
+    seed: int  # of the noise that the samples start from
+    first: int  # the number of each prompt's first sample; a sample's noise is a function of the seed and its number
+    count: int  # samples per prompt, one per column
+    sampling: SamplingSettings  # the settings; ``precision`` is what the model computed in, ``fp32`` or ``bf16``
+    model_sha256: str  # names the model, see `model_files.model_hash`
+    vae: str  # the fingerprint of the VAE that decoded
+    text_encoder: str  # the fingerprint of the encoder that read the prompts
+    code: str | None = None  # the hash of the code that generated, see `text_to_image.generating_code`
+    provenance: Mapping[str, Any] | None = None  # of the model, where known, see `Provenance.in_images`
+    size: str | None = None  # of each sample, ``WIDTHxHEIGHT`` in pixels, where asked for; None: the model's own
 
     @property
     def mlflow_run_id(self) -> str | None:
@@ -88,7 +74,7 @@ def save_image(path: Path, image: np.ndarray, metadata: ImageMetadata) -> None:
 
 
 def read_metadata(path: Path) -> ImageMetadata:
-    """The metadata of an image that `save_image` wrote, in this version or an earlier one.
+    """The metadata of an image that `save_image` wrote.
 
     Raises:
         UserError: naming the file, when there is no such file, or it is not a PNG of ours.
@@ -105,21 +91,11 @@ def read_metadata(path: Path) -> ImageMetadata:
             "it again without its text chunks"
         )
     try:
-        return TypeAdapter(ImageMetadata).validate_python(_in_present_form(json.loads(chunk)))
+        return TypeAdapter(ImageMetadata).validate_python(json.loads(chunk))
     except ValueError as error:
-        raise UserError(f"{path}: its text chunk {CHUNK!r} cannot be read: {error}") from error
-
-
-def _in_present_form(values: Any) -> Any:
-    """The first version wrote the settings beside the rest, under names of its own, and the run's id alone."""
-    if not isinstance(values, dict) or "sampling" in values:
-        return values
-    settings = {name: values.pop(name) for name in (*SHORT_NAMES, *SETTING_NAMES) if name in values}
-    run = values.pop("mlflow_run_id", None)
-    return values | {
-        "sampling": SamplingSettings.from_dict(settings),
-        "provenance": {"mlflow_run_id": run} if run else None,
-    }
+        raise UserError(
+            f"{path}: its text chunk {CHUNK!r} cannot be read; the first version of this program wrote another: {error}"
+        ) from error
 
 
 def generate_command(

@@ -23,17 +23,11 @@ SOFT, PAPER = (110, 110, 120), (255, 255, 255)
 
 @dataclass(frozen=True)
 class Section:
-    """Images under a title, one column per label; with several rows, images in a column belong together.
+    """Images under a title, one column per label; with several rows, images in a column belong together."""
 
-    Attributes:
-        title: above the images.
-        labels: one per column, below the images.
-        rows: by name, the images of a row, each uint8 (H, W, 3).
-    """
-
-    title: str
-    labels: Sequence[str]
-    rows: Mapping[str, Sequence[np.ndarray]]
+    title: str  # above the images
+    labels: Sequence[str]  # one per column, below the images
+    rows: Mapping[str, Sequence[np.ndarray]]  # by name, the images of a row, each uint8 (H, W, 3)
 
 
 def render_sheet(sections: Sequence[Section], footer: str) -> Image.Image:

@@ -48,23 +48,14 @@ Shape: TypeAlias = tuple[int, int, int]  # (C, h, w)
 
 @dataclass(frozen=True)
 class TextToImage:
-    """A model with its encoders, loaded.
+    """A model with its encoders, loaded."""
 
-    Attributes:
-        network: predicts clean latents, standardised.
-        config: the model folder's.
-        codec: between latents and pixels.
-        text_encoder: reads the prompts.
-        model_sha256: names the model, see `model_files.model_hash`.
-        provenance: of the model, as far as it goes into an image's metadata.
-    """
-
-    network: UNet
-    config: ModelConfig
-    codec: LatentCodec
-    text_encoder: TextEncoder
-    model_sha256: str
-    provenance: Mapping[str, Any] | None = None
+    network: UNet  # predicts clean latents, standardised
+    config: ModelConfig  # the model folder's
+    codec: LatentCodec  # between latents and pixels
+    text_encoder: TextEncoder  # reads the prompts
+    model_sha256: str  # names the model, see `model_files.model_hash`
+    provenance: Mapping[str, Any] | None = None  # of the model, as far as it goes into an image's metadata
 
     @property
     def device(self) -> torch.device:

@@ -36,6 +36,7 @@ FORMAT_VERSION = 2
 ROW_GROUP_ROWS = 64
 MANIFEST = "manifest.json"
 SHARDS = "[0-9]*.parquet"
+THUMBNAIL = 160  # pixels
 
 TEXT = {"dtype": "string", "_type": "Value"}
 NUMBER = {"dtype": "int32", "_type": "Value"}
@@ -107,6 +108,14 @@ def encode(pixels: np.ndarray) -> bytes:
     """Pixels, uint8 ``(H, W, 3)``, as PNG."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", **PNG_OPTIONS)
+    return buffer.getvalue()
+
+
+def thumbnail(pixels: np.ndarray) -> bytes:
+    """Pixels, uint8 ``(H, W, 3)``, as PNG for a page: at most `THUMBNAIL` per side."""
+    image, buffer = Image.fromarray(pixels), io.BytesIO()
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 

@@ -29,12 +29,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Lineage:
-    """What something came from.
-
-    Attributes:
-        of: what was asked for, as it was written.
-        links: from there to the sources.
-    """
+    """What something came from: the links from what was asked for, as it was written, to the sources."""
 
     of: str
     links: tuple[Link, ...]
@@ -60,11 +55,7 @@ class Lineage:
 
 
 def trace(reference: str, root: Path) -> Lineage:
-    """The lineage of what ``reference`` names.
-
-    Args:
-        reference: a PNG of `latentloom sample`, a model folder, a name of the registry, or an MLflow run.
-        root: the project's root.
+    """The lineage of a PNG of `latentloom sample`, a model folder, a name of the registry, or an MLflow run.
 
     Raises:
         UserError: when it names nothing, several things, or a file that is no PNG of ours.

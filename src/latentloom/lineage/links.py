@@ -34,25 +34,15 @@ PRESENT_CODE = Path(latentloom.__file__).parents[1]  # an earlier commit's canno
 
 @dataclass(frozen=True)
 class Link:
-    """One thing that another came from.
+    """One thing that another came from."""
 
-    Attributes:
-        link: what it is, such as ``latents``; the key for machines.
-        name: what it is called, for the user.
-        hash: what names its bytes, in full; None where nothing does.
-        place: where its bytes are.
-        where: where exactly, or why it is not known.
-        needed: whether the state cannot be brought back without it.
-        command: for a shell in the new clone, brings it back where it is at hand; that of the code makes the clone.
-    """
-
-    link: str
-    name: str
-    hash: str | None
+    link: str  # what it is, such as ``latents``; the key for machines
+    name: str  # what it is called, for the user
+    hash: str | None  # what names its bytes, in full; None where nothing does
     place: Place
-    where: str
-    needed: bool = True
-    command: str = ""
+    where: str  # exactly, or why it is not known
+    needed: bool = True  # whether the state cannot be brought back without it
+    command: str = ""  # for a shell in the new clone, to bring it back where it is at hand; the code's makes the clone
 
 
 def gather(subject: Subject, root: Path) -> tuple[Link, ...]:
@@ -62,14 +52,14 @@ def gather(subject: Subject, root: Path) -> tuple[Link, ...]:
     code = _code(subject, root)
     named = [name for name, path in DATA.items() if path in known.outs or name in ("latents", "text", "images")]
     data = [_out(name, DATA[name], known, found, root / DATA[name]) for name in named]
-    if known.converted_from:
-        data = list(map(_left_behind, data))
+    if known.converted_from:  # it is complete without its data, and their source gives them again
+        left_behind = {"place": Place.LOST, "where": "did not come with the model", "needed": False}
+        data = [link if link.place in AT_HAND else replace(link, **left_behind) for link in data]
     images_are_there = any(link.link == "images" and link.place in AT_HAND for link in data)
     return (
         *([_picture(subject)] if subject.metadata else []),
         _model(subject, found, root),
-        _run(subject, root),
-        *_evaluation(subject, root),
+        *_runs(subject, root),
         Link("params", str(PARAMS), None, code.place, "of the code"),
         code,
         *_changes(subject, root),
@@ -120,25 +110,24 @@ def _model(subject: Subject, found: Mapping[str, tuple[Place, str]], root: Path)
     return replace(link, place=Place.REMOTE, where=where, command=command)
 
 
-def _run(subject: Subject, root: Path) -> Link:
-    """The MLflow run; what it knows may be written down elsewhere, so it is needed only where nothing else is."""
-    known, run = subject.provenance, subject.stored.run
+def _runs(subject: Subject, root: Path) -> list[Link]:
+    """The MLflow run of the training, and the one that holds the model's figures and sheets, where there are.
+
+    What the first knows may be written down elsewhere, so it is needed only where nothing else is; the second never is.
+    """
+    known, run, evaluation = subject.provenance, subject.stored.run, subject.stored.evaluation
+    place, store = _store_place(root), without_credentials(tracking_uri(root))
     if run is None:
         name = f"run {known.mlflow_run_id}" if known.mlflow_run_id else "no run is known"
-        return Link("run", name, known.mlflow_run_id, Place.UNKNOWN, subject.message, needed=not known.outs)
-    name = f"{run.info.run_name} ({run.info.run_id}), {run.info.status.lower()}"
-    name += f", DVC experiment {known.experiment}" if known.experiment else ""
-    return Link("run", name, run.info.run_id, _store_place(root), without_credentials(tracking_uri(root)))
-
-
-def _evaluation(subject: Subject, root: Path) -> list[Link]:
-    """The MLflow run that holds the model's figures and sheets; nothing depends on it."""
-    run = subject.stored.evaluation
-    if run is None:
-        return []
-    name = f"{run.info.run_name} ({run.info.run_id})"
-    where = without_credentials(tracking_uri(root))
-    return [Link("evaluation", name, run.info.run_id, _store_place(root), where, needed=False)]
+        links = [Link("run", name, known.mlflow_run_id, Place.UNKNOWN, subject.message, needed=not known.outs)]
+    else:
+        name = f"{run.info.run_name} ({run.info.run_id}), {run.info.status.lower()}"
+        name += f", DVC experiment {known.experiment}" if known.experiment else ""
+        links = [Link("run", name, run.info.run_id, place, store)]
+    if evaluation is not None:
+        name = f"{evaluation.info.run_name} ({evaluation.info.run_id})"
+        links.append(Link("evaluation", name, evaluation.info.run_id, place, store, needed=False))
+    return links
 
 
 def _code(subject: Subject, root: Path) -> Link:
@@ -189,13 +178,6 @@ def _out(link: str, path: str, known: Provenance, found: Mapping[str, tuple[Plac
         return Link(link, name, out, Place.HERE, f"{local} alone", command=copy)
     bring = f"PYTHONPATH={shlex.quote(str(PRESENT_CODE))} python -m latentloom.dvc_outs {out}={path}"
     return Link(link, name, out, place, where, command=bring)
-
-
-def _left_behind(link: Link) -> Link:
-    """Data of a model that comes without them: it is complete, and their source gives them again."""
-    if link.place in AT_HAND:
-        return link
-    return replace(link, place=Place.LOST, where="did not come with the model", needed=False)
 
 
 def _source(then: Mapping[str, Any], ingested: Mapping[str, Any], *, needed: bool) -> Link:

@@ -26,30 +26,21 @@ from latentloom.registry.models import (
     stored_model,
 )
 from latentloom.tracking.git import Git
-from latentloom.tracking.provenance import CODE_DIFF, Provenance, read_carried_record, read_run_record
+from latentloom.tracking.provenance import CODE_DIFF, Provenance, read_run_record
 from latentloom.tracking.store import existing_store, first_line, tracking_uri, without_credentials
 
 
 @dataclass
 class Subject:
-    """What was asked for, and what is known of its training.
+    """What was asked for, and what is known of its training."""
 
-    Attributes:
-        stored: what MLflow has of the model; its hash is None where there is none, or only DVC's hash is known.
-        folder: the model's, where it was asked for or is the package's, or the project's own.
-        image: the PNG, where one was asked for, and its ``metadata``.
-        provenance: as it was written down; empty where nothing was found.
-        code_diff: what differed from the commit; None where the run does not hold it.
-        message: why MLflow does not have the run, or not its files.
-    """
-
-    stored: StoredModel
-    folder: Path
-    image: Path | None = None
-    metadata: ImageMetadata | None = None
-    provenance: Provenance = field(default_factory=Provenance)
-    code_diff: bytes | None = None
-    message: str = ""
+    stored: StoredModel  # its hash is None where there is no model, or only DVC's hash is known
+    folder: Path  # the model's, where it was asked for or is the package's, or the project's own
+    image: Path | None = None  # the PNG, where one was asked for
+    metadata: ImageMetadata | None = None  # of the PNG
+    provenance: Provenance = field(default_factory=Provenance)  # as it was written down; empty where nothing was found
+    code_diff: bytes | None = None  # what differed from the commit; None where the run does not hold it
+    message: str = ""  # why MLflow does not have the run, or not its files
 
 
 def find_subject(reference: str, root: Path) -> Subject:
@@ -93,7 +84,7 @@ def _ask_store(subject: Subject, root: Path) -> Provenance | None:
 def _known_here(subject: Subject, root: Path) -> Provenance | None:
     """What was written down without MLflow, from the first place that has it."""
     sha256, metadata = subject.stored.sha256, subject.metadata
-    if sha256 and (record := read_run_record(root, sha256) or read_carried_record(subject.folder, sha256)):
+    if sha256 and (record := read_run_record(root, sha256, subject.folder)):
         return record
     if metadata and metadata.provenance:
         return Provenance.from_dict(metadata.provenance)

@@ -14,7 +14,7 @@ from latentloom.evaluation.text_to_image import default_settings, load_text_to_i
 from latentloom.files import read_table
 from latentloom.layout import COMPARISONS, PARAMS, TEXT
 from latentloom.params import load_params
-from latentloom.registry.figures import SHOWN_FIRST, VAL_MAE, WAYS, Figures, deciding_recall, in_the_same_way, in_words
+from latentloom.registry.figures import SHOWN_FIRST, VAL_MAE, WAYS, Figures, Share, gain, in_the_same_way, in_words
 from latentloom.registry.models import FoundModel, find_model, stored_model
 from latentloom.registry.registry import known_figures
 from latentloom.tracking.store import existing_store
@@ -51,13 +51,20 @@ class Comparison:
         same = a.beside_real == b.beside_real
         return [name for name in a.names if name in b.values and (same or name in SHOWN_FIRST)]
 
+    @property
+    def differences(self) -> dict[str, Share]:
+        """How much more B has of each share that both have; empty where they do not compare."""
+        shares = {name: (self.a.figures.share(name), self.b.figures.share(name)) for name in self.names}
+        return {name: b.minus(a) for name, (a, b) in shares.items() if a and b and self.comparable}
+
     def text(self) -> str:
         """A table of the figures, and the verdict below it."""
         rows = [("", self.a.title, self.b.title, "difference" if self.comparable else "")]
         rows.append(("model", *(f"{side.found.sha256[:12]}…" for side in (self.a, self.b)), ""))
+        a, b, differences = self.a.figures, self.b.figures, self.differences
         for name in self.names:
-            shown = [side.figures.in_words(name) for side in (self.a, self.b)]
-            rows.append((name, *shown, self._difference(name) if self.comparable else ""))
+            difference = differences.get(name) or f"{b.values[name] - a.values[name]:.4g}"
+            rows.append((name, a.in_words(name), b.in_words(name), str(difference) if self.comparable else ""))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join([*lines, f"verdict: {self.verdict}"])
@@ -75,16 +82,8 @@ class Comparison:
             }
             for name, side in (("a", self.a), ("b", self.b))
         }
-        shares = {name: (self.a.figures.share(name), self.b.figures.share(name)) for name in self.names}
-        differences = {name: b.minus(a) for name, (a, b) in shares.items() if a and b} if self.comparable else {}
-        document["differences"] = {name: vars(difference) for name, difference in differences.items()}
+        document["differences"] = {name: vars(difference) for name, difference in self.differences.items()}
         return json.dumps(document | {"verdict": self.verdict, "sheet": str(sheet)}, indent=2)
-
-    def _difference(self, name: str) -> str:
-        a, b = self.a.figures.share(name), self.b.figures.share(name)
-        if a and b:
-            return str(b.minus(a))
-        return f"{self.b.figures.values[name] - self.a.figures.values[name]:.4g}"
 
 
 def compare(a: str, b: str, root: Path) -> Comparison:
@@ -107,15 +106,11 @@ def compare(a: str, b: str, root: Path) -> Comparison:
 def make_sheet(
     compared: Comparison, root: Path, *, prompts: Sequence[str] | None, seed: int, count: int, path: Path | None
 ) -> Path:
-    """Write a sheet of the same prompts and the same noise for both models; its path.
+    """Write a sheet of the same prompts and the same noise for both models, into `COMPARISONS` by default; its path.
 
     Args:
-        compared: the two models.
-        root: the project's, whose params give the sampling settings.
         prompts: what to generate; None: ``evaluate.prompts``, or captions of the data where there are none.
-        seed: of the noise.
         count: samples per prompt and model.
-        path: where to; None: into `COMPARISONS`.
     """
     a, b = compared.a, compared.b
     prompts = prompts or load_params(root / PARAMS).evaluate.prompts or _captions(root)
@@ -157,16 +152,16 @@ def _verdict(a: Side, b: Side, *, comparable: bool) -> str:
     if not comparable:
         ways = "; ".join(a.figures.differences(b.figures))
         return f"not known: they were measured otherwise: {ways}. `latentloom promote` measures a champion again"
-    if name := deciding_recall(a.figures, b.figures):
-        difference = b.figures.share(name).minus(a.figures.share(name))
-        better = b if difference.low > 0 else a if difference.high < 0 else None
-        if better:
-            return f"{better.title} is better: {name} differs by {difference}"
-        return f"they cannot be told apart: {name} differs by {difference}, which may be chance"
-    if a.figures.noise != b.figures.noise or VAL_MAE not in a.figures.values.keys() & b.figures.values.keys():
+    found = gain(b.figures, a.figures)
+    if found is None:
         return "not known: they have no figure in common that decides"
-    better = min((a, b), key=lambda side: side.figures.values[VAL_MAE])
-    return f"{better.title} has the lower {VAL_MAE}, which has no interval: it may be chance"
+    name, difference = found
+    better = b if difference.low > 0 else a if difference.high < 0 else None
+    if better is None:
+        return f"they cannot be told apart: {name} differs by {difference}, which may be chance"
+    if name == VAL_MAE:
+        return f"{better.title} has the lower {VAL_MAE}, which has no interval: it may be chance"
+    return f"{better.title} is better: {name} differs by {difference}"
 
 
 def _file_name(reference: str) -> str:

@@ -29,7 +29,6 @@ COUNTS = ("held_out_combinations", "new_words_captions")  # of the samples of he
 BESIDE_REAL = ("features", "clip", "samples", "real_images")  # what decides FID, KID, CMMD and CLIP score
 NO_FIGURES = (*COUNTS, "training_captions", "copied_limit", "distribution_samples", "distribution_images")
 ERROR = "_standard_error"  # behind the name of a figure
-OLD_TAG = "figures"  # where earlier versions kept them, as JSON, without intervals
 # How figures were measured, and what a person calls it.
 WAYS = {"data": "data", "samples": "number of samples", "seed": "seed", "sampling": "sampling settings"}
 
@@ -60,25 +59,17 @@ class Share:
 class Figures:
     """Figures of a model, and how they were measured; None where that is not known.
 
-    Attributes:
-        values: by name, as the stage `evaluate` names them; a share's interval as ``NAME_low`` and ``NAME_high``.
-        data: names all images and captions of the data set, see `Caches.digests`.
-        samples: how many held-out captions were sampled.
-        seed: of the samples' noise.
-        sampling: the sampling settings, as `in_words` gives them.
-        noise: the schedule and the noise levels that ``val_mae`` is a mean over.
-        beside_real: the params that FID and the like were measured with.
-        run_id: of the MLflow run that holds them.
+    ``values`` are by the names that the stage `evaluate` gives them, a share's interval as ``NAME_low``, ``NAME_high``.
     """
 
     values: Mapping[str, float] = field(default_factory=dict)
-    data: str | None = None
-    samples: int | None = None
-    seed: str | None = None
-    sampling: str | None = None
-    noise: str | None = None
-    beside_real: str | None = None
-    run_id: str | None = None
+    data: str | None = None  # names all images and captions of the data set, see `Caches.digests`
+    samples: int | None = None  # how many held-out captions were sampled
+    seed: str | None = None  # of the samples' noise
+    sampling: str | None = None  # the sampling settings, as `in_words` gives them
+    noise: str | None = None  # the schedule and the noise levels that ``val_mae`` is a mean over
+    beside_real: str | None = None  # the params that FID and the like were measured with
+    run_id: str | None = None  # of the MLflow run that holds them
 
     def share(self, name: str) -> Share | None:
         """A share with its interval; None where it is no share, or was not measured."""
@@ -121,22 +112,16 @@ class Figures:
 
     @classmethod
     def of_tags(cls, tags: Mapping[str, str], prefix: str = "") -> "Figures":
-        """The reverse of `tags`; without any figure where the version has no such tags. Reads `OLD_TAG` as well."""
+        """The reverse of `tags`; without any figure where the version has no such tags."""
         own = {key.removeprefix(prefix): value for key, value in tags.items() if key.startswith(prefix)}
-        old = json.loads(own.get(OLD_TAG, "{}"))
-        own = {
-            RECALLS[0]: old.get("held_out_recall"),
-            VAL_MAE: old.get(VAL_MAE),
-            "measured.noise": old.get("noise"),
-        } | own
-        values = {name: float(own[name]) for name in _with_bounds(KEPT) if own.get(name) is not None}
+        values = {name: float(own[name]) for name in _with_bounds(KEPT) if name in own}
         ways: dict[str, Any] = {name: own.get(f"measured.{name}") for name in (*WAYS, "noise", "run_id")}
         return cls(values, **ways | {"samples": int(ways["samples"]) if ways["samples"] else None})
 
 
 def figures_of(client: "MlflowClient", stored: StoredModel) -> Figures:
     """The figures of a model's evaluation; none where MLflow has no run of the model."""
-    run = _evaluation(stored)
+    run = stored.evaluation
     if run is None:
         return Figures()
     metrics = {key: value for key, value in run.data.metrics.items() if key.startswith(METRICS)}
@@ -157,8 +142,7 @@ def figures_of(client: "MlflowClient", stored: StoredModel) -> Figures:
 
 def sampling_settings(client: "MlflowClient", stored: StoredModel) -> SamplingSettings | None:
     """The settings that a model's figures were measured with; None where no run holds them."""
-    run = _evaluation(stored)
-    written = read_artifact(client, run, SETTINGS_FILE) if run else None
+    written = read_artifact(client, stored.evaluation, SETTINGS_FILE) if stored.evaluation else None
     return None if written is None else SamplingSettings.from_dict(json.loads(written))
 
 
@@ -174,14 +158,20 @@ def in_the_same_way(own: Iterable[Figures], others: Iterable[Figures]) -> tuple[
     return next(((one, other) for one, other in pairs if not one.differences(other)), None)
 
 
-def deciding_recall(one: Figures, other: Figures) -> str | None:
-    """The name of the recall by which two models compare; None where they have none in common."""
-    return next((name for name in RECALLS if one.share(name) and other.share(name)), None)
+def gain(one: Figures, other: Figures) -> tuple[str, Share] | None:
+    """The figure by which two models compare, and by how much ``one`` is better; None where none decides.
 
-
-def _evaluation(stored: StoredModel) -> "Run | None":
-    """The run with the figures; before evaluations had runs of their own, the training's."""
-    return stored.evaluation or stored.run
+    Recall decides, of held-out combinations, or of captions with new words where there is none; only where there is
+    neither, the validation error, which has no interval, over the same noise levels.
+    """
+    for name in RECALLS:
+        own, others = one.share(name), other.share(name)
+        if own and others:
+            return name, own.minus(others)
+    if one.noise != other.noise or VAL_MAE not in one.values.keys() & other.values.keys():
+        return None
+    less = other.values[VAL_MAE] - one.values[VAL_MAE]
+    return VAL_MAE, Share(less, less, less)
 
 
 def _digest(run: "Run") -> str | None:

@@ -4,7 +4,7 @@
 """
 
 from latentloom.params import RegistryParams
-from latentloom.registry.figures import COPIED, RECALLS, VAL_MAE, Figures, deciding_recall
+from latentloom.registry.figures import COPIED, RECALLS, VAL_MAE, Figures, gain
 from latentloom.tracking.provenance import Provenance
 
 NO_LIMITS = RegistryParams(min_held_out_recall_at_1=None, max_copied_share=None)
@@ -12,36 +12,21 @@ NO_LIMITS = RegistryParams(min_held_out_recall_at_1=None, max_copied_share=None)
 
 def objections(figures: Figures, provenance: Provenance, limits: RegistryParams) -> list[str]:
     """What speaks against a model, whoever is the champion; empty: nothing."""
-    return [objection for objection in (_invalid(provenance), *_beyond(figures, limits)) if objection]
+    failed, found = provenance.failed_checks, _beyond(figures, limits)
+    if failed is None:
+        return ["the result of its data's validation is not known: the run does not hold it", *found]
+    return [f"the validation of its data failed: {', '.join(failed)}", *found] if failed else found
 
 
 def worse(figures: Figures, champion: Figures) -> str | None:
-    """Why a model may not take a champion's place; None: it may. Both must have been measured in the same way.
-
-    Recall decides, of held-out combinations, or of captions with new words where there is none; only where there is
-    neither, the validation error, which has no interval, over the same noise levels.
-    """
-    if name := deciding_recall(figures, champion):
-        difference = figures.share(name).minus(champion.share(name))
-        if difference.high >= 0:
-            return None
-        return (
-            f"{name} is {figures.in_words(name)}, worse than the champion's {champion.in_words(name)}: the difference "
-            f"is {difference}"
-        )
-    errors = figures.values.get(VAL_MAE), champion.values.get(VAL_MAE)
-    if None in errors or figures.noise != champion.noise:
+    """Why a model may not take a champion's place; None: it may. Both must have been measured in the same way."""
+    found = gain(figures, champion)
+    if found is None or found[1].high >= 0:
         return None
-    own, others = errors
-    return f"{VAL_MAE} is {own:.4g}, worse than the champion's {others:.4g}" if own > others else None
-
-
-def _invalid(provenance: Provenance) -> str | None:
-    """Why the data of a model are not known to be good; None: they are."""
-    if provenance.failed_checks is None:
-        return "the result of its data's validation is not known: the run does not hold it"
-    failed = ", ".join(provenance.failed_checks)
-    return f"the validation of its data failed: {failed}" if failed else None
+    name, less = found
+    own, others = figures.in_words(name), champion.in_words(name)
+    interval = "" if name == VAL_MAE else f": the difference is {less}"
+    return f"{name} is {own}, worse than the champion's {others}{interval}"
 
 
 def _beyond(figures: Figures, limits: RegistryParams) -> list[str]:

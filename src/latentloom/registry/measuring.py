@@ -24,9 +24,7 @@ def measure_again(
     """The recall and the copies of ``model``, measured as ``like`` was; the validation error is not.
 
     Args:
-        model: the folder of the model.
-        like: says of how many captions and from which seed.
-        sampling: the settings that ``like`` was measured with.
+        like: says of how many captions and from which seed; ``sampling``, with which settings.
         root: the project whose caches are the data.
         memory_share: of the device's free memory that the caches may take.
 

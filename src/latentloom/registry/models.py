@@ -22,14 +22,8 @@ from latentloom.files import user_path
 from latentloom.layout import MODEL
 from latentloom.model_files import MODEL_FILES, model_hash
 from latentloom.tracking.evaluations import EVALUATED_TAG
-from latentloom.tracking.provenance import (
-    HASH_TAG,
-    PROVENANCE,
-    Provenance,
-    read_carried_record,
-    read_run_record,
-)
-from latentloom.tracking.store import existing_store, has_error_code
+from latentloom.tracking.provenance import HASH_TAG, PROVENANCE, Provenance, read_run_record
+from latentloom.tracking.store import existing_store, has_error_code, search_runs
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -47,19 +41,12 @@ URI = re.compile(rf"^(runs:/|(models:/)?{NAME}[@:/])")  # as MLflow writes runs,
 
 @dataclass(frozen=True)
 class StoredModel:
-    """What MLflow has of a model.
+    """What MLflow has of a model."""
 
-    Attributes:
-        sha256: the model's hash; None: the run made no model.
-        run: that trained it.
-        evaluation: the run with its figures: the last that is finished, unless another was asked for.
-        version: of the registry.
-    """
-
-    sha256: str | None
-    run: "Run | None" = None
-    evaluation: "Run | None" = None
-    version: "ModelVersion | None" = None
+    sha256: str | None  # None: the run made no model
+    run: "Run | None" = None  # that trained it
+    evaluation: "Run | None" = None  # with its figures: the last that is finished, unless another was asked for
+    version: "ModelVersion | None" = None  # of the registry
 
 
 @dataclass(frozen=True)
@@ -90,8 +77,7 @@ def find_model(reference: str, root: Path) -> FoundModel:
     folder = named_folder(reference)
     if is_model(folder):
         sha256 = model_hash(folder)
-        known = read_run_record(root, sha256) or read_carried_record(folder, sha256)
-        return FoundModel(folder, sha256, provenance=known)
+        return FoundModel(folder, sha256, provenance=read_run_record(root, sha256, folder))
     stored = look_up(reference, root)
     run, evaluation, version = stored.run, stored.evaluation, stored.version
     if stored.sha256 is None:
@@ -150,14 +136,14 @@ def look_up(reference: str, root: Path) -> StoredModel:
         stored = stored_model(client, version.tags[HASH_TAG])
         return replace(stored, run=_or_none(client.get_run, version.run_id), version=version)
     quote = '"' if "'" in reference else "'"
-    named = _search(client, f"attributes.run_name = {quote}{reference}{quote}")
+    named = search_runs(client, f"attributes.run_name = {quote}{reference}{quote}")
     named += [run] if (run := _or_none(client.get_run, reference)) else []
     evaluated = {run.data.tags.get(EVALUATED_TAG): run for run in reversed(named)}  # the newest of each model
     evaluated.pop(None, None)
     runs = [run for run in named if HASH_TAG in run.data.tags] or list(evaluated.values()) or named
     if not runs:
         aliases = [alias for model in client.search_registered_models(f"name = '{NAME}'") for alias in model.aliases]
-        names = [run.info.run_name for run in _search(client, f"tags.`{HASH_TAG}` != ''")]
+        names = [run.info.run_name for run in search_runs(client, f"tags.`{HASH_TAG}` != ''")]
         raise UserError(
             f"{_no_model(reference, [SHOWCASE, *aliases, *dict.fromkeys(names)])}; `make ui` shows all runs, "
             "`latentloom promote RUN --to champion` makes a champion"
@@ -173,14 +159,11 @@ def look_up(reference: str, root: Path) -> StoredModel:
 def stored_model(client: "MlflowClient", sha256: str, *run_ids: str | None) -> StoredModel:
     """What MLflow has of the model with that hash: the newest run that made it, and that measured it.
 
-    Args:
-        client: of the store.
-        sha256: the model's hash.
-        run_ids: runs to take rather than the newest, where they made or measured it.
+    Runs of ``run_ids`` are taken rather than the newest.
     """
 
     def last(condition: str) -> "Run | None":
-        runs = _search(client, condition)
+        runs = search_runs(client, condition)
         return next((run for run in runs if run.info.run_id in run_ids), next(iter(runs), None))
 
     run = last(f"tags.`{HASH_TAG}` = '{sha256}'")
@@ -217,12 +200,6 @@ def _no_model(reference: str, names: list[str]) -> str:
     close = difflib.get_close_matches(reference, names, n=1)
     shown = ", ".join(names[:NAMES_SHOWN]) + (", …" if len(names) > NAMES_SHOWN else "")
     return f"no model is called {reference}{f' (did you mean {close[0]}?)' if close else ''}; there is {shown}"
-
-
-def _search(client: "MlflowClient", condition: str) -> "list[Run]":
-    """Runs of all experiments, the newest first."""
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    return list(client.search_runs(experiments, condition, max_results=100))
 
 
 def _or_none(get: Callable[..., Any], *names: str) -> Any:

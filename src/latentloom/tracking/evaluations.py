@@ -13,17 +13,7 @@ from typing import Any
 
 from latentloom.params import Params
 from latentloom.tracking.delivery import KEY_TAG
-from latentloom.tracking.git import Git
-from latentloom.tracking.provenance import (
-    CODE_DIFF,
-    HASH_TAG,
-    NOTE,
-    Provenance,
-    collect,
-    origin,
-    origin_tags,
-    read_run_record,
-)
+from latentloom.tracking.provenance import HASH_TAG, NOTE, Provenance, collect, origin, read_run_record, record_code
 from latentloom.tracking.runs import TrackedRun, new_run
 
 EVALUATED_TAG = "evaluated.model.sha256"
@@ -33,14 +23,7 @@ DECIDING = {"seed": True, "evaluate": True, "diffusion": {"schedule", "noise_lev
 
 @contextmanager
 def evaluation_run(root: Path, params: Params, model_sha256: str, figures: Mapping[str, float]) -> Iterator[TrackedRun]:
-    """Open the run of an evaluation, with its settings and ``figures``, by name.
-
-    Args:
-        root: the project's root.
-        params: of all stages.
-        model_sha256: names the model that was measured, see `model_files.model_hash`.
-        figures: what came out.
-    """
+    """Open the run of an evaluation of the model ``model_sha256``, with its settings and ``figures``."""
     provenance, record = collect(Path.cwd()), read_run_record(root, model_sha256)
     data = {name: provenance.inputs[name] for name in ("latents", "text", "captions") if name in provenance.inputs}
     settings = _settings(params)
@@ -52,10 +35,8 @@ def evaluation_run(root: Path, params: Params, model_sha256: str, figures: Mappi
         key=f"evaluation-{hashlib.sha256(identity.encode()).hexdigest()[:32]}",
         parent=(KEY_TAG, record.run_key) if record and record.run_key else (HASH_TAG, model_sha256),
     ) as run:
-        run.set_tags(origin_tags(provenance))
+        record_code(run, provenance)
         run.set_tags({EVALUATED_TAG: model_sha256, NOTE: _description(params, model_sha256, provenance)})
-        if provenance.dirty:
-            run.log_text(Git(Path.cwd()).code_diff(), CODE_DIFF)
         settings["evaluate"].pop("prompts")  # MLflow repeats params above each image; the sheet shows them
         run.log_params(settings)
         run.log_metrics({f"evaluate/{name}": value for name, value in figures.items()}, STEP)

@@ -5,6 +5,7 @@ It goes into the MLflow run as ``provenance.json``, with tags and a description 
 sample` writes a part of it into each PNG.
 """
 
+import getpass
 import json
 import os
 from collections.abc import Mapping
@@ -31,7 +32,6 @@ from latentloom.layout import (
 from latentloom.params import Params
 from latentloom.tracking.git import Git
 from latentloom.tracking.runs import TrackedRun
-from latentloom.user import user_name
 
 PROVENANCE, CODE_DIFF = "provenance.json", "code.diff"
 HASH_TAG, NOTE = "model.sha256", "mlflow.note.content"  # MLflow shows the latter as the run's description
@@ -58,42 +58,23 @@ SECTIONS = {"seed", "ingest", "encode_images", "encode_text", "model", "diffusio
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a training came from; None or empty where it is not known.
+    """What a training came from; None or empty where it is not known."""
 
-    Attributes:
-        commit: what was checked out when the training began.
-        dirty: whether code or params differed from it; the difference is in the run, as ``code.diff``.
-        branch: of the commit.
-        experiment: the name of the DVC experiment that ran the training.
-        user: who trained.
-        inputs: the SHA-256 of the files that name the data, by `INPUTS`' names.
-        outs: DVC's hashes of the data, and of the finished model: path -> hash.
-        sources: what the sources held, as `find_sources` listed it.
-        ingested: what `ingest` counted.
-        encoders: ``vae`` and ``text_encoder``, that made the caches: each one's reference and fingerprint.
-        failed_checks: the names of the validation's checks that failed; None: there was no validation.
-        model_sha256: names the finished model, see `model_files.model_hash`.
-        converted_from: the hash of the model that this training made, where the finished model is a copy of that in
-            another precision, which carries this record and comes without the caches.
-        mlflow_run_id: of the training, where MLflow answered.
-        run_key: what names the training's run on this machine.
-    """
-
-    commit: str | None = None
-    dirty: bool | None = None
+    commit: str | None = None  # what was checked out when the training began
+    dirty: bool | None = None  # whether code or params differed from it; the run has the difference, as `CODE_DIFF`
     branch: str | None = None
-    experiment: str | None = None
+    experiment: str | None = None  # DVC's, that ran the training
     user: str | None = None
-    inputs: Mapping[str, str] = field(default_factory=dict)
-    outs: Mapping[str, str] = field(default_factory=dict)
-    sources: list[dict[str, Any]] = field(default_factory=list)
-    ingested: dict[str, Any] = field(default_factory=dict)
-    encoders: Mapping[str, dict[str, str]] = field(default_factory=dict)
-    failed_checks: list[str] | None = None
-    model_sha256: str | None = None
-    converted_from: str | None = None
-    mlflow_run_id: str | None = None
-    run_key: str | None = None
+    inputs: Mapping[str, str] = field(default_factory=dict)  # the SHA-256 of the files of `INPUTS`
+    outs: Mapping[str, str] = field(default_factory=dict)  # DVC's hashes of the data and the finished model, by path
+    sources: list[dict[str, Any]] = field(default_factory=list)  # as `find_sources` listed them
+    ingested: dict[str, Any] = field(default_factory=dict)  # what `ingest` counted
+    encoders: Mapping[str, dict[str, str]] = field(default_factory=dict)  # of `ENCODERS`: reference and fingerprint
+    failed_checks: list[str] | None = None  # of the validation; None: there was none
+    model_sha256: str | None = None  # names the finished model, see `model_files.model_hash`
+    converted_from: str | None = None  # the trained model, where the present one is a copy in another precision
+    mlflow_run_id: str | None = None  # where MLflow answered
+    run_key: str | None = None  # names the training's run on this machine
 
     @property
     def sizes(self) -> list[str]:
@@ -136,6 +117,14 @@ def collect(root: Path) -> Provenance:
     )
 
 
+def user_name() -> str | None:
+    """Who runs this; None where the user id has no name, as in a container."""
+    try:
+        return getpass.getuser()
+    except (ImportError, KeyError, OSError):  # as Python's versions have it
+        return None
+
+
 def record_start(
     tracked: TrackedRun,
     params: Params,
@@ -144,24 +133,17 @@ def record_start(
     images: Mapping[str, int],
     digests: Mapping[str, str],
     device: str,
-    code_diff: str = "",
 ) -> None:
     """Before the first step: record the code, the params and the data, and describe the run.
 
     Args:
-        tracked: the training's run.
-        params: of all stages.
-        provenance: of the training.
         images: the number of images per split, ``training`` first.
         digests: a hash of each split's content.
-        device: what trains.
-        code_diff: how the code differs from its commit, for ``git apply``.
     """
-    tracked.set_tags({**origin_tags(provenance), "device": device})
+    record_code(tracked, provenance)
+    tracked.set_tags({"device": device})
     tracked.log_params(params.model_dump(mode="json", by_alias=True, include=SECTIONS))
     tracked.log_text(json.dumps(asdict(provenance), indent=2) + "\n", PROVENANCE)
-    if code_diff:
-        tracked.log_text(code_diff, CODE_DIFF)
     sources = [source["name"] for source in provenance.ingested.get("sources", [])] or ["images"]
     for split, rows in images.items():
         name = f"{'+'.join(sources)}-{split}"
@@ -170,6 +152,13 @@ def record_start(
         if path.exists():
             tracked.log_file(path)
     tracked.set_tags({NOTE: _description(params, provenance, images, sources)})
+
+
+def record_code(tracked: TrackedRun, provenance: Provenance) -> None:
+    """Record whose and which code a run is of, and how it differs from its commit, for ``git apply``."""
+    tracked.set_tags(origin_tags(provenance))
+    if provenance.dirty:
+        tracked.log_text(Git(Path.cwd()).code_diff(), CODE_DIFF)
 
 
 def origin_tags(provenance: Provenance) -> dict[str, str | None]:
@@ -206,22 +195,13 @@ def save_run_record(root: Path, provenance: Provenance) -> None:
     write_json(_run_record(root, provenance.model_sha256), asdict(provenance))
 
 
-def read_run_record(root: Path, model_sha256: str) -> Provenance | None:
-    """The provenance of a model that was trained on this machine; None where there is none."""
-    path = _run_record(root, model_sha256)
-    return Provenance.from_dict(read_json(path)) if path.exists() else None
-
-
-def save_carried_record(folder: Path, provenance: Provenance) -> None:
-    """Write the provenance of a model into its folder, so that it goes where the model goes."""
-    write_json(folder / PROVENANCE, asdict(provenance))
-
-
-def read_carried_record(folder: Path, model_sha256: str) -> Provenance | None:
-    """The provenance that a model's folder carries; None where there is none, or it is another model's."""
-    path = folder / PROVENANCE
-    provenance = Provenance.from_dict(read_json(path)) if path.exists() else None
-    return provenance if provenance and provenance.model_sha256 == model_sha256 else None
+def read_run_record(root: Path, model_sha256: str, folder: Path | None = None) -> Provenance | None:
+    """The provenance of a model that was trained on this machine, else that which its ``folder`` carries, or None."""
+    for path in (_run_record(root, model_sha256), folder and folder / PROVENANCE):
+        if path and path.exists():
+            found = Provenance.from_dict(read_json(path))
+            return found if found.model_sha256 == model_sha256 else None  # a folder's may be another model's
+    return None
 
 
 def _run_record(root: Path, model_sha256: str | None) -> Path:

@@ -17,9 +17,8 @@ import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import filelock
 import numpy as np
@@ -33,11 +32,7 @@ LONGEST_PARAM = 500  # characters: what servers before MLflow 2.8 take; later on
 
 
 class TrackedRun:
-    """A run to log to; without a journal it takes everything and keeps nothing.
-
-    Args:
-        journal: where everything goes; params, metrics and images that it holds already are skipped.
-    """
+    """A run to log to. Params, metrics and images that its journal holds are skipped; without a journal, all is."""
 
     def __init__(self, journal: Journal | None = None) -> None:
         self._journal = journal
@@ -108,8 +103,7 @@ class TrackedRun:
             warnings.warn(f"{event['kind']} could not be logged: {error}", stacklevel=3)
 
 
-@dataclass(frozen=True)
-class Synced:
+class Synced(NamedTuple):
     """What became of a journal: a message for the user, and whether some of it still waits."""
 
     key: str
@@ -123,13 +117,11 @@ def new_run(
 ) -> Iterator[TrackedRun]:
     """Open a run, in the experiment ``latentloom``; it ends as ``FINISHED``, ``FAILED`` or, at Ctrl-C, ``KILLED``.
 
-    Its journal is delivered in the background; at the end, all that can be delivered is.
-
     Args:
         root: where the journals are, and the store, unless the environment names another.
-        name: the name of a new run.
-        key: the run of an interrupted training that is resumed, or one that is named by what it holds. What its journal
-            holds is not logged again, and a run that the store has finished stays as it is.
+        name: of a new run.
+        key: the run of an interrupted training that is resumed, or one that is named by what it holds. A run that the
+            store has finished stays as it is.
         parent: a tag and its value, of the run that a new one is shown below.
     """
     try:

@@ -19,6 +19,7 @@ from latentloom.errors import UserError
 from latentloom.files import atomic_path
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
 EXPERIMENT = "latentloom"
@@ -46,9 +47,14 @@ _ENVIRONMENT = {
 }
 
 
+def _given() -> str | None:
+    """The store that the environment names; None: the project's own."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or None
+
+
 def tracking_uri(root: Path) -> str:
     """`MLFLOW_TRACKING_URI` where it is set, else the project's own SQLite store."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or _sqlite_uri(root.resolve() / "mlflow.db")
+    return _given() or _sqlite_uri(root.resolve() / "mlflow.db")
 
 
 def ui_address(server: str, experiment_id: str) -> str:
@@ -76,8 +82,7 @@ def has_error_code(error: Exception, *codes: str) -> bool:
 
 def current_target() -> str | None:
     """The store that the environment names, without credentials; None for the project's own."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
-    return without_credentials(uri) if uri else None
+    return without_credentials(_given()) if _given() else None
 
 
 def open_client(root: Path) -> "MlflowClient":
@@ -97,17 +102,15 @@ def open_client(root: Path) -> "MlflowClient":
     # The first to open a fresh SQLite store migrates it; several at once would break it.
     with FileLock(root / ".mlflow.lock"):
         store = root.resolve() / "mlflow.db"
-        if not os.environ.get("MLFLOW_TRACKING_URI"):
-            if not store.exists():
-                # MLflow cannot open a store whose migration was killed half-way, so it is created under another name.
-                with atomic_path(store) as temporary:
-                    MlflowClient(_sqlite_uri(temporary)).search_experiments(max_results=1)
-            _write_ahead(store)
+        if not _given() and not store.exists():
+            # MLflow cannot open a store whose migration was killed half-way, so it is created under another name.
+            with atomic_path(store) as temporary:
+                MlflowClient(_sqlite_uri(temporary)).search_experiments(max_results=1)
         _check_database(tracking_uri(root))
         client = MlflowClient(tracking_uri(root))
         client.search_experiments(max_results=1)
-        if not os.environ.get("MLFLOW_TRACKING_URI"):
-            _follow(store, _artifacts(root))
+        if not _given():
+            _prepare(store, _artifacts(root))
     return client
 
 
@@ -118,7 +121,7 @@ def existing_store(root: Path) -> "MlflowClient":
         UserError: when the project has no store, or there is no project, and the environment names no store; when
             MLflow, or the driver of a database, is not installed.
     """
-    if not os.environ.get("MLFLOW_TRACKING_URI") and not (root / "mlflow.db").exists():
+    if not _given() and not (root / "mlflow.db").exists():
         raise UserError(
             f"{root} has no MLflow store (mlflow.db): run this in the project's root, after a training, or set "
             "MLFLOW_TRACKING_URI"
@@ -130,6 +133,12 @@ def existing_store(root: Path) -> "MlflowClient":
         raise UserError(f"{store} cannot be opened: {error}; install that in this environment") from error
 
 
+def search_runs(client: "MlflowClient", condition: str, most: int = 100) -> "list[Run]":
+    """Runs of all experiments, the newest first."""
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return list(client.search_runs(experiments, condition, max_results=most))
+
+
 def experiment_id(client: "MlflowClient", root: Path) -> str:
     """The id of our runs' experiment: `MLFLOW_EXPERIMENT_NAME`, or ``latentloom``; created if need be.
 
@@ -137,16 +146,15 @@ def experiment_id(client: "MlflowClient", root: Path) -> str:
         UserError: when it was deleted, for MLflow neither writes to such an experiment nor gives its name away again.
     """
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
-    own_store = not os.environ.get("MLFLOW_TRACKING_URI")
     if found := client.get_experiment_by_name(name):
         if found.lifecycle_stage == "deleted":
-            store = f"MLFLOW_TRACKING_URI={shlex.quote(tracking_uri(root))} " if own_store else ""
+            store = f"MLFLOW_TRACKING_URI={shlex.quote(tracking_uri(root))} " if not _given() else ""
             raise UserError(
                 f"the MLflow experiment {name} was deleted; bring it back (`{store}mlflow experiments restore -x "
                 f"{found.experiment_id}`) or set MLFLOW_EXPERIMENT_NAME to another name"
             )
         return found.experiment_id
-    location = _artifacts(root).as_uri() if own_store else None
+    location = None if _given() else _artifacts(root).as_uri()
     try:
         return client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS)
     except Exception as error:
@@ -160,13 +168,15 @@ def _artifacts(root: Path) -> Path:
     return (root / "mlflow.db").resolve().parent / ARTIFACTS
 
 
-def _follow(store: Path, files: Path) -> None:
-    """Let the store of a project that was copied or moved name the files beside it.
+def _prepare(store: Path, files: Path) -> None:
+    """Let readers and a writer use the project's own store at once, and let it name the files beside it.
 
-    MLflow keeps absolute addresses, so a copy's runs would write into the folder that it was copied from.
+    MLflow keeps absolute addresses, so a copied project's runs would write into the folder that it was copied from.
     """
     here = files.as_uri()
     with closing(sqlite3.connect(store, timeout=TIMEOUT)) as connection, connection:
+        with suppress(sqlite3.OperationalError):  # a disk that cannot (NFS)
+            connection.execute("PRAGMA journal_mode=WAL")
         for (there,) in connection.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall():
             if there == here or not there.startswith("file://") or not there.endswith(f"/{ARTIFACTS}"):
                 continue
@@ -199,9 +209,3 @@ def _check_database(uri: str) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)  # as MLflow does
     options = {} if scheme == "sqlite" else {"connect_timeout": TIMEOUT}
     sqlalchemy.create_engine(uri, connect_args=options, poolclass=sqlalchemy.NullPool).connect().close()
-
-
-def _write_ahead(store: Path) -> None:
-    """Let readers and a writer use the store at the same time; where the disk cannot (NFS), it stays as it is."""
-    with suppress(sqlite3.OperationalError), closing(sqlite3.connect(store, timeout=5)) as connection:
-        connection.execute("PRAGMA journal_mode=WAL")

@@ -71,19 +71,13 @@ class Checkpoint:
 class Checkpoints:
     """The checkpoints of one training.
 
-    Attributes:
-        folder: of this training, named after its fingerprint; those of other trainings lie beside it.
-        code: that runs; each checkpoint records it.
-        keep: how many of the last checkpoints to keep.
-        pinned: the step whose checkpoint stays besides, also after a success; 0: none.
-        limit: bytes that other trainings' checkpoints may take; beyond it the least recently used trainings' are
-            deleted, but for those that run.
+    Where other trainings' take more than ``limit`` bytes, the least recently used are deleted, but for those that run.
     """
 
-    folder: Path
-    code: CodeVersion
-    keep: int
-    pinned: int
+    folder: Path  # named after the training's fingerprint; those of other trainings lie beside it
+    code: CodeVersion  # that runs; each checkpoint records it
+    keep: int  # so many of the last checkpoints
+    pinned: int  # the step whose checkpoint stays besides, also after a success; 0: none
     limit: int
 
     @contextmanager

@@ -24,11 +24,7 @@ def use_graphs(network: nn.Module, example: Batch, dtype: torch.dtype | None) ->
     """Record the passes of ``network``, which is in training mode and on CUDA, and replay them from then on.
 
     Evaluation is as before. A backward pass leaves the gradients in memory that the next one overwrites, and autograd
-    makes that memory the gradient of a weight that has none.
-
-    Args:
-        example: its tensors become the graph's inputs.
-        dtype: for autocast; None computes in fp32.
+    makes that memory the gradient of a weight that has none. The tensors of ``example`` become the graph's inputs.
     """
     # Without its cache: weights that autocast had cast before the recording would be no part of the graph.
     device, enabled = example.latents.device.type, dtype is not None

@@ -9,15 +9,11 @@ ONE_GESTURE = 2.0  # seconds
 
 
 class TrainingStopped(KeyboardInterrupt):
-    """A training stopped when it was asked to; its state is saved.
-
-    Attributes:
-        exit_status: what a process that ends because of this signal tells its parent.
-    """
+    """A training stopped when it was asked to; its state is saved."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
-        self.exit_status = 128 + number
+        self.exit_status = 128 + number  # as of a process that ends because of this signal
 
 
 class StopRequest:

@@ -29,19 +29,12 @@ from latentloom.training.processes import distribute, make_accelerator
 
 @dataclass
 class TrainingState:
-    """All that a step changes.
+    """All that a step changes."""
 
-    Attributes:
-        network: predicts clean latents from (noisy latents, noise levels, labels).
-        average: the same with averaged weights, in evaluation mode.
-        optimizers: of the network's weights; each weight has one.
-        step: steps done.
-    """
-
-    network: nn.Module
-    average: nn.Module
-    optimizers: list[torch.optim.Optimizer]
-    step: int = 0
+    network: nn.Module  # predicts clean latents from (noisy latents, noise levels, labels)
+    average: nn.Module  # the same with averaged weights, in evaluation mode
+    optimizers: list[torch.optim.Optimizer]  # of the network's weights; each weight has one
+    step: int = 0  # steps done
 
     @classmethod
     def start(cls, network: nn.Module, params: TrainParams, dtype: torch.dtype | None = None) -> "TrainingState":
@@ -99,18 +92,14 @@ class TrainingState:
 class Step:
     """What a step measured; the tensors are 0-d and on the device: reading one waits for the device.
 
-    Attributes:
-        step: steps done so far, from 1 on.
-        loss: the training loss, of this process's part of the batch.
-        mae: the mean absolute error in units of a latent's standard deviation, of this process's part; it is the loss
-            where ``train.loss`` is mae.
-        gradient_norm: before clipping, over all processes.
+    ``loss`` and ``mae`` (the mean absolute error, in units of a latent's standard deviation) are of this process's part
+    of the batch, and the same where ``train.loss`` is mae.
     """
 
-    step: int
+    step: int  # steps done so far, from 1 on
     loss: torch.Tensor
     mae: torch.Tensor
-    gradient_norm: torch.Tensor
+    gradient_norm: torch.Tensor  # before clipping, over all processes
 
 
 def learning_rate_at(step: int, params: TrainParams) -> float:

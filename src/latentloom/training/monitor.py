@@ -91,23 +91,15 @@ class Curves:
 
 @dataclass
 class Figures:
-    """What has been measured so far, as JSON can hold it.
+    """What has been measured so far, as JSON can hold it."""
 
-    Attributes:
-        train_mae: the mean over the steps between the last two logs.
-        val_mae: the validation error of the averaged weights, when last measured; None without a validation split.
-        best_step: where ``val_mae`` was lowest, and ``best_val_mae``, that error.
-        seconds: what the steps took, without validation, previews and checkpoints.
-        logged_step: the step of the last log, and ``logged_seconds``, the ``seconds`` then.
-    """
-
-    train_mae: float | None = None
-    val_mae: float | None = None
-    best_step: int | None = None
+    train_mae: float | None = None  # the mean over the steps between the last two logs
+    val_mae: float | None = None  # of the averaged weights, when last measured; None without a validation split
+    best_step: int | None = None  # where ``val_mae`` was lowest
     best_val_mae: float | None = None
-    seconds: float = 0.0
-    logged_step: int = 0
-    logged_seconds: float = 0.0
+    seconds: float = 0.0  # what the steps took, without validation, previews and checkpoints
+    logged_step: int = 0  # of the last log
+    logged_seconds: float = 0.0  # the ``seconds`` then
 
 
 class TrainingMonitor:

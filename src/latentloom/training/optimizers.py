@@ -29,11 +29,6 @@ def build_optimizers(
     """What `train.optimizer` names, with a learning rate of 0: each step of a training sets its own.
 
     Weight decay is for matrices and kernels alone: biases and norms have nothing to shrink to.
-
-    Args:
-        network: on the device where it is trained.
-        params: the section `train`.
-        dtype: of Muon's matrix products, see there.
     """
     muon, kernels, others = [], [], []
     for name, weight in network.named_parameters():
@@ -61,8 +56,6 @@ class Muon(torch.optim.Optimizer):
     "Muon is scalable for LLM training", section 2.2).
 
     Args:
-        params: matrices and kernels, on one device.
-        lr: the learning rate.
         weight_decay: decoupled, as AdamW's.
         dtype: what the matrix products compute in on an accelerator; on a CPU they are in fp32 whatever it says, see
             `orthogonalised`.

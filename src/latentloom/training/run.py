@@ -54,11 +54,9 @@ def run_training(
 
     Args:
         caches: on this process's device.
-        checkpoints: where the state is saved on the way; None in all processes but the main one, which alone writes.
-        resumed: what to resume from, in the main process; None starts anew.
-        model_folder: for ``config.json`` and ``model.safetensors``.
+        checkpoints: None in all processes but the main one, which alone writes; so are ``resumed`` and ``logger``.
+        resumed: what to resume from; None starts anew.
         curves_folder: for the curves' CSV files; what it holds is replaced.
-        logger: None in all processes but the main one.
 
     Raises:
         TrainingDivergedError: when the training has diverged; the checkpoints from before are kept.

@@ -14,6 +14,7 @@ from great_expectations import expectations as gxe
 from great_expectations.expectations import Expectation
 
 from latentloom.params import ValidateParams
+from latentloom.validation.tables import Data
 
 NOISE_BOUND = 4.0  # standard deviations of the share that a fair split gives
 UNLIKELY = 1e-4  # an event rarer than this is taken for a fault, not for chance
@@ -68,27 +69,17 @@ OTHER_INGEST = f"the latents are those of an earlier ingest: {REENCODE_IMAGES}"
 
 
 def checks(
-    limits: ValidateParams,
-    *,
-    vae_fingerprint: str,
-    text_fingerprint: str,
-    val_fraction: float,
-    latents: int,
-    rejected_latents: int,
-    max_tokens: int,
+    limits: ValidateParams, data: Data, *, val_fraction: float, vae_fingerprint: str, text_fingerprint: str
 ) -> list[Expectation]:
-    """All checks, in the order in which they are reported.
-
-    The fingerprints and ``val_fraction`` are those that params ask for; ``latents`` images were encoded, and
-    ``rejected_latents`` could not be; ``max_tokens`` of a caption were read.
-    """
+    """All checks, in the order in which they are reported; the keywords are what params ask for."""
+    latents, max_tokens = len(data.tables["latents"]), data.max_tokens
     mean_low, mean_high = limits.latent_mean
     std_low, std_high = limits.latent_std
     shortest, longest = limits.caption_length
     norm_low, norm_high = limits.embedding_norm
     share_low, share_high = share_bounds(val_fraction, latents, limits.val_fraction_tolerance)
     fewest_held_out = fewest_validation_images(val_fraction, latents)
-    most_rejected = rejected_bound(latents + rejected_latents)
+    most_rejected = rejected_bound(latents + len(data.latent_rejects))
     # fmt: off
     return [
         check("images_encoded", "images", "encoded", value_set=[True],

@@ -1,4 +1,8 @@
-"""The data at a glance, for the page: counts, distributions, and pictures by which to judge it.
+"""The report for a browser, one page: the data at a glance, and each check with what was observed.
+
+Great Expectations' own Data Docs load Bootstrap, jQuery and a logo from the network, name no data asset, link to pages
+that nobody wrote, hold times and random ids, and of a check say no more than which percentage is unexpected. So
+templates beside this file make the page: plain HTML and CSS with the pictures in it.
 
 Kept images are those whose ids, read backwards, come first: an id is a hash of the picture, so that is a fair sample,
 and the same one for the same data. (Read forwards it would not be fair: an id's beginning decides the split.) Rejected
@@ -8,23 +12,24 @@ alone, without time or chance: the same data gives the same page.
 
 import base64
 import heapq
-import io
 import itertools
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from PIL import Image
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from latentloom.ingestion.shards import iterate_images, sizes_of
+from latentloom.files import write_text
+from latentloom.ingestion.shards import iterate_images, sizes_of, thumbnail
+from latentloom.validation.report import ValidationReport
 from latentloom.validation.tables import SPLITS, Data
 
 KEPT = 48
 REJECTED = 8  # of each reason
 NEAR_DUPLICATES = 12  # pairs, the most alike first
-THUMBNAIL = 160  # pixels per side, at most
 
 LENGTHS = (1, 10, 20, 30, 40, 50, 75, 100, 150, 200, 300, 500, 1000)  # characters
 SIZES = (1, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)  # pixels
@@ -61,19 +66,32 @@ class Overview:
     reconstructions: list[tuple[Tile, Tile, float]]  # the worst: the image, the same decoded, and the PSNR in dB
 
 
-def describe(data: Data) -> Overview:
-    """The overview of one ``data`` folder; reads the few pictures that it shows.
+def write_data_docs(folder: Path, report: ValidationReport, data: Data) -> None:
+    """Write ``index.html`` into ``folder``, over what is there.
 
     Raises:
         UserError: when a shard of images is missing or damaged, naming it.
     """
+    environment = Environment(
+        loader=PackageLoader("latentloom.validation"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("index.j2").render(report=report, overview=describe(data))
+    write_text(folder / "index.html", page)
+
+
+def describe(data: Data) -> Overview:
+    """The data at a glance: counts, distributions, and the few pictures by which to judge it, which are read here."""
     images, near_duplicates = data.tables["images"], data.tables["near_duplicates"]
     chosen = heapq.nsmallest(KEPT, images["id"].unique(), key=lambda image_id: image_id[::-1])
     alike = near_duplicates.sort_values(["distance", "image_id", "twin_id"], kind="stable").head(NEAR_DUPLICATES)
     worst = data.reconstructions.dropna(subset="preview").sort_values("psnr", kind="stable")
     rejects = pd.concat([data.rejects, data.latent_rejects], ignore_index=True)
     wanted = {*chosen, *worst["id"], *alike["image_id"], *alike["twin_id"], *data.latent_rejects["id"].head(REJECTED)}
-    pictures = {image_id: _thumbnail(pixels) for image_id, pixels in iterate_images(data.folder / "images", wanted)}
+    pictures = {image_id: thumbnail(pixels) for image_id, pixels in iterate_images(data.folder / "images", wanted)}
     known = {row.id: row for row in images[images["id"].isin(wanted)].itertuples()}
 
     def tile(image_id: str) -> Tile:
@@ -134,13 +152,6 @@ def _ranges(edges: tuple[int, ...]) -> dict[str, float]:
     """Edges of whole numbers with their labels: ``1–9`` and so on, the last ``1,000 or more``."""
     between = {f"{low:,}–{high - 1:,}": low for low, high in itertools.pairwise(edges)}
     return between | {f"{edges[-1]:,} or more": edges[-1]}
-
-
-def _thumbnail(pixels: np.ndarray) -> bytes:
-    image, buffer = Image.fromarray(pixels), io.BytesIO()
-    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _address(png: bytes | None) -> str | None:

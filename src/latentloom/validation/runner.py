@@ -1,4 +1,8 @@
-"""Runs the checks as Great Expectations over the tables, with that library kept quiet and out of the files.
+"""Great Expectations over all that the earlier stages left: is this data worth a training?
+
+Files on disk -> scalar tables (``tables``) -> checks of their columns (``checks``), which are run here, with that
+library kept quiet and out of the files -> one ``ValidationReport`` (``report``) as JSON and text, and a page for a
+browser (``overview``).
 
 Great Expectations takes seconds to import, all of it with its first name, so that happens after the files have been
 read: a damaged one is reported at once.
@@ -16,7 +20,6 @@ import pandas as pd
 from latentloom.ingestion.shards import sizes_of
 from latentloom.params import ValidateParams
 from latentloom.sizes import Size
-from latentloom.validation.overview import describe
 from latentloom.validation.report import CheckResult, ValidationReport
 from latentloom.validation.tables import read_data
 
@@ -50,18 +53,10 @@ def validate(
     data = read_data(folder)
     tables = data.tables
     from latentloom.validation.checks import checks
-    from latentloom.validation.data_docs import write_data_docs
+    from latentloom.validation.overview import write_data_docs
 
-    expectations = checks(
-        params,
-        vae_fingerprint=expected_vae_fingerprint,
-        text_fingerprint=expected_text_fingerprint,
-        val_fraction=val_fraction,
-        latents=len(tables["latents"]),
-        rejected_latents=len(data.latent_rejects),
-        max_tokens=data.max_tokens,
-    )
-    results = _run(expectations, tables)
+    asked = {"vae_fingerprint": expected_vae_fingerprint, "text_fingerprint": expected_text_fingerprint}
+    results = _run(checks(params, data, val_fraction=val_fraction, **asked), tables)
     report = ValidationReport(
         checks=tuple(_result(item, tables[name]) for name, result in results.items() for item in result.results),
         rows={name: len(frame) for name, frame in tables.items()},
@@ -71,7 +66,7 @@ def validate(
         ),
     )
     if docs_folder is not None:
-        write_data_docs(docs_folder, report, describe(data))
+        write_data_docs(docs_folder, report, data)
     return report
 
 

@@ -79,8 +79,15 @@ def read_data(folder: Path) -> Data:
             "latents": latents,
             "captions": captions,
             "channels": pd.DataFrame({"mean": means, "std": latent_stats["std"], "id": names}),
-            "dataset": _dataset(latents, latent_rejects, latent_stats, text_stats).assign(
-                reconstruction_psnr=reconstructions["psnr"].mean()
+            "dataset": pd.DataFrame(
+                {
+                    **{f"{split}_images": [int((latents["split"] == split).sum())] for split in SPLITS},
+                    "validation_share": [(latents["split"] == "validation").mean()],
+                    "rejected_latents": [len(latent_rejects) / max(len(latent_rejects) + len(latents), 1)],
+                    "vae_fingerprint": [latent_stats["vae"]["fingerprint"]],
+                    "text_fingerprint": [text_stats["encoder"]["fingerprint"]],
+                    "reconstruction_psnr": [reconstructions["psnr"].mean()],
+                }
             ),
         },
         manifest=manifest,
@@ -100,22 +107,6 @@ def _near_duplicates(near: pd.DataFrame, latents: pd.DataFrame) -> pd.DataFrame:
     return near.assign(
         id=near["image_id"].where(first == "validation", near["twin_id"]),
         apart=first.isin(SPLITS) & second.isin(SPLITS) & (first != second),
-    )
-
-
-def _dataset(
-    latents: pd.DataFrame, rejected: pd.DataFrame, latent_stats: dict[str, Any], text_stats: dict[str, Any]
-) -> pd.DataFrame:
-    in_train, in_validation = (int((latents["split"] == split).sum()) for split in SPLITS)
-    return pd.DataFrame(
-        {
-            "train_images": [in_train],
-            "validation_images": [in_validation],
-            "validation_share": [(latents["split"] == "validation").mean()],
-            "rejected_latents": [len(rejected) / max(len(rejected) + len(latents), 1)],
-            "vae_fingerprint": [latent_stats["vae"]["fingerprint"]],
-            "text_fingerprint": [text_stats["encoder"]["fingerprint"]],
-        }
     )
 
 
