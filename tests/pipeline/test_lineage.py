@@ -106,7 +106,7 @@ def test_of_a_model_that_nobody_committed_the_run_knows_enough(project):
 def test_of_a_model_of_changed_code_and_params_the_changes_come_back(project):
     code = Path("src/latentloom/evaluation/text_to_image.py")
     original = code.read_text()
-    inverted = original.replace("images = self.codec.decode(", "images = 255 - self.codec.decode(")
+    inverted = original.replace("images = np.stack(", "images = 255 - np.stack(")
     assert inverted != original
     code.write_text(inverted)
     project.set_params(train__steps=6)

@@ -127,7 +127,7 @@ def team(make_project, tmp_path_factory) -> Iterator[Team]:
             encode_text__model=str(save_clip(homes["clip"], dim=16)),
             train__steps=4,
             monitor__log_every=1,
-            monitor__sample_count=2,
+            previews__captions=2,
         )
         shutil.copytree(project.folder, people["ada"].folder)
         yield team

@@ -326,7 +326,7 @@ def test_a_consumer_that_fails_ends_the_thread(error):
 @pytest.mark.slow
 def test_a_process_ends_while_more_is_still_to_be_made():
     script = "import test_batches as t; items = t.prefetch(t.make, range(10**9), t.CPU); next(items); print('first')"
-    folders = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "src")]
+    folders = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "src")]
     command = [sys.executable, "-c", f"import sys; sys.path[:0] = {folders}; {script}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "first\n", "")

@@ -197,11 +197,11 @@ def save_run_record(root: Path, provenance: Provenance) -> None:
 
 def read_run_record(root: Path, model_sha256: str, folder: Path | None = None) -> Provenance | None:
     """The provenance of a model that was trained on this machine, else that which its ``folder`` carries, or None."""
-    for path in (_run_record(root, model_sha256), folder and folder / PROVENANCE):
-        if path and path.exists():
-            found = Provenance.from_dict(read_json(path))
-            return found if found.model_sha256 == model_sha256 else None  # a folder's may be another model's
-    return None
+    own, carried = _run_record(root, model_sha256), folder and folder / PROVENANCE
+    if own.exists():
+        return Provenance.from_dict(read_json(own))
+    found = Provenance.from_dict(read_json(carried)) if carried and carried.exists() else None
+    return found if found and found.model_sha256 == model_sha256 else None  # it may be another model's
 
 
 def _run_record(root: Path, model_sha256: str | None) -> Path:
