@@ -17,7 +17,8 @@ os.environ.setdefault("LATENTLOOM_TESTS_PID", str(os.getpid()))  # of pytest its
 
 # Files of tests that share no more than the projects that are made once for all processes.
 SPREAD = {f"tests/faults/test_{name}.py" for name in ("corruption", "every_write", "full_disk", "kills")}
-# The files that take longest, the longest first: begun last, one of them would run when all else has ended.
+# The files that take longest, the longest first: begun last, one of them would run when all else has ended. The last are
+# the longest of the fast tier.
 LONGEST = (
     "tests/pipeline/test_versions.py",
     "tests/pipeline/test_team_server.py",
@@ -32,6 +33,12 @@ LONGEST = (
     "tests/faults/test_tracking_server.py",
     "tests/registry/test_serving.py",
     "tests/pipeline/test_reruns.py",
+    "tests/registry/test_registry.py",
+    "tests/training/test_run.py",
+    "tests/training/test_loop.py",
+    "tests/lineage/test_lineage.py",
+    "tests/validation/test_validate.py",
+    "tests/evaluation/test_text_to_image.py",
 )
 MARKED = ("service", "pipeline", "fault")
 
