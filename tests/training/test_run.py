@@ -163,6 +163,17 @@ def stop_after(monkeypatch):
     yield arrange
 
 
+def stopped_and_resumed_ends_the_same(run, params: Params, folder: Path, stop_after, last: int) -> None:
+    """A training of ``params`` has ended; one that is stopped after step ``last``, and resumed, leaves its bytes."""
+    whole = outs(folder)
+    stop_after(last)
+    with pytest.raises(TrainingStopped):
+        run(params)
+    stop_after(0)
+    run(params, resumed=usable_checkpoint(kept(folder), params))
+    assert outs(folder) == whole
+
+
 @of_two_shapes
 def test_a_training_of_two_shapes_resumes_to_the_same_bytes_and_its_model_draws_both(
     run, caches, tmp_path, monkeypatch, stop_after
@@ -173,13 +184,7 @@ def test_a_training_of_two_shapes_resumes_to_the_same_bytes_and_its_model_draws_
     run(params)
     # of the first four by id, and of the first four that are held out
     assert [image.shape[:2] for image in shown[0]] == [(6, 10)] * 3 + [(8, 8)] + [(14, 12)] * 2 + [(8, 8)] * 2
-    whole = outs(tmp_path)
-    stop_after(6)
-    with pytest.raises(TrainingStopped):
-        run(params)
-    stop_after(0)
-    run(params, resumed=usable_checkpoint(kept(tmp_path), params))
-    assert outs(tmp_path) == whole
+    stopped_and_resumed_ends_the_same(run, params, tmp_path, stop_after, 6)
 
     network, config = load_model(tmp_path / "model")
     assert (config.latent_shape, config.latent_shapes) == ((4, 8, 8), ((4, 6, 10), (4, 8, 8)))
@@ -253,13 +258,7 @@ def test_a_stopped_training_resumes_to_the_same_bytes_of_model_and_curves(run, t
 def test_a_training_on_token_states_resumes_to_the_same_bytes(run, caches, tmp_path, stop_after):
     params = quick(text="tokens", steps=12, previews={"every": 6}, machine={"checkpoint_every": 100})
     run(params)
-    whole = outs(tmp_path)
-    stop_after(5)
-    with pytest.raises(TrainingStopped):
-        run(params)
-    stop_after(0)
-    run(params, resumed=usable_checkpoint(kept(tmp_path), params))
-    assert outs(tmp_path) == whole
+    stopped_and_resumed_ends_the_same(run, params, tmp_path, stop_after, 5)
 
 
 @with_tokens
