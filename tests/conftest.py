@@ -17,8 +17,8 @@ os.environ.setdefault("LATENTLOOM_TESTS_PID", str(os.getpid()))  # of pytest its
 
 # Files of tests that share no more than the projects that are made once for all processes.
 SPREAD = {f"tests/faults/test_{name}.py" for name in ("corruption", "every_write", "full_disk", "kills")}
-# The files that take longest, the longest first: begun last, one of them would run when all else has ended. At the end of
-# the list are the longest of the fast tier.
+# The files that take longest, the longest first: begun last, one of them would run when all else has ended.
+# At the end of the list are the longest of the fast tier.
 LONGEST = (
     "tests/pipeline/test_versions.py",
     "tests/pipeline/test_team_server.py",
