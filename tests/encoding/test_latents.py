@@ -303,6 +303,7 @@ def test_statistics_with_flip_are_those_of_both_views(tiny, prepare_images, tmp_
     np.testing.assert_allclose(statistics["std"], both.std((0, 2, 3)), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_one_percent_more_images_cost_at_most_two_percent_of_the_encoders_work(
     tiny, prepare_images, tmp_path, monkeypatch
 ):

@@ -477,6 +477,7 @@ def change(source: Path, action: str, name: str, value: int | str | None = None)
         caption.rename(target.with_suffix(".txt"))
 
 
+@pytest.mark.slow
 @given(HISTORY)
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_history_gives_what_a_rebuild_from_nothing_gives(new_corpus, contents, shards_of, tmp_path, history):

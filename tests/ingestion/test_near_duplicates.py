@@ -185,6 +185,7 @@ def test_a_photograph_whose_colours_are_swapped_is_no_near_duplicate():
     assert found(signatures, 8) == []
 
 
+@pytest.mark.slow
 def test_an_emoji_in_two_skin_tones_is_no_near_duplicate_unless_the_skin_is_hardly_seen():
     keys = list(OpenMojiSource(128, skin_tones=60).captions)[: 60 * 6]
     pictures = [np.asarray(Image.open(io.BytesIO(render(key, 128))).convert("RGB")) for key in keys]

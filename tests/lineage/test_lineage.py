@@ -173,6 +173,7 @@ def test_the_chain_goes_from_the_model_to_the_sources_with_hashes_and_counts(lab
     assert link(found, "VAE").name.startswith("bundled ")
 
 
+@pytest.mark.slow
 def test_a_run_a_version_an_alias_a_folder_and_an_image_have_one_lineage(lab, trained, tiny_unets):
     run_id = trained(name="gentle")
     registry.promote(find_model("gentle", lab), "champion", lab)

@@ -175,6 +175,7 @@ def test_the_same_model_promoted_twice_is_one_version_and_one_move(project_root,
     ]
 
 
+@pytest.mark.slow
 def test_a_worse_model_is_rejected_unless_someone_says_why(project_root, train, promote, tiny_unets):
     train(tiny_unets[0], recall=0.9)
     train(tiny_unets[1], recall=0.5)
@@ -189,6 +190,7 @@ def test_a_worse_model_is_rejected_unless_someone_says_why(project_root, train, 
     assert (move.kind, move.version, move.previous, move.why) == ("force", "2", "1", "the hands: right")
 
 
+@pytest.mark.slow
 def test_a_model_that_chance_may_have_made_look_worse_becomes_the_champion(project_root, train, promote, tiny_unets):
     train(tiny_unets[0], recall=0.8)
     train(tiny_unets[1], recall=0.75)

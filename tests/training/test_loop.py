@@ -197,6 +197,7 @@ def test_the_averages_horizon_means_the_same_images_at_every_batch_size():
         assert decay ** (12800 / batch_size) == pytest.approx(1 / math.e)
 
 
+@pytest.mark.slow
 def test_bf16_learns_as_well(make_data, train_params, diffusion_params):
     settings = train_params.model_copy(update={"steps": 30})
     _, plain = run(make_data(8), settings, diffusion_params)

@@ -295,6 +295,7 @@ def test_a_training_resumes_with_other_code_and_says_so_once(run, tmp_path, logg
         run(params, code="after", resumed=usable_checkpoint(kept(tmp_path), params))
 
 
+@pytest.mark.slow
 def test_once_it_is_loaded_nothing_holds_a_checkpoints_tensors(run, tmp_path, monkeypatch, stop_after):
     params = quick(keep="best", steps=12)
     stop_after(6)
