@@ -10,7 +10,7 @@ PACKAGE = ROOT / "src" / "latentloom"
 
 CORE = (
     *("params", "files", "layout", "errors", "stage", "devices", "randomness", "model_files", "sharding"),
-    *("source_code", "sizes", "image_grid", "dvc_outs", "lettering", "tensor_files", "file_hashes"),
+    *("source_code", "sizes", "image_grid", "dvc_outs", "lettering", "tensor_files", "file_hashes", "ids"),
 )
 # Readers of what a stage left: what other stage packages may import of it.
 READERS = (
@@ -35,6 +35,7 @@ ALLOWED = {
 FOUNDATION = {
     "errors": (),
     "randomness": (),
+    "ids": (),
     "sharding": (),
     "source_code": (),
     "sizes": (),
