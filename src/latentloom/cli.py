@@ -306,5 +306,28 @@ def lineage(
         raise typer.Exit(1)
 
 
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    folder: Annotated[Path, typer.Argument(help="What to make; a new folder, or an empty one.")],
+    to: Annotated[Literal["diffusers", "onnx"], typer.Option(help="What is to load it; docs/export.md has both.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Of its samples, may be repeated; by default evaluate.prompts.")
+    ] = None,
+) -> None:
+    """Write a model as a folder for diffusers, or for ONNX Runtime, that needs nothing of this package."""
+    from latentloom.export.folders import shown_figures
+    from latentloom.registry.models import find_model
+
+    root = project_root()
+    found = find_model(model, root)
+    if to == "diffusers":
+        from latentloom.export.diffusers_folder import export_diffusers as write
+    else:
+        from latentloom.export.onnx_folder import export_onnx as write
+    write(found, folder, root, figures=shown_figures(found, root), prompts=prompt)
+    print(folder)
+
+
 if __name__ == "__main__":
     app()
