@@ -329,5 +329,20 @@ def export(
     print(folder)
 
 
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="What `latentloom export` made.")],
+    hub_id: Annotated[str, typer.Argument(metavar="HUB_ID", help="OWNER/NAME on the Hugging Face hub.")],
+    public: Annotated[bool, typer.Option("--public", help="For everybody to see; else for you alone.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, and send nothing.")] = False,
+) -> None:
+    """Send an exported model to the Hugging Face hub, with the token of `hf auth login` or HF_TOKEN."""
+    from latentloom.export.hub import Upload
+
+    upload = Upload.of(folder, hub_id, public=public)
+    print(upload.text())
+    print("nothing was sent (--dry-run)" if dry_run else upload.send())
+
+
 if __name__ == "__main__":
     app()

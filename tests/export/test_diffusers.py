@@ -28,21 +28,30 @@ from latentloom.registry.models import FoundModel
 
 CPU = torch.device("cpu")
 PROMPT = "a red apple"
+OPTIONS = {  # that are called the same on both sides
+    "first": 3,
+    "sampler": "dpmpp_2m",
+    "guidance_interval": [0.1, 0.9],
+    "guidance_rescale": 0.5,
+    "threshold": None,
+    "precision": "fp32",
+}
 # By the model, and a name: what the pipeline is called with, and the prompts and the options of `latentloom sample`.
 CASES = {
     "pooled": {
         "plain": ({"prompt": PROMPT, "seed": 5, "num_inference_steps": 3}, [PROMPT], {"seed": 5, "steps": 3}),
         "all options": (
             {
-                **{"prompt": [PROMPT, "a snowman"], "num_inference_steps": 4, "guidance_scale": 2.5, "threshold": None},
-                **{"num_images_per_prompt": 2, "first": 3, "sampler": "dpmpp_2m", "guidance_interval": [0.1, 0.9]},
-                **{"guidance_rescale": 0.5, "precision": "fp32", "height": 32, "width": 96},
+                "prompt": [PROMPT, "a snowman"],
+                "num_images_per_prompt": 2,
+                "num_inference_steps": 4,
+                "guidance_scale": 2.5,
+                "height": 32,
+                "width": 96,
+                **OPTIONS,
             },
             [PROMPT, "a snowman"],
-            {
-                **{"steps": 4, "guidance": 2.5, "count": 2, "first": 3, "sampler": "dpmpp_2m", "threshold": None},
-                **{"guidance_interval": (0.1, 0.9), "guidance_rescale": 0.5, "precision": "fp32", "size": "96x32"},
-            },
+            {"count": 2, "steps": 4, "guidance": 2.5, "size": "96x32", **OPTIONS},
         ),
     },
     "tokens": {
