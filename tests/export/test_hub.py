@@ -18,7 +18,7 @@ TOKEN = "hf_of_the_test"
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    files = {"README.md": "---\nlicense: mit\n---\n", "model_index.json": "{}", "unet/weights.safetensors": "weights"}
+    files = {"README.md": "---\nlicense: mit\n---\n", "latentloom.json": "{}", "unet/weights.safetensors": "weights"}
     for name, text in files.items():
         path = tmp_path / "out" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,9 +107,7 @@ def test_a_dry_run_names_repository_visibility_and_files_and_asks_nothing(hub, f
 def test_what_was_shown_is_sent_and_private_unless_asked_otherwise(hub, folder):
     code, output = push(folder, "ada/loom")
     assert (code, output.splitlines()[-1]) == (0, f"{hub.address}/ada/loom/commit/1")
-    sent = {
-        file: (folder / file).read_bytes() for file in ("README.md", "model_index.json", "unet/weights.safetensors")
-    }
+    sent = {file: (folder / file).read_bytes() for file in ("README.md", "latentloom.json", "unet/weights.safetensors")}
     assert hub.repositories == {"ada/loom": {"private": True, "files": sent}}
     hub.repositories["ada/loom"]["files"].clear()
     code, output = push(folder, "ada/loom", "--public")

@@ -86,13 +86,16 @@ class TextEmbedder:
         inputs = self.tokenizer.pad(
             {"input_ids": tokens}, "max_length", length, padding_side="right", return_tensors="pt"
         ).to(self.device)
-        output = self.model(**inputs)
+        return self.read(self.model(**inputs), inputs["attention_mask"])
+
+    def read(self, output: Any, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings (N, dim) and states (N, T, token_dim) in what the model gave for tokens with that mask (N, T)."""
         states = output.last_hidden_state.float()
         if self.pooling == PROJECTION:
             return output.text_embeds.float(), states
         if self.pooling == "cls":
             return torch.nn.functional.normalize(states[:, 0], dim=-1), states
-        mask = inputs["attention_mask"].unsqueeze(-1).float()
+        mask = attention_mask.unsqueeze(-1).float()
         return torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1), states
 
 

@@ -58,8 +58,7 @@ def export_diffusers(
         _save_parts(exported, made)
         for file, module in CODE.items():
             write_text(made / file, bundle(module))
-        origin = {"model_sha256": found.sha256, **(found.provenance.in_images() if found.provenance else {})}
-        write_json(made / "latentloom.json", origin)
+        exported.save_origin(made)
         images = exported.save_samples(made)
         write_text(made / "README.md", card(exported, figures))
         _check(exported, made, images[0])

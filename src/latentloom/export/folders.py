@@ -14,7 +14,7 @@ from latentloom.diffusion.sampling_settings import SampleRequest, SamplingSettin
 from latentloom.errors import UserError
 from latentloom.evaluation.metadata import save_image
 from latentloom.evaluation.text_to_image import TextToImage, default_settings, load_text_to_image
-from latentloom.files import read_json, user_path
+from latentloom.files import read_json, user_path, write_json
 from latentloom.layout import PARAMS
 from latentloom.params import load_params
 from latentloom.registry.compare import figures_known
@@ -22,6 +22,7 @@ from latentloom.registry.figures import Figures
 from latentloom.registry.models import FoundModel
 
 FIGURES = "metrics.json"  # of a model that is passed on
+ORIGIN = "latentloom.json"
 SAMPLES = "samples"
 MOST_SAMPLES = 4  # where the prompts are those of the params
 
@@ -56,6 +57,12 @@ class Exported:
     def settings(self) -> SamplingSettings:
         """Of samples for which nothing else is asked."""
         return self.request.settings
+
+    def save_origin(self, folder: Path) -> None:
+        """Write down the hash that names the model, and what it came from, as far as samples name it."""
+        provenance = self.found.provenance
+        origin = {"model_sha256": self.found.sha256, **(provenance.in_images() if provenance else {})}
+        write_json(folder / ORIGIN, origin)
 
     def save_samples(self, folder: Path) -> np.ndarray:
         """Write a sample of each prompt into ``folder``, as `latentloom sample` does; uint8 (P, H, W, 3)."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from latentloom.errors import UserError
+from latentloom.export.folders import ORIGIN
 from latentloom.files import user_path
 
 CARD = "README.md"
-MARKS = ("model_index.json", "latentloom.json")  # of an exported folder: one of these
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Upload:
         from huggingface_hub.utils import validate_repo_id
 
         folder = user_path(folder)
-        if not (folder / CARD).is_file() or not any((folder / name).is_file() for name in MARKS):
+        if not all((folder / name).is_file() for name in (CARD, ORIGIN)):
             raise UserError(
                 f"{folder} is no exported model: `latentloom export MODEL {folder} --to diffusers` makes one"
             )
