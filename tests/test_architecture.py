@@ -11,6 +11,7 @@ PACKAGE = ROOT / "src" / "latentloom"
 CORE = (
     *("params", "files", "layout", "errors", "stage", "devices", "randomness", "model_files", "sharding"),
     *("source_code", "sizes", "image_grid", "dvc_outs", "lettering", "tensor_files", "file_hashes", "ids"),
+    *("engine", "engine_ray"),
 )
 # Readers of what a stage left: what other stage packages may import of it.
 READERS = (
@@ -37,6 +38,8 @@ FOUNDATION = {
     "randomness": (),
     "ids": (),
     "sharding": (),
+    "engine": ("errors", "engine_ray"),
+    "engine_ray": ("errors", "engine"),
     "source_code": (),
     "sizes": (),
     "image_grid": ("lettering",),

@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from latentloom.engine import threaded_map, worker_count
 from latentloom.ingestion.colours import Profile
 from latentloom.ingestion.deduplicator import ID_BYTES, Deduplicator
 from latentloom.ingestion.folder import FolderSource
 from latentloom.ingestion.images import pillow_settings
 from latentloom.ingestion.near_duplicates import find_near_duplicates, write_near_duplicates
 from latentloom.ingestion.openmoji import OpenMojiSource
-from latentloom.ingestion.parallel import ordered_map, worker_count
 from latentloom.ingestion.parquet import ParquetSource
 from latentloom.ingestion.preprocess import preprocess_sample
 from latentloom.ingestion.rejects import Reject, RejectTable
@@ -121,7 +121,7 @@ def ingest(
     samples = ((name, sample) for name, source in sources.items() for sample in source.samples())
     with (
         pillow_settings(params.max_pixels),
-        closing(ordered_map(work, samples, worker_count())) as results,
+        closing(threaded_map(work, samples, worker_count())) as results,
         tqdm(
             results,
             "ingest",
