@@ -143,8 +143,7 @@ def write_shards(rows: Iterable[ImageRow], folder: Path) -> list[dict[str, Any]]
     rows, shards = iter(rows), []
     while (first := next(rows, None)) is not None:
         path = folder / f"{len(shards):05d}.parquet"
-        room = len(first.png) * (sharding.FEWEST_ROWS + sharding.TYPICAL_ROWS)
-        shards.append({"name": path.name, "rows": _write_shard(path, itertools.chain([first], rows), room)})
+        shards.append({"name": path.name, "rows": _write_shard(path, itertools.chain([first], rows))})
     return shards
 
 
@@ -218,9 +217,10 @@ def _joined(texts: Iterable[str | None]) -> str | None:
     return "; ".join(dict.fromkeys(filter(None, texts))) or None
 
 
-def _write_shard(path: Path, rows: Iterator[ImageRow], room: int) -> int:
+def _write_shard(path: Path, rows: Iterator[ImageRow]) -> int:
     """Write one shard, of as many ``rows`` as belong into it; give their number."""
     of_shard, count = _up_to_its_end(rows), 0
+    room = sharding.IMAGES.fewest + sharding.IMAGES.typical
     with atomic_path(path, room) as temporary, pq.ParquetWriter(temporary, SCHEMA, **WRITER_OPTIONS) as writer:
         while group := list(itertools.islice(of_shard, ROW_GROUP_ROWS)):
             writer.write_table(_table(group))
@@ -229,9 +229,11 @@ def _write_shard(path: Path, rows: Iterator[ImageRow], room: int) -> int:
 
 
 def _up_to_its_end(rows: Iterator[ImageRow]) -> Iterator[ImageRow]:
-    for count, row in enumerate(rows, start=1):
+    shard_bytes = 0
+    for row in rows:
         yield row
-        if sharding.ends_shard(row.id, count):
+        shard_bytes += len(row.png)
+        if sharding.ends_shard(row.id, len(row.png), shard_bytes, sharding.IMAGES):
             return
 
 
