@@ -22,7 +22,6 @@ from latentloom.files import read_json
 from latentloom.ingestion.ingest import ingest
 from latentloom.ingestion.shards import iterate_images, prepared_sizes, read_manifest, read_metadata
 from latentloom.params import IngestParams
-from latentloom.sizes import Size
 
 PARAMS = {
     "source": "folder",
@@ -96,7 +95,7 @@ def test_each_picture_is_prepared_encoded_and_read_in_its_own_shape(make_project
     manifest, metadata, pixels = read_manifest(project.images), read_metadata(project.images), {}
     assert manifest["image_size"] == [32, 64]
     assert manifest["sizes"] == [[32, 32, 5], [40, 24, 5], [64, 64, 5], [88, 48, 5]]
-    assert prepared_sizes(project.images) == [Size(*size) for size in PREPARED]
+    assert prepared_sizes(project.images).tolist() == [list(size) for size in PREPARED]
     for key, (own, prepared), size in zip(metadata["key"], iterate_images(project.images), PREPARED, strict=True):
         pixels[own] = prepared
         assert prepared.shape == (size[1], size[0], 3)

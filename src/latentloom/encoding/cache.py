@@ -31,10 +31,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save
 from tqdm import tqdm
 
+from latentloom import sharding
 from latentloom.encoding.shard_files import (
     ENDS,
     SHARDS,
@@ -46,7 +48,7 @@ from latentloom.encoding.shard_files import (
     read_shard,
 )
 from latentloom.files import atomic_path
-from latentloom.sharding import shard_ranges
+from latentloom.ids import from_hex
 
 FORMAT_VERSION = 2
 HEADER = "latentloom"  # one entry, since safetensors writes several in an order that changes from run to run
@@ -186,10 +188,17 @@ class Plan:
     """
 
     def __init__(
-        self, store: RowStore, out: Path, ids: Sequence[str], keys: Sequence[str], groups: Sequence[Any] = ()
+        self,
+        store: RowStore,
+        out: Path,
+        ids: Sequence[str],
+        keys: Sequence[str],
+        groups: Sequence[Any] = (),
+        row_bytes=1,
     ) -> None:
         self._store, self._out, self._keys = store, out, keys
-        ranges = shard_ranges(ids, groups)
+        numbers = np.unique(groups, return_inverse=True, axis=0)[1] if len(groups) else None
+        ranges = sharding.shard_ranges(from_hex(ids), row_bytes, sharding.TENSORS, numbers)
         self._shards = {out / f"{number:05d}.safetensors": rows for number, rows in enumerate(ranges)}
         self._linked: set[Path] = set()
         out.mkdir(parents=True, exist_ok=True)

@@ -57,7 +57,7 @@ def encode_images(vae: Vae, images: Path, out: Path, store: RowStore, *, flip: b
     sizes = list(sizes_of(manifest))
     for size in sizes:
         _check_size(vae, size)
-    metadata["size"] = [sizes.index(size) for size in prepared_sizes(images)]
+    metadata["size"] = [sizes.index((width, height)) for width, height in prepared_sizes(images).tolist()]
     metadata = metadata.sort_values("size", kind="stable", ignore_index=True)
     ids = metadata["id"].tolist()
     made_by = (vae.fingerprint, PREPROCESSING, f"{vae.precision}->{STORED}")
