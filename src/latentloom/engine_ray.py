@@ -28,7 +28,6 @@ import hashlib
 import os
 import secrets
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -36,6 +35,7 @@ import traceback
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ TRIES = 3
 COPIES = 8  # files of the driver that are kept in Ray's memory, and on a machine without the project's disk
 LOOK_FOR_NODES = 2.0  # seconds between two looks
 PATIENCE = 600.0  # seconds without a worker
+LIBRARIES = ("numpy", "pillow", "torch", "diffusers", "transformers", "pyarrow", "resvg-py")  # decide the bytes
 FORWARDED = ("LATENTLOOM_", "HF_", "OMP_", "TORCH_")  # variables that workers get from the driver
 LOST = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.ObjectLostError)
 LOST += (ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError, ray.exceptions.RuntimeEnvSetupError)
@@ -145,7 +146,8 @@ def ray_map(
                 for place, item in enumerate(chunk.items):
                     outcome = chunk.outcomes[place]
                     if isinstance(outcome, Failure):
-                        outcome.error.add_note(f"from a worker of Ray on {chunk.node}:\n{outcome.trace}")
+                        if not isinstance(outcome.error, UserError):
+                            outcome.error.add_note(f"from a worker of Ray on {chunk.node}:\n{outcome.trace}")
                         raise outcome.error
                     if again and again(outcome):
                         outcome = function(item)
@@ -199,7 +201,7 @@ class Crew:
 
     def __init__(self, function: Callable[..., Any], setup: Callable[[], Any] | None, probe: Path | None) -> None:
         self._probe, self._with_state = probe, setup is not None
-        self._job = ray.put((function, setup, os.getcwd(), probe))
+        self._job = ray.put((function, setup, Path.cwd(), probe, _versions()))
         self._seats: list[Seat] = []
         self._most: dict[str, int] = {}  # of workers on a machine where memory did not suffice
         self._known: set[str] = set()  # machines that have been told of
@@ -319,7 +321,8 @@ class Crew:
                 self._waiting.append(call)
                 continue
             seat = min(free, key=lambda own: len(own.calls))
-            inputs = {} if seat.sees_disk else {path: self._copy(path) for item in call.items for path in _files(item)[1]}
+            reads = [] if seat.sees_disk else [path for item in call.items for path in _files(item)[1]]
+            inputs = {path: self._copy(path) for path in reads}
             seat.calls.append((seat.actor.work.remote(call.items, inputs), call))
 
     def _take_in(self, seat: Seat, reference: Any, call: Call) -> None:
@@ -333,19 +336,16 @@ class Crew:
             with atomic_path(path, room=len(content)) as temporary:
                 temporary.write_bytes(content)
         call.chunk.node = seat.host
-        failed = outcomes and isinstance(outcomes[-1], Failure)
-        for place, item, outcome in zip(call.places, call.items, outcomes[: len(outcomes) - bool(failed)], strict=False):
-            if seat.sees_disk:
-                for path in _files(item)[0]:
-                    _wait_for(Path(path))
+        failure = outcomes.pop() if isinstance(outcomes[-1], Failure) else None
+        for place, outcome in zip(call.places, outcomes, strict=False):
             call.chunk.outcomes[place] = outcome
-        if not failed:
-            return
-        place = call.places[len(outcomes) - 1]
-        rest = Call(call.chunk, call.places[len(outcomes) :], call.tries, set(call.failed_on))
-        if rest.places:
-            self._waiting.appendleft(rest)
-        self._failed(seat, Call(call.chunk, [place], call.tries + 1, call.failed_on | {seat.node}), outcomes[-1])
+            for path in _files(call.chunk.items[place])[0] if seat.sees_disk else ():
+                _wait_for(Path(path))
+        if failure:
+            place, *rest = call.places[len(outcomes) :]
+            if rest:
+                self._waiting.appendleft(Call(call.chunk, rest, call.tries, call.failed_on))
+            self._failed(seat, Call(call.chunk, [place], call.tries + 1, call.failed_on | {seat.node}), failure)
 
     def _failed(self, seat: Seat, call: Call, failure: Failure) -> None:
         """Try an item somewhere else, or again with more memory; else its error is what comes of it."""
@@ -416,8 +416,8 @@ class Crew:
 class Worker:
     """Computes items on one machine, one after another."""
 
-    def __init__(self, job: tuple[Callable[..., Any], Callable[[], Any] | None, str, Path | None], cores: int) -> None:
-        self._function, self._setup, folder, self._probe = job
+    def __init__(self, job: tuple[Any, ...], cores: int) -> None:
+        self._function, self._setup, folder, self._probe, self._versions = job
         os.environ[engine.WORKERS] = str(cores)
         with contextlib.suppress(OSError):
             os.chdir(folder)  # the stage's paths are relative to it
@@ -427,6 +427,9 @@ class Worker:
     def start(self) -> "bool | Failure":
         """Make the state; say whether the project's disk is seen."""
         try:
+            if other := {f"{name} {own}" for name, own in _versions().items() if own != self._versions[name]}:
+                wanted = {f"{name} {own}" for name, own in self._versions.items() if own != _versions()[name]}
+                raise UserError(f"it has {', '.join(sorted(other))}, the stage {', '.join(sorted(wanted))}")
             if self._probe is not None:
                 self._sees_disk = self._probe.is_file()
             if self._setup is not None:
@@ -524,7 +527,7 @@ def _wait_for(path: Path) -> None:
     while not path.exists():
         if time.monotonic() > until:
             raise UserError(f"{path} was written on another machine and is not seen here after 60 s")
-        os.listdir(path.parent)
+        list(path.parent.iterdir())  # which has a network's disk look again
         time.sleep(0.2)
 
 
@@ -536,6 +539,16 @@ def _failure(error: Exception) -> Failure:
         error = RuntimeError(f"{type(error).__name__}: {error}")
     error.__traceback__ = None
     return Failure(error, trace)
+
+
+def _versions() -> dict[str, str]:
+    versions = {"Python": ".".join(map(str, sys.version_info[:2]))}
+    for name in LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "(none)"
+    return versions
 
 
 def _named(item: Any) -> str:
