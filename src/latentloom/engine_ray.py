@@ -121,9 +121,13 @@ class Seat:
     actor: Any
     node: str
     host: str
+    kind: tuple[int, int]  # cores and GPUs
     calls: deque[tuple[Any, Call]] = field(default_factory=deque)  # by reference of what comes back, the oldest first
     starting: Any = None
     sees_disk: bool | None = None
+
+
+_idle: list[Seat] = []
 
 
 def ray_map(
@@ -164,6 +168,7 @@ def connect() -> None:
     """
     if ray.is_initialized():
         return
+    _idle.clear()  # of a cluster that was left
     address = os.environ.get("RAY_ADDRESS") or None
     package = Path(engine.__file__).parent
     environment = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)}
@@ -251,9 +256,17 @@ class Crew:
         self._hand_out()
 
     def dismiss(self) -> None:
-        """End all workers."""
+        """Let all workers go: those that are idle and hold no GPU wait for the next crew of this process."""
+        left = {seat.actor.leave.remote(): seat for seat in self._seats if not seat.calls and not seat.kind[1]}
+        done = set(ray.wait(list(left), num_returns=len(left), timeout=5)[0]) if left else set()
+        for reference, seat in left.items():
+            if reference in done:
+                with contextlib.suppress(*LOST):
+                    ray.get(reference)
+                    _idle.append(seat)
         for seat in self._seats:
-            ray.kill(seat.actor)
+            if seat not in _idle:
+                ray.kill(seat.actor)
         self._seats.clear()
 
     def _hire(self) -> None:
@@ -274,12 +287,7 @@ class Crew:
                 count, share = cores, 1
             count = min(count, self._most.get(name, count)) if name not in self._broken else 0
             for _ in range(count - sum(seat.node == name for seat in self._seats)):
-                actor = Worker.options(
-                    num_cpus=share,
-                    num_gpus=1 if has_gpu else 0,
-                    scheduling_strategy=NodeAffinitySchedulingStrategy(name, soft=False),
-                ).remote(self._job, share)
-                self._seats.append(Seat(actor, name, host, starting=actor.start.remote()))
+                self._seats.append(self._seat(name, host, (share, int(has_gpu))))
         if self._seats:
             self._had_workers = time.monotonic()
         elif self._broken:
@@ -289,6 +297,17 @@ class Crew:
                 f"Ray has had no machine with a free {'GPU' if has_gpu else 'core'} for {PATIENCE:.0f} s: look at "
                 "`ray status`"
             )
+
+    def _seat(self, node: str, host: str, kind: tuple[int, int]) -> Seat:
+        seat = next((own for own in _idle if (own.node, own.kind) == (node, kind)), None)
+        if seat is None:
+            strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+            actor = Worker.options(num_cpus=kind[0], num_gpus=kind[1], scheduling_strategy=strategy).remote()
+            seat = Seat(actor, node, host, kind)
+        else:
+            _idle.remove(seat)
+        seat.sees_disk, seat.starting = None, seat.actor.start.remote(self._job, kind[0])
+        return seat
 
     def _started(self, seat: Seat) -> None:
         try:
@@ -416,37 +435,40 @@ class Crew:
 class Worker:
     """Computes items on one machine, one after another."""
 
-    def __init__(self, job: tuple[Any, ...], cores: int) -> None:
-        self._function, self._setup, folder, self._probe, self._versions = job
+    def start(self, job: tuple[Any, ...], cores: int) -> "bool | Failure":
+        """Make the state; say whether the project's disk is seen."""
+        self._function, setup, folder, probe, versions = job
+        self._scratch: Path | None = None
         os.environ[engine.WORKERS] = str(cores)
         with contextlib.suppress(OSError):
             os.chdir(folder)  # the stage's paths are relative to it
-        self._scratch = Path(tempfile.mkdtemp(prefix="latentloom-"))
-        self._sees_disk = True
-
-    def start(self) -> "bool | Failure":
-        """Make the state; say whether the project's disk is seen."""
         try:
-            if other := {f"{name} {own}" for name, own in _versions().items() if own != self._versions[name]}:
-                wanted = {f"{name} {own}" for name, own in self._versions.items() if own != _versions()[name]}
-                raise UserError(f"it has {', '.join(sorted(other))}, the stage {', '.join(sorted(wanted))}")
-            if self._probe is not None:
-                self._sees_disk = self._probe.is_file()
-            if self._setup is not None:
-                self._function = _with_state(self._function, self._setup())
+            if other := [f"{name} {own}" for name, own in _versions().items() if own != versions[name]]:
+                wanted = [f"{name} {own}" for name, own in versions.items() if own != _versions()[name]]
+                raise UserError(f"it has {', '.join(other)}, the stage {', '.join(wanted)}")
+            if probe is not None and not probe.is_file():
+                self._scratch = Path(tempfile.mkdtemp(prefix="latentloom-"))
+            if setup is not None:
+                self._function = _with_state(self._function, setup())
         except Exception as error:
             return _failure(error)
-        return self._sees_disk
+        return self._scratch is None
+
+    def leave(self) -> None:
+        """Forget the state, and the copies of files."""
+        self._function = None
+        if self._scratch:
+            shutil.rmtree(self._scratch, ignore_errors=True)
 
     def work(self, items: Sequence[Any], inputs: dict[Path, Any]) -> tuple[list[Any], dict[Path, bytes]]:
         """What comes of items, up to the first that fails; and the files they wrote, where the driver has to."""
         outcomes, written = [], {}
         for item in items:
             try:
-                if not self._sees_disk:
+                if self._scratch:
                     self._bring(item, inputs)
                 outcomes.append(self._function(item))
-                if not self._sees_disk:
+                if self._scratch:
                     for path in _files(item)[0]:
                         copy = engine.here(path)
                         written[path] = copy.read_bytes()

@@ -71,12 +71,14 @@ def test_a_run_survives_a_machine_that_goes(cluster, second_node):
         time.sleep(0.01)
         return number, ray.get_runtime_context().get_node_id()
 
-    results = ordered_map(where, range(400))
-    given = [next(results) for _ in range(64)]
+    results = ordered_map(where, range(2000))
+    given = [next(results)]
+    while len({node for _, node in given}) < 2:
+        given.append(next(results))
     cluster.remove_node(second_node, allow_graceful=False)
-    given += results
-    assert [number for number, _ in given] == list(range(400))
-    assert len({node for _, node in given[:64]}) == 2
+    given += [next(results) for _ in range(500)]
+    results.close()
+    assert [number for number, _ in given] == list(range(len(given)))
     assert len({node for _, node in given[-100:]}) == 1
 
 
