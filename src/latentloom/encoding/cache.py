@@ -22,7 +22,6 @@ A finished shard enters the store at once, so a killed stage loses at most the s
 import hashlib
 import json
 import os
-import shutil
 import time
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -47,7 +46,7 @@ from latentloom.encoding.shard_files import (
     ragged_names,
     read_shard,
 )
-from latentloom.files import atomic_path
+from latentloom.files import atomic_path, link_file
 from latentloom.ids import from_hex
 
 FORMAT_VERSION = 2
@@ -109,7 +108,7 @@ class RowStore:
         path = self._path(keys)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _link(shard, path)
+            link_file(shard, path)
             self._touch(path)
         except OSError as error:
             warnings.warn(f"{path} could not be kept ({error}); a later run will compute its rows again", stacklevel=2)
@@ -119,7 +118,7 @@ class RowStore:
         path = self._path(keys)
         if self._read(path, set(keys)):
             with suppress(FileNotFoundError):  # the store was deleted in the meantime
-                _link(path, target)
+                link_file(path, target)
                 self._touch(path)
                 return True
         return False
@@ -297,15 +296,3 @@ def _checksum(tensors: Tensors) -> str:
         digest.update(f"{name}:{list(tensor.shape)}:{tensor.dtype};".encode())
         digest.update(tensor.numpy().data)
     return digest.hexdigest()
-
-
-def _link(source: Path, target: Path) -> None:
-    """Make ``target`` the same file as ``source``: a hard link where the disk can, else a copy."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except FileNotFoundError:
-        raise
-    except OSError:
-        with atomic_path(target, room=source.stat().st_size) as temporary:
-            shutil.copyfile(source, temporary)
