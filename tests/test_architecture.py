@@ -37,7 +37,7 @@ FOUNDATION = {
     "errors": (),
     "randomness": (),
     "ids": (),
-    "sharding": (),
+    "sharding": ("ids",),
     "engine": ("errors", "engine_ray"),
     "engine_ray": ("errors", "engine"),
     "source_code": (),
