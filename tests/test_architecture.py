@@ -39,7 +39,7 @@ FOUNDATION = {
     "ids": (),
     "sharding": ("ids",),
     "engine": ("errors", "engine_ray"),
-    "engine_ray": ("errors", "engine"),
+    "engine_ray": ("errors", "engine", "files"),
     "source_code": (),
     "sizes": (),
     "image_grid": ("lettering",),

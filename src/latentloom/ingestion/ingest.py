@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from latentloom.engine import threaded_map, worker_count
+from latentloom.engine import engine_name, ordered_map
 from latentloom.ingestion.caption_files import LineCounts
 from latentloom.ingestion.colours import Profile
 from latentloom.ingestion.deduplicator import ID_BYTES, Deduplicator
@@ -122,9 +122,10 @@ def ingest(
         for name, source in sources.items()
         for sample in source.samples()
     )
+    work = partial(_preprocess if engine_name() == "local" else _preprocess_elsewhere, params)
     with (
         pillow_settings(params.max_pixels),
-        closing(threaded_map(partial(_preprocess, params), samples, worker_count())) as results,
+        closing(ordered_map(work, samples, redo=_is_reject)) as results,
         tqdm(
             _counted(results, sources),
             "ingest",
@@ -193,6 +194,19 @@ def _preprocess(
 ) -> tuple[ImageRow | Reject, LineCounts]:
     source, sample, with_preview = item
     return preprocess_sample(source, sample, params, with_preview)
+
+
+def _preprocess_elsewhere(
+    params: IngestParams, item: tuple[str, Sample, frozenset[Reason]]
+) -> tuple[ImageRow | Reject, LineCounts]:
+    """The same in a process that has not been made ready for it."""
+    with pillow_settings(params.max_pixels):
+        return _preprocess(params, item)
+
+
+def _is_reject(result: tuple[ImageRow | Reject, LineCounts]) -> bool:
+    """Whether a sample could not be used: another machine may not see its file, or lack a plugin to read it."""
+    return isinstance(result[0], Reject)
 
 
 def _counted(
