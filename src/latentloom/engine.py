@@ -77,6 +77,7 @@ def ordered_map(
     *,
     setup: Callable[[], Any] | None = None,
     workers: int | None = None,
+    redo: Callable[[Result], bool] | None = None,
 ) -> Iterator[Result]:
     """``function(item)`` of each item, in the items' order; an exception of the function comes in its item's place.
 
@@ -86,12 +87,15 @@ def ordered_map(
         setup: makes the state of a worker, once, before its first item.
         workers: threads for functions without a state; `worker_count` where None. Ray's workers are as many as the
             cluster has cores or GPUs.
+        redo: which results of another process are computed again in this one, as it may see files that others do not.
 
     Raises:
         UserError: when the engine is none, is not installed or cannot be reached.
     """
     if engine_name() == "ray":
-        raise UserError(f"{VARIABLE}=ray: not here yet")
+        from latentloom.engine_ray import ray_map
+
+        return ray_map(function, items, setup, redo)
     if setup is None:
         return threaded_map(function, items, worker_count() if workers is None else workers)
     return _one_by_one(function, items, setup)

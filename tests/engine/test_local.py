@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import sys
 import threading
 
 import pytest
@@ -92,3 +93,11 @@ def test_only_the_cpus_that_this_process_may_use_count(monkeypatch):
         assert worker_count() == 1
     finally:
         os.sched_setaffinity(0, allowed)
+
+
+def test_without_ray_installed_the_engine_says_how_to_get_it(monkeypatch):
+    monkeypatch.setenv("LATENTLOOM_ENGINE", "ray")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "latentloom.engine_ray", raising=False)
+    with pytest.raises(UserError, match=r'pip install "latentloom\[ray\]"'):
+        ordered_map(abs, range(3))
