@@ -127,7 +127,8 @@ class Seat:
     sees_disk: bool | None = None
 
 
-_idle: list[Seat] = []
+_idle: list[Seat] = []  # workers that wait for the next crew
+_said: set[str] = set()
 
 
 def ray_map(
@@ -209,7 +210,6 @@ class Crew:
         self._job = ray.put((function, setup, Path.cwd(), probe, _versions()))
         self._seats: list[Seat] = []
         self._most: dict[str, int] = {}  # of workers on a machine where memory did not suffice
-        self._known: set[str] = set()  # machines that have been told of
         self._broken: dict[str, Exception] = {}  # machines where no worker starts, or no state can be made
         self._failed_starts: Counter[str] = Counter()
         self._copies: OrderedDict[tuple[Path, int, int], Any] = OrderedDict()
@@ -322,19 +322,22 @@ class Crew:
             self._dismiss(seat)
             return
         seat.sees_disk = outcome
-        if seat.node not in self._known:
-            self._known.add(seat.node)
-            disk = "" if self._probe is None else f"sees {self._probe.parent}"
-            if not outcome:
-                disk = f"does not see {self._probe.parent}: files travel through Ray"
-            _say(f"{seat.host} (node {seat.node[:8]}) computes{disk and '; it '}{disk}")
+        disk = "" if self._probe is None else f"; it sees {self._probe.parent}"
+        if not outcome:
+            disk = f"; it does not see {self._probe.parent}: files travel through Ray"
+        line = f"{seat.host} (node {seat.node[:8]}) computes{disk}"
+        if line not in _said:
+            _said.add(line)
+            _say(line)
 
     def _hand_out(self) -> None:
         for _ in range(len(self._waiting)):
             call = self._waiting.popleft()
             if not {seat.node for seat in self._seats} - call.failed_on:
                 call.failed_on = set()  # the other machines are gone
-            free = [seat for seat in self._seats if seat.sees_disk is not None and len(seat.calls) < CALLS_AT_A_WORKER]
+            # At the end none waits at a worker while another is idle.
+            most = CALLS_AT_A_WORKER if len(self._waiting) >= len(self._seats) else 1
+            free = [seat for seat in self._seats if seat.sees_disk is not None and len(seat.calls) < most]
             free = [seat for seat in free if seat.node not in call.failed_on]
             if not free:
                 self._waiting.append(call)

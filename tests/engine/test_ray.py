@@ -145,7 +145,7 @@ def test_stages_leave_the_same_bytes_as_in_one_process(monkeypatch, tmp_path):
     from latentloom.encoding.vae import Vae
     from latentloom.ingestion.ingest import ingest
 
-    monkeypatch.setattr(sharding, "TENSORS", sharding.ShardBytes(8 * 2**10, 8 * 2**10, 2**15))
+    monkeypatch.setattr(sharding, "TENSORS", sharding.ShardBytes(2**10, 2**10, 2**12))
     monkeypatch.setattr(cache, "TASK_MISSING", 8)
     draws = np.random.default_rng(0)
     source = tmp_path / "source"
