@@ -140,13 +140,19 @@ def size_of(png: bytes | pa.Buffer) -> Size:
     return Size(*struct.unpack_from(">II", png, PNG_SIZE[0]))
 
 
-def write_shards(rows: Iterable[ImageRow], folder: Path) -> list[dict[str, Any]]:
-    """Write ``rows`` as shards into ``folder``, which is unfinished from here on; give their names and rows."""
+def write_shards(
+    rows: Iterable[ImageRow], folder: Path, finished: Callable[[Path], None] = lambda _: None
+) -> list[dict[str, Any]]:
+    """Write ``rows`` as shards into ``folder``, which is unfinished from here on; give their names and rows.
+
+    ``finished`` is called with each shard before the next row is asked for.
+    """
     (folder / MANIFEST).unlink(missing_ok=True)
     rows, shards = iter(rows), []
     while (first := next(rows, None)) is not None:
         path = folder / f"{len(shards):05d}.parquet"
         shards.append({"name": path.name, "rows": _write_shard(path, itertools.chain([first], rows))})
+        finished(path)
     return shards
 
 
@@ -242,7 +248,8 @@ def _up_to_its_end(rows: Iterator[ImageRow]) -> Iterator[ImageRow]:
 
 def _table(group: list[ImageRow]) -> pa.Table:
     columns = {name: [getattr(row, name) for row in group] for name in COLUMNS if name != "image"}
-    return pa.table(columns | {"image": [(row.png, f"{row.id}.png") for row in group]}, SCHEMA)
+    image = [pa.array([row.png for row in group], pa.binary()), pa.array([f"{row.id}.png" for row in group])]
+    return pa.table(columns | {"image": pa.StructArray.from_arrays(image, ["bytes", "path"])}, SCHEMA)
 
 
 def _rewrite_shard(path: Path, is_moved: np.ndarray, more_captions: list[list[str]]) -> int:
