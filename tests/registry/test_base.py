@@ -1,10 +1,12 @@
 """What ``train.init`` names: its hash before a training, and its files in a clone that has them elsewhere."""
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import yaml
+from dvc.repo import Repo
 from typer.testing import CliRunner
 
 from latentloom.cli import app
@@ -71,6 +73,24 @@ def test_a_run_is_kept_from_the_model_that_the_training_replaces(project_root, t
     assert base == Base(f"runs:/{run_id}", model_hash(tiny_unets[0]), "0" * 32 + ".dir")
     shutil.rmtree("models")
     assert model_hash(base_folder(base, project_root)) == base.sha256
+
+
+def test_a_clone_fetches_the_base_from_dvcs_remote(project_root, train, tiny_unets, monkeypatch):
+    shutil.copytree(tiny_unets[0], "models/unet")
+    with Repo.init(no_scm=True) as repo:
+        repo.add("models/unet")
+    run_id = train(tiny_unets[0], provenance={"outs": {"models/unet": out_hash(Path("models/unet"))}})
+    base = find_base(given(run_id), project_root)
+    clone, remote = project_root / "clone", project_root / "remote"
+    shutil.copytree(".dvc/cache/files/md5", remote / "files/md5")
+    (clone / ".dvc").mkdir(parents=True)
+    settings = f"[core]\n    no_scm = true\n    remote = r\n['remote \"r\"']\n    url = {remote}\n"
+    (clone / ".dvc/config").write_text(settings)
+    monkeypatch.chdir(clone)
+    write_json(INIT, asdict(base))
+    assert find_base(given(run_id), clone) == base  # though the store of the runs is not here
+    assert not (clone / ".state").exists()
+    assert model_hash(base_folder(named_base(run_id), clone)) == base.sha256
 
 
 def test_an_alias_that_moves_is_another_base(project_root, train, tiny_unets):
