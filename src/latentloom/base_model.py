@@ -70,6 +70,11 @@ def compare(base: ModelConfig, wanted: ModelConfig, reference: str, *, strict: b
             f"captions are read by {_named(wanted.text_encoder)}, and in the base by {_named(base.text_encoder)}: what "
             "it learnt of them holds as far as the two agree"
         )
+    if set(wanted.trained_shapes) - set(base.trained_shapes):
+        remarks.append(
+            "which pictures are held out follows their pixels, and the base was trained on other sizes: it may have "
+            "seen those that are held out now, so that their figures are too good"
+        )
     ratios = [here / there for here, there in zip(wanted.latent_std, base.latent_std, strict=True)]
     if max(ratios) > FAR or min(ratios) < 1 / FAR:
         remarks.append(
