@@ -155,11 +155,12 @@ class Task:
             else:
                 is_open[shard.rows] = True
         for number, path in self.sources.items():
-            tensors = stored_rows(here(path), path.stem)
-            if tensors is None:
-                self.source[self.source == number] = -1
+            own = np.flatnonzero(self.source == number)
+            found = stored_rows(here(path), path.stem)
+            if found and np.array_equal(found.keys[self.row[own].clip(max=len(found.keys) - 1)], self.keys[own]):
+                self._found[number] = found.tensors
             else:
-                self._found[number] = tensors
+                self.source[own] = -1
         missing = np.flatnonzero(is_open & (self.source < 0))
         self._tell(self.planned - len(missing))
         return missing
