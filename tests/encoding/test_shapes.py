@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from latentloom import sharding
-from latentloom.encoding.cache import RowStore
 from latentloom.encoding.captions import encode_captions
 from latentloom.encoding.dataset import load_caches
 from latentloom.encoding.latents import encode_images
 from latentloom.encoding.reconstruction import reconstruct
+from latentloom.encoding.row_store import RowStore
 from latentloom.encoding.text_encoder import load_text_encoder
 from latentloom.encoding.vae import load_vae
 from latentloom.files import read_json
@@ -76,8 +76,9 @@ def vae(tmp_path_factory):
 
 @pytest.fixture
 def make_project(tmp_path, vae, monkeypatch):
-    for name, rows in {"FEWEST_ROWS": 2, "TYPICAL_ROWS": 2, "MOST_ROWS": 6}.items():
-        monkeypatch.setattr(sharding, name, rows)
+    rows = sharding.ShardBytes(2, 2, 6)  # of the smallest shape
+    monkeypatch.setattr(sharding, "IMAGES", sharding.ShardBytes(*(3000 * own for own in rows)))
+    monkeypatch.setattr(sharding, "TENSORS", sharding.ShardBytes(*(2 * 4 * 4 * 4 * own for own in rows)))
 
     def make(sizes: list[tuple[int, int]]) -> Project:
         project = Project(tmp_path, vae)

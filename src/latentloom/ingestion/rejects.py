@@ -85,6 +85,7 @@ class RejectTable:
     def __init__(self) -> None:
         self.examples: dict[Reason, Reject] = {}  # the first of each reason
         self._reasons: Counter[Reason] = Counter()
+        self.with_preview = frozenset(Reason)  # those of which one is still wanted
         self._previews: Counter[Reason] = Counter()
         self._recent: list[Reject] = []
         self._batches: list[pa.RecordBatch] = []  # of the row group that is being filled
@@ -96,12 +97,14 @@ class RejectTable:
 
     def wants_preview(self, reason: Reason) -> bool:
         """Whether fewer than ``PREVIEWS`` of this reason have one; once it does not, it never will again."""
-        return self._previews[reason] < PREVIEWS
+        return reason in self.with_preview
 
     def add(self, reject: Reject) -> None:
         if reject.preview and not self.wants_preview(reject.reason):
             reject = replace(reject, preview=None)
         self._previews[reject.reason] += reject.preview is not None
+        if self._previews[reject.reason] == PREVIEWS:
+            self.with_preview -= {reject.reason}
         self._reasons[reject.reason] += 1
         self.examples.setdefault(reject.reason, reject)
         self._recent.append(reject)

@@ -142,14 +142,19 @@ def size_of(png: bytes | pa.Buffer) -> Size:
     return Size(*struct.unpack_from(">II", png, PNG_SIZE[0]))
 
 
-def write_shards(rows: Iterable[ImageRow], folder: Path) -> list[dict[str, Any]]:
-    """Write ``rows`` as shards into ``folder``, which is unfinished from here on; give their names and rows."""
+def write_shards(
+    rows: Iterable[ImageRow], folder: Path, finished: Callable[[Path], None] = lambda _: None
+) -> list[dict[str, Any]]:
+    """Write ``rows`` as shards into ``folder``, which is unfinished from here on; give their names and rows.
+
+    ``finished`` is called with each shard before the next row is asked for.
+    """
     (folder / MANIFEST).unlink(missing_ok=True)
     rows, shards = iter(rows), []
     while (first := next(rows, None)) is not None:
         path = folder / f"{len(shards):05d}.parquet"
-        room = len(first.png) * (sharding.FEWEST_ROWS + sharding.TYPICAL_ROWS)
-        shards.append({"name": path.name, "rows": _write_shard(path, itertools.chain([first], rows), room)})
+        shards.append({"name": path.name, "rows": _write_shard(path, itertools.chain([first], rows))})
+        finished(path)
     return shards
 
 
@@ -256,9 +261,10 @@ def _joined(texts: Iterable[str | None]) -> str | None:
     return "; ".join(dict.fromkeys(filter(None, texts))) or None
 
 
-def _write_shard(path: Path, rows: Iterator[ImageRow], room: int) -> int:
+def _write_shard(path: Path, rows: Iterator[ImageRow]) -> int:
     """Write one shard, of as many ``rows`` as belong into it; give their number."""
     of_shard, count = _up_to_its_end(rows), 0
+    room = sharding.IMAGES.fewest + sharding.IMAGES.typical
     with atomic_path(path, room) as temporary, pq.ParquetWriter(temporary, SCHEMA, **WRITER_OPTIONS) as writer:
         while group := list(itertools.islice(of_shard, ROW_GROUP_ROWS)):
             writer.write_table(_table(group))
@@ -267,9 +273,11 @@ def _write_shard(path: Path, rows: Iterator[ImageRow], room: int) -> int:
 
 
 def _up_to_its_end(rows: Iterator[ImageRow]) -> Iterator[ImageRow]:
-    for count, row in enumerate(rows, start=1):
+    shard_bytes = 0
+    for row in rows:
         yield row
-        if sharding.ends_shard(row.id, count):
+        shard_bytes += len(row.png)
+        if sharding.ends_shard(row.id, len(row.png), shard_bytes, sharding.IMAGES):
             return
 
 
@@ -401,12 +409,59 @@ def iterate_images(folder: Path | str, wanted: Collection[str] | None = None) ->
                         yield own_id, decode(image["bytes"].as_py())
 
 
+class NumberedImages:
+    """The prepared images by their numbers in the shards' order; picklable, for workers that read some of them.
+
+    Raises:
+        UserError: when the manifest is missing or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._shards = folder, read_manifest(folder)["shards"]
+        self._ends = np.cumsum([shard["rows"] for shard in self._shards])
+
+    def files(self, numbers: np.ndarray) -> list[Path]:
+        """The shards that hold these images."""
+        return [self.folder / self._shards[own]["name"] for own in np.unique(self._shard_of(numbers))]
+
+    def read(self, numbers: np.ndarray, find: Callable[[Path], Path] = Path) -> Iterator[np.ndarray]:
+        """The pixels of these images, uint8 ``(H, W, 3)``, in the order of ``numbers``; pictures of a row group are in
+        memory at a time.
+
+        Args:
+            find: says where a shard is on this machine.
+
+        Raises:
+            UserError: when a shard is missing or damaged, naming the file.
+        """
+        for own, of_shard in _runs(numbers, self._shard_of(numbers)):
+            shard = self._shards[own]
+            with _opened(self.folder, shard, find) as file:
+                groups = range(file.num_row_groups)
+                ends = np.cumsum([file.metadata.row_group(group).num_rows for group in groups])
+                rows = of_shard - (self._ends[own] - shard["rows"])
+                for group, of_group in _runs(rows, np.searchsorted(ends, rows, side="right")):
+                    pngs = file.read_row_group(group, columns=["image.bytes"])["image"]
+                    for row in (of_group - (ends[group] - len(pngs))).tolist():
+                        yield decode(pngs[row]["bytes"].as_py())
+
+    def _shard_of(self, numbers: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._ends, numbers, side="right")
+
+
+def _runs(values: np.ndarray, labels: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """The parts of ``values`` that follow each other with one label, and it."""
+    if len(labels):
+        starts = np.flatnonzero(np.diff(labels, prepend=labels[0] - 1))
+        yield from zip(labels[starts].tolist(), np.split(values, starts[1:]), strict=True)
+
+
 @contextmanager
-def _opened(folder: Path | str, shard: dict[str, Any]) -> Iterator[pq.ParquetFile]:
+def _opened(folder: Path | str, shard: dict[str, Any], find: Callable[[Path], Path] = Path) -> Iterator[pq.ParquetFile]:
     """A shard as its entry in the manifest has it; errors of reading it name it, and what to do."""
     path = Path(folder) / shard["name"]
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with pq.ParquetFile(find(path), page_checksum_verification=True) as file:
             if file.metadata.num_rows != shard["rows"]:
                 raise ValueError(f"{file.metadata.num_rows} rows, yet {MANIFEST} says {shard['rows']}")
             yield file
