@@ -12,25 +12,27 @@ follow those into the training split.
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from latentloom.engine import engine_name, ordered_map
+from latentloom.ingestion.caption_files import LineCounts
 from latentloom.ingestion.colours import Profile
 from latentloom.ingestion.deduplicator import ID_BYTES, Deduplicator
 from latentloom.ingestion.folder import FolderSource
 from latentloom.ingestion.images import pillow_settings
 from latentloom.ingestion.near_duplicates import find_near_duplicates, write_near_duplicates
 from latentloom.ingestion.openmoji import OpenMojiSource
-from latentloom.ingestion.parallel import ordered_map, worker_count
 from latentloom.ingestion.parquet import ParquetSource
 from latentloom.ingestion.preprocess import preprocess_sample
-from latentloom.ingestion.rejects import Reject, RejectTable
+from latentloom.ingestion.rejects import Reason, Reject, RejectTable
 from latentloom.ingestion.shards import ImageRow, SourceCount, amend_shards, write_manifest, write_shards
 from latentloom.ingestion.size_table import render
 from latentloom.ingestion.source_files import resolve_source_path
@@ -115,15 +117,17 @@ def ingest(
     }
     deduplicator = Deduplicator(counts, {name for name, source in sources.items() if source.joins_captions})
 
-    def work(sample_of_source: tuple[str, Sample]) -> ImageRow | Reject:
-        return preprocess_sample(*sample_of_source, params, deduplicator.rejects.wants_preview)
-
-    samples = ((name, sample) for name, source in sources.items() for sample in source.samples())
+    samples = (
+        (name, sample, deduplicator.rejects.reasons_with_preview())
+        for name, source in sources.items()
+        for sample in source.samples()
+    )
+    work = partial(_preprocess if engine_name() == "local" else _preprocess_elsewhere, params)
     with (
         pillow_settings(params.max_pixels),
-        closing(ordered_map(work, samples, worker_count())) as results,
+        closing(ordered_map(work, samples, redo=_is_reject)) as results,
         tqdm(
-            results,
+            _counted(results, sources),
             "ingest",
             _expected(sources.values(), params.limit),
             unit="image",
@@ -183,6 +187,34 @@ def open_source(entry: SourceParams, params: IngestParams) -> Source:
             return WebDatasetSource(entry.path, entry.captions, entry.caption_column, entry.key)
         case "parquet":
             return ParquetSource(entry.path, entry.image_column, entry.caption_column)
+
+
+def _preprocess(
+    params: IngestParams, item: tuple[str, Sample, frozenset[Reason]]
+) -> tuple[ImageRow | Reject, LineCounts]:
+    source, sample, with_preview = item
+    return preprocess_sample(source, sample, params, with_preview)
+
+
+def _preprocess_elsewhere(
+    params: IngestParams, item: tuple[str, Sample, frozenset[Reason]]
+) -> tuple[ImageRow | Reject, LineCounts]:
+    """The same in a process that has not been made ready for it."""
+    with pillow_settings(params.max_pixels):
+        return _preprocess(params, item)
+
+
+def _is_reject(result: tuple[ImageRow | Reject, LineCounts]) -> bool:
+    """Whether a sample could not be used: another machine may not see its file, or lack a plugin to read it."""
+    return isinstance(result[0], Reject)
+
+
+def _counted(
+    results: Iterable[tuple[ImageRow | Reject, LineCounts]], sources: Mapping[str, Source]
+) -> Iterator[ImageRow | Reject]:
+    for result, lines in results:
+        sources[result.source].count_lines(lines)
+        yield result
 
 
 def _expected(sources: Iterable[Source], limit: int | None) -> int | None:

@@ -4,8 +4,9 @@ A rejected sample gets a preview where its picture can be decoded; where it cann
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Collection
 
+from latentloom.ingestion.caption_files import LineCounts
 from latentloom.ingestion.captions import clean_captions
 from latentloom.ingestion.images import image_id, prepare_image, preview
 from latentloom.ingestion.near_duplicates import signature
@@ -17,21 +18,26 @@ from latentloom.params import IngestParams
 
 
 def preprocess_sample(
-    source: str, sample: Sample, params: IngestParams, wants_preview: Callable[[Reason], bool]
-) -> ImageRow | Reject:
-    """Read, prepare and name one sample of the source called ``source``; a reject says why it cannot be used."""
-    key, data = printable(sample.key), b""
+    source: str, sample: Sample, params: IngestParams, with_preview: Collection[Reason]
+) -> tuple[ImageRow | Reject, LineCounts]:
+    """Read, prepare and name one sample of the source called ``source``; a reject says why it cannot be used.
+
+    Of the reasons ``with_preview`` it shows the picture. The counts are those of the sample's text files.
+    """
+    key, data, lines = printable(sample.key), b"", LineCounts()
     try:
         data = sample.read()
-        captions = clean_captions(sample.captions())
+        raw = sample.captions()
+        lines = getattr(raw, "lines", lines)
+        captions = clean_captions(raw)
         image = prepare_image(
             data, params.tables, max_pixels=params.max_pixels, max_aspect_ratio=params.max_aspect_ratio
         )
     except RejectedSample as rejected:
-        picture = preview(data, params.max_pixels) if wants_preview(rejected.reason) else None
-        return Reject(source, key, rejected.reason, printable(rejected.detail), picture)
+        picture = preview(data, params.max_pixels) if rejected.reason in with_preview else None
+        return Reject(source, key, rejected.reason, printable(rejected.detail), picture), lines
     own_id = image_id(image.pixels)
-    return ImageRow(
+    row = ImageRow(
         id=own_id,
         png=encode(image.pixels),
         captions=captions,
@@ -44,3 +50,4 @@ def preprocess_sample(
         signature=b"" if params.near_duplicate_distance is None else signature(image.compared),
         file_hash=hashlib.sha256(data).digest(),
     )
+    return row, lines

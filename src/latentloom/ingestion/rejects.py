@@ -85,6 +85,10 @@ class RejectTable:
         """Whether fewer than ``PREVIEWS`` of this reason have one; once it does not, it never will again."""
         return self._previews[reason] < PREVIEWS
 
+    def reasons_with_preview(self) -> frozenset[Reason]:
+        """Those of which a preview is still wanted."""
+        return frozenset(filter(self.wants_preview, Reason))
+
     def add(self, reject: Reject) -> None:
         if reject.preview and not self.wants_preview(reject.reason):
             reject = replace(reject, preview=None)
