@@ -136,7 +136,7 @@ def _find(reference: str, recorded: Base | None, root: Path) -> Base:
     """What a reference names now, or else what is recorded of it."""
     known = recorded if recorded and recorded.reference == reference else None
     if folder := _local(reference, root):
-        if folder.resolve() == (root / MODEL).resolve():
+        if folder.resolve() in (MODEL.resolve(), (root / MODEL).resolve()):
             raise UserError(
                 f"train.init = {reference}: a training replaces this very folder; copy it (cp -r {reference} "
                 f"{MODEL.parent}/base) and name the copy, or name its run"
