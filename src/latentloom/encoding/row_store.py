@@ -10,7 +10,6 @@ room only for what no out has any more. It only saves work: it may be deleted at
 import hashlib
 import json
 import os
-import shutil
 import time
 import warnings
 from collections.abc import Iterable
@@ -23,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 
 from latentloom.encoding.shard_files import SHARDS, DamagedShardError, Tensors, read_shard
-from latentloom.files import atomic_path
+from latentloom.files import link_file
 from latentloom.ids import ID_BYTES, from_hex, positions
 from latentloom.tensor_files import read_tensors, save_tensors
 
@@ -139,7 +138,7 @@ def keep(shard: Path, stored: Path) -> None:
     try:
         if not stored.is_file():
             stored.parent.mkdir(parents=True, exist_ok=True)
-            _link(shard, stored)
+            link_file(shard, stored)
     except OSError as error:
         warnings.warn(f"{stored} could not be kept ({error}); a later run will compute its rows again", stacklevel=2)
 
@@ -150,7 +149,7 @@ def link_stored(stored: Path, name: str, target: Path) -> bool:
         return False
     with suppress(FileNotFoundError):  # the store was deleted in the meantime
         target.parent.mkdir(parents=True, exist_ok=True)
-        _link(stored, target)
+        link_file(stored, target)
         return True
     return False
 
@@ -200,15 +199,3 @@ def _header(path: Path, metadata: dict[str, str]) -> dict:
     if HEADER not in metadata:
         raise DamagedShardError(f"{path} lists no keys")
     return json.loads(metadata[HEADER])
-
-
-def _link(source: Path, target: Path) -> None:
-    """Make ``target`` the same file as ``source``: a hard link where the disk can, else a copy."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except FileNotFoundError:
-        raise
-    except OSError:
-        with atomic_path(target, room=source.stat().st_size) as temporary:
-            shutil.copyfile(source, temporary)

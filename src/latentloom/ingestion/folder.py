@@ -31,7 +31,7 @@ from latentloom.ingestion.image_formats import HEAD, format_of, looks_like_image
 from latentloom.ingestion.metadata import FILE_NAME, READERS, columns_wanted, read_metadata_rows
 from latentloom.ingestion.rejects import Reason, RejectedSample
 from latentloom.ingestion.source_files import resolve_source_path, visible_files
-from latentloom.ingestion.sources import IngestError, Sample, Source, reject, rejected_sample
+from latentloom.ingestion.sources import IngestError, Origin, Sample, Source, reject, rejected_sample
 
 
 class FolderSource(Source):
@@ -75,7 +75,8 @@ class FolderSource(Source):
     def samples(self) -> Iterator[Sample]:
         yield from self._unused
         for key in self._keys:
-            yield Sample(key, self._image(key), self._captions_of(key))
+            origin = Origin(self.root / key) if key in self._images else None
+            yield Sample(key, self._image(key), self._captions_of(key), origin)
 
     def _is_image(self, name: str) -> bool:
         """By its name, or where that says nothing by its content. A link to nowhere may be to a folder of images."""

@@ -140,13 +140,19 @@ def size_of(png: bytes | pa.Buffer) -> Size:
     return Size(*struct.unpack_from(">II", png, PNG_SIZE[0]))
 
 
-def write_shards(rows: Iterable[ImageRow], folder: Path) -> list[dict[str, Any]]:
-    """Write ``rows`` as shards into ``folder``, which is unfinished from here on; give their names and rows."""
+def write_shards(
+    rows: Iterable[ImageRow], folder: Path, finished: Callable[[Path], None] = lambda _: None
+) -> list[dict[str, Any]]:
+    """Write ``rows`` as shards into ``folder``, which is unfinished from here on; give their names and rows.
+
+    ``finished`` is called with each shard before the next row is asked for.
+    """
     (folder / MANIFEST).unlink(missing_ok=True)
     rows, shards = iter(rows), []
     while (first := next(rows, None)) is not None:
         path = folder / f"{len(shards):05d}.parquet"
         shards.append({"name": path.name, "rows": _write_shard(path, itertools.chain([first], rows))})
+        finished(path)
     return shards
 
 

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import NoReturn
 
 from latentloom.errors import UserError
@@ -16,17 +17,27 @@ class IngestError(UserError):
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where an image's bytes are from: the ``part`` of a ``file`` that says all, or of what needs no file."""
+
+    file: Path | None
+    part: str = ""
+
+
+@dataclass(frozen=True)
 class Sample:
     """One captioned image, not read yet: both functions run in a worker, and raise ``RejectedSample`` where they fail.
 
     ``read`` gives the image file's bytes, ``captions`` the captions as the source has them: a null is left out by the
     source, other things than text are for ``captions.clean_captions`` to judge. Both are picklable, and know nothing of
-    the source's other samples, since a worker may be a process on another machine.
+    the source's other samples, since a worker may be a process on another machine. Of one origin, ``read`` gives the
+    same bytes as long as the file's are the same; None where that cannot be said.
     """
 
     key: str
     read: Callable[[], bytes]
     captions: Callable[[], Iterable[object]]
+    origin: Origin | None = None
 
 
 def rejected_sample(key: str, reason: Reason, detail: str) -> Sample:

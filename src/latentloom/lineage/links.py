@@ -84,6 +84,14 @@ def _picture(subject: Subject) -> Link:
         f"{prompts}, {samples} of seed {metadata.seed}, {settings.diffusion_steps} steps of "
         f"{settings.sampler}, guidance {settings.class_guidance:g}, {settings.precision}"
         + (f", {metadata.size}" if metadata.size else "")
+        + (f', away from "{metadata.negative}"' if metadata.negative else "")
+        + (
+            f", strength {metadata.strength:g} of the picture {metadata.start_image[:12]}"
+            if metadata.start_image
+            else ""
+        )
+        + (f", {metadata.between} pictures on the way" if metadata.between else "")
+        + (f" to seed {metadata.to_seed}" if metadata.to_seed is not None else "")
     )
     lines = []
     if metadata.provenance:
