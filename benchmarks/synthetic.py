@@ -1,6 +1,7 @@
 """Synthetic caches for benchmarks: rows of random numbers, in the form that the encode stages leave; and memory."""
 
 import hashlib
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 
 from latentloom.encoding.cache import FORMAT_VERSION, save_shard
 from latentloom.files import write_json
-from latentloom.sharding import shard_ranges
+from latentloom.ids import from_hex
+from latentloom.sharding import TENSORS, shard_ranges
 
 SHAPE, DIM = (4, 16, 16), 384
 
@@ -25,7 +27,7 @@ def write_caches(folder: Path, rows: int, validation: int = 0) -> None:
     """Write ``latents`` and ``text`` in ``folder``, one caption per image; hold the last ``validation`` rows out."""
     ids = [hashlib.sha256(str(row).encode()).hexdigest() for row in range(rows)]
     images, captions = [], []
-    for number, places in enumerate(shard_ranges(ids)):
+    for number, places in enumerate(shard_ranges(from_hex(ids), 2 * math.prod(SHAPE), TENSORS)):
         own = ids[places.start : places.stop]
         name = f"{number:05d}.safetensors"
         latents, embeddings = map(torch.from_numpy, synthetic(places))

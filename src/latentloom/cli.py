@@ -62,11 +62,19 @@ app = typer.Typer(
 
 @app.command()
 def check(params: Annotated[Path, typer.Argument(help="A params file.")] = PARAMS) -> None:
-    """Check a params file: every key and value, before any work; show the sizes of images, where there are several."""
-    ingest = load_params(params).ingest
+    """Check a params file: every key and value, before any work.
+
+    Show the sizes of images, where there are several, and what a training takes of the model that it starts from.
+    """
+    checked = load_params(params)
+    ingest = checked.ingest
     if ingest.several_sizes:
         for image_size, table in zip(ingest.image_sizes, ingest.tables, strict=True):
             print(f"ingest.image_size {image_size}: " + ", ".join(map(str, table)))
+    if checked.train.init:
+        from latentloom.registry.base import describe
+
+        print(*describe(checked, project_root()), sep="\n")
 
 
 @app.command()

@@ -28,19 +28,33 @@ class FileHashes:
         self._learnt = False
 
     def __call__(self, file: Path) -> str:
-        file = file.resolve()
-        status = file.stat()
-        stamp = [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
-        known = self._known.get(str(file))
-        if known and known[:-1] == stamp:
-            return known[-1]
+        stamp = _stamp(file)
+        if known := self._find(file, stamp):
+            return known
         digest = sha256_file(file)
-        if time.time_ns() - status.st_ctime_ns > SETTLED_NS:
-            self._known[str(file)] = [*stamp, digest]
+        if time.time_ns() - stamp[-1] > SETTLED_NS:
+            self._known[str(file.absolute())] = [*stamp, digest]
             self._learnt = True
         return digest
+
+    def known(self, file: Path) -> str | None:
+        """The SHA-256 of a file where that can be told without reading it."""
+        try:
+            return self._find(file, _stamp(file))
+        except OSError:
+            return None
+
+    def _find(self, file: Path, stamp: list[int]) -> str | None:
+        *before, digest = self._known.get(str(file.absolute()), [None])
+        return digest if before == stamp else None
 
     def save(self) -> None:
         """Write the hashes of the files that are still there, if there is anything new."""
         if self._learnt:
             write_json(self._path, {name: known for name, known in self._known.items() if Path(name).is_file()})
+
+
+def _stamp(file: Path) -> list[int]:
+    """What a file that has changed does not keep, its last change's time at the end."""
+    status = file.stat()
+    return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]

@@ -74,6 +74,18 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def link_file(source: Path, target: Path) -> None:
+    """Make ``target`` the same file as ``source``: a hard link where the disk can, else a copy."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        with atomic_path(target, room=source.stat().st_size) as temporary:
+            shutil.copyfile(source, temporary)
+
+
 def user_path(path: Path | str) -> Path:
     """A path as a person writes it: `~` is their home; a `~name` that is nobody's is left as it is."""
     try:

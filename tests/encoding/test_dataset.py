@@ -7,10 +7,11 @@ import tiny_models
 import torch
 from latent_data import read_cache
 
-from latentloom.encoding.cache import RowStore, save_shard
+from latentloom.encoding.cache import save_shard
 from latentloom.encoding.captions import encode_captions
 from latentloom.encoding.dataset import load_caches
 from latentloom.encoding.latents import encode_images
+from latentloom.encoding.row_store import RowStore
 from latentloom.encoding.shard_files import load_shard
 from latentloom.encoding.text_encoder import load_text_encoder
 from latentloom.encoding.vae import load_vae

@@ -11,18 +11,17 @@ import torch
 from PIL import Image
 
 from latentloom import sharding
-from latentloom.encoding.cache import RowStore
 from latentloom.encoding.captions import encode_captions
 from latentloom.encoding.dataset import load_caches
 from latentloom.encoding.latents import encode_images
 from latentloom.encoding.reconstruction import reconstruct
+from latentloom.encoding.row_store import RowStore
 from latentloom.encoding.text_encoder import load_text_encoder
 from latentloom.encoding.vae import load_vae
 from latentloom.files import read_json
 from latentloom.ingestion.ingest import ingest
 from latentloom.ingestion.shards import iterate_images, prepared_sizes, read_manifest, read_metadata
 from latentloom.params import IngestParams
-from latentloom.sizes import Size
 
 PARAMS = {
     "source": "folder",
@@ -77,8 +76,9 @@ def vae(tmp_path_factory):
 
 @pytest.fixture
 def make_project(tmp_path, vae, monkeypatch):
-    for name, rows in {"FEWEST_ROWS": 2, "TYPICAL_ROWS": 2, "MOST_ROWS": 6}.items():
-        monkeypatch.setattr(sharding, name, rows)
+    rows = sharding.ShardBytes(2, 2, 6)  # of the smallest shape
+    monkeypatch.setattr(sharding, "IMAGES", sharding.ShardBytes(*(3000 * own for own in rows)))
+    monkeypatch.setattr(sharding, "TENSORS", sharding.ShardBytes(*(2 * 4 * 4 * 4 * own for own in rows)))
 
     def make(sizes: list[tuple[int, int]]) -> Project:
         project = Project(tmp_path, vae)
@@ -96,7 +96,7 @@ def test_each_picture_is_prepared_encoded_and_read_in_its_own_shape(make_project
     manifest, metadata, pixels = read_manifest(project.images), read_metadata(project.images), {}
     assert manifest["image_size"] == [32, 64]
     assert manifest["sizes"] == [[32, 32, 5], [40, 24, 5], [64, 64, 5], [88, 48, 5]]
-    assert prepared_sizes(project.images) == [Size(*size) for size in PREPARED]
+    assert prepared_sizes(project.images).tolist() == [list(size) for size in PREPARED]
     for key, (own, prepared), size in zip(metadata["key"], iterate_images(project.images), PREPARED, strict=True):
         pixels[own] = prepared
         assert prepared.shape == (size[1], size[0], 3)

@@ -12,6 +12,7 @@ import datasets
 import duckdb
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -19,7 +20,15 @@ from PIL import Image
 from latentloom.errors import UserError
 from latentloom.ingestion import shards
 from latentloom.ingestion.ingest import ingest
-from latentloom.ingestion.shards import SCHEMA, decode, encode, iterate_images, read_manifest, read_metadata
+from latentloom.ingestion.shards import (
+    SCHEMA,
+    decode,
+    encode,
+    iterate_images,
+    metadata_batches,
+    read_manifest,
+    read_metadata,
+)
 from latentloom.params import IngestParams
 
 COLUMNS = ["id", "image", "captions", "split", "source", "key", "width", "height"]
@@ -203,12 +212,17 @@ def test_pixels_come_back_as_they_went_in(picture):
         decode(encode(picture(0))[:300])
 
 
-def test_metadata_is_read_without_the_pictures(filled, monkeypatch):
+def test_metadata_is_read_without_the_pictures(filled, small_shards, monkeypatch):
     filled.ingest()
     monkeypatch.setattr(shards, "decode", None)
     frame = read_metadata(filled.images)
     assert list(frame) == ["id", "captions", "split", "key", "source", "width", "height"]
     assert frame["captions"][3] == ["picture 3", "number 3"]
+    monkeypatch.setattr(shards, "BATCH_ROWS", 2)
+    batches = list(metadata_batches(filled.images, ["captions", "id"]))
+    assert [batch.schema.names for batch in batches] == [["captions", "id"]] * len(batches)
+    assert [len(batch) for batch in batches] == [2, 1, 2, 1, 1]
+    assert pa.Table.from_batches(batches).to_pylist() == frame[["captions", "id"]].to_dict("records")
 
 
 def test_only_wanted_images_are_decoded(filled, small_shards, monkeypatch):

@@ -13,21 +13,47 @@ data/images/*.parquet -> data/text/NNNNN.safetensors   `embedding` (M, dim), fp1
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
-from latentloom.encoding.cache import FORMAT_VERSION, EncodeCounts, Plan, RowStore, Shard, row_key
+from latentloom.encoding.cache import FORMAT_VERSION, Done, EncodeCounts, Plan, Shard, Task, row_keys
+from latentloom.encoding.index_files import ROW_GROUP, STRING, shard_names, write_table
+from latentloom.encoding.row_store import RowStore
 from latentloom.encoding.shard_files import ENDS, INDEX, PAIRS, STATS, TOKENS, Tensors, ragged
 from latentloom.encoding.text_encoder import TextEncoder
 from latentloom.errors import UserError
-from latentloom.files import atomic_path, write_json
-from latentloom.ingestion.shards import read_metadata
+from latentloom.files import write_json
+from latentloom.ids import ID_BYTES, positions, to_hex
+from latentloom.ingestion.shards import metadata_batches
 
 DTYPES = "float32->float16"
 CAPTIONS_AT_ONCE = 256
+BYTES_PER_TOKEN = 4  # of a caption, about: what it takes with its tokens' states is needed before they are counted
+
+FIGURES = pa.schema(  # of each row, in the order of the shards
+    [
+        ("tokens", pa.int32()),
+        ("number", pa.int32()),  # of the shard
+        ("row", pa.int32()),
+        *((name, pa.float32()) for name in ("mean", "std", "norm")),
+        ("finite", pa.bool_()),
+        ("dim", pa.int32()),
+    ]
+)
+SCHEMA = pa.schema(
+    [
+        *((name, STRING) for name in ("id", "text")),
+        FIGURES.field("tokens"),
+        *((name, STRING) for name in ("key", "shard")),
+        *list(FIGURES)[2:],
+    ]
+)
+PAIR_COLUMNS = pa.schema([("image_id", STRING), ("caption_id", STRING), ("position", pa.int32())])
 
 
 @dataclass(frozen=True)
@@ -56,36 +82,22 @@ def encode_captions(
         WriteError: when the disk is full, naming the file.
     """
     (out / STATS).unlink(missing_ok=True)  # a folder without it is not finished
-    metadata = read_metadata(images)
-    pairs = metadata[["id", "captions"]].explode("captions", ignore_index=True)
-    pairs = pd.DataFrame(
-        {
-            "image_id": pairs["id"],
-            "caption_id": pairs["captions"].map(caption_id),
-            "position": pairs.groupby("id", sort=False).cumcount().astype(np.int32),
-            "text": pairs["captions"],
-        }
-    )
-    distinct = pairs.drop_duplicates("caption_id")
-    texts, ids = distinct["text"].tolist(), distinct["caption_id"].tolist()
-    made_by = [encoder.fingerprint, encoder.pooling, str(encoder.max_tokens), DTYPES, *([TOKENS] if tokens else [])]
-    keys = [row_key(own_id, *made_by) for own_id in ids]
-    if not ids:
+    ids, texts = _distinct(images, out / PAIRS)
+    if not len(ids):
         raise UserError(f"{images} holds no captions: run `dvc repro ingest`")
-    plan = Plan(store, out, ids, keys)
-    batches = _encode(encoder, [texts[position] for position in plan.missing], tokens)
-    index = pd.concat(
-        [
-            _index(encoder, ids[shard.rows], texts[shard.rows], keys[shard.rows], shard)
-            for shard in plan.write(batches, "encode_text", "caption")
-        ],
-        ignore_index=True,
-    )
+    made_by = [encoder.fingerprint, encoder.pooling, str(encoder.max_tokens), DTYPES, *([TOKENS] if tokens else [])]
+    keys = row_keys(ids, *made_by)
+    row_bytes: int | np.ndarray = 2 * encoder.dim
+    if tokens:
+        lengths = pc.binary_length(texts).to_numpy()
+        about = np.minimum(lengths // BYTES_PER_TOKEN + 2, encoder.max_tokens)
+        row_bytes = row_bytes + 2 * encoder.token_dim * about
+    plan = Plan(store, out, ids, keys, row_bytes, texts)
+    function = partial(make_shards, tokens)
+    parts = plan.run(function, setup=partial(_itself, encoder), title="encode_text", unit="caption")
+    figures = pa.concat_tables(parts).combine_chunks()
     store.trim()
-    with atomic_path(out / INDEX) as temporary:
-        index.to_parquet(temporary, index=False)
-    with atomic_path(out / PAIRS) as temporary:
-        pairs.drop(columns="text").to_parquet(temporary, index=False)
+    write_table(out / INDEX, SCHEMA, _index(ids, texts, keys, figures))
     write_json(
         out / STATS,
         {
@@ -101,7 +113,55 @@ def encode_captions(
             "rows": len(ids),
         },
     )
-    return CaptionCounts(len(ids), len(plan.missing), cut=int((index["tokens"] > encoder.max_tokens).sum()))
+    cut = pc.sum(pc.greater(figures["tokens"], encoder.max_tokens)).as_py()
+    return CaptionCounts(len(ids), plan.computed, cut=cut)
+
+
+def make_shards(tokens: bool, encoder: TextEncoder, task: Task) -> Done:
+    """Make the shards of a task, and give the `FIGURES` of their rows."""
+    batches = _encode(encoder, task.made_of.take(task.link()).to_pylist(), tokens)
+    figures = []
+    for shard in task.write(batches):
+        figures.append(_figures(encoder, task.made_of[shard.rows].to_pylist(), shard))
+    return Done(task.computed, pa.concat_tables(figures))
+
+
+def _itself(encoder: TextEncoder) -> TextEncoder:
+    return encoder
+
+
+def _distinct(images: Path, pairs: Path) -> tuple[np.ndarray, pa.ChunkedArray]:
+    """Write which image has which caption; give the ids of the distinct ones, uint8 (N, 32), and their texts.
+
+    Of what is said of several images, only hashes are held more than once: 32 bytes for each caption of each image.
+    """
+    hashes: list[np.ndarray] = [np.empty((0, ID_BYTES), np.uint8)]
+
+    def parts() -> Iterator[pa.Table]:
+        for batch in metadata_batches(images, ["id", "captions"]):
+            captions, owner = batch["captions"], pc.list_parent_indices(batch["captions"]).to_numpy()
+            hashes.append(_hashes(captions.flatten()))
+            firsts = np.flatnonzero(np.diff(owner, prepend=-1))
+            position = np.arange(len(owner)) - np.repeat(firsts, np.diff(firsts, append=len(owner)))
+            columns = [batch["id"].take(pa.array(owner)), to_hex(hashes[-1]), position]
+            yield pa.table(dict(zip(PAIR_COLUMNS.names, columns, strict=True))).cast(PAIR_COLUMNS)
+
+    write_table(pairs, PAIR_COLUMNS, parts())
+    ids = np.concatenate(hashes)
+    is_first = positions(ids, ids) == np.arange(len(ids))
+    texts, start = [], 0
+    for batch in metadata_batches(images, ["captions"]):
+        own = batch["captions"].flatten()
+        texts.append(own.filter(pa.array(is_first[start : start + len(own)])))
+        start += len(own)
+    return ids[is_first], pa.chunked_array(texts, pa.string())
+
+
+def _hashes(texts: pa.Array) -> np.ndarray:
+    """The ids of captions, uint8 (N, 32), each text hashed once."""
+    distinct = texts.dictionary_encode()
+    hashes = b"".join(bytes.fromhex(caption_id(text)) for text in distinct.dictionary.to_pylist())
+    return np.frombuffer(hashes, np.uint8).reshape(-1, ID_BYTES)[distinct.indices.to_numpy()]
 
 
 def _encode(encoder: TextEncoder, texts: Sequence[str], tokens: bool) -> Iterator[Tensors]:
@@ -112,7 +172,7 @@ def _encode(encoder: TextEncoder, texts: Sequence[str], tokens: bool) -> Iterato
         yield {"embedding": torch.from_numpy(encoded.pooled).half(), **states}
 
 
-def _index(encoder: TextEncoder, ids: list[str], texts: list[str], keys: list[str], shard: Shard) -> pd.DataFrame:
+def _figures(encoder: TextEncoder, texts: list[str], shard: Shard) -> pa.Table:
     values = shard.tensors["embedding"].float()
     finite = values.isfinite().all(1).numpy()
     if TOKENS in shard.tensors:
@@ -120,16 +180,27 @@ def _index(encoder: TextEncoder, ids: list[str], texts: list[str], keys: list[st
         up_to = broken[shard.tensors[TOKENS + ENDS] - 1]
         finite &= up_to.diff(prepend=up_to.new_zeros(1)).eq(0).numpy()
     columns = {
-        "id": ids,
-        "text": texts,
         "tokens": encoder.count_tokens(texts),
-        "key": keys,
-        "shard": shard.path.name,
-        "row": np.arange(len(values), dtype=np.int32),
+        "number": np.full(len(values), shard.number),
+        "row": np.arange(len(values)),
         "mean": values.mean(1).numpy(),
         "std": values.std(1, correction=0).numpy(),
         "norm": torch.linalg.vector_norm(values, dim=1).numpy(),
         "finite": finite,
-        "dim": np.int32(values.shape[1]),
+        "dim": np.full(len(values), values.shape[1]),
     }
-    return pd.DataFrame(columns)
+    return pa.table(columns, FIGURES)
+
+
+def _index(ids: np.ndarray, texts: pa.ChunkedArray, keys: np.ndarray, figures: pa.Table) -> Iterator[pa.Table]:
+    """The index, in parts."""
+    for start in range(0, len(ids), ROW_GROUP):
+        own = slice(start, start + ROW_GROUP)
+        part = figures[own]
+        columns = {name: part[name] for name in part.column_names} | {
+            "id": to_hex(ids[own]),
+            "text": texts[own],
+            "key": to_hex(keys[own]),
+            "shard": shard_names(part["number"]),
+        }
+        yield pa.table({name: columns[name] for name in SCHEMA.names}).cast(SCHEMA)

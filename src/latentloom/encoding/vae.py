@@ -79,6 +79,7 @@ class Vae:
         # The first block of both classes keeps the size, and each further one halves it.
         blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels") or ()
         self.factor = 2 ** max(len(blocks) - 1, 0)
+        self._channels: int = config.get("latent_channels", 4)  # the default of both classes
         self.fingerprint = pretrained.fingerprint(self.folder)
         self._encoding, self._decoding = FittingBatches(), FittingBatches()
 
@@ -98,6 +99,11 @@ class Vae:
     def distribution(self) -> str:
         """``moments`` where encoding gives a mean and a standard deviation, ``mean`` where it is deterministic."""
         return "moments" if self.class_name == "AutoencoderKL" else "mean"
+
+    def latent_bytes(self, pixels: np.ndarray) -> np.ndarray:
+        """The bytes that fp16 latents of images of so many pixels have (N,)."""
+        numbers = pixels // self.factor**2 * self._channels
+        return numbers * (4 if self.distribution == "moments" else 2)
 
     def encode(self, pixels: np.ndarray, *, precision: str | None = None) -> dict[str, torch.Tensor]:
         """Encode pixels, uint8 (B, H, W, 3): raw ``mean`` and, for moments, ``std``, each (B, C, H/8, W/8) in fp32.

@@ -12,25 +12,28 @@ follow those into the training split.
 """
 
 import sys
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from latentloom.engine import engine_name, ordered_map
 from latentloom.ingestion.colours import Profile
 from latentloom.ingestion.deduplicator import ID_BYTES, Deduplicator
 from latentloom.ingestion.folder import FolderSource
 from latentloom.ingestion.images import pillow_settings
 from latentloom.ingestion.near_duplicates import find_near_duplicates, write_near_duplicates
 from latentloom.ingestion.openmoji import OpenMojiSource
-from latentloom.ingestion.parallel import ordered_map, worker_count
 from latentloom.ingestion.parquet import ParquetSource
-from latentloom.ingestion.preprocess import preprocess_sample
-from latentloom.ingestion.rejects import Reject, RejectTable
+from latentloom.ingestion.prepared import Key, PreparedStore
+from latentloom.ingestion.preprocess import Known, Outcome, preprocess_sample
+from latentloom.ingestion.rejects import Reason, Reject, RejectTable
 from latentloom.ingestion.shards import ImageRow, SourceCount, amend_shards, write_manifest, write_shards
 from latentloom.ingestion.size_table import render
 from latentloom.ingestion.source_files import resolve_source_path
@@ -98,8 +101,11 @@ def ingest(
     rejects_path: Path,
     near_duplicates_path: Path,
     progress: bool = True,
+    store: PreparedStore | None = None,
 ) -> IngestReport:
     """Bring the sources of ``params`` into ``images_folder``; write what was rejected, and which images look alike.
+
+    What is in the ``store`` of earlier runs is not read again; the result is the same without one.
 
     Raises:
         IngestError: when a source cannot be used, and everything stays as it was; or when nothing can be used, or more
@@ -114,14 +120,9 @@ def ingest(
         for entry, source in zip(params.sources, sources.values(), strict=True)
     }
     deduplicator = Deduplicator(counts, {name for name, source in sources.items() if source.joins_captions})
-
-    def work(sample_of_source: tuple[str, Sample]) -> ImageRow | Reject:
-        return preprocess_sample(*sample_of_source, params, deduplicator.rejects.wants_preview)
-
-    samples = ((name, sample) for name, source in sources.items() for sample in source.samples())
     with (
         pillow_settings(params.max_pixels),
-        closing(ordered_map(work, samples, worker_count())) as results,
+        closing(_preprocessed(sources, params, deduplicator.rejects, store)) as results,
         tqdm(
             results,
             "ingest",
@@ -131,7 +132,8 @@ def ingest(
             mininterval=0.2 if sys.stderr.isatty() else 10.0,
         ) as shown,
     ):
-        shards = write_shards(deduplicator.kept(shown, params.limit), images_folder)
+        kept = deduplicator.kept(shown, params.limit)
+        shards = write_shards(kept, images_folder, *([store.keep] if store else []))
     for name, source in sources.items():
         for notice in source.notices():
             print(f"ingest: {name}: {notice}", file=sys.stderr, flush=True)
@@ -147,6 +149,8 @@ def ingest(
     train = int(deduplicator.in_train().sum()) + len(moved)
     sizes = deduplicator.sizes.counts(params.tables) if params.several_sizes else None
     manifest = write_manifest(images_folder, params.image_size, train, counts.values(), shards, sizes)
+    if store:
+        store.finish(images_folder / shard["name"] for shard in shards)
     return IngestReport(
         found=found,
         kept=written,
@@ -183,6 +187,63 @@ def open_source(entry: SourceParams, params: IngestParams) -> Source:
             return WebDatasetSource(entry.path, entry.captions, entry.caption_column, entry.key)
         case "parquet":
             return ParquetSource(entry.path, entry.image_column, entry.caption_column)
+
+
+class _Item(NamedTuple):
+    """What a worker gets: a sample, and what is known of it."""
+
+    source: str
+    sample: Sample
+    with_preview: frozenset[Reason]
+    known: Known | None
+
+    def preprocess(self, params: IngestParams) -> Outcome:
+        return preprocess_sample(self.source, self.sample, params, self.with_preview, self.known)
+
+
+def _preprocess_elsewhere(params: IngestParams, item: _Item) -> Outcome:
+    """The same in a process that has not been made ready for it."""
+    with pillow_settings(params.max_pixels):
+        return item.preprocess(params)
+
+
+def _is_reject(outcome: Outcome) -> bool:
+    """Whether a sample could not be used: another machine may not see its file, or lack a plugin to read it."""
+    return isinstance(outcome.result, Reject)
+
+
+def _preprocessed(
+    sources: Mapping[str, Source], params: IngestParams, rejects: RejectTable, store: PreparedStore | None
+) -> Iterator[ImageRow | Reject]:
+    """What becomes of every sample, in order; what the store has is not read."""
+    under_way: deque[tuple[_Item, Key | None]] = deque()
+
+    def items() -> Iterator[_Item]:
+        for name, source in sources.items():
+            for sample in source.samples():
+                key = store.key(sample.origin) if store else None
+                known = store.find(key) if key else None
+                if known and not known.shown and known.reason in rejects.with_preview:
+                    known = None
+                item = _Item(name, sample, rejects.with_preview, known)
+                under_way.append((item, key))
+                yield item
+
+    local = engine_name() == "local"
+    work = partial(_Item.preprocess, params=params) if local else partial(_preprocess_elsewhere, params)
+    with closing(ordered_map(work, items(), redo=_is_reject)) as outcomes:
+        for outcome in outcomes:
+            item, key = under_way.popleft()
+            if item.known and isinstance(outcome.result, ImageRow):
+                if picture := store.picture(item.known):
+                    outcome = replace(outcome, result=replace(outcome.result, png=picture))
+                else:
+                    outcome = item._replace(known=None).preprocess(params)
+            sources[item.source].count_lines(outcome.lines)
+            # A file that changes while it is read has other times than its hash is known by.
+            if key and outcome.known and (item.known or store.key(item.sample.origin) == key):
+                store.note(key, outcome.known)
+            yield outcome.result
 
 
 def _expected(sources: Iterable[Source], limit: int | None) -> int | None:

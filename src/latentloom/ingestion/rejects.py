@@ -79,16 +79,19 @@ class RejectTable:
 
     def __init__(self) -> None:
         self.rows: list[Reject] = []
+        self.with_preview = frozenset(Reason)  # those of which one is still wanted
         self._previews: Counter[Reason] = Counter()
 
     def wants_preview(self, reason: Reason) -> bool:
         """Whether fewer than ``PREVIEWS`` of this reason have one; once it does not, it never will again."""
-        return self._previews[reason] < PREVIEWS
+        return reason in self.with_preview
 
     def add(self, reject: Reject) -> None:
         if reject.preview and not self.wants_preview(reject.reason):
             reject = replace(reject, preview=None)
         self._previews[reject.reason] += reject.preview is not None
+        if self._previews[reject.reason] == PREVIEWS:
+            self.with_preview -= {reject.reason}
         self.rows.append(reject)
 
     def reasons(self) -> Counter[Reason]:
