@@ -26,8 +26,8 @@ import torch
 import yaml
 
 from latentloom.devices import choose_device
-from latentloom.encoding.cache import RowStore
 from latentloom.encoding.latents import BATCH_SIZE, encode_images
+from latentloom.encoding.row_store import RowStore
 from latentloom.encoding.vae import Vae, load_vae
 from latentloom.ingestion.shards import iterate_images
 

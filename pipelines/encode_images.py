@@ -1,11 +1,11 @@
 """Stage `encode_images`: every prepared image -> its VAE latent, in data/latents."""
 
 from latentloom.devices import choose_device
-from latentloom.encoding.cache import RowStore
 from latentloom.encoding.latents import encode_images
 from latentloom.encoding.named_encoders import pinned_reference
 from latentloom.encoding.pulled_shards import pulled_shards
 from latentloom.encoding.reconstruction import reconstruct
+from latentloom.encoding.row_store import RowStore
 from latentloom.encoding.vae import Vae
 from latentloom.files import write_json
 from latentloom.layout import ENCODE_IMAGES_REPORT, IMAGES, LATENTS, state_folder, state_limit

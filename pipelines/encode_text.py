@@ -1,10 +1,10 @@
 """Stage `encode_text`: every distinct caption -> its embedding, and what else `model.text` wants, in data/text."""
 
 from latentloom.devices import choose_device
-from latentloom.encoding.cache import RowStore
 from latentloom.encoding.captions import encode_captions
 from latentloom.encoding.named_encoders import pinned_reference
 from latentloom.encoding.pulled_shards import pulled_shards
+from latentloom.encoding.row_store import RowStore
 from latentloom.encoding.text_encoder import TextEncoder
 from latentloom.files import write_json
 from latentloom.layout import ENCODE_TEXT_REPORT, IMAGES, TEXT, state_folder, state_limit

@@ -1,5 +1,9 @@
-"""What becomes of the samples of a source when they are read, one at a time, and their captions cleaned."""
+"""What becomes of the samples of a source when they are read, one at a time, and their captions cleaned.
 
+Each is read from its pickle, since a worker on another machine gets no other.
+"""
+
+import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,6 +25,7 @@ class Outcome:
 
 def outcomes(source: Source) -> Iterator[Outcome]:
     for sample in source.samples():
+        sample = pickle.loads(pickle.dumps(sample))
         try:
             captions = list(sample.captions())
             yield Outcome(sample.key, sample.read(), clean_captions(captions) if captions else [])

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+PNG_BYTES = 3000  # of a picture of 32x32 pixels of noise
 DIED = 99  # the exit status of a stage that died at a write
 
 
@@ -23,11 +24,12 @@ def no_bytecode(_: object = True) -> None:
 
 
 def rows_per_shard(count: int) -> None:
-    """Make shards small enough for tiny data to have several."""
+    """Make shards small enough for tiny data to have several, whatever a row is: about so many at the fewest."""
     from latentloom import sharding
 
-    sharding.FEWEST_ROWS = sharding.TYPICAL_ROWS = count
-    sharding.MOST_ROWS = 4 * count
+    ranges, size = sharding.shard_ranges, sharding.ShardBytes(count, count, 4 * count)
+    sharding.shard_ranges = lambda ids, _, __, groups=None: ranges(ids, 1, size, groups)
+    sharding.IMAGES = sharding.ShardBytes(*(PNG_BYTES * rows for rows in size))
 
 
 def die_at_write(number: int) -> None:

@@ -16,9 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import save_clip
 
-from latentloom.encoding.cache import RowStore
 from latentloom.encoding.captions import encode_captions
 from latentloom.encoding.latents import encode_images
+from latentloom.encoding.row_store import RowStore
 from latentloom.encoding.text_encoder import TextEncoder
 from latentloom.encoding.vae import Vae
 from latentloom.model_files import read_config

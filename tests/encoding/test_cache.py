@@ -19,8 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentloom import sharding
-from latentloom.encoding.cache import Plan, RowStore, row_key
-from latentloom.encoding.shard_files import DamagedShardError, load_shard
+from latentloom.encoding import cache, row_store
+from latentloom.encoding.cache import Done, Plan, row_keys
+from latentloom.encoding.row_store import KEYS, RowStore, shard_name
+from latentloom.encoding.shard_files import DamagedShardError, load_shard, read_shard
+from latentloom.ids import from_hex
 
 ENOUGH = 2**30
 
@@ -48,17 +51,32 @@ def expected(key: str) -> torch.Tensor:
     return torch.tensor(list(digest(key)[:4]), dtype=torch.float16)
 
 
+def hashes(texts) -> np.ndarray:
+    return from_hex([digest(text).hex() for text in texts])
+
+
 def plan_for(folder: Path, store: RowStore, keys) -> Plan:
-    return Plan(store, folder, [digest(f"id of {key}").hex() for key in keys], keys)
+    return Plan(store, folder, hashes(f"id of {key}" for key in keys), hashes(keys), 1, np.array(keys))
+
+
+def stored(state: Path) -> list[Path]:
+    return [path for path in state.iterdir() if path.name != KEYS]
 
 
 def run(folder: Path, state: Path, keys, limit=ENOUGH, crash_after=math.inf):
     """The shards, and the keys whose rows were computed."""
     compute, store = Counting(), RowStore(state, limit)
-    plan = plan_for(folder, store, keys)
-    shards = list(plan.write(compute([keys[position] for position in plan.missing], crash_after)))
+    shards = written(plan_for(folder, store, keys), compute, crash_after)
     store.trim()
     return shards, compute.asked
+
+
+def written(plan: Plan, compute: Counting, crash_after=math.inf) -> list:
+    def function(task) -> Done:
+        batches = compute(task.made_of[task.link()].tolist(), crash_after)
+        return Done(task.computed, list(task.write(batches)))
+
+    return [shard for part in plan.run(function) for shard in part]
 
 
 def values(shards) -> torch.Tensor:
@@ -67,9 +85,9 @@ def values(shards) -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    """Shards of exactly 4 rows."""
-    monkeypatch.setattr(sharding, "FEWEST_ROWS", 4)
-    monkeypatch.setattr(sharding, "MOST_ROWS", 4)
+    """Shards of exactly 4 rows, and several tasks."""
+    monkeypatch.setattr(cache, "TASK_MISSING", 5)
+    monkeypatch.setattr(sharding, "TENSORS", sharding.ShardBytes(4, 4, 4))
 
 
 def test_rows_come_out_in_the_order_of_their_keys(tmp_path):
@@ -109,8 +127,8 @@ def test_appending_leaves_earlier_shards_byte_identical(tmp_path):
 
 def test_the_store_and_the_outs_are_one_file_on_disk(tmp_path):
     (shard,), _ = run(tmp_path / "out", tmp_path / "state", ["a", "b"])
-    (stored,) = (tmp_path / "state").iterdir()
-    assert shard.path.samefile(stored)
+    (own,) = stored(tmp_path / "state")
+    assert shard.path.samefile(own)
 
 
 def test_a_run_from_a_partial_store_equals_one_from_nothing(tmp_path):
@@ -125,9 +143,9 @@ def test_a_damaged_stored_shard_is_skipped_and_computed_again(tmp_path):
     keys = ["a", "b", "c"]
     (first,), _ = run(tmp_path / "a", tmp_path / "state", keys)
     good = first.path.read_bytes()
-    (stored,) = (tmp_path / "state").iterdir()
-    stored.unlink()
-    stored.write_bytes(good[:20])
+    (own,) = stored(tmp_path / "state")
+    own.unlink()
+    own.write_bytes(good[:20])
     with pytest.warns(UserWarning, match="computed again"):
         (again,), asked = run(tmp_path / "b", tmp_path / "state", keys)
     assert asked == keys
@@ -138,9 +156,9 @@ def test_a_stored_shard_with_one_changed_bit_is_noticed(tmp_path):
     keys = ["a", "b", "c"]
     (first,), _ = run(tmp_path / "a", tmp_path / "state", keys)
     good = first.path.read_bytes()
-    (stored,) = (tmp_path / "state").iterdir()
-    stored.unlink()
-    stored.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    (own,) = stored(tmp_path / "state")
+    own.unlink()
+    own.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     with pytest.warns(UserWarning, match="checksum"):
         (again,), asked = run(tmp_path / "b", tmp_path / "state", [*keys, "d"])
     assert sorted(asked) == [*keys, "d"]
@@ -159,9 +177,8 @@ def test_the_missing_rows_of_all_shards_are_known_before_any_is_computed(tmp_pat
     run(tmp_path / "a", tmp_path / "state", [f"k{i}" for i in range(40)])
     keys = [f"k{i}" if i % 7 else f"new{i}" for i in range(40)]
     plan = plan_for(tmp_path / "b", RowStore(tmp_path / "state", ENOUGH), keys)
-    assert plan.missing == list(range(0, 40, 7))
-    shards = list(plan.write(Counting()([keys[position] for position in plan.missing])))
-    assert torch.equal(values(shards), torch.stack([expected(key) for key in keys]))
+    assert np.flatnonzero(plan.missing).tolist() == list(range(0, 40, 7))
+    assert torch.equal(values(written(plan, Counting())), torch.stack([expected(key) for key in keys]))
 
 
 def test_the_store_may_be_deleted_while_a_stage_runs(tmp_path):
@@ -171,7 +188,7 @@ def test_the_store_may_be_deleted_while_a_stage_runs(tmp_path):
     whole, _ = run(tmp_path / "whole", tmp_path / "fresh", keys)
     plan = plan_for(tmp_path / "out", RowStore(tmp_path / "state", ENOUGH), keys)
     shutil.rmtree(tmp_path / "state")
-    shards = list(plan.write(Counting()(["new"])))
+    shards = written(plan, Counting())
     assert [shard.path.read_bytes() for shard in shards] == [shard.path.read_bytes() for shard in whole]
 
 
@@ -179,7 +196,7 @@ def test_the_rows_of_a_shard_that_the_store_lost_are_found_in_others_or_computed
     run(tmp_path / "a", tmp_path / "state", ["k2", "k3", "x", "y"])
     keys = [f"k{i}" for i in range(4)]
     run(tmp_path / "b", tmp_path / "state", keys)
-    next((tmp_path / "state").glob(f"{hashlib.sha256(''.join(keys).encode()).hexdigest()}*")).unlink()
+    RowStore(tmp_path / "state", ENOUGH).path(shard_name(hashes(keys))).unlink()
     (shard,), asked = run(tmp_path / "c", tmp_path / "state", keys)
     assert asked == ["k0", "k1"]
     assert torch.equal(shard.tensors["value"], torch.stack([expected(key) for key in keys]))
@@ -192,7 +209,7 @@ def test_shards_of_another_machine_are_adopted_and_other_files_are_skipped(tmp_p
     safetensors.torch.save_file({"value": torch.zeros(3)}, stray)
     store = RowStore(tmp_path / "state", ENOUGH)
     store.adopt([*(shard.path for shard in shards), stray, tmp_path / "missing.safetensors"])
-    assert plan_for(tmp_path / "out", store, keys).missing == []
+    assert not plan_for(tmp_path / "out", store, keys).missing.any()
     assert run(tmp_path / "out", tmp_path / "state", [*keys, "new"])[1] == ["new"]
 
 
@@ -203,8 +220,8 @@ def test_the_store_keeps_the_last_used_within_its_limit(tmp_path):
     run(tmp_path / "again", tmp_path / "state", ["a0", "a1"])  # the oldest is used once more
     _, asked = run(tmp_path / "e", tmp_path / "state", ["e0", "e1"], limit=2 * size)
     assert asked == ["e0", "e1"]
-    found = RowStore(tmp_path / "state", ENOUGH).find({f"{name}0" for name in "abcde"})
-    assert sorted(found) == ["a0", "d0", "e0"]
+    _, shard, _ = RowStore(tmp_path / "state", ENOUGH).find(hashes(f"{name}0" for name in "abcde"))
+    assert (shard >= 0).tolist() == [True, False, False, True, True]
 
 
 def test_what_a_run_used_is_not_trimmed_by_it(tmp_path):
@@ -212,7 +229,7 @@ def test_what_a_run_used_is_not_trimmed_by_it(tmp_path):
     run(tmp_path / "a", tmp_path / "state", keys, limit=0)
     assert run(tmp_path / "b", tmp_path / "state", keys, limit=0)[1] == []
     run(tmp_path / "c", tmp_path / "state", ["other"], limit=0)
-    assert len(list((tmp_path / "state").iterdir())) == 1
+    assert len(stored(tmp_path / "state")) == 1
 
 
 def test_use_is_marked_without_a_new_modification_time(tmp_path):
@@ -257,21 +274,23 @@ def test_safetensors_own_tools_open_a_shard(tmp_path):
     assert np.array_equal(safetensors.numpy.load_file(shard.path)["value"], shard.tensors["value"].numpy())
 
 
+LOSSES = [slice(0), slice(1), slice(0, None, 2), slice(-1, None), slice(None)]  # the last file is the index
 ROWS = st.lists(st.integers(0, 40), unique=True, max_size=30)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(ROWS, st.integers(0, 40), st.booleans()), min_size=1, max_size=6))
+@given(st.lists(st.tuples(ROWS, st.integers(0, 40), st.sampled_from(LOSSES)), min_size=1, max_size=6))
 def test_after_any_history_of_changes_and_crashes_the_outs_equal_a_rebuild(history):
-    """Each run of a history has its own list of rows, may crash after some computed rows, and may lose the store."""
+    """Each run of a history has its own list of rows, may crash after some computed rows, and may lose of the store
+    what lies at some places, or all."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for chosen, computed_before_crash, store_is_lost in history:
+        for chosen, computed_before_crash, lost in history:
             keys = [f"k{number}" for number in chosen]
             with contextlib.suppress(KeyboardInterrupt):
                 run(folder / "out", folder / "state", keys, crash_after=computed_before_crash)
-            if store_is_lost:
-                shutil.rmtree(folder / "state", ignore_errors=True)
+            for path in sorted((folder / "state").glob("*"))[lost]:
+                path.unlink()
         run(folder / "out", folder / "state", keys)
         run(folder / "rebuilt", folder / "fresh", keys)
         assert contents(folder / "out") == contents(folder / "rebuilt")
@@ -281,10 +300,35 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_keys_differ_with_every_part():
-    parts = ["image", "weights", "preprocessing", "dtype"]
-    keys = {row_key(*parts)} | {row_key(*[*parts[:i], "other", *parts[i + 1 :]]) for i in range(4)}
-    assert len(keys) == 5
+def test_rows_are_found_by_an_index_that_is_made_anew_where_it_is_missing_or_wrong(tmp_path, monkeypatch):
+    run(tmp_path / "a", tmp_path / "state", [f"k{i}" for i in range(12)])
+    store, index = RowStore(tmp_path / "state", ENOUGH), tmp_path / "state" / KEYS
+    shards, shard, row = store.find(hashes(["k7", "new"]))
+    assert (shards[shard[0]], shard[1]) == (store.path(shard_name(hashes(f"k{i}" for i in range(4, 8)))), -1)
+    assert row.tolist() == [3, -1]
+    opened = []
+    monkeypatch.setattr(row_store, "read_shard", lambda path: opened.append(path) or read_shard(path))
+    for damage, cost in [(lambda: None, 0), (index.unlink, 3), (lambda: index.write_bytes(b"no index"), 3)]:
+        damage()
+        assert store.find(hashes(["k7"]))[2] == [3]
+        assert len(opened) == cost
+        opened.clear()
+    tensors = safetensors.torch.load_file(index)
+    safetensors.torch.save_file(tensors | {"rows": tensors["rows"].flip(0) + torch.tensor([1, 0, -1])}, index)
+    shards, asked = run(tmp_path / "b", tmp_path / "state", ["new", *(f"k{i}" for i in range(12))])
+    assert len(asked) > 1  # rows of a wrong place are computed, not used
+    assert torch.equal(values(shards)[1:], torch.stack([expected(f"k{i}") for i in range(12)]))
+
+
+def test_keys_differ_with_every_part_and_are_those_of_earlier_versions():
+    """Else no row that people have would be found again."""
+    parts, ids = ["weights", "preprocessing", "dtype"], hashes(["one", "other"])
+    changed = [row_keys(ids, *parts[:number], "other", *parts[number + 1 :]) for number in range(3)]
+    keys = row_keys(ids, *parts)
+    assert len(np.unique(np.concatenate([keys, *changed]), axis=0)) == 8
+    text = f"{digest('other').hex()}|weights|preprocessing|dtype|v2"
+    assert keys[1].tobytes() == digest(text)
+    assert keys[0].tobytes().hex() == "66fbbcae62171ad9be58d12cdba866226eb088e7c7e887bd611362f349fb9636"
 
 
 def test_a_missing_shard_is_named(tmp_path):

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from latentloom import sharding
 from latentloom.encoding import captions
-from latentloom.encoding.cache import RowStore
 from latentloom.encoding.captions import caption_id, encode_captions
 from latentloom.encoding.references import text_folder
+from latentloom.encoding.row_store import RowStore
 from latentloom.encoding.text_encoder import TextEncoder, load_text_encoder
 from latentloom.files import read_json
 from latentloom.ingestion.shards import read_metadata
@@ -196,6 +196,7 @@ def test_one_percent_more_captions_cost_at_most_two_percent_of_the_encoders_work
     assert 0 < sum(work) <= 0.02 * whole
 
 
+ROW_BYTES = 2 * 24  # without token states
 IMAGES = st.lists(st.integers(0, 12), unique=True, min_size=1, max_size=10)
 
 
@@ -204,8 +205,7 @@ IMAGES = st.lists(st.integers(0, 12), unique=True, min_size=1, max_size=10)
 @given(st.lists(st.tuples(IMAGES, st.integers(0, 3), st.booleans()), min_size=1, max_size=4), st.booleans())
 def test_after_any_history_the_cache_equals_a_rebuild(clip, prepare_images, tmp_path, monkeypatch, history, tokens):
     """Additions, removals, another order, crashes after a number of batches, with token states and without."""
-    monkeypatch.setattr(sharding, "FEWEST_ROWS", 3)
-    monkeypatch.setattr(sharding, "MOST_ROWS", 5)
+    monkeypatch.setattr(sharding, "TENSORS", sharding.ShardBytes(*(rows * ROW_BYTES for rows in (3, 2, 5))))
     monkeypatch.setattr(captions, "CAPTIONS_AT_ONCE", 2)
     folder = Path(tempfile.mkdtemp(dir=tmp_path))
     for seeds, batches, with_tokens in history:

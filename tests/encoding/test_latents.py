@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from latentloom import sharding
 from latentloom.encoding import cache, latents
-from latentloom.encoding.cache import RowStore
 from latentloom.encoding.latents import encode_images
 from latentloom.encoding.pretrained import fingerprint
+from latentloom.encoding.row_store import RowStore
 from latentloom.encoding.vae import Vae, load_vae
 from latentloom.errors import UserError
 from latentloom.ingestion.shards import iterate_images, read_metadata
@@ -322,6 +322,7 @@ def test_one_percent_more_images_cost_at_most_two_percent_of_the_encoders_work(
     assert 0 < sum(work) <= 0.02 * whole
 
 
+ROW_BYTES = 2 * 4 * 4 * 4
 IMAGES = st.lists(st.integers(0, 12), unique=True, min_size=1, max_size=10)
 
 
@@ -330,8 +331,7 @@ IMAGES = st.lists(st.integers(0, 12), unique=True, min_size=1, max_size=10)
 @given(st.lists(st.tuples(IMAGES, st.booleans(), st.integers(0, 3)), min_size=1, max_size=4))
 def test_after_any_history_the_cache_equals_a_rebuild(tiny, prepare_images, tmp_path, monkeypatch, history):
     """Additions, removals, another order, flip on and off, crashes after a number of batches."""
-    monkeypatch.setattr(sharding, "FEWEST_ROWS", 3)
-    monkeypatch.setattr(sharding, "MOST_ROWS", 5)
+    monkeypatch.setattr(sharding, "TENSORS", sharding.ShardBytes(*(rows * ROW_BYTES for rows in (3, 2, 5))))
     monkeypatch.setattr(latents, "BATCH_SIZE", 4)
     folder = Path(tempfile.mkdtemp(dir=tmp_path))
     for seeds, flip, batches in history:

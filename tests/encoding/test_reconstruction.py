@@ -11,9 +11,9 @@ from latent_data import read_cache
 from PIL import Image
 
 from latentloom.encoding import reconstruction
-from latentloom.encoding.cache import RowStore
 from latentloom.encoding.latents import encode_images
 from latentloom.encoding.reconstruction import psnr, reconstruct
+from latentloom.encoding.row_store import RowStore
 from latentloom.encoding.vae import load_vae
 from latentloom.ingestion.shards import iterate_images
 

@@ -11,18 +11,17 @@ import torch
 from PIL import Image
 
 from latentloom import sharding
-from latentloom.encoding.cache import RowStore
 from latentloom.encoding.captions import encode_captions
 from latentloom.encoding.dataset import load_caches
 from latentloom.encoding.latents import encode_images
 from latentloom.encoding.reconstruction import reconstruct
+from latentloom.encoding.row_store import RowStore
 from latentloom.encoding.text_encoder import load_text_encoder
 from latentloom.encoding.vae import load_vae
 from latentloom.files import read_json
 from latentloom.ingestion.ingest import ingest
 from latentloom.ingestion.shards import iterate_images, prepared_sizes, read_manifest, read_metadata
 from latentloom.params import IngestParams
-from latentloom.sizes import Size
 
 PARAMS = {
     "source": "folder",
@@ -77,8 +76,9 @@ def vae(tmp_path_factory):
 
 @pytest.fixture
 def make_project(tmp_path, vae, monkeypatch):
-    for name, rows in {"FEWEST_ROWS": 2, "TYPICAL_ROWS": 2, "MOST_ROWS": 6}.items():
-        monkeypatch.setattr(sharding, name, rows)
+    rows = sharding.ShardBytes(2, 2, 6)  # of the smallest shape
+    monkeypatch.setattr(sharding, "IMAGES", sharding.ShardBytes(*(3000 * own for own in rows)))
+    monkeypatch.setattr(sharding, "TENSORS", sharding.ShardBytes(*(2 * 4 * 4 * 4 * own for own in rows)))
 
     def make(sizes: list[tuple[int, int]]) -> Project:
         project = Project(tmp_path, vae)
@@ -96,7 +96,7 @@ def test_each_picture_is_prepared_encoded_and_read_in_its_own_shape(make_project
     manifest, metadata, pixels = read_manifest(project.images), read_metadata(project.images), {}
     assert manifest["image_size"] == [32, 64]
     assert manifest["sizes"] == [[32, 32, 5], [40, 24, 5], [64, 64, 5], [88, 48, 5]]
-    assert prepared_sizes(project.images) == [Size(*size) for size in PREPARED]
+    assert prepared_sizes(project.images).tolist() == [list(size) for size in PREPARED]
     for key, (own, prepared), size in zip(metadata["key"], iterate_images(project.images), PREPARED, strict=True):
         pixels[own] = prepared
         assert prepared.shape == (size[1], size[0], 3)
@@ -133,17 +133,17 @@ def test_each_picture_is_prepared_encoded_and_read_in_its_own_shape(make_project
     values = np.concatenate([view.reshape(4, -1) for own in in_train for view in latents[own]], axis=1)
     assert statistics["mean"] == pytest.approx(values.mean(1), abs=1e-4)
     assert statistics["std"] == pytest.approx(values.std(1), abs=1e-4)
-    assert sorted(caches.train.ids) == sorted(in_train)
+    assert sorted(caches.train.names()) == sorted(in_train)
     assert set(caches.train.shapes) <= set(SHAPES.values())
     assert caches.latent_shape == (4, 4, 4)
     for split in (caches.train, caches.validation):
         for bucket in split.buckets:
-            expected = np.stack([latents[own][view] for view in (0, 1) for own in bucket.ids])
+            expected = np.stack([latents[own][view] for view in (0, 1) for own in bucket.names()])
             expected = (expected - values.mean(1)[:, None, None]) / values.std(1)[:, None, None]
             assert bucket.first_mirrored == len(bucket)
             np.testing.assert_allclose(bucket.latents_at(slice(0, 2 * len(bucket)))[0], expected, atol=2e-3)
             key_of = dict(zip(metadata["id"], metadata["key"], strict=True))
-            assert bucket.primary_texts() == [f"picture {key_of[own]}" for own in bucket.ids]
+            assert bucket.primary_texts() == [f"picture {key_of[own]}" for own in bucket.names()]
 
 
 def test_one_added_picture_changes_one_shard_of_each_kind(make_project):

@@ -133,11 +133,13 @@ def new_corpus(tmp_path: Path) -> Callable[[str], Corpus]:
 
 @pytest.fixture
 def shards_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """``shards_of(rows, typical=1, most=...)`` shrinks the shards: at least ``rows``; exactly so many by default."""
+    """``shards_of(rows, typical=1, most=...)`` shrinks the shards: at least ``rows`` of noise; exactly so many by
+    default."""
+    png = len(shards.encode(noise(0)))  # all are of about this size
 
     def shrink(rows: int, typical: int = 1, most: int = 1000, group: int = 2) -> None:
-        for name, value in {"FEWEST_ROWS": rows, "TYPICAL_ROWS": typical, "MOST_ROWS": most}.items():
-            monkeypatch.setattr(sharding, name, value)
+        size = [int(png * bound) for bound in (rows - 0.5, typical - 0.5, most - 0.5)]
+        monkeypatch.setattr(sharding, "IMAGES", sharding.ShardBytes(*size))
         monkeypatch.setattr(shards, "ROW_GROUP_ROWS", group)
 
     return shrink

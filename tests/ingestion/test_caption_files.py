@@ -7,7 +7,7 @@ import pytest
 from outcomes import outcomes
 from PIL import Image
 
-from latentloom.ingestion.caption_files import CaptionFiles, ImageNames, pair
+from latentloom.ingestion.caption_files import CaptionFiles, ImageNames, LineCounts, pair
 from latentloom.ingestion.folder import FolderSource
 from latentloom.ingestion.rejects import Reason
 from latentloom.ingestion.sources import IngestError
@@ -98,11 +98,11 @@ def test_a_whole_text_file_is_one_caption_where_params_say_so(corpus, capsys):
     ("text", "is_said"), [(SENTENCES, True), (ALTERNATIVES, False), ("one line", False), ("", False)]
 )
 def test_lines_that_do_not_look_like_alternatives_are_pointed_out(text, is_said):
-    reader = CaptionFiles()
+    lines = LineCounts()
     for _ in range(3):
-        reader.read("cat", [(".txt", text.encode())])
-    assert bool(reader.notices()) == is_said
-    assert not is_said or "6 of 6 lines have no word in common" in reader.notices()[0]
+        lines = lines.plus(CaptionFiles().read("cat", [(".txt", text.encode())]).lines)
+    assert bool(lines.notices()) == is_said
+    assert not is_said or "6 of 6 lines have no word in common" in lines.notices()[0]
 
 
 @pytest.mark.parametrize(

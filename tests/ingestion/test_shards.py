@@ -12,6 +12,7 @@ import datasets
 import duckdb
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -19,7 +20,16 @@ from PIL import Image
 from latentloom.errors import UserError
 from latentloom.ingestion import shards
 from latentloom.ingestion.ingest import ingest
-from latentloom.ingestion.shards import SCHEMA, decode, encode, iterate_images, read_manifest, read_metadata
+from latentloom.ingestion.shards import (
+    SCHEMA,
+    NumberedImages,
+    decode,
+    encode,
+    iterate_images,
+    metadata_batches,
+    read_manifest,
+    read_metadata,
+)
 from latentloom.params import IngestParams
 
 COLUMNS = ["id", "image", "captions", "split", "source", "key", "width", "height"]
@@ -203,12 +213,17 @@ def test_pixels_come_back_as_they_went_in(picture):
         decode(encode(picture(0))[:300])
 
 
-def test_metadata_is_read_without_the_pictures(filled, monkeypatch):
+def test_metadata_is_read_without_the_pictures(filled, small_shards, monkeypatch):
     filled.ingest()
     monkeypatch.setattr(shards, "decode", None)
     frame = read_metadata(filled.images)
     assert list(frame) == ["id", "captions", "split", "key", "source", "width", "height"]
     assert frame["captions"][3] == ["picture 3", "number 3"]
+    monkeypatch.setattr(shards, "BATCH_ROWS", 2)
+    batches = list(metadata_batches(filled.images, ["captions", "id"]))
+    assert [batch.schema.names for batch in batches] == [["captions", "id"]] * len(batches)
+    assert [len(batch) for batch in batches] == [2, 1, 2, 1, 1]
+    assert pa.Table.from_batches(batches).to_pylist() == frame[["captions", "id"]].to_dict("records")
 
 
 def test_only_wanted_images_are_decoded(filled, small_shards, monkeypatch):
@@ -219,6 +234,16 @@ def test_only_wanted_images_are_decoded(filled, small_shards, monkeypatch):
     assert [own_id for own_id, _ in iterate_images(filled.images, wanted={ids[5], ids[1]})] == [ids[1], ids[5]]
     assert len(decoded) == 2
     assert list(iterate_images(filled.images, wanted=set())) == []
+
+
+def test_images_are_read_by_their_numbers_in_any_order_from_the_shards_that_hold_them(filled, small_shards):
+    filled.ingest()
+    pixels, images = [own for _, own in iterate_images(filled.images)], NumberedImages(filled.images)
+    for numbers in ([0, 1, 2, 3, 4, 5, 6], [6, 4, 5, 0, 0], [2], []):
+        read = list(images.read(np.array(numbers, int)))
+        assert len(read) == len(numbers)
+        assert all(np.array_equal(own, pixels[number]) for own, number in zip(read, numbers, strict=True))
+    assert images.files(np.array([6, 1, 0])) == [filled.images / "00000.parquet", filled.images / "00002.parquet"]
 
 
 def test_a_missing_manifest_or_shard_is_reported_by_name(filled):

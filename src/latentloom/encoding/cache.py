@@ -6,66 +6,80 @@ preprocessing, the dtypes. Equal keys mean equal bytes, so nothing is ever inval
 A *shard* is a safetensors file of consecutive rows. Its header lists their keys and a checksum, and the same rows give
 the same bytes. The rows' own ids decide where a shard ends (`latentloom.sharding`), so one added row changes one shard.
 
-The *store* holds the finished shards of all earlier runs on this machine, each named by a hash of its keys. It lies in
-``.state/``, beside the stages' outs, and holds the very files of the outs by hard link, so that it takes room only for
-what no out has any more. It only saves work: it may be deleted at any time, also while a stage runs.
+The *store* (`latentloom.encoding.row_store`) holds the finished shards of all earlier runs on this machine. It only
+saves work: it may be deleted at any time, also while a stage runs.
 
 A stage gets its rows in three steps:
 
-    plan = Plan(store, out, ids, keys)         link every shard that the store has; find the rows of the others there
-    batches = ...                              compute the rows ``plan.missing``, in full batches across shards
-    for shard in plan.write(batches): ...      assemble the other shards from rows that were found or computed
+    plan = Plan(store, out, ids, keys, ...)    where shards end; which of them, and which rows of the others, are stored
+    for part in plan.run(function): ...        the work is cut into tasks: consecutive shards, wherever they are made
 
-A finished shard enters the store at once, so a killed stage loses at most the shard that it was working on.
+        def function(task):
+            missing = task.link()              link every shard that is stored; the rows that no one has computed
+            batches = ...                      compute those, in full batches across the task's shards
+            for shard in task.write(batches)   assemble the other shards from rows that are stored or computed
+
+Rows are numbers and keys are bytes: a plan holds some hundred bytes per row and no object. A finished shard enters the
+store at once, so a killed stage loses at most the shards that it was working on.
 """
 
 import hashlib
 import json
-import os
-import shutil
-import time
-import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import save
 from tqdm import tqdm
 
-from latentloom.encoding.shard_files import (
-    ENDS,
-    SHARDS,
-    DamagedShardError,
-    Tensors,
-    load_shard,
-    ragged,
-    ragged_names,
-    read_shard,
-)
+from latentloom import sharding
+from latentloom.encoding.row_store import HEADER, RowStore, checksum, keep, link_stored, shard_name, stored_rows
+from latentloom.encoding.shard_files import ENDS, SHARDS, Tensors, load_shard, ragged, ragged_names
+from latentloom.engine import here, ordered_map
 from latentloom.files import atomic_path
-from latentloom.sharding import shard_ranges
+from latentloom.ids import ID_BYTES, to_hex
 
 FORMAT_VERSION = 2
-HEADER = "latentloom"  # one entry, since safetensors writes several in an order that changes from run to run
+
+# A task is as small as it may be: its last batch is filled up, which must cost little beside the others; and what it
+# has under way is lost when it is killed.
+TASK_MISSING = 512  # rows to compute, at the fewest
+TASK_ROWS = 2**14  # and no more shards once it has so many rows
 
 Row = tuple[Tensors, int]  # the tensors that hold it, and its number there
 
 
-def row_key(*parts: str) -> str:
-    """The key of a row: a hash of everything that decides its content."""
-    return hashlib.sha256("|".join([*parts, f"v{FORMAT_VERSION}"]).encode()).hexdigest()
+def row_keys(ids: np.ndarray, *parts: str) -> np.ndarray:
+    """The keys of rows, uint8 (N, 32): hashes of everything that decides a row's content.
+
+    Args:
+        ids: of what each row is made, uint8 (N, 32).
+        parts: what decides the content beside it, alike for all rows.
+    """
+    rest = "|".join(["", *parts, f"v{FORMAT_VERSION}"]).encode()
+    keys = np.empty((len(ids), ID_BYTES), np.uint8)
+    for start in range(0, len(ids), 2**16):
+        digits = ids[start : start + 2**16].tobytes().hex().encode()
+        places = range(0, len(digits), 2 * ID_BYTES)
+        hashes = b"".join(hashlib.sha256(digits[at : at + 2 * ID_BYTES] + rest).digest() for at in places)
+        keys[start : start + len(places)] = np.frombuffer(hashes, np.uint8).reshape(-1, ID_BYTES)
+    return keys
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A finished shard: its file, which of all rows it holds, and its tensors (rows, ...)."""
+    """A finished shard: its file, which rows of its task it holds, and its tensors (rows, ...)."""
 
     path: Path
     rows: slice
     tensors: Tensors
+
+    @property
+    def number(self) -> int:
+        return int(self.path.stem)
 
 
 @dataclass(frozen=True)
@@ -82,134 +96,81 @@ class EncodeCounts:
         return self.rows - self.encoded
 
 
-class RowStore:
-    """The shards that earlier runs left in ``folder``. A shard is compared with its checksum before a row is used.
+class Planned(NamedTuple):
+    """A shard of a task: its file, its file in the store, its rows in the task, and whether the store has it."""
 
-    Args:
-        folder: need not exist.
-        limit: bytes; `trim` keeps at most so many of shards that this run did not use.
-    """
-
-    def __init__(self, folder: Path, limit: int) -> None:
-        self.folder, self.limit = folder, limit
-        self._used: set[str] = set()
-
-    def adopt(self, shards: Iterable[Path]) -> None:
-        """Take in shards that another machine wrote; what is no shard of this format is skipped."""
-        for path in shards:
-            with suppress(DamagedShardError):
-                _, keys, _ = _open(path)
-                if not self._path(keys).is_file():
-                    self.add(path, keys)
-
-    def add(self, shard: Path, keys: Sequence[str]) -> None:
-        """Take in a shard; a store that cannot take it costs a warning, never the shard."""
-        path = self._path(keys)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _link(shard, path)
-            self._touch(path)
-        except OSError as error:
-            warnings.warn(f"{path} could not be kept ({error}); a later run will compute its rows again", stacklevel=2)
-
-    def link(self, keys: Sequence[str], target: Path) -> bool:
-        """Put the shard of exactly these rows at ``target``; False where it is not there, or damaged."""
-        path = self._path(keys)
-        if self._read(path, set(keys)):
-            with suppress(FileNotFoundError):  # the store was deleted in the meantime
-                _link(path, target)
-                self._touch(path)
-                return True
-        return False
-
-    def find(self, keys: Collection[str]) -> dict[str, Row]:
-        """Where the known ones of ``keys`` are.
-
-        The tensors are memory maps: they can be read even if the store is deleted later.
-        """
-        found: dict[str, Row] = {}
-        wanted = set(keys)
-        for path in sorted(self.folder.glob(SHARDS)) if wanted else ():
-            rows = self._read(path, wanted)
-            found |= rows
-            wanted -= rows.keys()
-        return found
-
-    def trim(self) -> None:
-        """Delete the least recently used shards until the others fit into the limit; those of this run stay."""
-        entries = []
-        for path in self.folder.glob(SHARDS):
-            with suppress(FileNotFoundError):  # another run trimmed it
-                if path.name not in self._used:
-                    entries.append((path.stat(), path))
-        room = self.limit
-        for status, path in sorted(entries, key=lambda entry: entry[0].st_atime_ns, reverse=True):
-            room -= status.st_size
-            if room < 0:
-                path.unlink(missing_ok=True)
-
-    def _read(self, path: Path, keys: Collection[str]) -> dict[str, Row]:
-        """Those rows of a stored shard that are asked for; a damaged shard is deleted: its rows are computed again."""
-        try:
-            tensors, own_keys, checksum = _open(path)
-            rows = {key: (tensors, row) for row, key in enumerate(own_keys) if key in keys}
-            if rows and checksum != _checksum(tensors):
-                raise DamagedShardError("its checksum is another")
-            return rows
-        except DamagedShardError as error:
-            if path.exists():
-                warnings.warn(f"{path} will not be used: {error}. Its rows are computed again.", stacklevel=3)
-                path.unlink(missing_ok=True)
-            return {}
-
-    def _path(self, keys: Sequence[str]) -> Path:
-        return self.folder / f"{hashlib.sha256(''.join(keys).encode()).hexdigest()}.safetensors"
-
-    def _touch(self, path: Path) -> None:
-        """Mark a shard as used now, by its access time: another modification time would make DVC hash it again."""
-        self._used.add(path.name)
-        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+    path: Path
+    stored: Path
+    rows: slice
+    is_stored: bool
 
 
-class Plan:
-    """Where the rows of a cache come from. To make one puts every shard that the store has at its place in ``out``.
-
-    Args:
-        store: the shards of earlier runs.
-        out: the folder for ``00000.safetensors`` and so on.
-        ids: what each row is of, as a hash; they decide where shards end, so that this depends on no encoder.
-        keys: one key per row.
-        groups: one per row, such as the shape of its tensors; rows of two groups never share a shard.
+@dataclass
+class Task:
+    """Consecutive shards of a plan, and where their rows come from: the unit of work, which is picklable.
 
     Attributes:
-        missing: the positions of the rows that have to be computed, ascending.
+        shards: of the task.
+        keys: of its rows, uint8 (n, 32).
+        made_of: what its rows are made of, or where that is; sliced out of what the plan was given.
+        planned: how many of its rows have to be computed, unless the store turns out to be damaged.
+        computed: how many were.
+        inputs: the files that are read for those.
     """
 
-    def __init__(
-        self, store: RowStore, out: Path, ids: Sequence[str], keys: Sequence[str], groups: Sequence[Any] = ()
-    ) -> None:
-        self._store, self._out, self._keys = store, out, keys
-        ranges = shard_ranges(ids, groups)
-        self._shards = {out / f"{number:05d}.safetensors": rows for number, rows in enumerate(ranges)}
-        self._linked: set[Path] = set()
-        out.mkdir(parents=True, exist_ok=True)
-        wanted: dict[str, int] = {}
-        for path, positions in self._shards.items():
-            own = keys[positions.start : positions.stop]
-            if store.link(own, path):
-                self._linked.add(path)
-            else:
-                wanted |= dict(zip(own, positions, strict=True))
-        self._found = store.find(wanted.keys())
-        self.missing = [position for key, position in wanted.items() if key not in self._found]
+    shards: list[Planned]
+    keys: np.ndarray
+    made_of: Any
+    planned: int
+    inputs: Sequence[Path]
+    sources: dict[int, Path]  # shards of the store, by number
+    source: np.ndarray  # which of them holds a row (n,), -1: none
+    row: np.ndarray  # its number there (n,)
+    computed: int = 0
+    tick: Callable[[int], Any] | None = None  # told of computed rows; not in another process
+    _linked: set[Path] = field(default_factory=set)
+    _found: dict[int, Tensors] = field(default_factory=dict)
 
-    def write(self, batches: Iterable[Tensors], stage: str = "", unit: str = "row") -> Iterator[Shard]:
-        """Write the shards that the store did not have; other shards that are in the folder are deleted at the end.
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"tick": None}
+
+    @property
+    def reads(self) -> list[Path]:
+        stored = [shard.stored for shard in self.shards if shard.is_stored]
+        return [*self.inputs, *stored, *self.sources.values()]
+
+    @property
+    def writes(self) -> list[Path]:
+        return [shard.path for shard in self.shards]
+
+    def link(self) -> np.ndarray:
+        """Put every shard that the store has at its place; give the rows that have to be computed, ascending.
+
+        Each stored shard is compared with its checksum. One that is damaged, or gone by now, has its rows computed.
+        """
+        is_open = np.zeros(len(self.keys), bool)
+        for shard in self.shards:
+            if shard.is_stored and link_stored(here(shard.stored), shard.stored.stem, here(shard.path)):
+                self._linked.add(shard.path)
+            else:
+                is_open[shard.rows] = True
+        for number, path in self.sources.items():
+            own = np.flatnonzero(self.source == number)
+            found = stored_rows(here(path), path.stem)
+            if found and np.array_equal(found.keys[self.row[own].clip(max=len(found.keys) - 1)], self.keys[own]):
+                self._found[number] = found.tensors
+            else:
+                self.source[own] = -1
+        missing = np.flatnonzero(is_open & (self.source < 0))
+        self._tell(self.planned - len(missing))
+        return missing
+
+    def write(self, batches: Iterable[Tensors]) -> Iterator[Shard]:
+        """Write the shards that were not linked.
 
         Args:
-            batches: the rows ``missing``, in order, in batches of any size, as a shard's tensors; the first of them
-                is (rows, ...).
-            stage, unit: for the progress bar: its title, and what a row is of.
+            batches: the rows that `link` gave, in order, in batches of any size, as a shard's tensors; the first of
+                them is (rows, ...).
 
         Yields:
             Every shard in order, once its file is complete under its final name.
@@ -217,19 +178,150 @@ class Plan:
         Raises:
             WriteError: when the disk is full, naming the file; the shards before it are kept.
         """
-        known = len(self._keys) - len(self.missing)
-        with tqdm(total=len(self._keys), initial=known, desc=stage, unit=unit) as progress:
-            computed = _rows(batches, progress)
-            for path, positions in self._shards.items():
-                rows = slice(positions.start, positions.stop)
-                if path not in self._linked:
-                    keys = self._keys[rows]
-                    save_shard(path, _stack([self._found.get(key) or next(computed) for key in keys]), keys)
-                    self._store.add(path, keys)
-                yield Shard(path, rows, load_shard(path))
+        computed = self._rows(batches)
+        for shard in self.shards:
+            path = here(shard.path)
+            if shard.path not in self._linked:
+                places = zip(self.source[shard.rows].tolist(), self.row[shard.rows].tolist(), strict=True)
+                rows = [next(computed) if source < 0 else (self._found[source], row) for source, row in places]
+                save_shard(path, _stack(rows), to_hex(self.keys[shard.rows]).to_pylist())
+                if path == shard.path:  # else the driver does, which sees the store
+                    keep(path, shard.stored)
+            yield Shard(shard.path, shard.rows, load_shard(path))
+        self._found.clear()
+
+    def _rows(self, batches: Iterable[Tensors]) -> Iterator[Row]:
+        for batch in batches:
+            size = len(next(iter(batch.values())))
+            self.computed += size
+            self._tell(size)
+            for row in range(size):
+                yield batch, row
+
+    def _tell(self, rows: int) -> None:
+        if self.tick is not None:
+            self.tick(rows)
+
+
+class Done(NamedTuple):
+    """What a function gives for a task: how many rows it computed, and what the stage wants to know of its shards."""
+
+    computed: int
+    value: Any
+
+
+class Plan:
+    """Where the rows of a cache come from.
+
+    Args:
+        store: the shards of earlier runs.
+        out: the folder for ``00000.safetensors`` and so on.
+        ids: what each row is of, as a hash, uint8 (N, 32); they decide where shards end, with
+        row_bytes: of every row, or of each one (N,), about; so that this depends on no encoder's weights.
+        keys: uint8 (N, 32).
+        made_of: (N, ...), of which each task is given its rows' part.
+        groups: one per row (N,), such as the size of its image; rows of two groups never share a shard.
+        inputs: the files that hold what some part of ``made_of`` names.
+
+    Attributes:
+        keys: as they were given.
+        missing: whether each row has to be computed (N,), unless the store turns out to be damaged.
+        computed: how many rows were, up to now.
+    """
+
+    def __init__(
+        self,
+        store: RowStore,
+        out: Path,
+        ids: np.ndarray,
+        keys: np.ndarray,
+        row_bytes: int | np.ndarray,
+        made_of: Any,
+        *,
+        groups: np.ndarray | None = None,
+        inputs: Callable[[Any], Sequence[Path]] | None = None,
+    ) -> None:
+        self._store, self._out, self.keys, self._made_of, self._inputs = store, out, keys, made_of, inputs
+        self._ranges = sharding.shard_ranges(ids, row_bytes, sharding.TENSORS, groups)
+        self._names = [shard_name(keys[rows.start : rows.stop]) for rows in self._ranges]
+        there = store.names()
+        self.missing = np.ones(len(keys), bool)
+        for name, rows in zip(self._names, self._ranges, strict=True):
+            self.missing[rows.start : rows.stop] = name not in there
+        self._source, self._row = np.full((2, len(keys)), -1, np.int32)
+        wanted = np.flatnonzero(self.missing)
+        self._sources, self._source[wanted], self._row[wanted] = store.find(keys[wanted])
+        self._there, self.computed = there, 0
+        self.missing[self._source >= 0] = False
+
+    def tasks(self) -> Iterator[Task]:
+        """The tasks, in the order of their shards."""
+        start = 0
+        for number, rows in enumerate(self._ranges):
+            missing = np.count_nonzero(self.missing[self._ranges[start].start : rows.stop])
+            is_last = number + 1 == len(self._ranges)
+            if missing >= TASK_MISSING or rows.stop - self._ranges[start].start >= TASK_ROWS or is_last:
+                yield self._task(start, number + 1)
+                start = number + 1
+
+    def run(
+        self,
+        function: Callable[..., Done],
+        *,
+        setup: Callable[[], Any] | None = None,
+        title: str = "",
+        unit: str = "row",
+    ) -> Iterator[Any]:
+        """Have ``function`` make the shards of every task; other shards in the folder are deleted at the end.
+
+        Args:
+            function: of a task; with ``setup``, of a worker's state and a task, and picklable.
+            setup: makes the state of a worker; without it, all is done here.
+            title, unit: of the progress bar; what a row is of.
+
+        Yields:
+            What the function gave for each task, in order.
+        """
+        self._out.mkdir(parents=True, exist_ok=True)
+        tasks, known = list(self.tasks()), len(self.keys) - np.count_nonzero(self.missing)
+        with tqdm(total=len(self.keys), initial=known, desc=title, unit=unit) as progress:
+            for task in tasks:
+                task.tick = progress.update
+            results = map(function, tasks) if setup is None else ordered_map(function, tasks, setup=setup)
+            for task, done in zip(tasks, results, strict=True):
+                for shard in task.shards:
+                    self._store.add(shard.path, shard.stored)
+                self.computed += done.computed
+                known += task.planned
+                progress.update(known - progress.n)  # of what another process has computed
+                yield done.value
+        written = {self._path(number) for number in range(len(self._ranges))}
         for path in [*self._out.glob(SHARDS), *self._out.glob(".*.tmp")]:
-            if path not in self._shards:
+            if path not in written:
                 path.unlink()
+
+    def _task(self, start: int, stop: int) -> Task:
+        first, rows = self._ranges[start].start, slice(self._ranges[start].start, self._ranges[stop - 1].stop)
+        shards = []
+        for number in range(start, stop):
+            own, name = self._ranges[number], self._names[number]
+            places = slice(own.start - first, own.stop - first)
+            shards.append(Planned(self._path(number), self._store.path(name), places, name in self._there))
+        source, missing, made_of = self._source[rows].copy(), self.missing[rows], self._made_of[rows]
+        used = {int(number): self._sources[number] for number in np.unique(source) if number >= 0}
+        return Task(
+            shards,
+            self.keys[rows],
+            made_of,
+            planned=np.count_nonzero(missing),
+            inputs=self._inputs(made_of[missing]) if self._inputs and missing.any() else (),
+            sources=used,
+            source=source,
+            row=self._row[rows],
+        )
+
+    def _path(self, number: int) -> Path:
+        return self._out / f"{number:05d}.safetensors"
 
 
 def save_shard(path: Path, tensors: Tensors, keys: Sequence[str]) -> None:
@@ -238,17 +330,9 @@ def save_shard(path: Path, tensors: Tensors, keys: Sequence[str]) -> None:
     Raises:
         WriteError: naming the file and the room it needs, when the disk is full.
     """
-    content = save(tensors, {HEADER: json.dumps({"checksum": _checksum(tensors), "keys": list(keys)})})
+    content = save(tensors, {HEADER: json.dumps({"checksum": checksum(tensors), "keys": list(keys)})})
     with atomic_path(path, room=len(content)) as temporary:
         temporary.write_bytes(content)
-
-
-def _rows(batches: Iterable[Tensors], progress: tqdm) -> Iterator[Row]:
-    for batch in batches:
-        size = len(next(iter(batch.values())))
-        progress.update(size)
-        for row in range(size):
-            yield batch, row
 
 
 def _stack(rows: Sequence[Row]) -> Tensors:
@@ -266,37 +350,3 @@ def _stack(rows: Sequence[Row]) -> Tensors:
 def _items(tensors: Tensors, name: str, row: int) -> torch.Tensor:
     ends = tensors[name + ENDS]
     return tensors[name][int(ends[row - 1]) if row else 0 : int(ends[row])]
-
-
-def _open(path: Path) -> tuple[Tensors, list[str], str]:
-    """A shard's tensors, mapped but not read, its rows' keys and its checksum.
-
-    Raises:
-        DamagedShardError: when the file is missing, damaged, or no shard of this format.
-    """
-    tensors, metadata = read_shard(path)
-    if HEADER not in metadata:
-        raise DamagedShardError(f"{path} lists no keys")
-    header = json.loads(metadata[HEADER])
-    return tensors, header["keys"], header["checksum"]
-
-
-def _checksum(tensors: Tensors) -> str:
-    """The SHA-256 of names, shapes, dtypes and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}:{list(tensor.shape)}:{tensor.dtype};".encode())
-        digest.update(tensor.numpy().data)
-    return digest.hexdigest()
-
-
-def _link(source: Path, target: Path) -> None:
-    """Make ``target`` the same file as ``source``: a hard link where the disk can, else a copy."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except FileNotFoundError:
-        raise
-    except OSError:
-        with atomic_path(target, room=source.stat().st_size) as temporary:
-            shutil.copyfile(source, temporary)

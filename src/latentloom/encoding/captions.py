@@ -13,21 +13,47 @@ data/images/*.parquet -> data/text/NNNNN.safetensors   `embedding` (M, dim), fp1
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
-from latentloom.encoding.cache import FORMAT_VERSION, EncodeCounts, Plan, RowStore, Shard, row_key
+from latentloom.encoding.cache import FORMAT_VERSION, Done, EncodeCounts, Plan, Shard, Task, row_keys
+from latentloom.encoding.index_files import ROW_GROUP, STRING, shard_names, write_table
+from latentloom.encoding.row_store import RowStore
 from latentloom.encoding.shard_files import ENDS, INDEX, PAIRS, STATS, TOKENS, Tensors, ragged
 from latentloom.encoding.text_encoder import TextEncoder
 from latentloom.errors import UserError
-from latentloom.files import atomic_path, write_json
-from latentloom.ingestion.shards import read_metadata
+from latentloom.files import write_json
+from latentloom.ids import ID_BYTES, positions, to_hex
+from latentloom.ingestion.shards import metadata_batches
 
 DTYPES = "float32->float16"
 CAPTIONS_AT_ONCE = 256
+BYTES_PER_TOKEN = 4  # of a caption, about: what it takes with its tokens' states is needed before they are counted
+
+FIGURES = pa.schema(  # of each row, in the order of the shards
+    [
+        ("tokens", pa.int32()),
+        ("number", pa.int32()),  # of the shard
+        ("row", pa.int32()),
+        *((name, pa.float32()) for name in ("mean", "std", "norm")),
+        ("finite", pa.bool_()),
+        ("dim", pa.int32()),
+    ]
+)
+SCHEMA = pa.schema(
+    [
+        *((name, STRING) for name in ("id", "text")),
+        FIGURES.field("tokens"),
+        *((name, STRING) for name in ("key", "shard")),
+        *list(FIGURES)[2:],
+    ]
+)
+PAIR_COLUMNS = pa.schema([("image_id", STRING), ("caption_id", STRING), ("position", pa.int32())])
 
 
 @dataclass(frozen=True)
@@ -56,36 +82,15 @@ def encode_captions(
         WriteError: when the disk is full, naming the file.
     """
     (out / STATS).unlink(missing_ok=True)  # a folder without it is not finished
-    metadata = read_metadata(images)
-    pairs = metadata[["id", "captions"]].explode("captions", ignore_index=True)
-    pairs = pd.DataFrame(
-        {
-            "image_id": pairs["id"],
-            "caption_id": pairs["captions"].map(caption_id),
-            "position": pairs.groupby("id", sort=False).cumcount().astype(np.int32),
-            "text": pairs["captions"],
-        }
-    )
-    distinct = pairs.drop_duplicates("caption_id")
-    texts, ids = distinct["text"].tolist(), distinct["caption_id"].tolist()
-    made_by = [encoder.fingerprint, encoder.pooling, str(encoder.max_tokens), DTYPES, *([TOKENS] if tokens else [])]
-    keys = [row_key(own_id, *made_by) for own_id in ids]
-    if not ids:
+    captions = Captions(images, out / PAIRS)
+    if not len(captions.ids):
         raise UserError(f"{images} holds no captions: run `dvc repro ingest`")
-    plan = Plan(store, out, ids, keys)
-    batches = _encode(encoder, [texts[position] for position in plan.missing], tokens)
-    index = pd.concat(
-        [
-            _index(encoder, ids[shard.rows], texts[shard.rows], keys[shard.rows], shard)
-            for shard in plan.write(batches, "encode_text", "caption")
-        ],
-        ignore_index=True,
-    )
+    plan = plan_captions(encoder, captions, out, store, tokens=tokens)
+    function = partial(make_shards, tokens)
+    parts = plan.run(function, setup=partial(_itself, encoder), title="encode_text", unit="caption")
+    figures = pa.concat_tables(parts).combine_chunks()
     store.trim()
-    with atomic_path(out / INDEX) as temporary:
-        index.to_parquet(temporary, index=False)
-    with atomic_path(out / PAIRS) as temporary:
-        pairs.drop(columns="text").to_parquet(temporary, index=False)
+    write_table(out / INDEX, SCHEMA, _index(captions, plan.keys, figures))
     write_json(
         out / STATS,
         {
@@ -98,10 +103,75 @@ def encode_captions(
             "dim": encoder.dim,
             "token_dim": encoder.token_dim if tokens else None,
             "max_tokens": encoder.max_tokens,
-            "rows": len(ids),
+            "rows": len(captions.ids),
         },
     )
-    return CaptionCounts(len(ids), len(plan.missing), cut=int((index["tokens"] > encoder.max_tokens).sum()))
+    cut = pc.sum(pc.greater(figures["tokens"], encoder.max_tokens)).as_py()
+    return CaptionCounts(len(captions.ids), plan.computed, cut=cut)
+
+
+class Captions:
+    """The distinct captions of all images, in the order in which they are first met; writes which image has which.
+
+    Of captions that several images have, only hashes are held more than once, and only while they are looked for.
+
+    Attributes:
+        ids: uint8 (M, 32).
+        texts: strings (M,), as Arrow has them: their bytes, and where each begins.
+    """
+
+    def __init__(self, images: Path, pairs: Path) -> None:
+        hashes = [np.empty((0, ID_BYTES), np.uint8)]
+        write_table(pairs, PAIR_COLUMNS, _pairs(images, hashes))
+        ids = np.concatenate(hashes)
+        hashes.clear()
+        is_first = positions(ids, ids) == np.arange(len(ids))
+        self.ids, texts, start = ids[is_first], [], 0
+        for batch in metadata_batches(images, ["captions"]):
+            own = batch["captions"].flatten()
+            texts.append(own.filter(pa.array(is_first[start : start + len(own)])))
+            start += len(own)
+        self.texts = pa.chunked_array(texts, pa.string())
+
+
+def _pairs(images: Path, hashes: list[np.ndarray]) -> Iterator[pa.Table]:
+    """Which image has which caption, in parts; ``hashes`` is given the captions' ids."""
+    for batch in metadata_batches(images, ["id", "captions"]):
+        hashes.append(_hashes(batch["captions"].flatten()))
+        owner = pc.list_parent_indices(batch["captions"]).to_numpy()
+        firsts = np.searchsorted(owner, owner)
+        columns = [batch["id"].take(pa.array(owner)), to_hex(hashes[-1]), np.arange(len(owner)) - firsts]
+        yield pa.table(dict(zip(PAIR_COLUMNS.names, columns, strict=True))).cast(PAIR_COLUMNS)
+
+
+def plan_captions(encoder: TextEncoder, captions: Captions, out: Path, store: RowStore, *, tokens: bool) -> Plan:
+    """Where the rows of all captions come from."""
+    made_by = [encoder.fingerprint, encoder.pooling, str(encoder.max_tokens), DTYPES, *([TOKENS] if tokens else [])]
+    row_bytes: int | np.ndarray = 2 * encoder.dim
+    if tokens:
+        about = pc.binary_length(captions.texts).to_numpy() // BYTES_PER_TOKEN + 2
+        row_bytes = row_bytes + 2 * encoder.token_dim * np.minimum(about, encoder.max_tokens)
+    return Plan(store, out, captions.ids, row_keys(captions.ids, *made_by), row_bytes, captions.texts)
+
+
+def make_shards(tokens: bool, encoder: TextEncoder, task: Task) -> Done:
+    """Make the shards of a task, and give the `FIGURES` of their rows."""
+    batches = _encode(encoder, task.made_of.take(task.link()).to_pylist(), tokens)
+    figures = []
+    for shard in task.write(batches):
+        figures.append(_figures(encoder, task.made_of[shard.rows].to_pylist(), shard))
+    return Done(task.computed, pa.concat_tables(figures))
+
+
+def _itself(encoder: TextEncoder) -> TextEncoder:
+    return encoder
+
+
+def _hashes(texts: pa.Array) -> np.ndarray:
+    """The ids of captions, uint8 (N, 32), each text hashed once."""
+    distinct = texts.dictionary_encode()
+    hashes = b"".join(bytes.fromhex(caption_id(text)) for text in distinct.dictionary.to_pylist())
+    return np.frombuffer(hashes, np.uint8).reshape(-1, ID_BYTES)[distinct.indices.to_numpy()]
 
 
 def _encode(encoder: TextEncoder, texts: Sequence[str], tokens: bool) -> Iterator[Tensors]:
@@ -112,7 +182,7 @@ def _encode(encoder: TextEncoder, texts: Sequence[str], tokens: bool) -> Iterato
         yield {"embedding": torch.from_numpy(encoded.pooled).half(), **states}
 
 
-def _index(encoder: TextEncoder, ids: list[str], texts: list[str], keys: list[str], shard: Shard) -> pd.DataFrame:
+def _figures(encoder: TextEncoder, texts: list[str], shard: Shard) -> pa.Table:
     values = shard.tensors["embedding"].float()
     finite = values.isfinite().all(1).numpy()
     if TOKENS in shard.tensors:
@@ -120,16 +190,27 @@ def _index(encoder: TextEncoder, ids: list[str], texts: list[str], keys: list[st
         up_to = broken[shard.tensors[TOKENS + ENDS] - 1]
         finite &= up_to.diff(prepend=up_to.new_zeros(1)).eq(0).numpy()
     columns = {
-        "id": ids,
-        "text": texts,
         "tokens": encoder.count_tokens(texts),
-        "key": keys,
-        "shard": shard.path.name,
-        "row": np.arange(len(values), dtype=np.int32),
+        "number": np.full(len(values), shard.number),
+        "row": np.arange(len(values)),
         "mean": values.mean(1).numpy(),
         "std": values.std(1, correction=0).numpy(),
         "norm": torch.linalg.vector_norm(values, dim=1).numpy(),
         "finite": finite,
-        "dim": np.int32(values.shape[1]),
+        "dim": np.full(len(values), values.shape[1]),
     }
-    return pd.DataFrame(columns)
+    return pa.table(columns, FIGURES)
+
+
+def _index(captions: Captions, keys: np.ndarray, figures: pa.Table) -> Iterator[pa.Table]:
+    """The index, in parts."""
+    for start in range(0, len(keys), ROW_GROUP):
+        own = slice(start, start + ROW_GROUP)
+        part = figures[own]
+        columns = {name: part[name] for name in part.column_names} | {
+            "id": to_hex(captions.ids[own]),
+            "text": captions.texts[own],
+            "key": to_hex(keys[own]),
+            "shard": shard_names(part["number"]),
+        }
+        yield pa.table({name: columns[name] for name in SCHEMA.names}).cast(SCHEMA)

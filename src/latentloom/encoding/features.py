@@ -13,14 +13,17 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from latentloom.encoding.cache import Plan, RowStore, row_key
+from latentloom.encoding.cache import Done, Plan, Task, row_keys
+from latentloom.encoding.row_store import RowStore
 from latentloom.encoding.shard_files import Tensors
 from latentloom.encoding.vision_encoder import VisionEncoder
-from latentloom.ingestion.shards import iterate_images, read_metadata
+from latentloom.ids import from_hex, positions
+from latentloom.ingestion.shards import NumberedImages, metadata_batches
 from latentloom.layout import state_folder, state_limit
 
 BATCH_SIZE = 64
 STORED = "float32"
+ROW_BYTES = 4096  # about
 
 
 def features_of(encoder: VisionEncoder, images: Path, ids: Sequence[str]) -> np.ndarray:
@@ -29,22 +32,25 @@ def features_of(encoder: VisionEncoder, images: Path, ids: Sequence[str]) -> np.
     Raises:
         UserError: when a file of ``images`` is damaged, or the encoder cannot be loaded.
     """
-    wanted = set(ids)
-    stored = [image for image in read_metadata(images)["id"] if image in wanted]  # the order in which they are read
-    keys = [row_key(image, encoder.name, STORED) for image in stored]
-    store = RowStore(state_folder("features"), state_limit())
+    wanted = from_hex(ids)
+    prepared = np.concatenate([from_hex(batch["id"]) for batch in metadata_batches(images, ["id"])])
+    numbers = np.flatnonzero(positions(prepared, wanted) >= 0)  # in the order in which they are read
+    stored = prepared[numbers]
+    numbered, store = NumberedImages(images), RowStore(state_folder("features"), state_limit())
+
+    def features(task: Task) -> Done:
+        shards = task.write(_encode(encoder, numbered.read(task.made_of[task.link()])))
+        return Done(task.computed, torch.cat([shard.tensors["features"].clone() for shard in shards]))
+
     # The shards themselves are kept by the store; their copies are needed only until they have been read.
     with TemporaryDirectory() as out:
-        plan = Plan(store, Path(out), stored, keys)
-        batches = _encode(encoder, images, {stored[position] for position in plan.missing})
-        shards = [shard.tensors["features"].clone() for shard in plan.write(batches, "features of images", "image")]
+        plan = Plan(store, Path(out), stored, row_keys(stored, encoder.name, STORED), ROW_BYTES, numbers)
+        parts = list(plan.run(features, title="features of images", unit="image"))
     store.trim()
-    rows = {image: row for row, image in enumerate(stored)}
-    return torch.cat(shards)[[rows[image] for image in ids]].numpy()
+    return torch.cat(parts)[positions(wanted, stored)].numpy()
 
 
-def _encode(encoder: VisionEncoder, images: Path, wanted: set[str]) -> Iterator[Tensors]:
-    """The features of the images of ``wanted``, in the order they are stored."""
-    read = iterate_images(images, wanted=wanted) if wanted else iter(())
-    while batch := [pixels for _, pixels in islice(read, BATCH_SIZE)]:
+def _encode(encoder: VisionEncoder, read: Iterator[np.ndarray]) -> Iterator[Tensors]:
+    """The features of images."""
+    while batch := list(islice(read, BATCH_SIZE)):
         yield {"features": torch.from_numpy(encoder.encode(batch))}

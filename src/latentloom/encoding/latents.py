@@ -16,21 +16,29 @@ within a size in the order in which they are stored.
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, islice
+from functools import partial
+from itertools import groupby, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
-from latentloom.encoding.cache import FORMAT_VERSION, EncodeCounts, Plan, RowStore, Shard, row_key
+from latentloom.encoding.cache import FORMAT_VERSION, Done, EncodeCounts, Plan, Shard, Task, row_keys
 from latentloom.encoding.codec import LatentCodec
+from latentloom.encoding.index_files import ROW_GROUP, STRING, shard_names, write_table
 from latentloom.encoding.latent_statistics import channel_statistics, latent_bound
+from latentloom.encoding.row_store import RowStore
 from latentloom.encoding.shard_files import FLIPPED, INDEX, REJECTS, STATS, Tensors, load_shard
 from latentloom.encoding.vae import Vae
+from latentloom.engine import here
 from latentloom.errors import UserError
 from latentloom.files import atomic_path, write_json
-from latentloom.ingestion.shards import iterate_images, prepared_sizes, read_manifest, read_metadata, sizes_of
+from latentloom.ids import ID_BYTES, from_hex, to_hex
+from latentloom.ingestion.shards import NumberedImages, metadata_batches, prepared_sizes, read_manifest, sizes_of
 from latentloom.sizes import Size
 
 BATCH_SIZE = 32
@@ -38,6 +46,25 @@ PREPROCESSING = "uint8/127.5-1"
 MIRRORED = "mirrored"
 STORED = "float16"
 NOT_FINITE = "latent_not_finite"
+
+FIGURES = pa.schema(  # of each row, in the order of the shards
+    [
+        ("number", pa.int32()),  # of the shard
+        ("row", pa.int32()),
+        *((name, pa.float32()) for name in ("mean", "std", "abs_max")),
+        ("finite", pa.bool_()),
+        *((name, pa.int32()) for name in ("channels", "height", "width")),
+    ]
+)
+SCHEMA = pa.schema(
+    [
+        *((name, STRING) for name in ("id", "key", "split", "shard")),
+        *list(FIGURES)[1:],
+        ("source", STRING),
+        ("weight", pa.float32()),
+    ]
+)
+REJECTED = pa.schema([(name, pa.string()) for name in ("id", "source", "key")])
 
 
 def encode_images(vae: Vae, images: Path, out: Path, store: RowStore, *, flip: bool = False) -> EncodeCounts:
@@ -51,50 +78,41 @@ def encode_images(vae: Vae, images: Path, out: Path, store: RowStore, *, flip: b
         WriteError: when the disk is full, naming the file.
     """
     (out / STATS).unlink(missing_ok=True)  # a folder without it is not finished
-    metadata, manifest = read_metadata(images), read_manifest(images)
-    if metadata.empty:
+    manifest = read_manifest(images)
+    if not manifest["images"]:
         raise UserError(f"{images} holds no images: run `dvc repro -f ingest`")
-    sizes = list(sizes_of(manifest))
-    for size in sizes:
+    for size in sizes_of(manifest):
         _check_size(vae, size)
-    metadata["size"] = [sizes.index(size) for size in prepared_sizes(images)]
-    metadata = metadata.sort_values("size", kind="stable", ignore_index=True)
-    ids = metadata["id"].tolist()
-    made_by = (vae.fingerprint, PREPROCESSING, f"{vae.precision}->{STORED}")
+    rows = ImageRows(images, manifest)
     views = {out: (), out / FLIPPED: (MIRRORED,)} if flip else {out: ()}
     if not flip:
         shutil.rmtree(out / FLIPPED, ignore_errors=True)
-    encoded, frames = 0, []
+    plans, tables = [], []
     for folder, view in views.items():
-        keys = [row_key(image_id, *made_by, *view) for image_id in ids]
-        plan = Plan(store, folder, ids, keys, metadata["size"].tolist())
-        encoded += len(plan.missing)
-        missing = metadata.iloc[plan.missing].groupby("size")["id"]
-        batches = chain.from_iterable(_encode(vae, images, set(of_size), mirrored=bool(view)) for _, of_size in missing)
-        shards = plan.write(batches, " ".join(["encode_images", *view]), "image")
-        frames.append(pd.concat([_index(metadata[shard.rows], keys[shard.rows], shard) for shard in shards]))
+        plans.append(plan_latents(vae, images, rows, folder, store, view))
+        function = partial(make_shards, NumberedImages(images), bool(view))
+        title = " ".join(["encode_images", *view])
+        parts = plans[-1].run(function, setup=partial(_itself, vae), title=title, unit="image")
+        tables.append(pa.concat_tables(parts).combine_chunks())
     store.trim()
 
-    index = frames[0]
-    index["finite"] = np.logical_and.reduce([frame["finite"] for frame in frames])
-    index["source"] = metadata["source"]
-    weights = {source["name"]: source["weight"] for source in manifest["sources"]}
-    index["weight"] = index["source"].map(weights).astype(np.float32)
-    rejects = _rejects(metadata[~index["finite"]], vae.precision)
-    index = index[index["finite"]]
-    for name, frame in ((INDEX, index), (REJECTS, rejects)):
-        with atomic_path(out / name) as temporary:
-            frame.to_parquet(temporary, index=False)
-    train = index[index["split"] == "train"]
-    if train.empty and len(rejects):
+    figures = tables[0]
+    finite = np.logical_and.reduce([table["finite"].to_numpy() for table in tables])
+    write_table(out / INDEX, SCHEMA, _index(rows, plans[0].keys, figures, finite, manifest["sources"]))
+    rejects = _rejects(images, rows.number[~finite], vae.precision)
+    with atomic_path(out / REJECTS) as temporary:
+        rejects.to_parquet(temporary, index=False)
+    train = rows.in_train & finite
+    if not train.any() and len(rejects):
         raise UserError(
             f"no latent of the training split is finite, as computed by the VAE {vae.reference} in {vae.precision} and "
             "in fp32: choose another encode_images.vae"
         )
-    if train.empty:
+    if not train.any():
         raise UserError("the training split is empty: add images, or lower ingest.val_fraction")
-    mean, std = channel_statistics(rows for folder in views for rows in _rows(folder, train))
-    bound = latent_bound(LatentCodec(mean, std), (rows["mean"] for rows in _rows(out, train)))
+    place = {name: figures[name].to_numpy() for name in ("number", "row")}
+    mean, std = channel_statistics(part for folder in views for part in _tensors(folder, place, train))
+    bound = latent_bound(LatentCodec(mean, std), (part["mean"] for part in _tensors(out, place, train)))
     write_json(
         out / STATS,
         {
@@ -103,10 +121,10 @@ def encode_images(vae: Vae, images: Path, out: Path, store: RowStore, *, flip: b
             "precision": vae.precision,
             "distribution": vae.distribution,
             "flip": flip,
-            **_shapes(index, int(np.min(manifest["image_size"])) // vae.factor),
-            "rows": len(index),
+            **_shapes(figures.filter(finite), train[finite], int(np.min(manifest["image_size"])) // vae.factor),
+            "rows": int(finite.sum()),
             "rejected": len(rejects),
-            "train_rows": len(train),
+            "train_rows": int(train.sum()),
             "mean": mean,
             "std": std,
             "bound": bound,
@@ -114,7 +132,59 @@ def encode_images(vae: Vae, images: Path, out: Path, store: RowStore, *, flip: b
             "licence": manifest["licence"],
         },
     )
-    return EncodeCounts(len(ids) * len(views), encoded, len(rejects))
+    return EncodeCounts(len(rows.ids) * len(views), sum(plan.computed for plan in plans), len(rejects))
+
+
+class ImageRows:
+    """What is kept in memory of each image, in the order of the latents: size by size, as they are stored.
+
+    Attributes:
+        number: among the images (N,).
+        ids: uint8 (N, 32).
+        in_train: whether it is of the training split (N,).
+        source, size: their numbers in the manifest (N,).
+        pixels: how many it has (N,).
+    """
+
+    def __init__(self, images: Path, manifest: dict[str, Any]) -> None:
+        sizes, sources = list(sizes_of(manifest)), [source["name"] for source in manifest["sources"]]
+        count, start = manifest["images"], 0
+        self.ids, self.in_train = np.empty((count, ID_BYTES), np.uint8), np.empty(count, bool)
+        self.number, self.source, self.size = np.arange(count), np.empty(count, np.int16), np.zeros(count, np.int16)
+        for batch in metadata_batches(images, ["id", "split", "source"]):
+            own = slice(start, start := start + len(batch))
+            self.ids[own] = from_hex(batch["id"])
+            self.in_train[own] = pc.equal(batch["split"], "train")
+            self.source[own] = pc.index_in(batch["source"], pa.array(sources))
+        if len(sizes) > 1:
+            of_images = prepared_sizes(images)
+            for number, size in enumerate(sizes):
+                self.size[(of_images == size).all(axis=1)] = number
+            self.number = np.argsort(self.size, kind="stable")
+            for name in ("ids", "in_train", "source", "size"):
+                setattr(self, name, getattr(self, name)[self.number])
+        self.pixels = np.array([size.width * size.height for size in sizes], np.int32)[self.size]
+
+
+def plan_latents(
+    vae: Vae, images: Path, rows: ImageRows, out: Path, store: RowStore, view: tuple[str, ...] = ()
+) -> Plan:
+    """Where the latents of all images come from; ``view`` is `MIRRORED`, or nothing."""
+    keys = row_keys(rows.ids, vae.fingerprint, PREPROCESSING, f"{vae.precision}->{STORED}", *view)
+    inputs = NumberedImages(images).files
+    row_bytes = vae.latent_bytes(rows.pixels)
+    return Plan(store, out, rows.ids, keys, row_bytes, rows.number, groups=rows.size, inputs=inputs)
+
+
+def make_shards(images: NumberedImages, mirrored: bool, vae: Vae, task: Task) -> Done:
+    """Make the shards of a task, and give the `FIGURES` of their rows."""
+    batches = _encode(vae, images, task.made_of[task.link()], mirrored=mirrored)
+    figures = pa.concat_tables([_figures(shard) for shard in task.write(batches)])
+    return Done(task.computed, figures)
+
+
+def _itself(vae: Vae) -> Vae:
+    return vae
 
 
 def _check_size(vae: Vae, size: Size) -> None:
@@ -135,44 +205,50 @@ def _check_size(vae: Vae, size: Size) -> None:
     )
 
 
-def _shapes(index: pd.DataFrame, base: int) -> dict[str, list]:
+def _shapes(figures: pa.Table, in_train: np.ndarray, base: int) -> dict[str, list]:
     """``latent_shape``, of a sample that no size is asked of, and of several shapes all with their rows.
 
     That is the square of the base size, ``base`` rows high; where it was never trained on, the shape of most training
     images.
     """
-    by_shape = ["channels", "height", "width"]
-    in_train = index[index["split"] == "train"].groupby(by_shape, sort=False).size()
-    squares = [shape for shape in in_train.index if shape[1:] == (base, base)]
-    shapes = {"latent_shape": list(map(int, squares[0] if squares else in_train.idxmax()))}
-    rows = index.groupby(by_shape, sort=False).size()
-    if len(rows) > 1:
-        shapes["latent_shapes"] = [[*map(int, shape), int(count)] for shape, count in rows.items()]
-    return shapes
+    of_rows = np.stack([figures[name].to_numpy() for name in ("channels", "height", "width")], axis=1)
+    # The rows come shape by shape.
+    starts = np.flatnonzero((of_rows != np.roll(of_rows, 1, axis=0)).any(axis=1)) if len(of_rows) > 1 else []
+    starts = np.union1d([0], starts).astype(int)
+    shapes, counts = of_rows[starts].tolist(), np.diff(starts, append=len(of_rows)).tolist()
+    trained = np.add.reduceat(in_train.astype(np.int64), starts)
+    squares = [shape for shape, own in zip(shapes, trained, strict=True) if own and shape[1:] == [base, base]]
+    shown = {"latent_shape": squares[0] if squares else shapes[int(trained.argmax())]}
+    if len(shapes) > 1:
+        shown["latent_shapes"] = [[*shape, count] for shape, count in zip(shapes, counts, strict=True)]
+    return shown
 
 
-def _rows(folder: Path, index: pd.DataFrame) -> Iterator[Tensors]:
-    """The tensors of the rows that an index names, a shard at a time."""
-    for shard, rows in index.groupby("shard")["row"]:
-        chosen = rows.to_numpy(copy=True)
-        yield {name: tensor[chosen] for name, tensor in load_shard(folder / shard).items()}
+def _tensors(folder: Path, place: dict[str, np.ndarray], wanted: np.ndarray) -> Iterator[Tensors]:
+    """The tensors of the rows that are wanted, a shard at a time."""
+    numbers, rows = place["number"][wanted], place["row"][wanted]
+    shards, starts = np.unique(numbers, return_index=True)
+    for shard, own in zip(shards, np.split(rows, starts[1:]), strict=True):
+        yield {name: tensor[own] for name, tensor in load_shard(folder / f"{shard:05d}.safetensors").items()}
 
 
-def _encode(vae: Vae, images: Path, wanted: set[str], *, mirrored: bool) -> Iterator[Tensors]:
-    """Encode the images of ``wanted``, in the order they are stored; the next batch is decoded while one is encoded."""
-    if not wanted:
+def _encode(vae: Vae, images: NumberedImages, numbers: np.ndarray, *, mirrored: bool) -> Iterator[Tensors]:
+    """Encode images, in this order; the next batch is decoded while one is encoded."""
+    if not len(numbers):
         return
-    read = iterate_images(images, wanted=wanted)
-
-    def next_batch() -> list[np.ndarray]:
-        return [pixels for _, pixels in islice(read, BATCH_SIZE)]
-
+    batches = _batches(images.read(numbers, here))
     with ThreadPoolExecutor(1) as reader:
-        following = reader.submit(next_batch)
-        while batch := following.result():
-            following = reader.submit(next_batch)
-            pixels = np.stack(batch)
+        following = reader.submit(next, batches, None)
+        while (pixels := following.result()) is not None:
+            following = reader.submit(next, batches, None)
             yield _encode_batch(vae, pixels[:, :, ::-1] if mirrored else pixels, vae.precision)
+
+
+def _batches(images: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """Images, (H, W, 3), in batches of one size."""
+    for _, of_size in groupby(images, key=lambda pixels: pixels.shape):
+        while batch := list(islice(of_size, BATCH_SIZE)):
+            yield np.stack(batch)
 
 
 def _encode_batch(vae: Vae, images: np.ndarray, precision: str) -> Tensors:
@@ -193,29 +269,52 @@ def _finite(tensors: Tensors) -> torch.Tensor:
     return torch.stack([tensor.isfinite().flatten(1).all(1) for tensor in tensors.values()]).all(0)
 
 
-def _index(metadata: pd.DataFrame, keys: list[str], shard: Shard) -> pd.DataFrame:
+def _figures(shard: Shard) -> pa.Table:
     values = shard.tensors["mean"].float()
-    channels, height, width = values.shape[1:]
+    rows, *shape = values.shape
     values = values.flatten(1)
     columns = {
-        "id": metadata["id"],
-        "key": keys,
-        "split": metadata["split"],
-        "shard": shard.path.name,
-        "row": np.arange(len(values), dtype=np.int32),
+        "number": np.full(rows, shard.number),
+        "row": np.arange(rows),
         "mean": values.mean(1).numpy(),
         "std": values.std(1, correction=0).numpy(),
         "abs_max": values.abs().amax(1).numpy(),
         "finite": _finite(shard.tensors).numpy(),
-        "channels": np.int32(channels),
-        "height": np.int32(height),
-        "width": np.int32(width),
     }
-    return pd.DataFrame(columns)
+    shapes = {name: np.full(rows, size) for name, size in zip(("channels", "height", "width"), shape, strict=True)}
+    return pa.table(columns | shapes, FIGURES)
 
 
-def _rejects(metadata: pd.DataFrame, precision: str) -> pd.DataFrame:
+def _index(
+    rows: ImageRows, keys: np.ndarray, figures: pa.Table, finite: np.ndarray, sources: list[dict[str, Any]]
+) -> Iterator[pa.Table]:
+    """The index, in parts: of the rows that are finite."""
+    names = pa.array([source["name"] for source in sources])
+    weights = np.array([source["weight"] for source in sources], np.float32)
+    for start in range(0, len(figures), ROW_GROUP):
+        own = start + np.flatnonzero(finite[start : start + ROW_GROUP])
+        part = figures.take(own)
+        columns = {name: part[name] for name in part.column_names if name != "number"} | {
+            "id": to_hex(rows.ids[own]),
+            "key": to_hex(keys[own]),
+            "split": np.where(rows.in_train[own], "train", "validation"),
+            "shard": shard_names(part["number"]),
+            "finite": finite[own],
+            "source": names.take(pa.array(rows.source[own])),
+            "weight": weights[rows.source[own]],
+        }
+        yield pa.table({name: columns[name] for name in SCHEMA.names}).cast(SCHEMA)
+
+
+def _rejects(images: Path, numbers: np.ndarray, precision: str) -> pd.DataFrame:
+    """The images of these numbers, in this order."""
     tried = "fp32" if precision == "fp32" else f"{precision} and in fp32"
     detail = f"its latent (computed in {tried}, stored in {STORED}) is not finite: look at the image, or change the VAE"
-    columns = {name: metadata[name].astype("str") for name in ("id", "source", "key")}
-    return pd.DataFrame(columns | {"reason": NOT_FINITE, "detail": detail}, index=metadata.index, dtype="str")
+    parts, start = [REJECTED.empty_table()], 0
+    for batch in metadata_batches(images, REJECTED.names) if len(numbers) else ():
+        own = numbers[(numbers >= start) & (numbers < start + len(batch))] - start
+        parts.append(pa.Table.from_batches([batch]).take(np.sort(own)))
+        start += len(batch)
+    in_order = np.searchsorted(np.sort(numbers), numbers)
+    columns = pa.concat_tables(parts).take(in_order).to_pydict()
+    return pd.DataFrame(columns | {"reason": NOT_FINITE, "detail": detail}, index=range(len(numbers)), dtype="str")

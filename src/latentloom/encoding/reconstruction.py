@@ -16,14 +16,17 @@ import numpy as np
 import pandas as pd
 import torch
 
-from latentloom.encoding.cache import Plan, RowStore, row_key
+from latentloom.encoding.cache import Done, Plan, Task, row_keys
+from latentloom.encoding.row_store import RowStore
 from latentloom.encoding.shard_files import INDEX, RECONSTRUCTIONS, Tensors, load_shard
 from latentloom.encoding.vae import Vae
 from latentloom.files import atomic_path
+from latentloom.ids import from_hex
 from latentloom.ingestion.shards import iterate_images, thumbnail
 
 SAMPLE, SHOWN = 32, 12
 BATCH_SIZE = 8
+MOST_SIDE = 2**16
 HIGHEST = 99.0  # dB, also of a picture that comes out the same
 
 
@@ -45,12 +48,17 @@ def reconstruct(vae: Vae, images: Path, out: Path, store: RowStore) -> float:
     index = pd.read_parquet(out / INDEX, columns=["id", "key", "shard", "row", "height", "width"])
     chosen = heapq.nsmallest(SAMPLE, index["id"], key=lambda image: image[::-1])
     sample = index[index["id"].isin(chosen)]
+
+    def decode(task: Task) -> Done:
+        batches = _decode(vae, images, out, sample.iloc[task.made_of[task.link()]])
+        shards = [shard.tensors for shard in task.write(batches)]
+        return Done(task.computed, shards)
+
     with TemporaryDirectory() as folder:  # the store keeps the shards
-        keys = [row_key(own, "decoded") for own in sample["key"]]
-        shapes = list(zip(sample["height"], sample["width"], strict=True))
-        plan = Plan(store, Path(folder), sample["id"].tolist(), keys, shapes)
-        batches = _decode(vae, images, out, sample.iloc[plan.missing])
-        shards = [shard.tensors for shard in plan.write(batches, "decode again", "image")]
+        keys = row_keys(from_hex(sample["key"]), "decoded")
+        shapes = (sample["height"] * MOST_SIDE + sample["width"]).to_numpy()
+        plan = Plan(store, Path(folder), from_hex(sample["id"]), keys, 1, np.arange(len(sample)), groups=shapes)
+        shards = [shard for part in plan.run(decode, title="decode again", unit="image") for shard in part]
         ratios = torch.cat([shard["psnr"] for shard in shards]).numpy()
         decoded = [pixels for shard in shards for pixels in shard["pixels"].numpy()]
         worst = set(np.argsort(ratios, kind="stable")[:SHOWN].tolist())

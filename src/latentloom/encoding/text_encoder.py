@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from latentloom.devices import choose_device
 from latentloom.encoding import pretrained
 from latentloom.encoding.references import text_folder
 from latentloom.encoding.text_embedder import PROJECTION, EncodedText, TextEmbedder, count_tokens
@@ -75,6 +76,11 @@ class TextEncoder:
         )
         self.dim: int = self._setting("projection_dim") if self._is_clip else self.token_dim
         self.fingerprint = pretrained.fingerprint(self.folder)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled, it is its reference: the worker that gets it loads it, onto the device that it has."""
+        key = self._name.removesuffix(f": {self.reference}")
+        return _arrived, (self.reference, self._wanted_tokens, key, self.fingerprint)
 
     @cached_property
     def class_name(self) -> str:
@@ -163,6 +169,12 @@ class TextEncoder:
     def embedder(self) -> TextEmbedder:
         """Tokenizer and model, loaded, without what is known of their files."""
         return TextEmbedder(self.tokenizer, self.model, self.pooling, self.max_tokens, self.dim)
+
+
+def _arrived(reference: str, max_tokens: int | None, key: str, fingerprint: str) -> TextEncoder:
+    encoder = TextEncoder(reference, choose_device(), max_tokens, key=key)
+    pretrained.check_same(encoder.folder, encoder.fingerprint, fingerprint)
+    return encoder
 
 
 def load_text_encoder(reference: str, device: torch.device | str = "cpu", max_tokens: int | None = None) -> TextEncoder:

@@ -7,12 +7,12 @@ A public VAE that is never trained here: the small one that the package carries 
 import sys
 from collections.abc import Callable
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from latentloom.devices import autocast
+from latentloom.devices import autocast, choose_device
 from latentloom.diffusion.decoding import decode_latents
 from latentloom.encoding import pretrained
 from latentloom.encoding.references import vae_folder
@@ -79,8 +79,13 @@ class Vae:
         # The first block of both classes keeps the size, and each further one halves it.
         blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels") or ()
         self.factor = 2 ** max(len(blocks) - 1, 0)
+        self._channels: int = config.get("latent_channels", 4)  # the default of both classes
         self.fingerprint = pretrained.fingerprint(self.folder)
         self._encoding, self._decoding = FittingBatches(), FittingBatches()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled, it is its reference: the worker that gets it loads it, onto the device that it has."""
+        return _arrived, (self.reference, self.precision, self.fingerprint)
 
     @cached_property
     def module(self) -> torch.nn.Module:
@@ -98,6 +103,11 @@ class Vae:
     def distribution(self) -> str:
         """``moments`` where encoding gives a mean and a standard deviation, ``mean`` where it is deterministic."""
         return "moments" if self.class_name == "AutoencoderKL" else "mean"
+
+    def latent_bytes(self, pixels: np.ndarray) -> np.ndarray:
+        """The bytes that fp16 latents of images of so many pixels have (N,)."""
+        numbers = pixels // self.factor**2 * self._channels
+        return numbers * (4 if self.distribution == "moments" else 2)
 
     def encode(self, pixels: np.ndarray, *, precision: str | None = None) -> dict[str, torch.Tensor]:
         """Encode pixels, uint8 (B, H, W, 3): raw ``mean`` and, for moments, ``std``, each (B, C, H/8, W/8) in fp32.
@@ -130,6 +140,12 @@ class Vae:
             )
 
         return np.concatenate(self._decoding(decode, len(raw), batch_size))
+
+
+def _arrived(reference: str, precision: str, fingerprint: str) -> Vae:
+    vae = Vae(reference, choose_device(), precision)
+    pretrained.check_same(vae.folder, vae.fingerprint, fingerprint)
+    return vae
 
 
 def load_vae(reference: str, device: torch.device | str = "cpu", precision: str = "fp32") -> Vae:

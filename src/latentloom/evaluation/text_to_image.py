@@ -17,7 +17,7 @@ from latentloom.encoding.pretrained import has_fingerprint
 from latentloom.encoding.text_encoder import load_text_encoder
 from latentloom.encoding.vae import load_vae
 from latentloom.errors import UserError
-from latentloom.evaluation.image_generator import ImageGenerator
+from latentloom.evaluation.image_generator import ImageGenerator, StartImage
 from latentloom.evaluation.metadata import ImageMetadata
 from latentloom.files import read_json, write_json
 from latentloom.image_grid import image_grid
@@ -36,8 +36,16 @@ class TextToImage(ImageGenerator):
     model_sha256: str  # names the model, see `model_files.model_hash`
     provenance: Mapping[str, Any] | None = None  # of the model, as far as it goes into an image's metadata
 
-    def metadata(self, prompts: Sequence[str], request: SampleRequest) -> ImageMetadata:
-        """What to write into an image of the samples that `generate` gives for the same arguments."""
+    def metadata(
+        self,
+        prompts: Sequence[str],
+        request: SampleRequest,
+        *,
+        start: StartImage | None = None,
+        pictures: int | None = None,
+        to_seed: int | None = None,
+    ) -> ImageMetadata:
+        """What to write into an image of the samples that `generate`, or with ``pictures`` `between`, gives."""
         in_fp32 = autocast_dtype(request.settings.precision, self.device) is None
         return ImageMetadata(
             prompts=tuple(prompts),
@@ -51,6 +59,11 @@ class TextToImage(ImageGenerator):
             code=generating_code(),
             provenance=self.provenance,
             size=request.size,
+            negative=request.negative,
+            start_image=start and start.id,
+            strength=start and start.strength,
+            between=pictures,
+            to_seed=to_seed,
         )
 
 

@@ -34,6 +34,7 @@ besides the prompt (or a list of prompts):
 |---|---|
 | `num_inference_steps`, `guidance_scale` | {steps} and {guidance} unless given |
 | `height`, `width` | in pixels, multiples of {multiple}; {size} unless given |
+| `negative_prompt` | what all images are guided away from |
 | `num_images_per_prompt` | each from other noise |
 | `seed` | of the noise, 0 unless given; or `generator`, as elsewhere in diffusers |
 | `sampler` | `ddim` or `dpmpp_2m` |
@@ -72,7 +73,8 @@ def card(exported: Exported, figures: Figures, use: str = USE, library: str = "d
         f"{', '.join(sizes)}.",
         "\n".join(f"![{_plain(prompt)}]({SAMPLES}/{number}.png)" for number, prompt in enumerate(exported.prompts)),
         f"{'; '.join(map(_plain, exported.prompts))}: seed 0, {in_words(settings)}.",
-        "## How to use it" + how.rstrip(),
+        "## How to use it",
+        how.strip(),
         "## Figures",
         _figures(figures),
         "## Data and licence",

@@ -56,6 +56,7 @@ class LatentLoomPipeline(DiffusionPipeline):
         width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
@@ -72,6 +73,7 @@ class LatentLoomPipeline(DiffusionPipeline):
             width: likewise.
             num_inference_steps: sampling steps, 2 to 1000; None, here and below: as the model was measured.
             guidance_scale: w of classifier-free guidance: 1 is the plain conditional model.
+            negative_prompt: what all are guided away from; None: what the model makes without any text.
             num_images_per_prompt: each from other noise, the same for all prompts.
             generator: what the noise is from; or one for each image. None: the noise is a function of ``seed`` and the
                 number of the image, as in `latentloom sample`.
@@ -94,7 +96,7 @@ class LatentLoomPipeline(DiffusionPipeline):
         if generator is not None and not (seed is None and "first" not in options):
             raise ValueError("give seed and first, or a generator that the noise is from; not both")
         names = {"steps": num_inference_steps, "guidance": guidance_scale, "count": num_images_per_prompt, "seed": seed}
-        names["size"] = self._size(height, width)
+        names |= {"size": self._size(height, width), "negative": negative_prompt}
         given = {name: value for name, value in names.items() if value is not None}
         settings = SamplingSettings.from_dict(dict(self.scheduler.config.sampling))
         request = SampleRequest.of(settings, given | options)

@@ -9,8 +9,9 @@ import posixpath
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from threading import Lock
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from latentloom.ingestion.captions import (
     CAPTION_COLUMNS,
@@ -77,8 +78,35 @@ def pair(names: ImageNames, caption_files: Iterable[str]) -> tuple[dict[str, lis
     return of_image, alone
 
 
+class LineCounts(NamedTuple):
+    """Of text files: the lines after the first of each, and those of them that have no word in common with it."""
+
+    further: int = 0
+    unlike: int = 0
+
+    def plus(self, other: "LineCounts") -> "LineCounts":
+        return LineCounts(self.further + other.further, self.unlike + other.unlike)
+
+    def notices(self) -> list[str]:
+        """That most lines do not look like captions of one picture, where they do not."""
+        if 2 * self.unlike <= self.further:
+            return []
+        return [
+            f"{self.unlike} of {self.further} lines have no word in common with the first line of their text file. "
+            "Each line is learnt as a whole caption; if a whole file is one, add `captions: file` to the source's "
+            "entry under ingest.source"
+        ]
+
+
+class RawCaptions(list[object]):
+    """What `CaptionFiles.read` gives: captions, and the ``lines`` of the text files they are of."""
+
+    lines = LineCounts()
+
+
+@dataclass(frozen=True)
 class CaptionFiles:
-    """Reads the captions of one image after another.
+    """Reads the captions of one image after another, in any process.
 
     Args:
         captions: what is a caption: each of the ``lines`` of a text file, the whole ``file``, the image's
@@ -87,14 +115,14 @@ class CaptionFiles:
             ``CAPTION_COLUMNS``.
     """
 
-    def __init__(self, captions: str = "lines", columns: Mapping[str, int] | None = None) -> None:
-        self._captions, self._columns = captions, columns
-        self.from_names = captions in ("file_name", "folder_name")
-        self._lock = Lock()  # images are read in several threads
-        self._unread = 0
-        self._further = self._unlike = 0  # lines after a text's first; those that have no word of it
+    captions: str = "lines"
+    columns: Mapping[str, int] | None = None
 
-    def read(self, name: str, files: Iterable[tuple[str, bytes]]) -> list[object]:
+    @property
+    def from_names(self) -> bool:
+        return self.captions in ("file_name", "folder_name")
+
+    def read(self, name: str, files: Iterable[tuple[str, bytes]]) -> RawCaptions:
         """The raw captions of an image.
 
         Args:
@@ -106,50 +134,31 @@ class CaptionFiles:
                 ``no_caption`` if that has none, or there is no folder whose name to take.
         """
         if self.from_names:
-            with self._lock:
-                self._unread += len(list(files))
-            return caption_in_name(name, self._captions == "folder_name")
-        captions, problem = [], None
+            return RawCaptions(caption_in_name(name, self.captions == "folder_name"))
+        captions, problem = RawCaptions(), None
         for suffix, content in sorted(files, key=lambda file: CAPTION_SUFFIXES.index(file[0])):
             if suffix == JSON_SUFFIX:
                 fields = _json(content)
-                columns = columns_of_captions(fields, self._columns) if isinstance(fields, dict) else {}
+                columns = columns_of_captions(fields, self.columns) if isinstance(fields, dict) else {}
                 captions += flat_captions(fields, columns)
                 problem = problem if columns else self._without_captions(fields)
             else:
-                captions += self._text_captions(content)
+                lines = caption_lines(content)
+                if self.captions == "file":
+                    captions.append("\n".join(lines))
+                else:
+                    captions += lines
+                    captions.lines = captions.lines.plus(_counts(lines))
         if problem and not captions:
             raise problem
         return captions
 
-    def notices(self) -> list[str]:
-        """That files were not read, or that most lines do not look like captions of one picture."""
-        if self._unread:
-            return [f"{self._unread} caption files are not read, since captions are the names of images or folders"]
-        if 2 * self._unlike <= self._further:
-            return []
-        return [
-            f"{self._unlike} of {self._further} lines have no word in common with the first line of their text file. "
-            "Each line is learnt as a whole caption; if a whole file is one, add `captions: file` to the source's "
-            "entry under ingest.source"
-        ]
-
     def _without_captions(self, fields: object) -> RejectedSample:
         if not isinstance(fields, dict):
             return RejectedSample(Reason.BAD_ROW, "its .json does not hold a JSON object; fix it, or leave it out")
-        wanted, there = ", ".join(self._columns or CAPTION_COLUMNS), ", ".join(map(repr, fields))[:200] or "nothing"
+        wanted, there = ", ".join(self.columns or CAPTION_COLUMNS), ", ".join(map(repr, fields))[:200] or "nothing"
         detail = f"its .json has none of {wanted}, but {there}; name the right one: {HOW_TO_NAME_COLUMN}"
         return RejectedSample(Reason.NO_CAPTION, detail)
-
-    def _text_captions(self, content: bytes) -> list[str]:
-        lines = caption_lines(content)
-        if self._captions == "file":
-            return ["\n".join(lines)]
-        first, *further = list(filter(None, map(_words, lines))) or [set()]
-        with self._lock:
-            self._further += len(further)
-            self._unlike += sum(map(first.isdisjoint, further))
-        return lines
 
 
 def caption_in_name(name: str, of_folder: bool) -> list[str]:
@@ -176,6 +185,11 @@ def _json(content: bytes) -> object:
         return json.loads(content.decode("utf-8-sig", errors="surrogateescape"))
     except (ValueError, RecursionError):
         raise RejectedSample(Reason.BAD_ROW, "its .json is not valid JSON; fix it, or leave it out") from None
+
+
+def _counts(lines: Sequence[str]) -> LineCounts:
+    first, *further = list(filter(None, map(_words, lines))) or [set()]
+    return LineCounts(len(further), sum(map(first.isdisjoint, further)))
 
 
 def _words(line: str) -> set[str]:

@@ -10,7 +10,7 @@ Names and captions are held in memory; images are read one at a time, and nothin
 
 import os.path
 import posixpath
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from latentloom.ingestion.caption_files import (
     TABLES,
     CaptionFiles,
     ImageNames,
+    LineCounts,
+    RawCaptions,
     as_seen,
     caption_suffix,
     is_text_file,
@@ -29,7 +31,7 @@ from latentloom.ingestion.image_formats import HEAD, format_of, looks_like_image
 from latentloom.ingestion.metadata import FILE_NAME, READERS, columns_wanted, read_metadata_rows
 from latentloom.ingestion.rejects import Reason, RejectedSample
 from latentloom.ingestion.source_files import resolve_source_path, visible_files
-from latentloom.ingestion.sources import IngestError, Sample, Source, rejected_sample
+from latentloom.ingestion.sources import IngestError, Origin, Sample, Source, reject, rejected_sample
 
 
 class FolderSource(Source):
@@ -59,6 +61,7 @@ class FolderSource(Source):
         self._others: dict[str, str] = {}  # files beside images whose suffix is not known, by name as seen, without it
         self._notices: list[str] = []
         self._columns, self._reader = caption_columns, CaptionFiles(captions, caption_columns)
+        self._lines = LineCounts()
         self._names = ImageNames(sorted(self._images))
         self._read_captions(names)
         self._keys = sorted(self._images.union(self._captions))
@@ -72,7 +75,8 @@ class FolderSource(Source):
     def samples(self) -> Iterator[Sample]:
         yield from self._unused
         for key in self._keys:
-            yield Sample(key, partial(self._image, key), partial(self._captions_of, key))
+            origin = Origin(f"{self.root}/{key}") if key in self._images else None
+            yield Sample(key, self._image(key), self._captions_of(key), origin)
 
     def _is_image(self, name: str) -> bool:
         """By its name, or where that says nothing by its content. A link to nowhere may be to a folder of images."""
@@ -88,7 +92,10 @@ class FolderSource(Source):
             return False
 
     def notices(self) -> list[str]:
-        return [*self._notices, *self._reader.notices()]
+        return [*self._notices, *self._lines.notices()]
+
+    def count_lines(self, lines: LineCounts) -> None:
+        self._lines = self._lines.plus(lines)
 
     def _read_captions(self, names: Sequence[str]) -> None:
         """Read metadata, and find the caption files of the other images."""
@@ -144,28 +151,38 @@ class FolderSource(Source):
         called = self._names.called(key)
         return next(iter(called)) if len(called) == 1 else key
 
-    def _image(self, key: str) -> bytes:
+    def _image(self, key: str) -> Callable[[], bytes]:
+        named = "metadata names it, but " if key in self._captions else ""
         if key == ".." or key.startswith(("../", "/")):
-            detail = "metadata names it, but file_name must be relative, and stay inside the source folder"
-            raise RejectedSample(Reason.OUTSIDE_FOLDER, detail)
-        if not _is_file(self.root / key):
-            named = "metadata names it, but " if key in self._captions else ""
-            if os.path.islink(self.root / key):  # noqa: PTH114
-                raise RejectedSample(Reason.MISSING_FILE, f"{named}it is a link to what is not there")
+            detail = f"{named}file_name must be relative, and stay inside the source folder"
+            return partial(reject, Reason.OUTSIDE_FOLDER, detail)
+        called = {}
+        if key not in self._images:
             called = self._names.called(key) or self._names.called(posixpath.splitext(key)[0])
-            hint = f"; did you mean {' or '.join(called)}?" if called else ""
-            raise RejectedSample(Reason.MISSING_FILE, f"{named}there is no such file{hint}")
-        return _content(self.root / key)
+        hint = f"; did you mean {' or '.join(called)}?" if called else ""
+        return partial(_image, f"{self.root}/{key}", named, hint)
 
-    def _captions_of(self, key: str) -> Sequence[object]:
+    def _captions_of(self, key: str) -> Callable[[], Iterable[object]]:
         if captions := self._captions.get(key):
-            return captions
-        stem = posixpath.splitext(key)[0]
-        if key not in self._files_of and (other := self._others.get(as_seen(stem))):
+            return partial(list, captions)
+        stem, files = posixpath.splitext(key)[0], self._files_of.get(key)
+        if not files and (other := self._others.get(as_seen(stem))):
             detail = f"no metadata row or caption file; {other} beside it does not end in {', '.join(CAPTION_SUFFIXES)}"
-            raise RejectedSample(Reason.NO_CAPTION, detail)
-        files = ((caption_suffix(name), _content(self.root / name)) for name in self._files_of.get(key, ()))
-        return self._reader.read(stem, files)
+            return partial(reject, Reason.NO_CAPTION, detail)
+        return partial(_captions, self._reader, stem, [f"{self.root}/{name}" for name in files or ()])
+
+
+def _image(path: str, named: str, hint: str) -> bytes:
+    """The content of an image; where there is none, ``named`` says who names it, and ``hint`` what may be meant."""
+    if _is_file(path):
+        return _content(Path(path))
+    is_link = os.path.islink(path)  # noqa: PTH114
+    what = "it is a link to what is not there" if is_link else f"there is no such file{hint}"
+    raise RejectedSample(Reason.MISSING_FILE, f"{named}{what}")
+
+
+def _captions(reader: CaptionFiles, stem: str, files: Sequence[str]) -> RawCaptions:
+    return reader.read(stem, ((caption_suffix(path), _content(Path(path))) for path in files))
 
 
 def _may_hold_captions(name: str) -> bool:
@@ -179,5 +196,5 @@ def _content(path: Path) -> bytes:
         raise RejectedSample(Reason.UNREADABLE, f"{path.name}: {error.strerror or error}") from error
 
 
-def _is_file(path: Path) -> bool:
+def _is_file(path: Path | str) -> bool:
     return os.path.isfile(path)  # noqa: PTH113 - Path's own raises for a name that no file can have, as a too long one

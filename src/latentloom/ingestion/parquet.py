@@ -9,7 +9,7 @@ A page of a column (of 1,024 rows or fewer, as the common writers cut them) is i
 of a row group. A damaged row group, or file, is one reject; the others are used.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import pyarrow.types as types
 from latentloom.ingestion.captions import CAPTION_COLUMNS, columns_of_captions, flat_captions, notice_of_several
 from latentloom.ingestion.rejects import Reason, RejectedSample, error_message
 from latentloom.ingestion.source_files import loose_samples, source_files
-from latentloom.ingestion.sources import IngestError, Sample, Source, rejected_sample
+from latentloom.ingestion.sources import IngestError, Sample, Source, reject, rejected_sample
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "image_bytes", "bytes")
 SUFFIXES = (".parquet", ".pq")
@@ -85,9 +85,7 @@ class ParquetSource(Source):
             try:
                 for batch in file.iter_batches(rows, row_groups=[number], columns=columns):
                     for image, *captions in zip(*(batch.column(column) for column in columns), strict=True):
-                        yield Sample(
-                            f"{name}:{row}", partial(_image, image.as_py()), partial(_captions, captions, of_captions)
-                        )
+                        yield Sample(f"{name}:{row}", partial(_image, image.as_py()), _captions(captions, of_captions))
                         row += 1
             except DAMAGED as error:
                 detail = f"the rows {row} to {stop - 1} cannot be read ({error_message(error)})"
@@ -142,8 +140,9 @@ def _image(value: bytes | dict[str, Any] | None) -> bytes:
     raise RejectedSample(Reason.MISSING_FILE, detail)
 
 
-def _captions(scalars: Sequence[pa.Scalar], columns: Mapping[str, int]) -> list[object]:
+def _captions(scalars: Sequence[pa.Scalar], columns: Mapping[str, int]) -> Callable[[], Iterable[object]]:
     try:
-        return flat_captions({name: own.as_py() for name, own in zip(columns, scalars, strict=True)}, columns)
+        row = {name: own.as_py() for name, own in zip(columns, scalars, strict=True)}
     except UnicodeDecodeError:
-        raise RejectedSample(Reason.CAPTION_NOT_UTF8, "its caption is not UTF-8; save the captions as UTF-8") from None
+        return partial(reject, Reason.CAPTION_NOT_UTF8, "its caption is not UTF-8; save the captions as UTF-8")
+    return partial(flat_captions, row, columns)

@@ -12,7 +12,8 @@ import itertools
 import json
 import struct
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from array import array
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from PIL import Image
 from latentloom import sharding
 from latentloom.errors import UserError
 from latentloom.files import atomic_path, read_json, write_json
+from latentloom.ingestion.growing import Texts
 from latentloom.sizes import Size
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 2
 ROW_GROUP_ROWS = 64
+BATCH_ROWS = 2**13  # of metadata, at most
 MANIFEST = "manifest.json"
 SHARDS = "[0-9]*.parquet"
 THUMBNAIL = 160  # pixels
@@ -63,6 +66,8 @@ WRITER_OPTIONS = {
     "write_page_checksum": True,
 }
 METADATA_COLUMNS = ["id", "captions", "split", "key", "source", "width", "height"]
+
+PNG_SIZE = (16, 24)  # where a PNG has its width and height, four bytes each
 
 # Against level 6 without run lengths, Pillow's default, of 256x256 photographs: 4.3 ms instead of 16.7, 2 % larger;
 # of 128x128 emoji: 0.27 ms instead of 0.51, 3.7 KB instead of 3.2. PNG's row filters do what is worth doing.
@@ -134,41 +139,79 @@ def decode(png: bytes) -> np.ndarray:
 
 def size_of(png: bytes | pa.Buffer) -> Size:
     """The size that the header of a PNG names."""
-    return Size(*struct.unpack_from(">II", png, offset=16))
+    return Size(*struct.unpack_from(">II", png, PNG_SIZE[0]))
 
 
-def write_shards(rows: Iterable[ImageRow], folder: Path) -> list[dict[str, Any]]:
-    """Write ``rows`` as shards into ``folder``, which is unfinished from here on; give their names and rows."""
+def write_shards(
+    rows: Iterable[ImageRow], folder: Path, finished: Callable[[Path], None] = lambda _: None
+) -> list[dict[str, Any]]:
+    """Write ``rows`` as shards into ``folder``, which is unfinished from here on; give their names and rows.
+
+    ``finished`` is called with each shard before the next row is asked for.
+    """
     (folder / MANIFEST).unlink(missing_ok=True)
     rows, shards = iter(rows), []
     while (first := next(rows, None)) is not None:
         path = folder / f"{len(shards):05d}.parquet"
-        room = len(first.png) * (sharding.FEWEST_ROWS + sharding.TYPICAL_ROWS)
-        shards.append({"name": path.name, "rows": _write_shard(path, itertools.chain([first], rows), room)})
+        shards.append({"name": path.name, "rows": _write_shard(path, itertools.chain([first], rows))})
+        finished(path)
     return shards
 
 
-def amend_shards(
-    folder: Path, shards: list[dict[str, Any]], to_train: np.ndarray, more_captions: Mapping[int, list[str]]
-) -> int:
+class JoinedCaptions:
+    """The captions of files equal to that of a row, in the order in which they came: what the row has gained by them.
+
+    ``add`` takes the row's place, counted over all shards.
+    """
+
+    def __init__(self) -> None:
+        self._places, self._ends = array("I"), array("Q", [0])  # of each file: its row, and where its captions end
+        self._texts = Texts()
+
+    def add(self, place: int, captions: Sequence[str]) -> None:
+        for caption in captions:
+            self._texts.append(caption)
+        self._places.append(place)
+        self._ends.append(len(self._texts))
+
+    def by_rows(self) -> Callable[[range], list[list[str]]]:
+        """Of a range of rows, the captions that each has gained; an empty list where none has any."""
+        files = np.argsort(self._places, kind="stable")
+        places = np.frombuffer(self._places, np.uint32)[files]
+
+        def gained(rows: range) -> list[list[str]]:
+            start, stop = np.searchsorted(places, [rows.start, rows.stop])
+            captions: list[list[str]] = [[] for _ in rows] if start < stop else []
+            for file in files[start:stop].tolist():
+                own = captions[self._places[file] - rows.start]
+                more = map(self._texts.__getitem__, range(self._ends[file], self._ends[file + 1]))
+                own += [caption for caption in more if caption not in own]
+            return captions
+
+        return gained
+
+
+def amend_shards(folder: Path, shards: list[dict[str, Any]], to_train: np.ndarray, joined: JoinedCaptions) -> int:
     """Write anew the shards whose rows turned out otherwise, as if they had been so from the start.
 
     Args:
         folder: the unfinished folder.
         shards: what ``write_shards`` gave.
         to_train: places, counted over all shards, of rows that belong into the training split.
-        more_captions: by place, those that a row has behind its own; of repeated ones, the first stays.
+        joined: captions that rows have behind their own, without those that they have already.
 
     Returns:
         how many captions have come to those that were there.
     """
     start = added = 0
+    to_train, gained = np.sort(to_train), joined.by_rows()
     for shard in shards:
         places = range(start, start + shard["rows"])
         start += shard["rows"]
-        is_moved = np.isin(places, to_train)
-        more = [more_captions.get(place, []) for place in places] if more_captions else []
-        if is_moved.any() or any(more):
+        first, last = np.searchsorted(to_train, [places.start, places.stop])
+        more = gained(places)
+        if first < last or more:
+            is_moved = np.isin(places, to_train[first:last])
             added += _rewrite_shard(folder / shard["name"], is_moved, more)
     return added
 
@@ -218,9 +261,10 @@ def _joined(texts: Iterable[str | None]) -> str | None:
     return "; ".join(dict.fromkeys(filter(None, texts))) or None
 
 
-def _write_shard(path: Path, rows: Iterator[ImageRow], room: int) -> int:
+def _write_shard(path: Path, rows: Iterator[ImageRow]) -> int:
     """Write one shard, of as many ``rows`` as belong into it; give their number."""
     of_shard, count = _up_to_its_end(rows), 0
+    room = sharding.IMAGES.fewest + sharding.IMAGES.typical
     with atomic_path(path, room) as temporary, pq.ParquetWriter(temporary, SCHEMA, **WRITER_OPTIONS) as writer:
         while group := list(itertools.islice(of_shard, ROW_GROUP_ROWS)):
             writer.write_table(_table(group))
@@ -229,15 +273,18 @@ def _write_shard(path: Path, rows: Iterator[ImageRow], room: int) -> int:
 
 
 def _up_to_its_end(rows: Iterator[ImageRow]) -> Iterator[ImageRow]:
-    for count, row in enumerate(rows, start=1):
+    shard_bytes = 0
+    for row in rows:
         yield row
-        if sharding.ends_shard(row.id, count):
+        shard_bytes += len(row.png)
+        if sharding.ends_shard(row.id, len(row.png), shard_bytes, sharding.IMAGES):
             return
 
 
 def _table(group: list[ImageRow]) -> pa.Table:
     columns = {name: [getattr(row, name) for row in group] for name in COLUMNS if name != "image"}
-    return pa.table(columns | {"image": [(row.png, f"{row.id}.png") for row in group]}, SCHEMA)
+    image = [pa.array([row.png for row in group], pa.binary()), pa.array([f"{row.id}.png" for row in group])]
+    return pa.table(columns | {"image": pa.StructArray.from_arrays(image, ["bytes", "path"])}, SCHEMA)
 
 
 def _rewrite_shard(path: Path, is_moved: np.ndarray, more_captions: list[list[str]]) -> int:
@@ -282,39 +329,58 @@ def read_manifest(folder: Path | str) -> dict[str, Any]:
     return manifest
 
 
-def read_metadata(folder: Path | str) -> "pd.DataFrame":
-    """One row per image, in the shards' order: id, captions (lists of str), split, key, source, width, height.
+def metadata_batches(folder: Path | str, columns: Sequence[str] = METADATA_COLUMNS) -> Iterator[pa.RecordBatch]:
+    """Columns of all images in the shards' order, a part of a shard at a time; the pictures are never read.
 
-    The pictures are never read.
+    Args:
+        columns: of `METADATA_COLUMNS`; a batch has them in this order.
 
     Raises:
         UserError: when the manifest or a shard is missing or damaged, naming the file.
     """
-    tables = [pa.schema([SCHEMA.field(name) for name in METADATA_COLUMNS]).empty_table()]
+    schema = pa.schema([SCHEMA.field(name) for name in columns])
     for shard in read_manifest(folder)["shards"]:
         with _opened(folder, shard) as file:
-            tables.append(file.read(columns=METADATA_COLUMNS).replace_schema_metadata())
-    table = pa.concat_tables(tables)
+            for batch in file.iter_batches(BATCH_ROWS, columns=list(columns)):
+                yield batch.select(schema.names).cast(schema)
+
+
+def read_metadata(folder: Path | str) -> "pd.DataFrame":
+    """One row per image, in the shards' order: id, captions (lists of str), split, key, source, width, height.
+
+    For notebooks and for some thousands of images: a row takes a kilobyte. `metadata_batches` reads any number.
+
+    Raises:
+        UserError: when the manifest or a shard is missing or damaged, naming the file.
+    """
+    schema = pa.schema([SCHEMA.field(name) for name in METADATA_COLUMNS])
+    table = pa.Table.from_batches(metadata_batches(folder), schema)
     frame = table.drop_columns("captions").to_pandas()
     frame.insert(1, "captions", table["captions"].to_pylist())
     return frame
 
 
-def prepared_sizes(folder: Path | str) -> list[Size]:
-    """The size of every prepared image, in the shards' order: of several sizes, from the headers of the pictures.
+def prepared_sizes(folder: Path | str) -> np.ndarray:
+    """Width and height of every prepared image, in the shards' order: int32 ``(N, 2)``.
+
+    Of several sizes, they are read from the headers of the pictures.
 
     Raises:
         UserError: when the manifest or a shard is missing or damaged, naming the file.
     """
     manifest = read_manifest(folder)
     if "sizes" not in manifest:
-        return [Size(manifest["image_size"], manifest["image_size"])] * manifest["images"]
-    sizes = []
+        return np.full((manifest["images"], 2), manifest["image_size"], np.int32)
+    sizes = [np.empty((0, 2), np.int32)]
     for shard in manifest["shards"]:
         with _opened(folder, shard) as file:
             for batch in file.iter_batches(ROW_GROUP_ROWS, columns=["image.bytes"]):
-                sizes += [size_of(png.as_buffer()) for png in batch["image"].field("bytes")]
-    return sizes
+                pngs = batch["image"].field("bytes")
+                _, offsets, content = pngs.buffers()
+                starts = np.frombuffer(offsets, np.int32)[pngs.offset :][: len(pngs)]
+                header = np.frombuffer(content, np.uint8)[starts[:, None] + np.arange(*PNG_SIZE)]
+                sizes.append(header.view(">i4").astype(np.int32))
+    return np.concatenate(sizes)
 
 
 def sizes_of(manifest: Mapping[str, Any]) -> dict[Size, int]:
@@ -344,12 +410,59 @@ def iterate_images(folder: Path | str, wanted: Collection[str] | None = None) ->
                         yield own_id, decode(image["bytes"].as_py())
 
 
+class NumberedImages:
+    """The prepared images by their numbers in the shards' order; picklable, for workers that read some of them.
+
+    Raises:
+        UserError: when the manifest is missing or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._shards = folder, read_manifest(folder)["shards"]
+        self._ends = np.cumsum([shard["rows"] for shard in self._shards])
+
+    def files(self, numbers: np.ndarray) -> list[Path]:
+        """The shards that hold these images."""
+        return [self.folder / self._shards[own]["name"] for own in np.unique(self._shard_of(numbers))]
+
+    def read(self, numbers: np.ndarray, find: Callable[[Path], Path] = Path) -> Iterator[np.ndarray]:
+        """The pixels of these images, uint8 ``(H, W, 3)``, in the order of ``numbers``; pictures of a row group are in
+        memory at a time.
+
+        Args:
+            find: says where a shard is on this machine.
+
+        Raises:
+            UserError: when a shard is missing or damaged, naming the file.
+        """
+        for own, of_shard in _runs(numbers, self._shard_of(numbers)):
+            shard = self._shards[own]
+            with _opened(self.folder, shard, find) as file:
+                groups = range(file.num_row_groups)
+                ends = np.cumsum([file.metadata.row_group(group).num_rows for group in groups])
+                rows = of_shard - (self._ends[own] - shard["rows"])
+                for group, of_group in _runs(rows, np.searchsorted(ends, rows, side="right")):
+                    pngs = file.read_row_group(group, columns=["image.bytes"])["image"]
+                    for row in (of_group - (ends[group] - len(pngs))).tolist():
+                        yield decode(pngs[row]["bytes"].as_py())
+
+    def _shard_of(self, numbers: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._ends, numbers, side="right")
+
+
+def _runs(values: np.ndarray, labels: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """The parts of ``values`` that follow each other with one label, and it."""
+    if len(labels):
+        starts = np.flatnonzero(np.diff(labels, prepend=labels[0] - 1))
+        yield from zip(labels[starts].tolist(), np.split(values, starts[1:]), strict=True)
+
+
 @contextmanager
-def _opened(folder: Path | str, shard: dict[str, Any]) -> Iterator[pq.ParquetFile]:
+def _opened(folder: Path | str, shard: dict[str, Any], find: Callable[[Path], Path] = Path) -> Iterator[pq.ParquetFile]:
     """A shard as its entry in the manifest has it; errors of reading it name it, and what to do."""
     path = Path(folder) / shard["name"]
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with pq.ParquetFile(find(path), page_checksum_verification=True) as file:
             if file.metadata.num_rows != shard["rows"]:
                 raise ValueError(f"{file.metadata.num_rows} rows, yet {MANIFEST} says {shard['rows']}")
             yield file

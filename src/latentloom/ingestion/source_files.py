@@ -23,10 +23,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from latentloom.engine import threaded_map, worker_count
 from latentloom.files import read_json, sha256_file, user_path
 from latentloom.ingestion.caption_files import TABLES, TEXT_SUFFIXES
 from latentloom.ingestion.image_formats import PLUGINS, looks_like_image
-from latentloom.ingestion.parallel import ordered_map, worker_count
 from latentloom.ingestion.rejects import Reason
 from latentloom.ingestion.sources import IngestError, Sample, rejected_sample
 from latentloom.layout import project_root
@@ -201,7 +201,7 @@ def _content(files: dict[str, Path], hash_file: Callable[[Path], str]) -> str:
         return "unreadable"  # which `ingest` rejects
 
     digest = hashlib.sha256()
-    contents = ordered_map(hashed, files.values(), worker_count())
+    contents = threaded_map(hashed, files.values(), worker_count())
     shown = tqdm(contents, "find_sources", len(files), unit="file", delay=PATIENCE, mininterval=1, leave=False)
     for name, content in zip(files, shown, strict=True):
         digest.update(f"{name}\0{content}\n".encode("utf-8", "surrogateescape"))

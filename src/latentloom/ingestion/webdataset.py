@@ -17,7 +17,7 @@ from pathlib import Path, PureWindowsPath
 
 import pyarrow as pa
 
-from latentloom.ingestion.caption_files import TABLES, CaptionFiles, caption_suffix
+from latentloom.ingestion.caption_files import TABLES, CaptionFiles, LineCounts, caption_suffix
 from latentloom.ingestion.image_formats import HEAD, format_of, looks_like_image
 from latentloom.ingestion.images import MAX_BYTES
 from latentloom.ingestion.rejects import Reason, RejectedSample, error_message
@@ -54,6 +54,7 @@ class WebDatasetSource(Source):
         self._tars, others = source_files(path, TARS + OTHER_ARCHIVES)
         self._loose = loose_samples(others, "the tars")
         self._reader = CaptionFiles(captions, caption_columns)
+        self._lines, self._unread = LineCounts(), 0
         self._split = partial(_split, at_last_dot=key == "last_dot")
 
     def samples(self) -> Iterator[Sample]:
@@ -62,7 +63,12 @@ class WebDatasetSource(Source):
             yield from self._samples(name, path)
 
     def notices(self) -> list[str]:
-        return self._reader.notices()
+        if self._unread:
+            return [f"{self._unread} caption files are not read, since captions are the names of images or folders"]
+        return self._lines.notices()
+
+    def count_lines(self, lines: LineCounts) -> None:
+        self._lines = self._lines.plus(lines)
 
     def _samples(self, tar: str, path: Path) -> Iterator[Sample]:
         known: set[str] = set()
@@ -89,7 +95,8 @@ class WebDatasetSource(Source):
                 detail = "its key came before in this tar, with others in between; pack by name (tar --sort=name)"
                 yield rejected_sample(key, Reason.DUPLICATE_KEY, detail)
             elif image is not None:
-                yield Sample(key, partial(bytes, image), partial(self._reader.read, stem, captions.items()))
+                self._unread += len(captions) if self._reader.from_names else 0
+                yield Sample(key, partial(bytes, image), partial(self._reader.read, stem, tuple(captions.items())))
             elif captions:
                 yield rejected_sample(key, Reason.MISSING_FILE, f"{' and '.join(captions)} without an image")
             yield from _of_longer_extension(tar, stem, others)

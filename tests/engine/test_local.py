@@ -1,13 +1,14 @@
-"""Work on all cores: the order, the window, the errors; and an ingestion that is the same for any number of workers."""
+"""Work on all cores: the order, the window, the errors, the state of a worker."""
 
 import itertools
 import os
+import sys
 import threading
 
 import pytest
 
+from latentloom.engine import WINDOW, engine_name, ordered_map, threaded_map, worker_count
 from latentloom.errors import UserError
-from latentloom.ingestion.parallel import WINDOW, ordered_map, worker_count
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
@@ -21,7 +22,7 @@ def test_results_come_in_the_order_of_the_items(workers):
             late.set()
         return number**2
 
-    assert list(ordered_map(square, range(300), workers)) == [number**2 for number in range(300)]
+    assert list(threaded_map(square, range(300), workers)) == [number**2 for number in range(300)]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
@@ -33,7 +34,7 @@ def test_items_are_read_no_further_ahead_than_the_window_and_in_the_calling_thre
             read.append(threading.current_thread())
             yield number
 
-    results = ordered_map(lambda number: number, items(), workers)
+    results = threaded_map(lambda number: number, items(), workers)
     for number in range(500):
         assert next(results) == number
         assert len(read) - number <= workers * WINDOW
@@ -43,7 +44,7 @@ def test_items_are_read_no_further_ahead_than_the_window_and_in_the_calling_thre
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_error_comes_in_its_items_place(workers):
-    results = ordered_map(lambda number: 1 // (3 - number), range(9), workers)
+    results = threaded_map(lambda number: 1 // (3 - number), range(9), workers)
     assert [next(results) for _ in range(3)] == [0, 0, 1]
     with pytest.raises(ZeroDivisionError):
         next(results)
@@ -51,7 +52,7 @@ def test_an_error_comes_in_its_items_place(workers):
 
 def test_as_many_work_at_once_as_are_asked_for():
     together = threading.Barrier(3, timeout=10)
-    list(ordered_map(lambda _: together.wait(), range(3), 3))  # a barrier of three breaks with fewer threads
+    list(threaded_map(lambda _: together.wait(), range(3), 3))  # a barrier of three breaks with fewer threads
 
 
 def test_the_environment_decides_the_number_of_workers(monkeypatch):
@@ -65,6 +66,24 @@ def test_the_environment_decides_the_number_of_workers(monkeypatch):
     assert 1 <= worker_count() <= os.cpu_count()
 
 
+def test_a_state_is_made_once_and_only_for_items():
+    made = []
+
+    def setup() -> int:
+        made.append(10)
+        return 10
+
+    assert list(ordered_map(lambda ten, number: ten + number, range(3), setup=setup)) == [10, 11, 12]
+    assert list(ordered_map(lambda ten, number: ten + number, (), setup=setup)) == []
+    assert made == [10]
+
+
+def test_an_unknown_engine_is_rejected_by_name(monkeypatch):
+    monkeypatch.setenv("LATENTLOOM_ENGINE", "spark")
+    with pytest.raises(UserError, match="LATENTLOOM_ENGINE=spark: must be local or ray"):
+        engine_name()
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to a CPU")
 def test_only_the_cpus_that_this_process_may_use_count(monkeypatch):
     monkeypatch.delenv("LATENTLOOM_WORKERS", raising=False)
@@ -76,26 +95,9 @@ def test_only_the_cpus_that_this_process_may_use_count(monkeypatch):
         os.sched_setaffinity(0, allowed)
 
 
-def test_an_ingestion_gives_the_same_bytes_whatever_the_number_of_workers(
-    corpus, picture, contents, shards_of, monkeypatch, tmp_path
-):
-    shards_of(5, typical=4)
-    for number in range(60):
-        kind = number % 6
-        name = f"{number:02}.png"
-        if kind == 0:
-            corpus.add(name, None)
-        elif kind == 1:
-            corpus.add(name, "a copy", picture(number // 12))
-        elif kind == 2:
-            corpus.add(name, "small", picture(number, 5, 5))
-        else:
-            corpus.add(name, "a picture", picture(1000 + number, 40, 50))
-    made = []
-    for workers in ("1", "2", "4"):
-        monkeypatch.setenv("LATENTLOOM_WORKERS", workers)
-        corpus.out = tmp_path / f"of {workers}"
-        report = corpus.ingest(near_duplicate_distance=8)
-        made.append((report, contents(corpus.out)))
-    assert made[0][0].rejected > 20
-    assert made[0] == made[1] == made[2]
+def test_without_ray_installed_the_engine_says_how_to_get_it(monkeypatch):
+    monkeypatch.setenv("LATENTLOOM_ENGINE", "ray")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "latentloom.engine_ray", raising=False)
+    with pytest.raises(UserError, match=r'pip install "latentloom\[ray\]"'):
+        ordered_map(abs, range(3))

@@ -1,0 +1,281 @@
+"""Images that an earlier run has prepared: what has not changed is neither read nor decoded again.
+
+What becomes of an image file follows from its bytes and from the *recipe*: the params that decide pixels, and the code
+and libraries that decode. A hash of both is its *key*. Captions, names, order and splits are not part of it: they are
+taken from the source anew in each run.
+
+The store lies in ``.state/images``. It holds the shards of ``data/images`` of earlier runs, by hard link, so that they
+take no room of their own while they are outs; and beside each shard a table with a row for every sample that was read
+while the shard was written: its key, what a run needs to know of it, and where its picture is. Rejected files are rows
+without a picture; a copy of a picture in another shard is found by its id.
+
+    HASH.parquet        a shard of prepared images, as ``shards`` writes them
+    HASH.parquet.keys   the table, in Parquet
+
+It only saves work: it may be deleted at any time, also while a stage runs. A shard whose rows are all in those of the
+last run is deleted; beyond that, the least recently used ones go where they exceed a limit. Pages have checksums: what
+is damaged is deleted, and decoded again.
+"""
+
+import hashlib
+import os
+import warnings
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import cached_property, lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import features
+
+from latentloom import sizes, source_code
+from latentloom.files import atomic_path, link_file
+from latentloom.ingestion import colours, image_formats, images, near_duplicates, png_chunks, preprocess, shards
+from latentloom.ingestion.preprocess import Known
+from latentloom.ingestion.sources import Origin
+from latentloom.params import IngestParams
+
+SHARD, KEYS = ".parquet", ".keys"
+KEY_BYTES = 32
+PER_SHARD = 2**32  # a row's place is its number, beyond its shard's number times this
+CODE = (colours, image_formats, images, near_duplicates, png_chunks, preprocess, shards, sizes)  # that decides pixels
+LIBRARIES = ("pillow", "numpy", "scipy", "imagehash", "pillow-heif", "pillow-jxl-plugin")
+CODECS = ("jpg", "jpg_2000", "libtiff", "zlib", "webp", "avif", "littlecms2")
+OPEN_SHARDS, OPEN_GROUPS = 4, 16  # what stays in memory of those that rows are read from
+ELSEWHERE = -1  # a row's picture is in another shard, or there is none
+DAMAGED = (OSError, pa.ArrowException, ValueError, KeyError)
+
+Key = bytes
+
+
+SCHEMA = pa.schema(
+    [
+        ("key", pa.binary(KEY_BYTES)),
+        ("row", pa.int32()),
+        ("id", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("profile", pa.string()),
+        ("signature", pa.binary()),
+        ("file_hash", pa.binary()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+        ("preview", pa.binary()),
+        ("shown", pa.bool_()),
+    ]
+)
+OF_KNOWN = SCHEMA.names[2:]
+
+
+def recipe(params: IngestParams) -> str:
+    """A hash of all that decides what becomes of an image file, beside its bytes."""
+
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    files = [Path(module.__file__) for module in CODE]
+    decides = (
+        [[list(size) for size in table] for table in params.tables],
+        (params.max_pixels, params.max_aspect_ratio, params.near_duplicate_distance is not None),
+        source_code.code_hash(files, Path(sizes.__file__).parent),
+        [installed(name) for name in LIBRARIES],
+        [features.version(name) for name in CODECS],
+    )
+    return hashlib.sha256(repr(decides).encode()).hexdigest()
+
+
+class PreparedStore:
+    """Finds what earlier runs prepared, and keeps what this one does.
+
+    Args:
+        folder: need not exist.
+        limit: bytes of shards that this run does not use; `finish` deletes what exceeds them.
+        recipe: see there.
+        content_of: gives the SHA-256 of a file where it is known without reading it, else None.
+    """
+
+    def __init__(self, folder: Path, limit: int, recipe: str, content_of: Callable[[str], str | None]) -> None:
+        self._folder, self._limit, self._recipe, self._content_of = folder, limit, recipe, content_of
+        self._noted: list[tuple[Key, Known]] = []
+        self._kept: list[tuple[str, np.ndarray]] = []  # of this run: names, and beginnings of keys
+        self._shards = self._by_age()
+        self._words, self._places = self._index(KEYS, "key")
+        self._dropped: set[int] = set()
+        self._next = 0  # the place behind that of the last row found, since rows mostly come in their old order
+        self._table = lru_cache(OPEN_SHARDS)(self._read_table)
+        self._file = lru_cache(OPEN_SHARDS)(self._open)
+        self._group = lru_cache(OPEN_GROUPS)(self._read_group)
+
+    def key(self, origin: Origin | None) -> Key | None:
+        """By which a sample is known; None where that cannot be told without reading it."""
+        if origin is None:
+            return None
+        content = "" if origin.file is None else self._content_of(origin.file)
+        if content is None:
+            return None
+        return hashlib.sha256(f"{content}|{origin.part}|{self._recipe}".encode("utf-8", "surrogateescape")).digest()
+
+    def find(self, key: Key) -> Known | None:
+        """What is known of the sample with this key, its picture apart."""
+        known = self._at(self._next, key)
+        if known is None:
+            place = _find(self._words, self._places, key)
+            known = None if place is None else self._at(place, key)
+            self._next = self._next if known is None else place
+        self._next += known is not None
+        return known
+
+    def picture(self, known: Known) -> bytes | None:
+        """The PNG of a known image; None where it is gone or damaged."""
+        place = known.place if known.place >= 0 else _find(*self._ids, bytes.fromhex(known.id))
+        if place is None:
+            return None
+        shard, row = divmod(place, PER_SHARD)
+        try:
+            number = bisect_right(starts := self._file(shard)[1], row) - 1
+            ids, pngs = self._group(shard, number)
+            return pngs[row - starts[number]] if ids[row - starts[number]] == known.id else None
+        except DAMAGED as error:
+            self._drop(shard, error)
+            return None
+
+    def note(self, key: Key, known: Known) -> None:
+        """Remember a sample; `keep` writes down what was noted since the last shard."""
+        self._noted.append((key, known))
+
+    def keep(self, shard: Path) -> None:
+        """Take in a finished shard and the samples noted; if it cannot be kept, that costs a warning alone."""
+        self._write(shard, pq.read_table(shard, columns=["id"])["id"].to_pylist())
+
+    def finish(self, written: Iterable[Path]) -> None:
+        """Take in what was noted after the last shard, and delete shards that nobody needs.
+
+        Args:
+            written: the shards that were kept, in order; some may have been written anew since.
+        """
+        for shard, (name, _) in zip(written, self._kept, strict=False):
+            with suppress(OSError):
+                if not os.path.samefile(shard, self._folder / name):  # noqa: PTH121
+                    link_file(shard, self._folder / name)
+        if self._noted:
+            self._write(None, [])
+        self._trim()
+
+    def _write(self, shard: Path | None, ids: list[str]) -> None:
+        noted, self._noted = self._noted, []
+        rows = {own: row for row, own in enumerate(ids)}
+        columns = {name: [getattr(known, name) for _, known in noted] for name in OF_KNOWN}
+        keys = [key for key, _ in noted]
+        columns |= {"key": keys, "row": [rows.get(known.id, ELSEWHERE) for _, known in noted]}
+        name = hashlib.sha256(b"".join(keys) + "".join(ids).encode()).hexdigest() + SHARD
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if shard:
+                link_file(shard, self._folder / name)
+            with atomic_path(self._folder / (name + KEYS)) as temporary:
+                pq.write_table(pa.table(columns, SCHEMA), temporary, compression="zstd", write_page_checksum=True)
+        except OSError as error:
+            warnings.warn(f"{self._folder}: {error}; a later run will read these images again", stacklevel=3)
+        self._kept.append((name, _words(keys)))
+
+    def _trim(self) -> None:
+        """Delete the shards whose samples are all in those of this run; then the least recently used ones."""
+        kept = {name for name, _ in self._kept}
+        now = np.concatenate([np.empty(0, np.uint64), *(words for _, words in self._kept)])
+        needed = {self._shards[shard] for shard in np.unique(self._places[~np.isin(self._words, now)] // PER_SHARD)}
+        for name in set(self._shards) - needed - kept:
+            self._delete(name)
+        room = self._limit
+        for name in self._by_age():
+            if name not in kept:
+                room -= sum(path.stat().st_size for path in self._files(name) if path.exists())
+                if room < 0:
+                    self._delete(name)
+
+    def _files(self, name: str) -> list[Path]:
+        return [self._folder / (name + KEYS), self._folder / name]
+
+    def _delete(self, name: str) -> None:
+        for path in self._files(name):  # first the one which says that the other is there
+            path.unlink(missing_ok=True)
+
+    def _drop(self, shard: int, error: Exception) -> None:
+        name = self._shards[shard]
+        if not isinstance(error, FileNotFoundError):
+            warnings.warn(f"{self._folder / name} is damaged ({error}): its images are read again", stacklevel=3)
+        self._delete(name)
+        self._dropped.add(shard)
+
+    def _by_age(self) -> list[str]:
+        """The names of all shards, the newest first."""
+        ages = []
+        for path in self._folder.glob(f"*{KEYS}"):
+            with suppress(FileNotFoundError):  # another run trimmed it
+                ages.append((path.stat().st_mtime_ns, path.name.removesuffix(KEYS)))
+        return [name for _, name in sorted(ages, reverse=True)]
+
+    def _index(self, suffix: str, column: str) -> tuple[np.ndarray, np.ndarray]:
+        """The beginnings of all keys, or of the ids of all pictures, sorted; and their places."""
+        words, places = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
+        for shard, name in enumerate(self._shards):
+            with suppress(*DAMAGED):  # which is told where a row is read
+                table = pq.read_table(self._folder / (name + suffix), columns=[column])
+                values = table[column].to_pylist()
+                words.append(_words(values if column == "key" else map(bytes.fromhex, values)))
+                places.append(shard * PER_SHARD + np.arange(len(values)))
+        all_words = np.concatenate(words)
+        order = np.argsort(all_words, kind="stable")  # of equal ones, the newest is found
+        return all_words[order], np.concatenate(places)[order]
+
+    @cached_property
+    def _ids(self) -> tuple[np.ndarray, np.ndarray]:
+        return self._index("", "id")
+
+    def _at(self, place: int, key: Key) -> Known | None:
+        shard, row = divmod(place, PER_SHARD)
+        if shard >= len(self._shards) or shard in self._dropped:
+            return None
+        try:
+            keys, known = self._table(shard)
+        except DAMAGED as error:
+            self._drop(shard, error)
+            return None
+        return known[row] if row < len(keys) and keys[row] == key else None
+
+    def _read_table(self, shard: int) -> tuple[list[Key], list[Known]]:
+        path = self._folder / (self._shards[shard] + KEYS)
+        os.utime(path)  # it is used now
+        columns = pq.read_table(path, schema=SCHEMA, page_checksum_verification=True).to_pydict()
+        rows = [ELSEWHERE if row < 0 else shard * PER_SHARD + row for row in columns["row"]]
+        values = (columns[name] for name in OF_KNOWN)
+        return columns["key"], [Known(*own) for own in zip(*values, rows, strict=True)]
+
+    def _open(self, shard: int) -> tuple[pq.ParquetFile, list[int]]:
+        """A shard, and the first row of each of its row groups."""
+        file = pq.ParquetFile(self._folder / self._shards[shard], page_checksum_verification=True)
+        groups = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+        return file, [0, *accumulate(groups[:-1])]
+
+    def _read_group(self, shard: int, number: int) -> tuple[list[str], list[bytes]]:
+        """The ids and PNGs of a row group."""
+        table = self._file(shard)[0].read_row_group(number, columns=["id", "image.bytes"], use_threads=False)
+        return table["id"].to_pylist(), table["image"].combine_chunks().field("bytes").to_pylist()
+
+
+def _words(keys: Iterable[Key]) -> np.ndarray:
+    """The first 8 bytes of each key, as numbers: uint64 ``(N,)``."""
+    return np.frombuffer(b"".join(key[:8] for key in keys), ">u8").astype(np.uint64)
+
+
+def _find(words: np.ndarray, places: np.ndarray, key: Key) -> int | None:
+    word = np.uint64(int.from_bytes(key[:8], "big"))
+    found = int(np.searchsorted(words, word))
+    return int(places[found]) if found < len(words) and words[found] == word else None

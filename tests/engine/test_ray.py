@@ -1,0 +1,175 @@
+"""Ray: the results of the local engine, in the same order; and what becomes of workers, machines and items that fail.
+
+The functions are closures, which Ray sends by value, as workers cannot import the tests.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latentloom import engine_ray
+from latentloom.engine import ordered_map
+from latentloom.errors import UserError
+from latentloom.params import IngestParams, load_params
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = [pytest.mark.fault, pytest.mark.usefixtures("on_ray")]
+
+
+def test_results_come_in_order_from_both_machines_and_the_first_that_fails_there_too():
+    def square(number):
+        import time
+
+        import ray
+
+        if number == 250:
+            raise UserError("row 250 of the shard 7: damaged")
+        time.sleep(0.3 if number % 64 == 0 else 0.005)
+        return number**2, ray.get_runtime_context().get_node_id()
+
+    results, given = ordered_map(square, iter(range(300))), []
+    with pytest.raises(UserError, match=r"^row 250 of the shard 7: damaged$"):
+        given.extend(results)
+    assert [own for own, _ in given] == [number**2 for number in range(250)]
+    assert len({node for _, node in given}) == 2
+
+
+def test_the_items_of_a_worker_that_dies_are_computed_by_others(marks, capfd):
+    def double(state, number):
+        import os
+
+        mark = marks / f"{number}"
+        if number == 3 and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), 9)
+        return state * number
+
+    assert list(ordered_map(double, range(8), setup=lambda: 2)) == [0, 2, 4, 6, 8, 10, 12, 14]
+    assert "a worker on" in capfd.readouterr().err
+
+
+def test_an_item_that_kills_its_workers_ends_the_run_by_name(monkeypatch):
+    monkeypatch.setattr(engine_ray, "TRIES", 2)
+
+    def killed(name):
+        import os
+
+        if name == "shard 00002, row 7":
+            os.kill(os.getpid(), 9)
+        return name
+
+    with pytest.raises(UserError, match="shard 00002, row 7: each of 2 workers of Ray that computed it died"):
+        list(ordered_map(killed, ["shard 00001", "shard 00002, row 7", "shard 00003"]))
+
+
+def test_a_run_survives_a_machine_that_goes(cluster, second_node):
+    def where(number):
+        import time
+
+        import ray
+
+        time.sleep(0.01)
+        return number, ray.get_runtime_context().get_node_id()
+
+    results = ordered_map(where, range(2000))
+    given = [next(results)]
+    while len({node for _, node in given}) < 2:
+        given.append(next(results))
+    cluster.remove_node(second_node, allow_graceful=False)
+    given += [next(results) for _ in range(500)]
+    results.close()
+    assert [number for number, _ in given] == list(range(len(given)))
+    assert len({node for _, node in given[-100:]}) == 1
+
+
+def test_an_item_that_lacked_memory_is_computed_again_and_one_that_never_has_enough_is_named(marks):
+    def hungry(number):
+        tried = len(list(marks.glob(f"{number}-*")))
+        if (number == 5 and tried == 0) or number == 40:
+            (marks / f"{number}-{tried}").touch()
+            raise MemoryError(f"{number} is much")
+        return number
+
+    results, given = ordered_map(hungry, range(50)), []
+    with pytest.raises(MemoryError, match="40 is much") as caught:
+        given.extend(results)
+    assert given == list(range(40))
+    assert len(list(marks.glob("40-*"))) == engine_ray.TRIES
+    assert "40 did not fit into memory 3 times" in caught.value.__notes__
+
+
+def test_files_travel_to_machines_that_do_not_see_the_disk(monkeypatch, tmp_path, capfd):
+    @dataclass(frozen=True)
+    class Shard:
+        reads: tuple[Path, ...]
+        writes: tuple[Path, ...]
+
+    @contextmanager
+    def unseen(folder, reads):
+        yield folder / "not there"
+
+    monkeypatch.setattr(engine_ray, "_probe", unseen)
+    shards = []
+    for number in range(20):
+        source = tmp_path / f"{number // 2}.in"
+        source.write_bytes(b"%d" % (number // 2))
+        shards.append(Shard((source,), (tmp_path / "out" / f"{number}",)))
+
+    def copy(state, shard):
+        from latentloom.engine import here
+
+        (source,), (target,) = shard.reads, shard.writes
+        if here(source) == source or here(target) == target:
+            raise AssertionError("the disk of the driver was used")
+        here(target).write_bytes(state + here(source).read_bytes())
+        return target.name
+
+    for name, shard in zip(ordered_map(copy, shards, setup=lambda: b"of "), shards, strict=True):
+        assert name == shard.writes[0].name
+        assert shard.writes[0].read_bytes() == b"of " + shard.reads[0].read_bytes()
+    assert "files travel through Ray" in capfd.readouterr().err
+
+
+def test_stages_leave_the_same_bytes_as_in_one_process(monkeypatch, tmp_path):
+    from latentloom import sharding
+    from latentloom.encoding import cache
+    from latentloom.encoding.captions import encode_captions
+    from latentloom.encoding.latents import encode_images
+    from latentloom.encoding.row_store import RowStore
+    from latentloom.encoding.text_encoder import TextEncoder
+    from latentloom.encoding.vae import Vae
+    from latentloom.ingestion.ingest import ingest
+
+    monkeypatch.setattr(sharding, "TENSORS", sharding.ShardBytes(2**10, 2**10, 2**12))
+    monkeypatch.setattr(cache, "TASK_MISSING", 8)
+    draws = np.random.default_rng(0)
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(90):
+        Image.fromarray(draws.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(source / f"{number:02}.png")
+        if number % 9:
+            (source / f"{number:02}.txt").write_text(f"picture {number}")
+    (source / "89.png").write_bytes(b"no picture")
+    (source / "88.png").write_bytes((source / "10.png").read_bytes())
+    changes = {"source": "folder", "path": str(source), "image_size": 32, "limit": None, "max_reject_fraction": 1.0}
+    params = IngestParams(**load_params(ROOT / "params.yaml").ingest.model_dump() | changes)
+    made = []
+    for engine in ("local", "ray"):
+        monkeypatch.setenv("LATENTLOOM_ENGINE", engine)
+        out = tmp_path / engine
+        ingest(params, out / "images", out / "rejects.parquet", out / "near_duplicates.parquet", progress=False)
+        images = encode_images(Vae("bundled"), out / "images", out / "latents", RowStore(out / ".state/a", 2**30))
+        texts = encode_captions(
+            TextEncoder("bundled"), out / "images", out / "text", RowStore(out / ".state/b", 2**30), tokens=True
+        )
+        assert images.encoded == texts.encoded == 78
+        files = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        made.append(files)
+    assert len([name for name in made[0] if name.startswith("latents/0")]) > 2
+    assert made[0].keys() == made[1].keys()
+    assert [name for name in made[0] if made[0][name] != made[1][name]] == []

@@ -1,0 +1,123 @@
+"""The store of prepared images: outs are those of a rebuild, whatever came before, and nothing is decoded twice."""
+
+import shutil
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from latentloom import file_hashes
+from latentloom.file_hashes import FileHashes
+from latentloom.ingestion import preprocess
+from latentloom.ingestion.ingest import ingest
+from latentloom.ingestion.prepared import PreparedStore, recipe
+
+
+@pytest.fixture
+def rerun(tmp_path, monkeypatch, new_corpus):
+    """Ingests a corpus as the stages do, and gives how many files were decoded; the outs are those of a rebuild."""
+    monkeypatch.setattr(file_hashes, "SETTLED_NS", -1)
+    decoded = []
+    prepare = preprocess.prepare_image
+    monkeypatch.setattr(preprocess, "prepare_image", lambda *own, **names: decoded.append(1) or prepare(*own, **names))
+
+    def run(corpus, limit=2**40, **changes) -> int:
+        hashes = FileHashes(tmp_path / "file_hashes.json")
+        for path in corpus.path.rglob("*"):
+            if path.is_file():
+                hashes(path)
+        hashes.save()
+        params = corpus.params(**changes)
+        outs = corpus.images, corpus.rejects, corpus.near_duplicates
+        store = PreparedStore(tmp_path / "state", limit, recipe(params), hashes.known)
+        shutil.rmtree(corpus.images, ignore_errors=True)
+        decoded.clear()
+        report = ingest(params, *outs, progress=False, store=store)
+        count = len(decoded)
+        anew = tmp_path / "anew"
+        shutil.rmtree(anew, ignore_errors=True)
+        others = anew / "images", anew / corpus.rejects.name, anew / corpus.near_duplicates.name
+        assert ingest(params, *others, progress=False) == report
+        for own, other in zip(outs, others, strict=True):
+            for path in other.rglob("*") if other.is_dir() else [other]:
+                assert path.read_bytes() == (own / path.relative_to(other)).read_bytes(), path
+            assert not other.is_dir() or {*map(str, names(own))} == {*map(str, names(other))}
+        return count
+
+    def names(folder):
+        return (path.relative_to(folder) for path in folder.rglob("*"))
+
+    return run
+
+
+def test_what_has_not_changed_is_not_decoded_again(corpus, rerun, shards_of):
+    shards_of(2)
+    for number in range(9):
+        corpus.add(f"{number}.png", "a picture")
+    corpus.add("copy.png", "a copy", (corpus.path / "3.png").read_bytes())
+    corpus.add("broken.png", "none", b"broken")
+    assert rerun(corpus) == 11
+    assert rerun(corpus) == 0
+    corpus.add("55.png", "new")
+    corpus.write("4.txt", "another caption")
+    (corpus.path / "3.png").rename(corpus.path / "z.png")  # so that its copy is kept
+    assert rerun(corpus, val_fraction=0.1) == 1
+
+
+NAMES = st.sampled_from([f"{folder}{number}.png" for folder in ("", "a/") for number in range(6)])
+PICTURES = st.one_of(st.integers(0, 7), st.sampled_from([b"broken", b""]))  # few, so that some are equal
+CHANGES = st.one_of(
+    st.tuples(st.just("add"), NAMES, PICTURES),
+    st.tuples(st.just("remove"), NAMES),
+    st.tuples(st.just("rename"), NAMES, NAMES),
+    st.tuples(st.just("caption"), NAMES, st.sampled_from(["one", "one\ntwo", "", b"\xff"])),
+    st.tuples(
+        st.just("params"),
+        st.sampled_from(
+            PARAMS := [
+                {"val_fraction": 0.1},
+                {"near_duplicate_distance": 8},
+                {"image_size": 48},
+                {"limit": 3},
+                {"max_pixels": 1000},
+            ]
+        ),
+    ),
+    st.tuples(st.just("damage"), st.integers(0, 99), st.integers(0, 10**6)),
+)
+
+
+@pytest.mark.filterwarnings("ignore:.*is damaged")
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(histories=st.lists(st.lists(CHANGES, min_size=1, max_size=6), min_size=2, max_size=3))
+def test_after_any_history_the_outs_are_those_of_a_rebuild(tmp_path, new_corpus, rerun, shards_of, picture, histories):
+    shards_of(2)
+    corpus, params = new_corpus(uuid4().hex), {}
+    corpus.add("kept.png", "a picture", picture(99, 16, 16))
+    shutil.rmtree(tmp_path / "state", ignore_errors=True)
+    for changes in [[], *histories]:
+        for kind, *values in changes:
+            if kind == "params":
+                params = {} if params else values[0]
+            elif kind == "damage":
+                stored = sorted((tmp_path / "state").glob("*"))
+                if stored:
+                    path = stored[values[0] % len(stored)]
+                    content = bytearray(path.read_bytes())
+                    content[values[1] % len(content)] ^= 1
+                    path.unlink()  # an out has the same content
+                    path.write_bytes(content)
+            elif kind == "add":
+                corpus.add(values[0], "a picture", values[1] if values[1] in (b"broken", b"") else picture(values[1]))
+            elif not (path := corpus.path / values[0]).exists():
+                continue
+            elif kind == "remove":
+                path.unlink()
+            elif kind == "rename":
+                (corpus.path / values[1]).parent.mkdir(exist_ok=True)
+                path.rename(corpus.path / values[1])
+            else:
+                corpus.write(str(Path(values[0]).with_suffix(".txt")), values[1])
+        rerun(corpus, **params)
