@@ -10,8 +10,8 @@ store. The rate is that of the images between the two, so that it holds no start
 and the encoder. That is given apart, as what is left of the smaller run. The cases take turns for --rounds rounds;
 figures are medians.
 
-Images have 64x64 pixels, a quarter of the work of the usual 128x128, so what an image costs Ray weighs more here. Shards
-have some 1,000 rows, so that there are as many tasks for each worker as in a set of some 100,000 images.
+Images have 64x64 pixels, a quarter of the work of the usual 128x128, so what an image costs Ray weighs more here.
+Shards have some 1,000 rows, so that there are as many tasks for each worker as in a set of some 100,000 images.
 
     PYTHONPATH=src python benchmarks/ray_engine.py [--images 20000] [--rounds 1]
 """
