@@ -379,5 +379,43 @@ def lineage(
         raise typer.Exit(1)
 
 
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    folder: Annotated[Path, typer.Argument(help="What to make; a new folder, or an empty one.")],
+    to: Annotated[Literal["diffusers", "onnx"], typer.Option(help="What is to load it; docs/export.md has both.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Of its samples, may be repeated; by default evaluate.prompts.")
+    ] = None,
+) -> None:
+    """Write a model as a folder for diffusers, or for ONNX Runtime, that needs nothing of this package."""
+    from latentloom.export.folders import shown_figures
+    from latentloom.registry.models import find_model
+
+    root = project_root()
+    found = find_model(model, root)
+    if to == "diffusers":
+        from latentloom.export.diffusers_folder import export_diffusers as write
+    else:
+        from latentloom.export.onnx_folder import export_onnx as write
+    write(found, folder, root, figures=shown_figures(found, root), prompts=prompt)
+    print(folder)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="What `latentloom export` made.")],
+    hub_id: Annotated[str, typer.Argument(metavar="HUB_ID", help="OWNER/NAME on the Hugging Face hub.")],
+    public: Annotated[bool, typer.Option("--public", help="For everybody to see; else for you alone.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, and send nothing.")] = False,
+) -> None:
+    """Send an exported model to the Hugging Face hub, with the token of `hf auth login` or HF_TOKEN."""
+    from latentloom.export.hub import Upload
+
+    upload = Upload.of(folder, hub_id, public=public)
+    print(upload.text())
+    print("nothing was sent (--dry-run)" if dry_run else upload.send())
+
+
 if __name__ == "__main__":
     app()
