@@ -80,9 +80,11 @@ class FolderSource(Source):
 
     def _is_image(self, name: str) -> bool:
         """By its name, or where that says nothing by its content. A link to nowhere may be to a folder of images."""
+        if looks_like_image(name):
+            return True
+        if _may_hold_captions(name):
+            return False
         path = self.root / name
-        if looks_like_image(name) or _may_hold_captions(name):
-            return looks_like_image(name)
         if not _is_file(path):
             return path.is_symlink() and not path.exists()
         try:
