@@ -34,6 +34,7 @@ from latentloom.ingestion.parquet import ParquetSource
 from latentloom.ingestion.prepared import Key, PreparedStore
 from latentloom.ingestion.preprocess import Known, Outcome, preprocess_sample
 from latentloom.ingestion.rejects import Reason, Reject, RejectTable
+from latentloom.ingestion.remote import is_remote
 from latentloom.ingestion.shards import ImageRow, SourceCount, amend_shards, write_manifest, write_shards
 from latentloom.ingestion.size_table import render
 from latentloom.ingestion.source_files import resolve_source_path
@@ -311,7 +312,7 @@ def _keep_near_duplicates_together(
 
 
 def _check_outputs_outside_source(entry: SourceParams, outputs: Iterable[Path]) -> None:
-    if entry.path is None:
+    if entry.path is None or is_remote(entry.path):
         return
     source = resolve_source_path(entry.path).resolve()
     for output in outputs:

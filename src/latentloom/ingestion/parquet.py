@@ -20,6 +20,7 @@ import pyarrow.types as types
 
 from latentloom.ingestion.captions import CAPTION_COLUMNS, columns_of_captions, flat_captions, notice_of_several
 from latentloom.ingestion.rejects import Reason, RejectedSample, error_message
+from latentloom.ingestion.remote import is_remote, open_file
 from latentloom.ingestion.source_files import loose_samples, source_files
 from latentloom.ingestion.sources import IngestError, Sample, Source, reject, rejected_sample
 
@@ -91,7 +92,7 @@ class ParquetSource(Source):
                 detail = f"the rows {row} to {stop - 1} cannot be read ({error_message(error)})"
                 yield rejected_sample(f"{name}:{row}", Reason.UNREADABLE, detail)
 
-    def _columns(self, path: Path, schema: pa.Schema) -> list[str]:
+    def _columns(self, path: Path | str, schema: pa.Schema) -> list[str]:
         """The image column, then those of captions."""
         with_bytes = {field.name.lower(): field.name for field in reversed(schema) if _holds_bytes(field.type)}
         if self._image_column is None:
@@ -117,8 +118,9 @@ class ParquetSource(Source):
         return [*images, *captions]
 
 
-def _open(path: Path) -> pq.ParquetFile:
-    return pq.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True)
+def _open(path: Path | str) -> pq.ParquetFile:
+    file = open_file(path) if is_remote(path) else path
+    return pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True)
 
 
 def _holds_bytes(arrow_type: pa.DataType) -> bool:

@@ -11,6 +11,7 @@ in one file. A damaged tar costs what lies behind the damage; the samples before
 import posixpath
 import tarfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
 from pathlib import Path, PureWindowsPath
@@ -21,6 +22,7 @@ from latentloom.ingestion.caption_files import TABLES, CaptionFiles, LineCounts,
 from latentloom.ingestion.image_formats import HEAD, format_of, looks_like_image
 from latentloom.ingestion.images import MAX_BYTES
 from latentloom.ingestion.rejects import Reason, RejectedSample, error_message
+from latentloom.ingestion.remote import open_file, size_of
 from latentloom.ingestion.source_files import is_hidden, loose_samples, source_files
 from latentloom.ingestion.sources import Sample, Source, rejected_sample
 
@@ -70,7 +72,7 @@ class WebDatasetSource(Source):
     def count_lines(self, lines: LineCounts) -> None:
         self._lines = self._lines.plus(lines)
 
-    def _samples(self, tar: str, path: Path) -> Iterator[Sample]:
+    def _samples(self, tar: str, path: Path | str) -> Iterator[Sample]:
         known: set[str] = set()
         for stem, members in groupby(_members(path), key=lambda member: self._split(member[0])[0]):
             image: bytes | None = None
@@ -116,14 +118,14 @@ def _of_longer_extension(tar: str, stem: str, names: list[str]) -> Iterator[Samp
             yield rejected_sample(f"{tar}/{name}", Reason.MISSING_FILE, detail)
 
 
-def _members(path: Path) -> Iterator[tuple[str, bytes | RejectedSample]]:
+def _members(path: Path | str) -> Iterator[tuple[str, bytes | RejectedSample]]:
     """Names and contents of the images, texts and JSON of a tar; of a member that is rejected, why.
 
     Where the tar is damaged, the reason comes as the content of a last member without a name.
     """
     last = ""
     try:
-        if not path.stat().st_size:
+        if not size_of(path):
             yield "", RejectedSample(Reason.EMPTY_FILE, "the file holds no bytes")
             return
         with _opened(path) as tar:
@@ -151,10 +153,16 @@ def _members(path: Path) -> Iterator[tuple[str, bytes | RejectedSample]]:
         yield "", RejectedSample(Reason.TRUNCATED if is_cut and last else Reason.UNREADABLE, detail)
 
 
-def _opened(path: Path) -> tarfile.TarFile:
-    if path.name.lower().endswith(ZSTD):
-        return tarfile.open(fileobj=pa.input_stream(path, compression="zstd"), mode="r|", tarinfo=_Header)
-    return tarfile.open(path, tarinfo=_Header)
+@contextmanager
+def _opened(path: Path | str) -> Iterator[tarfile.TarFile]:
+    with open_file(path) as file:
+        if str(path).lower().endswith(ZSTD):
+            unpacked = pa.input_stream(file, compression="zstd")
+            with unpacked, tarfile.open(fileobj=unpacked, mode="r|", tarinfo=_Header) as tar:
+                yield tar
+        else:
+            with tarfile.open(fileobj=file, tarinfo=_Header) as tar:
+                yield tar
 
 
 class _Header(tarfile.TarInfo):
