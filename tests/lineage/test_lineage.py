@@ -29,7 +29,7 @@ from latentloom.params import SourceParams
 from latentloom.registry import registry
 from latentloom.registry.models import find_model
 from latentloom.tracking.git import Git
-from latentloom.tracking.provenance import PROVENANCE, Provenance, collect, save_run_record
+from latentloom.tracking.provenance import HASH_TAG, PROVENANCE, Provenance, collect, save_run_record
 from latentloom.tracking.store import open_client
 
 DATA = ("data/images", "data/latents", "data/text", "data/validated.json")
@@ -284,6 +284,35 @@ def test_a_model_that_was_converted_and_passed_on_needs_neither_the_store_nor_th
     shutil.copytree(folder, "models/unet")
     assert CliRunner().invoke(app, [*sample, "models/unet", "-o", "again.png"]).exit_code == 0
     assert Path("again.png").read_bytes() == Path("apple.png").read_bytes()
+
+
+def test_a_base_is_shown_and_comes_back_to_where_a_training_looks_for_it(lab, trained, tiny_unets):
+    shutil.copytree(tiny_unets[1], "old")
+    out, sha256 = out_hash(Path("old")), model_hash(tiny_unets[1])
+    write_json("data/init.json", {"reference": "old", "sha256": sha256, "out": out})
+    run_id = trained()
+    base = link(trace(run_id, lab), "base")
+    assert (base.name, base.hash, base.place) == (f"old, sha256 {sha256[:12]}", sha256, Place.HERE)
+    assert base.command.endswith(f"cp -r {lab / 'old'} .state/models/{sha256}")
+    put_into_cache(Path("old"))
+    forget("old")
+    base = link(trace(run_id, lab), "base")
+    assert (base.place, base.where, base.needed) == (Place.HERE, "DVC's cache", False)
+    assert base.command.endswith(f"latentloom.dvc_outs {out}=.state/models/{sha256}")
+    forget(objects=out, lab=lab)
+    found = trace(run_id, lab)
+    assert link(found, "base").place is Place.LOST
+    assert not found.missing  # the model itself is here
+    tags = {HASH_TAG: sha256}
+    client = open_client(lab)
+    client.create_registered_model("latentloom")
+    client.create_model_version("latentloom", "nowhere", run_id, tags=tags)
+    base = link(trace(run_id, lab), "base")
+    assert (base.place, base.where) == (Place.REMOTE, "version 1 of the registry")
+    Path("mlflow.db").unlink()
+    commit("Results")
+    shutil.rmtree(".state")
+    assert link(trace("models/unet", lab), "base").hash == sha256  # by the commit
 
 
 @pytest.mark.parametrize("known_by", ["run record", "PNG", "commit"])

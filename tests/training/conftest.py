@@ -9,9 +9,12 @@ from latentloom.params import DiffusionParams, TrainParams
 @pytest.fixture
 def train_params() -> TrainParams:
     return TrainParams(
+        init=None,
+        init_strict=False,
         steps=40,
         batch_size=8,
         gradient_accumulation=1,
+        block_rows=None,
         optimizer="adamw",
         learning_rate=3e-3,
         lr_schedule="cosine",
