@@ -120,7 +120,7 @@ def ingest(
     """
     for entry in params.sources:
         _check_outputs_outside_source(entry, (images_folder, rejects_path, near_duplicates_path))
-    sources = {entry.label: open_source(entry, params) for entry in params.sources}
+    sources = {entry.label: open_source(entry, params, store) for entry in params.sources}
     counts = {
         entry.label: SourceCount(entry.label, entry.source, entry.weight, source.attribution, source.licence)
         for entry, source in zip(params.sources, sources.values(), strict=True)
@@ -179,7 +179,7 @@ def ingest(
     )
 
 
-def open_source(entry: SourceParams, params: IngestParams) -> Source:
+def open_source(entry: SourceParams, params: IngestParams, store: PreparedStore | None = None) -> Source:
     """The source that an entry of the params names.
 
     Raises:
@@ -193,7 +193,8 @@ def open_source(entry: SourceParams, params: IngestParams) -> Source:
         case "webdataset":
             return WebDatasetSource(entry.path, entry.captions, entry.caption_column, entry.key)
         case "parquet":
-            return ParquetSource(entry.path, entry.image_column, entry.caption_column)
+            known = [store.knows] if store else []
+            return ParquetSource(entry.path, entry.image_column, entry.caption_column, *known)
 
 
 class _Item(NamedTuple):

@@ -30,7 +30,7 @@ from latentloom.ingestion import remote
 from latentloom.ingestion.caption_files import TABLES, TEXT_SUFFIXES
 from latentloom.ingestion.image_formats import PLUGINS, looks_like_image
 from latentloom.ingestion.rejects import Reason
-from latentloom.ingestion.sources import IngestError, Sample, rejected_sample
+from latentloom.ingestion.sources import IngestError, Origin, Sample, rejected_sample
 from latentloom.layout import project_root
 from latentloom.params import WHAT_A_PATH_HOLDS, SourceParams
 
@@ -94,6 +94,11 @@ def _chosen(
         kind = " or ".join(filter(None, suffixes))
         raise IngestError(f"ingest: the path {path} holds no file{kind and f' that ends in {kind}'}")
     return files, [name for name in there if name not in files]
+
+
+def origin_of(file: Path | str, part: str) -> Origin | None:
+    """The origin of an image that is a part of a file; of one at an address, none."""
+    return None if remote.is_remote(file) else Origin(str(file), part)
 
 
 def loose_samples(others: Iterable[str], read: str) -> list[Sample]:
