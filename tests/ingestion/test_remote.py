@@ -116,42 +116,41 @@ def test_an_address_that_cannot_be_listed_is_an_error_unless_it_was_listed_befor
 
 
 @pytest.mark.service
-def test_objects_of_an_s3_store_are_known_by_their_etags_and_read_once(packed, corpus, tmp_path, monkeypatch, contents):
+def test_objects_of_an_s3_store_are_known_by_their_etags_and_decoded_once(
+    packed, corpus, tmp_path, monkeypatch, contents
+):
     (tmp_path / "store").mkdir()
     with seaweedfs(tmp_path / "store") as store:
         for name, value in store.environment.items():
             monkeypatch.setenv(name, value)
-        fsspec.filesystem("s3").mkdir("photos")
-        address = "s3://photos/set"
-        upload(packed["folder"], address)
-        entries = [SourceParams(source="folder", path=address)]
-
-        def listed():
-            with monkeypatch.context() as patch:
-                patch.setattr(remote, "read", None)
-                return fingerprint_sources(entries, tmp_path / "none.json")
-
-        before = listed()
-        assert listed() == before
-        corpus.ingest()
-        local = contents(corpus.images)
+        system = fsspec.filesystem("s3")
+        system.mkdir("photos")
         decoded, prepare = [], preprocess.prepare_image
         monkeypatch.setattr(
             preprocess, "prepare_image", lambda *own, **names: decoded.append(1) or prepare(*own, **names)
         )
+        for source, folder in packed.items():
+            address, entries = f"s3://photos/{source}", [SourceParams(source=source, path=f"s3://photos/{source}")]
+            upload(folder, address)
 
-        def run() -> int:
-            decoded.clear()
-            params = corpus.params(path=address)
-            state = PreparedStore(tmp_path / "state", 2**30, recipe(params), FileHashes(tmp_path / "hashes").known)
-            ingest(params, corpus.images, corpus.rejects, corpus.near_duplicates, progress=False, store=state)
-            return len(decoded)
+            def listed(entries=entries):
+                with monkeypatch.context() as patch:
+                    patch.setattr(remote, "read", None)
+                    return fingerprint_sources(entries, tmp_path / "none.json")
 
-        assert run() == 6
-        assert contents(corpus.images) == local
-        assert run() == 0
-        assert contents(corpus.images) == local
-        fsspec.filesystem("s3").pipe_file("photos/set/a/1.png", (packed["folder"] / "a" / "2.png").read_bytes())
-        assert listed() != before
-        assert run() == 1
-        assert store.secret not in repr(before) + corpus.rejects.read_bytes().decode("latin-1")
+            def run(**origin) -> int:
+                decoded.clear()
+                params = corpus.params(**origin)
+                state = PreparedStore(tmp_path / "state", 2**30, recipe(params), FileHashes(tmp_path / "hashes").known)
+                ingest(params, corpus.images, corpus.rejects, corpus.near_duplicates, progress=False, store=state)
+                return len(decoded)
+
+            before = listed()
+            assert listed() == before
+            corpus.ingest(source=source, path=str(folder))
+            local = contents(corpus.images)
+            assert [run(source=source, path=address) for _ in range(2)] == [{"folder": 6}.get(source, 4), 0]
+            assert contents(corpus.images) == local
+            assert store.secret not in repr(before) + corpus.rejects.read_bytes().decode("latin-1")
+        system.pipe_file("photos/folder/a/1.png", (packed["folder"] / "a" / "2.png").read_bytes())
+        assert run(path="s3://photos/folder") == 1

@@ -43,6 +43,18 @@ class RemoteFile:
         return self.version and f"{self.address} {self.size} {self.version}"
 
 
+class Address(str):
+    """The address of a listed file, which knows what says which bytes these are (`RemoteFile.origin`)."""
+
+    origin: str | None
+
+    @classmethod
+    def of(cls, file: RemoteFile) -> "Address":
+        address = cls(file.address)
+        address.origin = file.origin
+        return address
+
+
 def is_remote(path: Path | str) -> bool:
     """Whether a source's path is an address."""
     return "://" in str(path)

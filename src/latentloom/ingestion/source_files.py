@@ -57,7 +57,9 @@ def source_files(path: Path | str, suffixes: tuple[str, ...]) -> tuple[dict[str,
         IngestError: when nothing is there, or no such file.
     """
     if remote.is_remote(path):
-        return _chosen({name: file.address for name, file in remote_files(str(path)).items()}, path, suffixes)
+        return _chosen(
+            {name: remote.Address.of(file) for name, file in remote_files(str(path)).items()}, path, suffixes
+        )
     path = resolve_source_path(path)
     if path.is_file():
         return {path.name: path}, []
@@ -97,8 +99,10 @@ def _chosen(
 
 
 def origin_of(file: Path | str, part: str) -> Origin | None:
-    """The origin of an image that is a part of a file; of one at an address, none."""
-    return None if remote.is_remote(file) else Origin(str(file), part)
+    """The origin of an image that is a part of a file; None where a listing has not told the file's version."""
+    if not remote.is_remote(file):
+        return Origin(str(file), part)
+    return file.origin and Origin(None, f"{file.origin} {part}")
 
 
 def loose_samples(others: Iterable[str], read: str) -> list[Sample]:
