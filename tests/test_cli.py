@@ -8,6 +8,7 @@ import shutil
 import socket
 from pathlib import Path
 
+import fsspec
 import pytest
 from tiny_models import save_tiny_unet
 from typer.testing import CliRunner
@@ -37,6 +38,14 @@ def test_a_params_file_of_several_sizes_shows_them(invoke, tmp_path):
         "ingest.image_size 128: 96x192, 96x160, 128x128, 160x96, 192x96",
         "ingest.image_size 192: 128x256, 160x224, 192x192, 224x160, 256x128",
     ]
+
+
+def test_a_source_at_an_address_is_listed(invoke, tmp_path):
+    fsspec.filesystem("memory").pipe_file("/checked/a.png", b"four")
+    shipped = (ROOT / "params.yaml").read_text()
+    changed = shipped.replace("source: openmoji", "source: folder").replace("path: null", "path: memory://checked", 1)
+    (tmp_path / "params.yaml").write_text(changed)
+    assert invoke("check").output.splitlines() == ["memory://checked: 1 files, 4 bytes"]
 
 
 def test_a_bad_params_file_is_rejected(invoke, tmp_path):
