@@ -22,6 +22,7 @@ from latentloom.errors import UserError, WriteError
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -138,6 +139,27 @@ def read_table(path: Path | str, columns: list[str]) -> "pd.DataFrame":
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: run `dvc repro`, which makes it") from None
     except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be used ({error}): delete it and run `dvc repro`") from error
+
+
+def read_batches(path: Path | str, columns: list[str]) -> "Iterator[pa.RecordBatch]":
+    """Read columns of a Parquet file, a part at a time: at least one, which may be empty.
+
+    Raises:
+        UserError: as `read_table`.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            schema = pa.schema([file.schema_arrow.field(name) for name in columns])
+            yield pa.RecordBatch.from_pylist([], schema)
+            for batch in file.iter_batches(columns=columns):
+                yield batch.select(columns)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: run `dvc repro`, which makes it") from None
+    except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path} cannot be used ({error}): delete it and run `dvc repro`") from error
 
 

@@ -39,27 +39,38 @@ def to_hex(ids: np.ndarray) -> pa.Array:
     return text.cast(pa.string()) if digits.size < 2**31 else text
 
 
+class Places:
+    """Where ids are among others, uint8 ``(N, 32)``, which are sorted once; beside them it holds 16 bytes for each."""
+
+    def __init__(self, among: np.ndarray) -> None:
+        words = first_words(among)
+        self._among, self._order = among, np.argsort(words, kind="stable")
+        self._words = words[self._order]
+
+    def of(self, wanted: np.ndarray) -> np.ndarray:
+        """The place of each of the ids, uint8 ``(M, 32)``: int64, -1 where it is not; of equal ones, the first."""
+        own = first_words(wanted)
+        at = np.empty(len(own), np.int64)
+        sorting = np.argsort(own)  # sorted questions read the sorted words from one end to the other
+        at[sorting] = np.searchsorted(self._words, own[sorting])
+        found, open_questions = np.full(len(own), -1, np.int64), np.arange(len(own))
+        while len(open_questions):  # once, unless two ids begin with the same 8 bytes
+            open_questions = open_questions[at[open_questions] < len(self._words)]
+            open_questions = open_questions[self._words[at[open_questions]] == own[open_questions]]
+            candidates = self._order[at[open_questions]]
+            equal = (self._among[candidates] == wanted[open_questions]).all(axis=1)
+            found[open_questions[equal]] = candidates[equal]
+            open_questions = open_questions[~equal]
+            at[open_questions] += 1
+        return found
+
+
 def positions(wanted: np.ndarray, among: np.ndarray) -> np.ndarray:
     """Where each of the ids ``wanted`` is ``among`` others, both uint8 ``(N, 32)``: int64, -1 where it is not.
 
     Of ids that are there several times, the first.
     """
-    words, own = first_words(among), first_words(wanted)
-    order = np.argsort(words, kind="stable")
-    words = words[order]
-    sorting = np.argsort(own)  # sorted questions read the sorted words from one end to the other
-    at = np.empty(len(own), np.int64)
-    at[sorting] = np.searchsorted(words, own[sorting])
-    found, open_questions = np.full(len(own), -1, np.int64), np.arange(len(own))
-    while len(open_questions):  # once, unless two ids begin with the same 8 bytes
-        open_questions = open_questions[at[open_questions] < len(words)]
-        open_questions = open_questions[words[at[open_questions]] == own[open_questions]]
-        candidates = order[at[open_questions]]
-        equal = (among[candidates] == wanted[open_questions]).all(axis=1)
-        found[open_questions[equal]] = candidates[equal]
-        open_questions = open_questions[~equal]
-        at[open_questions] += 1
-    return found
+    return Places(among).of(wanted)
 
 
 def first_words(ids: np.ndarray) -> np.ndarray:
