@@ -142,24 +142,22 @@ def read_table(path: Path | str, columns: list[str]) -> "pd.DataFrame":
         raise UserError(f"{path} cannot be used ({error}): delete it and run `dvc repro`") from error
 
 
-def read_batches(path: Path | str, columns: list[str]) -> "Iterator[pa.RecordBatch]":
-    """Read columns of a Parquet file, a part at a time: at least one, which may be empty.
-
-    Raises:
-        UserError: as `read_table`.
-    """
+def iterate_table(path: Path | str, columns: list[str], rows: int = 2**18) -> "Iterator[pa.Table]":
+    """Read columns of a Parquet file in parts of at most so many rows, at least one; raises as `read_table` does."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
-            schema = pa.schema([file.schema_arrow.field(name) for name in columns])
-            yield pa.RecordBatch.from_pylist([], schema)
-            for batch in file.iter_batches(columns=columns):
-                yield batch.select(columns)
+            if missing := set(columns) - set(file.schema_arrow.names):
+                raise ValueError(f"it has no column {', '.join(sorted(missing))}")
+            if not file.metadata.num_rows:
+                yield file.schema_arrow.empty_table().select(columns)
+            for batch in file.iter_batches(rows, columns=columns):
+                yield pa.Table.from_batches([batch])
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: run `dvc repro`, which makes it") from None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be used ({error}): delete it and run `dvc repro`") from error
 
 

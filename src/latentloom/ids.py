@@ -39,19 +39,27 @@ def to_hex(ids: np.ndarray) -> pa.Array:
     return text.cast(pa.string()) if digits.size < 2**31 else text
 
 
-class Places:
-    """Where ids are among others, uint8 ``(N, 32)``, which are sorted once; beside them it holds 16 bytes for each."""
+def positions(wanted: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """Where each of the ids ``wanted`` is ``among`` others, both uint8 ``(N, 32)``: int64, -1 where it is not.
+
+    Of ids that are there several times, the first.
+    """
+    return Lookup(among).positions(wanted)
+
+
+class Lookup:
+    """Ids, uint8 ``(N, 32)``, sorted once, to find others among them several times, as a table is read in parts."""
 
     def __init__(self, among: np.ndarray) -> None:
         words = first_words(among)
         self._among, self._order = among, np.argsort(words, kind="stable")
         self._words = words[self._order]
 
-    def of(self, wanted: np.ndarray) -> np.ndarray:
-        """The place of each of the ids, uint8 ``(M, 32)``: int64, -1 where it is not; of equal ones, the first."""
+    def positions(self, wanted: np.ndarray) -> np.ndarray:
+        """As `positions`."""
         own = first_words(wanted)
-        at = np.empty(len(own), np.int64)
         sorting = np.argsort(own)  # sorted questions read the sorted words from one end to the other
+        at = np.empty(len(own), np.int64)
         at[sorting] = np.searchsorted(self._words, own[sorting])
         found, open_questions = np.full(len(own), -1, np.int64), np.arange(len(own))
         while len(open_questions):  # once, unless two ids begin with the same 8 bytes
@@ -65,12 +73,13 @@ class Places:
         return found
 
 
-def positions(wanted: np.ndarray, among: np.ndarray) -> np.ndarray:
-    """Where each of the ids ``wanted`` is ``among`` others, both uint8 ``(N, 32)``: int64, -1 where it is not.
-
-    Of ids that are there several times, the first.
-    """
-    return Places(among).of(wanted)
+def ascending(ids: np.ndarray) -> np.ndarray:
+    """The order (N,) that sorts ids, uint8 ``(N, 32)``; equal ones stay in theirs."""
+    words = first_words(ids)
+    order = np.argsort(words, kind="stable")
+    if (words[order[1:]] == words[order[:-1]]).any():  # two that begin alike, as hashes hardly do
+        return np.lexsort(ids.T[::-1])
+    return order
 
 
 def first_words(ids: np.ndarray) -> np.ndarray:

@@ -24,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from latentloom.engine import engine_name, ordered_map
+from latentloom.ids import ascending
 from latentloom.ingestion.colours import Profile
 from latentloom.ingestion.deduplicator import Deduplicator
 from latentloom.ingestion.folder import FolderSource
@@ -41,6 +42,8 @@ from latentloom.ingestion.sources import IngestError, Sample, Source
 from latentloom.ingestion.splits import linked_to_train
 from latentloom.ingestion.webdataset import WebDatasetSource
 from latentloom.params import IngestParams, SourceParams
+
+KNOWN_AT_ONCE = 64  # samples for a worker that need not be decoded, so that handing them over costs little
 
 
 @dataclass(frozen=True)
@@ -194,60 +197,88 @@ def open_source(entry: SourceParams, params: IngestParams) -> Source:
 
 
 class _Item(NamedTuple):
-    """What a worker gets: a sample, and what is known of it."""
+    """A sample of a source, what is known of it, and by which key it is known."""
 
     source: str
     sample: Sample
     with_preview: frozenset[Reason]
-    known: Known | None
+    known: Known | None = None
+    key: Key | None = None
 
     def preprocess(self, params: IngestParams) -> Outcome:
         return preprocess_sample(self.source, self.sample, params, self.with_preview, self.known)
-
-
-def _preprocess_elsewhere(params: IngestParams, item: _Item) -> Outcome:
-    """The same in a process that has not been made ready for it."""
-    with pillow_settings(params.max_pixels):
-        return item.preprocess(params)
-
-
-def _is_reject(outcome: Outcome) -> bool:
-    """Whether a sample could not be used: another machine may not see its file, or lack a plugin to read it."""
-    return isinstance(outcome.result, Reject)
 
 
 def _preprocessed(
     sources: Mapping[str, Source], params: IngestParams, rejects: RejectTable, store: PreparedStore | None
 ) -> Iterator[ImageRow | Reject]:
     """What becomes of every sample, in order; what the store has is not read."""
-    under_way: deque[tuple[_Item, Key | None]] = deque()
+    under_way: deque[list[_Item]] = deque()
 
-    def items() -> Iterator[_Item]:
-        for name, source in sources.items():
-            for sample in source.samples():
-                key = store.key(sample.origin) if store else None
-                known = store.find(key) if key else None
+    def batches() -> Iterator[list[_Item]]:
+        for batch in _batches(_found(sources, rejects, store)):
+            under_way.append(batch)
+            yield batch
+
+    work = partial(_preprocess if engine_name() == "local" else _preprocess_elsewhere, params)
+    with closing(ordered_map(work, batches(), redo=_has_reject)) as results:
+        for outcomes in results:
+            for item, outcome in zip(under_way.popleft(), outcomes, strict=True):
+                sources[item.source].count_lines(outcome.lines)
+                yield _kept_in_store(item, outcome, params, store).result
+
+
+def _found(sources: Mapping[str, Source], rejects: RejectTable, store: PreparedStore | None) -> Iterator[_Item]:
+    """Every sample, with what the store knows of it."""
+    for name, source in sources.items():
+        for sample in source.samples():
+            item = _Item(name, sample, rejects.with_preview)
+            if store and (key := store.key(sample.origin)):
+                known = store.find(key)
                 if known and not known.shown and known.reason in rejects.with_preview:
                     known = None
-                item = _Item(name, sample, rejects.with_preview, known)
-                under_way.append((item, key))
-                yield item
+                item = item._replace(key=key, known=known)
+            yield item
 
-    local = engine_name() == "local"
-    work = partial(_Item.preprocess, params=params) if local else partial(_preprocess_elsewhere, params)
-    with closing(ordered_map(work, items(), redo=_is_reject)) as outcomes:
-        for outcome in outcomes:
-            item, key = under_way.popleft()
-            if item.known and isinstance(outcome.result, ImageRow):
-                if picture := store.picture(item.known):
-                    outcome = replace(outcome, result=replace(outcome.result, png=picture))
-                else:
-                    outcome = item._replace(known=None).preprocess(params)
-            sources[item.source].count_lines(outcome.lines)
-            # A file that changes while it is read has other times than its hash is known by.
-            if key and outcome.known and (item.known or store.key(item.sample.origin) == key):
-                store.note(key, outcome.known)
-            yield outcome.result
+
+def _batches(items: Iterable[_Item]) -> Iterator[list[_Item]]:
+    """Samples that are known, whose captions alone are read, some at a time; any other ends its batch."""
+    batch: list[_Item] = []
+    for item in items:
+        batch.append(item)
+        if item.known is None or len(batch) == KNOWN_AT_ONCE:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _preprocess(params: IngestParams, batch: list[_Item]) -> list[Outcome]:
+    return [item.preprocess(params) for item in batch]
+
+
+def _preprocess_elsewhere(params: IngestParams, batch: list[_Item]) -> list[Outcome]:
+    """The same in a process that has not been made ready for it."""
+    with pillow_settings(params.max_pixels):
+        return _preprocess(params, batch)
+
+
+def _has_reject(outcomes: list[Outcome]) -> bool:
+    """Whether a sample could not be used: another machine may not see its file, or lack a plugin to read it."""
+    return any(isinstance(outcome.result, Reject) for outcome in outcomes)
+
+
+def _kept_in_store(item: _Item, outcome: Outcome, params: IngestParams, store: PreparedStore | None) -> Outcome:
+    """The outcome with its picture, which the store has where the sample was known; and noted there."""
+    if item.known and isinstance(outcome.result, ImageRow):
+        if picture := store.picture(item.known):
+            outcome.result = replace(outcome.result, png=picture)
+        else:
+            outcome = item._replace(known=None).preprocess(params)
+    # A file that changed while it was read has other times than its hash is known by.
+    if item.key and outcome.known and (item.known or store.key(item.sample.origin) == item.key):
+        store.note(item.key, outcome.known)
+    return outcome
 
 
 def _expected(sources: Iterable[Source], limit: int | None) -> int | None:
@@ -277,8 +308,7 @@ def _keep_near_duplicates_together(
 ) -> tuple[Pairs, np.ndarray]:
     """Write the near duplicates; give them, and the rows that move to the training split."""
     images, in_train, signatures = deduplicator.ids(), deduplicator.in_train(), deduplicator.signatures()
-    words = images.view(">u8")
-    order = np.lexsort(words.T[::-1])  # by id, so that the sources' order does not matter
+    order = ascending(images)  # by id, so that the sources' order does not matter
     pairs = find_near_duplicates(signatures, distance or 0, None if distance is None else order)
     write_near_duplicates(path, images[order], pairs)
     return pairs, order[linked_to_train(pairs, in_train[order])]

@@ -283,7 +283,8 @@ def _up_to_its_end(rows: Iterator[ImageRow]) -> Iterator[ImageRow]:
 
 def _table(group: list[ImageRow]) -> pa.Table:
     columns = {name: [getattr(row, name) for row in group] for name in COLUMNS if name != "image"}
-    return pa.table(columns | {"image": [(row.png, f"{row.id}.png") for row in group]}, SCHEMA)
+    image = [pa.array([row.png for row in group], pa.binary()), pa.array([f"{row.id}.png" for row in group])]
+    return pa.table(columns | {"image": pa.StructArray.from_arrays(image, ["bytes", "path"])}, SCHEMA)
 
 
 def _rewrite_shard(path: Path, is_moved: np.ndarray, more_captions: list[list[str]]) -> int:

@@ -123,7 +123,7 @@ def describe(data: Data) -> Overview:
             "Shorter side of the originals, in pixels": histogram(
                 pd.Series(np.minimum(images["width"], images["height"])), _ranges(SIZES)
             ),
-            "Aspect ratio of the originals": histogram(pd.Series(images["width"] / images["height"]), ASPECTS),
+            "Aspect ratio of the originals": histogram(pd.Series(images["width"]) / images["height"], ASPECTS),
             **({"Size of the images, as prepared": sizes} if "sizes" in data.manifest else {}),
         },
         kept=[shown[image_id] for image_id in chosen],

@@ -1,7 +1,7 @@
 """What was rejected, counted by its reason, with the few of each reason that a page shows."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from latentloom.files import read_batches
+from latentloom.files import iterate_table
 
 SHOWN = 8  # of each reason
 
@@ -37,7 +37,7 @@ class Rejected:
             UserError: when it is missing, damaged or lacks a column.
         """
         before = self.reasons.total()
-        for batch in read_batches(path, ["key", "reason", "detail", *more]):
+        for batch in record_batches(path, ["key", "reason", "detail", *more]):
             for item in batch["reason"].value_counts().to_pylist():
                 self.reasons[item["values"]] += item["counts"]
                 self._show(batch, item["values"])
@@ -61,3 +61,9 @@ class Rejected:
             for row in np.flatnonzero(matches)[: SHOWN - len(own)].tolist():
                 values = (column[row].as_py() for column in (batch["key"], batch["detail"], previews, ids))
                 own.append(RejectedRow(*values))
+
+
+def record_batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Columns of a Parquet file in parts, at least one; raises as `iterate_table` does."""
+    for part in iterate_table(path, columns):
+        yield from part.to_batches() or [pa.RecordBatch.from_pylist([], part.schema)]

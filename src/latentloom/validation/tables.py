@@ -25,10 +25,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from latentloom.files import read_batches, read_json, read_table
-from latentloom.ids import Places, from_hex, to_hex
+from latentloom.files import read_json, read_table
+from latentloom.ids import Lookup, from_hex, to_hex
 from latentloom.ingestion.shards import SCHEMA, metadata_batches, read_manifest
-from latentloom.validation.rejected import Rejected
+from latentloom.validation.rejected import Rejected, record_batches
 
 SPLITS = ["train", "validation"]
 TRAIN, VALIDATION = range(2)  # their codes
@@ -86,16 +86,16 @@ def read_data(folder: Path) -> Data:
     latent_stats = read_json(folder / "latents/stats.json")
     caption_index = folder / "text/index.parquet"
     captions = _captions(caption_index)
-    latent_places = Places(latents["id"])
+    latent_places = Lookup(latents["id"])
     pairs, captions_of = _pairs(folder / "text/pairs.parquet", latent_places, len(latents["id"]))
     text_stats = read_json(folder / "text/stats.json")
 
     held_out = latents["split"] == VALIDATION
-    known = Places(images["id"]).of(latents["id"])
+    known = Lookup(images["id"]).positions(latents["id"])
     ingested = np.where(known < 0, -1, images["split"][known]) if len(images["id"]) else known
     encoded = np.zeros(len(images["id"]), bool)
     encoded[known[known >= 0]] = True
-    encoded[_known(Places(images["id"]).of(latents_rejected))] = True
+    encoded[_known(Lookup(images["id"]).positions(latents_rejected))] = True
     means = latent_stats["mean"]
     names = [f"channel {number}" for number in range(len(means))]
     return Data(
@@ -176,7 +176,7 @@ def _latents(path: Path, splits: list[str]) -> Columns:
             name: values[name] for name in ("mean", "std")
         }
 
-    return _joined(map(read, read_batches(path, ["id", "split", "mean", "std", "abs_max", "finite"])))
+    return _joined(map(read, record_batches(path, ["id", "split", "mean", "std", "abs_max", "finite"])))
 
 
 def _captions(path: Path) -> Columns:
@@ -186,31 +186,31 @@ def _captions(path: Path) -> Columns:
         finite = batch["finite"].to_numpy(zero_copy_only=False) & _all_finite(values[name] for name in EMBEDDING)
         return values | {"length": length, "finite": finite}
 
-    return _joined(map(read, read_batches(path, ["id", "text", "tokens", *EMBEDDING, "finite"])))
+    return _joined(map(read, record_batches(path, ["id", "text", "tokens", *EMBEDDING, "finite"])))
 
 
 def _near_duplicates(path: Path) -> Columns:
     return _joined(
         {name: from_hex(batch[name]) for name in ("image_id", "twin_id")}
         | {"distance": batch["distance"].to_numpy(zero_copy_only=False)}
-        for batch in read_batches(path, ["image_id", "twin_id", "distance"])
+        for batch in record_batches(path, ["image_id", "twin_id", "distance"])
     )
 
 
-def _pairs(path: Path, latents: Places, count: int) -> tuple[int, np.ndarray]:
+def _pairs(path: Path, latents: Lookup, count: int) -> tuple[int, np.ndarray]:
     """How many pairs there are, and how many captions each latent has, int64 ``(count,)``."""
     pairs, captions_of = 0, np.zeros(count, np.int64)
-    for batch in read_batches(path, ["image_id"]):
+    for batch in record_batches(path, ["image_id"]):
         pairs += len(batch)
-        places, counts = np.unique(_known(latents.of(from_hex(batch["image_id"]))), return_counts=True)
+        places, counts = np.unique(_known(latents.positions(from_hex(batch["image_id"]))), return_counts=True)
         captions_of[places] += counts
     return pairs, captions_of
 
 
-def _pairs_apart(near: Columns, splits: np.ndarray, latents: Places) -> Table:
+def _pairs_apart(near: Columns, splits: np.ndarray, latents: Lookup) -> Table:
     """Whether the splits tell a pair apart, as training reads them, and the id of the image that is held out."""
     splits = np.append(splits, -1)  # of an image without a latent, whose place is -1
-    first, second = (splits[latents.of(near[name])] for name in ("image_id", "twin_id"))
+    first, second = (splits[latents.positions(near[name])] for name in ("image_id", "twin_id"))
     apart = np.isin(first, (TRAIN, VALIDATION)) & np.isin(second, (TRAIN, VALIDATION)) & (first != second)
 
     def held_out(rows: Sequence[int]) -> list[str]:
@@ -239,7 +239,7 @@ def _told_apart(captions: Columns, max_tokens: int, path: Path) -> np.ndarray:
     rows = rows[alike]
     words = np.empty(len(told_apart), np.uint64)
     start, wanted = 0, np.sort(rows)
-    for batch in read_batches(path, ["text"]):
+    for batch in record_batches(path, ["text"]):
         of_batch = wanted[slice(*np.searchsorted(wanted, [start, start + len(batch)]))]
         texts = batch["text"].take(pa.array(of_batch - start)).to_pylist()
         words[of_batch] = np.frombuffer(b"".join(map(_words, texts)), np.uint64)
@@ -271,7 +271,7 @@ def _codes(column: pa.Array, names: list[str]) -> np.ndarray:
 
 
 def _ids(path: Path, column: str) -> np.ndarray:
-    return _joined({column: from_hex(batch[column])} for batch in read_batches(path, [column]))[column]
+    return _joined({column: from_hex(batch[column])} for batch in record_batches(path, [column]))[column]
 
 
 def _ids_at(ids: np.ndarray, rows: Sequence[int]) -> list[str]:
@@ -281,7 +281,7 @@ def _ids_at(ids: np.ndarray, rows: Sequence[int]) -> list[str]:
 def _ids_in(path: Path, rows: Sequence[int]) -> list[str]:
     """The ids of some rows of a file."""
     found, start = {}, 0
-    for batch in read_batches(path, ["id"]) if len(rows) else ():
+    for batch in record_batches(path, ["id"]) if len(rows) else ():
         found |= {row: batch["id"][row - start].as_py() for row in rows if start <= row < start + len(batch)}
         start += len(batch)
     return [found[row] for row in rows]
