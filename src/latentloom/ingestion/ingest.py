@@ -24,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from latentloom.engine import engine_name, ordered_map
+from latentloom.ids import ascending
 from latentloom.ingestion.colours import Profile
 from latentloom.ingestion.deduplicator import Deduplicator
 from latentloom.ingestion.folder import FolderSource
@@ -309,8 +310,7 @@ def _keep_near_duplicates_together(
 ) -> tuple[Pairs, np.ndarray]:
     """Write the near duplicates; give them, and the rows that move to the training split."""
     images, in_train, signatures = deduplicator.ids(), deduplicator.in_train(), deduplicator.signatures()
-    words = images.view(">u8")
-    order = np.lexsort(words.T[::-1])  # by id, so that the sources' order does not matter
+    order = ascending(images)  # by id, so that the sources' order does not matter
     pairs = find_near_duplicates(signatures, distance or 0, None if distance is None else order)
     write_near_duplicates(path, images[order], pairs)
     return pairs, order[linked_to_train(pairs, in_train[order])]
