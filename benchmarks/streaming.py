@@ -94,9 +94,10 @@ def rows_alone(data: LatentDataset) -> Iterator[dict[str, torch.Tensor]]:
         for part in rows.split(READER_BATCH):
             yield lambda part=part: latents.gather(part) | text.gather(data.captions[part].primary)
 
-    with closing(in_advance(lambda rows: list(read(rows)), order.split(BLOCK_ROWS), 1, "read")) as windows:
-        with closing(in_advance(lambda gather: gather(), chain.from_iterable(windows), 2, "gather")) as gathered:
-            yield from gathered
+    windows = in_advance(lambda rows: list(read(rows)), order.split(BLOCK_ROWS), 1, "read")
+    gathered = in_advance(lambda gather: gather(), chain.from_iterable(windows), 2, "gather")
+    with closing(windows), closing(gathered):
+        yield from gathered
 
 
 def samples(rows: int) -> Iterator[dict[str, np.ndarray]]:
