@@ -225,7 +225,7 @@ def test_a_training_starts_from_the_averaged_weights_and_the_whitening_of_its_ba
     assert config.latent_shape == (4, 16, 12)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
-    params = quick(steps=6, init="base", monitor={"log_every": 1})
+    params = quick(steps=6, init="base", monitor={"log_every": 1, "validate_every": 100})
     run(params, base=base)
     stopped_and_resumed_ends_the_same(partial(run, base=base), params, tmp_path, stop_after, 4)
     with open(tmp_path / "plots" / "train.csv") as file:

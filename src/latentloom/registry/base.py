@@ -23,7 +23,7 @@ from latentloom.errors import UserError
 from latentloom.files import read_json, user_path, write_json
 from latentloom.layout import INIT, MODEL
 from latentloom.model_files import EncoderReference, ModelConfig, model_hash, read_config
-from latentloom.params import Params
+from latentloom.params import Params, downsampling
 from latentloom.registry.models import (
     fetched_folder,
     find_model,
@@ -51,13 +51,14 @@ def find_base(params: Params, root: Path, path: Path = INIT) -> Base | None:
     Raises:
         UserError: when it names no model, nothing was recorded of it either, or it does not fit.
     """
-    reference, before = params.train.init, recorded_base(path)
-    known = before if before and before.reference == reference else None
+    reference, known = params.train.init, recorded_base(path)
     base = None if reference is None else _find(reference, known, root)
     if base:
         folder = at_hand(base, root)
         if folder or base != known:  # a clone that does not train again fetches nothing
-            look(params, folder or base_folder(base, root), reference)
+            carried = look(params, folder or base_folder(base, root), reference)
+            if base != known:
+                print(f"train.init = {reference}:", "; ".join(carried.lines()), file=sys.stderr, flush=True)
     write_json(path, base and asdict(base))
     return base
 
@@ -125,7 +126,7 @@ def look(params: Params, folder: Path, reference: str) -> Carried:
 def describe(params: Params, root: Path) -> list[str]:
     """In lines for people, which model the params start from, and what is taken of it; raises as `find_base`."""
     reference = params.train.init
-    base = _find(reference, None, root)
+    base = _find(reference, recorded_base(), root)
     folder = base_folder(base, root)
     config = read_config(folder)
     widths, shapes = "/".join(map(str, config.widths)), ", ".join(f"{h}x{w}" for _, h, w in config.trained_shapes)
@@ -133,10 +134,11 @@ def describe(params: Params, root: Path) -> list[str]:
     return lines + [f"  {line}" for line in look(params, folder, reference).lines()]
 
 
-def _find(reference: str, known: Base | None, root: Path) -> Base:
-    """What a reference names now, or else what is ``known`` of it."""
+def _find(reference: str, recorded: Base | None, root: Path) -> Base:
+    """What a reference names now, or else what is recorded of it."""
+    known = recorded if recorded and recorded.reference == reference else None
     if folder := _local(reference, root):
-        if folder.resolve() == (root / MODEL).resolve():
+        if folder.resolve() in (MODEL.resolve(), (root / MODEL).resolve()):
             raise UserError(
                 f"train.init = {reference}: a training replaces this very folder; copy it (cp -r {reference} "
                 f"{MODEL.parent}/base) and name the copy, or name its run"
@@ -174,15 +176,19 @@ def _expected(params: Params, base: ModelConfig) -> ModelConfig:
     if fingerprints[1] != base.text_encoder.fingerprint:
         encoder = TextEncoder(pinned_reference("encode_text.model", text))
         dims = encoder.dim, encoder.token_dim
+    shape, factor, several = base.latent_shape, downsampling(vae), params.ingest.several_sizes
+    if factor and not several:
+        shape = (shape[0], *(params.ingest.image_sizes[0] // factor,) * 2)
     return base.model_copy(
         update={
+            "latent_shape": shape,
             "widths": tuple(params.model.widths),
             "block_depth": params.model.block_depth,
             "emb_size": params.model.emb_size,
             "schedule": params.diffusion.schedule,
             "text_dim": dims[0],
             "token_dim": dims[1] if tokens else None,
-            "latent_shapes": base.trained_shapes if params.ingest.several_sizes else None,
+            "latent_shapes": base.trained_shapes if several else None,
             "vae": EncoderReference(reference=vae, class_name="", fingerprint=fingerprints[0]),
             "text_encoder": EncoderReference(reference=text, class_name="", fingerprint=fingerprints[1]),
         }
