@@ -25,6 +25,7 @@ from latentloom.evaluation.metadata import generate_command, read_metadata, save
 from latentloom.evaluation.recall import nearest
 from latentloom.evaluation.text_to_image import StartImage, TextToImage, default_settings, load_text_to_image
 from latentloom.files import read_json
+from latentloom.ids import to_hex
 from latentloom.image_grid import image_grid
 from latentloom.ingestion.one_picture import prepare_picture
 from latentloom.layout import IMAGES, LATENTS, MODEL, PARAMS, SAMPLES, TEXT
@@ -191,11 +192,12 @@ class Studio:
         pixels = prepare_picture(Path(path), self.load(reference).model.image_size(None))[0]
         sample = caches.train.codec.standardise(vae.encode(pixels[None])["mean"])[0]
         (rows,), (distances,) = nearest([sample], [caches.train, caches.validation], NEAREST)
-        ids = [*caches.train.ids, *caches.validation.ids]
-        found = {row.id: row for row in rows_of(self.root / IMAGES, {ids[row] for row in rows.tolist()})}
+        everything = np.concatenate([caches.train.ids, caches.validation.ids])
+        ids = to_hex(everything[rows.numpy()]).to_pylist()
+        found = {row.id: row for row in rows_of(self.root / IMAGES, set(ids))}
         return [
             (own.pixels, f"{distance:.3f} ({own.split}): {'; '.join(own.captions)}")
-            for own, distance in ((found[ids[row]], distance) for row, distance in zip(rows, distances, strict=True))
+            for own, distance in ((found[own_id], distance) for own_id, distance in zip(ids, distances, strict=True))
         ]
 
 
