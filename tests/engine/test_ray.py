@@ -103,6 +103,24 @@ def test_an_item_that_lacked_memory_is_computed_again_and_one_that_never_has_eno
     assert "40 did not fit into memory 3 times" in caught.value.__notes__
 
 
+@pytest.mark.parametrize(
+    ("resources", "with_state", "on_gpu", "expected"),
+    [
+        ({"CPU": 64.0, "GPU": 8.0}, True, True, (8, (8, 1))),
+        ({"CPU": 256.0, "GPU": 8.0}, True, True, (8, (8, 1))),
+        ({"CPU": 4.0, "GPU": 8.0}, True, True, (8, (0, 1))),
+        ({"CPU": 64.0}, True, True, (0, (8, 1))),
+        ({"CPU": 64.0, "GPU": 8.0}, True, False, (16, (4, 0))),
+        ({"CPU": 2.0}, True, False, (1, (2, 0))),
+        ({"CPU": 7.0}, True, False, (1, (7, 0))),
+        ({"CPU": 7.0, "GPU": 1.0}, False, False, (7, (1, 0))),
+        ({}, True, False, (0, (1, 0))),
+    ],
+)
+def test_a_machine_has_a_worker_for_each_gpu_or_for_some_cores(resources, with_state, on_gpu, expected):
+    assert engine_ray.share(resources, with_state, on_gpu) == expected
+
+
 def test_files_travel_to_machines_that_do_not_see_the_disk(monkeypatch, tmp_path, capfd):
     @dataclass(frozen=True)
     class Shard:
