@@ -20,6 +20,7 @@ from latentloom.files import write_json
 from latentloom.layout import LATENTS, MODEL, TEXT, TRAIN_METRICS, TRAIN_PLOTS, project_root, state_folder, state_limit
 from latentloom.model_files import model_hash
 from latentloom.params import Params
+from latentloom.registry.base import base_folder, named_base
 from latentloom.source_code import code_hash, deciding_modules
 from latentloom.stage import run_stage
 from latentloom.tracking.provenance import collect, record_model, record_start, save_run_record
@@ -33,9 +34,18 @@ from latentloom.training.run import TrainingResult, run_training, usable_checkpo
 def main(params: Params) -> str | None:
     launch(__file__)
     accelerator = make_accelerator(choose_device(), static_graph=params.train.gradient_accumulation == 1)
+    base = named_base(params.train.init)
+    with accelerator.main_process_first():  # which fetches it where it is not on this machine
+        folder = base and base_folder(base, project_root())
     caches = load_caches(LATENTS, TEXT, device=accelerator.device, memory_share=_memory_share(params, accelerator))
     train = partial(
-        run_training, params, caches, accelerator=accelerator, model_folder=MODEL, curves_folder=TRAIN_PLOTS
+        run_training,
+        params,
+        caches,
+        accelerator=accelerator,
+        model_folder=MODEL,
+        curves_folder=TRAIN_PLOTS,
+        base=folder,
     )
     if not accelerator.is_main_process:
         train(checkpoints=None, resumed=None, logger=None)
@@ -59,6 +69,8 @@ def _train_tracked(
     """The training in the main process, which alone reads checkpoints, writes files and logs."""
     provenance = collect(Path.cwd())
     inputs = {name: digest for name, digest in provenance.inputs.items() if name != "validation"}
+    if provenance.base:
+        inputs["base"] = provenance.base["sha256"]
     precision = str(autocast_dtype(params.train.precision, accelerator.device))
     checkpoints = Checkpoints(
         state_folder("checkpoints") / training_fingerprint(params, inputs, precision),

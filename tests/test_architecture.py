@@ -9,8 +9,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "latentloom"
 
 CORE = (
-    *("params", "files", "layout", "errors", "stage", "devices", "randomness", "model_files", "sharding"),
-    *("source_code", "sizes", "image_grid", "dvc_outs", "lettering", "tensor_files", "file_hashes", "ids"),
+    *("params", "files", "layout", "errors", "stage", "devices", "randomness", "model_files", "base_model"),
+    *("sharding", "source_code", "sizes", "image_grid", "dvc_outs", "lettering", "tensor_files", "file_hashes", "ids"),
     *("engine", "engine_ray"),
 )
 # Readers of what a stage left: what other stage packages may import of it.

@@ -148,7 +148,7 @@ def rejected(tmp_path, change) -> str:
             "train",
             "learning_rat",
             1,
-            "train.learning_rat = 1: unknown key (did you mean learning_rate?); allowed here: steps",
+            "train.learning_rat = 1: unknown key (did you mean learning_rate?); allowed here: init",
         ),
     ],
 )

@@ -22,6 +22,8 @@ from latentloom.stage import use_utf8
 
 UI_PORTS = range(5000, 5020)
 FULL = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT)]  # a library's error may have it in its text alone
+STRENGTH = 0.6  # of a picture that samples start from, unless another is given
+ANIMATED = (".gif", ".webp")
 MODEL_HELP = "A model folder, showcase, champion, candidate, a registry's version, or an MLflow run (id or name)."
 
 
@@ -60,11 +62,19 @@ app = typer.Typer(
 
 @app.command()
 def check(params: Annotated[Path, typer.Argument(help="A params file.")] = PARAMS) -> None:
-    """Check a params file: every key and value, before any work; show the sizes of images, where there are several."""
-    ingest = load_params(params).ingest
+    """Check a params file: every key and value, before any work.
+
+    Show the sizes of images, where there are several, and what a training takes of the model that it starts from.
+    """
+    checked = load_params(params)
+    ingest = checked.ingest
     if ingest.several_sizes:
         for image_size, table in zip(ingest.image_sizes, ingest.tables, strict=True):
             print(f"ingest.image_size {image_size}: " + ", ".join(map(str, table)))
+    if checked.train.init:
+        from latentloom.registry.base import describe
+
+        print(*describe(checked, project_root()), sep="\n")
 
 
 @app.command()
@@ -150,15 +160,30 @@ def _percentile(text: str) -> float | str | None:
 @app.command()
 def sample(
     context: typer.Context,
-    prompts: Annotated[list[str], typer.Argument(help="What to generate; one or more samples per prompt.")],
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(help="What to generate; one or more samples per prompt. With --image there may be none."),
+    ] = None,
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = str(MODEL),
-    output: Annotated[str, typer.Option("--output", "-o", help="FILE.png, or FOLDER/ for one PNG per sample.")] = (
-        str(SAMPLES / "sample.png")
-    ),
+    output: Annotated[
+        str,
+        typer.Option(
+            "--output", "-o", help="FILE.png, or FOLDER/ for one PNG per sample; with --between FILE.gif or .webp, too."
+        ),
+    ] = str(SAMPLES / "sample.png"),
     seed: Annotated[int, typer.Option(help="Of the noise that samples start from.")] = 0,
     count: Annotated[int, typer.Option(help="Samples per prompt.")] = 1,
     first: Annotated[int, typer.Option(help="The number of the first sample.")] = 0,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels; by default the model's own.")] = None,
+    negative: Annotated[str | None, typer.Option(help="A prompt that samples are guided away from.")] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture to start from, instead of noise alone.")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="0 to 1: how much of the picture is made anew; by default 0.6.")
+    ] = None,
+    between: Annotated[
+        int | None, typer.Option(help="So many pictures on the way from the first prompt to the second.")
+    ] = None,
+    to_seed: Annotated[int | None, typer.Option(help="With --between, the seed at its end.")] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps; by default as in params.yaml.")] = None,
     guidance: Annotated[float | None, typer.Option(help="1: as trained; more: closer to the prompt.")] = None,
     sampler: Annotated[str | None, typer.Option(help="ddim or dpmpp_2m.")] = None,
@@ -172,12 +197,20 @@ def sample(
     precision: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")] = None,
 ) -> None:
     """Generate images of prompts. The same command gives the same bytes on one machine's CPU."""
-    folder = _is_folder(output)
-    # In UTF-8, whatever the locale says.
-    prompts = [os.fsencode(prompt).decode(errors="surrogateescape") for prompt in prompts]
+    folder = _is_folder(output, ANIMATED if between is not None else ())
+    if not prompts and image is None:
+        raise typer.BadParameter("give a prompt, or --image", context)
+    if (between is None and to_seed is not None) or (between is not None and (image or folder or count != 1)):
+        raise UserError("--between N goes with --to-seed and -o FILE, and not with --image, --count or -o FOLDER/")
+    if strength is not None and image is None:
+        raise UserError("--strength needs --image FILE, the picture to start from")
+    prompts = [_in_utf8(prompt) for prompt in prompts or [""]]
     from latentloom.diffusion.sampling_settings import OPTION_NAMES, SampleRequest
+    from latentloom.evaluation.animation import save_animation
     from latentloom.evaluation.metadata import save_image
-    from latentloom.evaluation.text_to_image import default_settings, load_text_to_image, prompt_grid
+    from latentloom.evaluation.text_to_image import StartImage, default_settings, load_text_to_image, prompt_grid
+    from latentloom.image_grid import image_grid
+    from latentloom.ingestion.one_picture import prepare_picture
     from latentloom.registry.models import find_model
 
     found = find_model(model, project_root())
@@ -185,32 +218,51 @@ def sample(
     # All options are read by their names; those that were not given are as in the params.
     given = [name for name in OPTION_NAMES if context.get_parameter_source(name).name != "DEFAULT"]
     try:
-        request = SampleRequest.of(settings, {name: context.params[name] for name in given})
+        options = {name: context.params[name] for name in given}
+        request = SampleRequest.of(settings, options | {"negative": negative and _in_utf8(negative)})
     except ValueError as error:
         raise UserError(str(error)) from error
     loaded = load_text_to_image(found.folder, provenance=found.provenance and found.provenance.in_images())
-    for warning in loaded.remarks(prompts, request):
+    start = None
+    if image is not None:
+        prepared = prepare_picture(image, loaded.image_size(request.size))
+        start = StartImage(*prepared, STRENGTH if strength is None else strength)
+    for warning in loaded.remarks(prompts, request, start=start):
         print(f"warning: {warning}", file=sys.stderr)
-    images = loaded.generate(prompts, request)
+    if between is not None:
+        pictures = loaded.between(prompts, request, pictures=between, to_seed=to_seed)
+        if Path(output).suffix.lower() in ANIMATED:
+            save_animation(Path(output), pictures)
+        else:
+            made_by = loaded.metadata(prompts, request, pictures=between, to_seed=to_seed)
+            save_image(Path(output), image_grid(pictures, columns=between), made_by)
+        print(output)
+        return
+    images = loaded.generate(prompts, request, start=start)
     if not folder:
-        save_image(Path(output), prompt_grid(images), loaded.metadata(prompts, request))
+        save_image(Path(output), prompt_grid(images), loaded.metadata(prompts, request, start=start))
         print(output)
         return
     for row, (prompt, samples) in enumerate(zip(prompts, images, strict=True), start=1):
         words = re.sub(r"[^\w]+", "-", prompt).strip("-").encode()[:60].decode(errors="ignore")
-        for number, image in enumerate(samples, start=request.first):
+        for number, pixels in enumerate(samples, start=request.first):
             path = Path(output) / f"{row:02d}-{words}-{number}.png"
-            save_image(path, image, loaded.metadata([prompt], replace(request, first=number, count=1)))
+            save_image(path, pixels, loaded.metadata([prompt], replace(request, first=number, count=1), start=start))
             print(path)
 
 
-def _is_folder(output: str) -> bool:
-    """Whether an output is a folder for many PNGs, rather than one PNG."""
+def _in_utf8(text: str) -> str:
+    """What was typed, in UTF-8 whatever the locale says."""
+    return os.fsencode(text).decode(errors="surrogateescape")
+
+
+def _is_folder(output: str, suffixes: Sequence[str] = ()) -> bool:
+    """Whether an output is a folder for many PNGs, rather than one PNG, or a file of one of ``suffixes``."""
     try:
         folder = output.endswith("/") or (bool(output) and Path(output).is_dir())
     except OSError as error:
         raise UserError(f"-o {output}: {error.strerror}") from error
-    if not folder and Path(output).suffix.lower() != ".png":
+    if not folder and Path(output).suffix.lower() not in (".png", *suffixes):
         raise UserError(f"-o {output or repr(output)}: give FILE.png, or FOLDER/ for one PNG per sample")
     return folder
 

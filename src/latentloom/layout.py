@@ -10,6 +10,7 @@ DVC_LOCK = Path("dvc.lock")
 
 SOURCES = Path("data/sources.json")
 ENCODERS = Path("data/encoders")  # a file for each stage whose params name encoders
+INIT = Path("data/init.json")  # the model that `train` starts from
 IMAGES = Path("data/images")
 REJECTS = Path("data/rejects.parquet")
 NEAR_DUPLICATES = Path("data/near_duplicates.parquet")

@@ -69,7 +69,7 @@ CaptionColumns = Annotated[
     dict[StrictStr, Repeats], BeforeValidator(_counted_once), PlainSerializer(_without_needless_counts)
 ]
 Compile = Literal[False, True, "cuda_graphs"]
-Reference = Annotated[StrictStr, Field(min_length=1)]  # of a pretrained model
+Reference = Annotated[StrictStr, Field(min_length=1)]  # of a model
 ImageSize = Annotated[StrictInt, Field(ge=32, le=1024, multiple_of=8)]
 ONE, SEVERAL = "one", "several"  # which of its two forms a value has that may be a list; left out of messages
 OneOrSeveral = Discriminator(lambda value: SEVERAL if isinstance(value, list) else ONE)
@@ -240,6 +240,8 @@ class DiffusionParams(Section):
 
 
 class TrainParams(Section):
+    init: Reference | None  # as people name models: docs/models.md
+    init_strict: StrictBool
     steps: Count
     batch_size: Count
     gradient_accumulation: Count
@@ -440,6 +442,8 @@ ADDED = {
     "validate.min_reconstruction_psnr": 0.0,
     "validate.max_same_embeddings": 1.0,
     "evaluate.sizes": None,
+    "train.init": None,
+    "train.init_strict": False,
 }
 
 
@@ -484,7 +488,7 @@ def _add_missing(content: dict[str, Any]) -> list[str]:
         section, name = key.split(".")
         if isinstance(keys := content.get(section), dict) and name not in keys:
             keys[name] = value
-            added.append(f"add {key}: {'null' if value is None else value}")
+            added.append(f"add {key}: {json.dumps(value)}")
     return added
 
 

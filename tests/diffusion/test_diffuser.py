@@ -350,3 +350,57 @@ def test_sampling_repeats_itself_leaves_no_gradients_and_keeps_precision_under_a
         np.testing.assert_array_equal(latents, diffuser.reverse_diffusion(seeds, labels))
     half = Diffuser(network, 2.0, 10, autocast_dtype=torch.bfloat16).reverse_diffusion(seeds, labels)
     assert half.dtype == latents.dtype and 0 < np.abs(half - latents).mean() < 0.05
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
+@pytest.mark.parametrize("schedule", GAMMA)
+def test_a_start_is_noised_to_the_level_of_its_strength_and_goes_the_rest_of_the_way(schedule, sampler):
+    """0: the start itself; 1: as without one, bit for bit; between: the trajectory from there on, in float64 NumPy."""
+    seeds, labels = seeds_and_labels()
+    start = np.random.default_rng(9).normal(size=seeds.shape)
+    settings = SamplingSettings(10, 2.0, sampler, threshold_percentile=None)
+    diffuser = Diffuser(wavy, settings=settings, schedule=schedule)
+
+    def from_start(strength):
+        return diffuser.reverse_diffusion(seeds, labels, start=start, strength=strength)
+
+    np.testing.assert_array_equal(from_start(0.0), start)
+    np.testing.assert_array_equal(from_start(1.0), diffuser.reverse_diffusion(seeds, labels))
+    levels, gamma = diffuser.noise_levels, GAMMA[schedule]
+    level, text = levels[9], torch.from_numpy(labels)  # one step is left of ten: its prediction is the result
+    x = torch.from_numpy(gamma(level) * start + level * seeds).permute(0, 3, 1, 2)
+    alpha = torch.full((3,), level, dtype=torch.float64)
+    expected = 2 * wavy(x, alpha, text) - wavy(x, alpha, torch.zeros_like(text))
+    for strength in (0.1, 1e-9):
+        np.testing.assert_allclose(from_start(strength), expected.permute(0, 2, 3, 1).numpy(), atol=1e-12)
+    with pytest.raises(ValueError, match=r"strength = 1\.5: must be a number, from 0 to 1"):
+        from_start(1.5)
+    with pytest.raises(ValueError, match="below 1 it needs start"):
+        diffuser.reverse_diffusion(seeds, labels, strength=0.5)
+
+
+def test_a_negative_label_takes_the_place_of_no_text_where_guidance_acts():
+    seeds, labels = seeds_and_labels()
+    away = np.random.default_rng(8).normal(size=labels.shape)
+    x, text, other = torch.from_numpy(seeds).permute(0, 3, 1, 2), torch.from_numpy(labels), torch.from_numpy(away)
+    level = torch.full((3,), 0.6, dtype=torch.float64)
+    expected = {0.0: wavy(x, level, other), 1.0: wavy(x, level, text)}
+    expected[3.0] = 3 * expected[1.0] - 2 * expected[0.0]
+    for w, prediction in expected.items():
+        torch.testing.assert_close(Diffuser(wavy, w, 5).predict_x_zero(x, text, 0.6, negative=other), prediction)
+    outside = Diffuser(wavy, 3.0, 5, settings=SamplingSettings(guidance_interval=(0.7, 1.0)))
+    torch.testing.assert_close(outside.predict_x_zero(x, text, 0.6, negative=other), expected[1.0])
+    diffuser = Diffuser(wavy, 3.0, 5)
+    guided = diffuser.reverse_diffusion(seeds, labels, negative=away)
+    nothing = diffuser.reverse_diffusion(seeds, labels, negative=np.zeros_like(labels))
+    np.testing.assert_array_equal(nothing, diffuser.reverse_diffusion(seeds, labels))
+    assert np.abs(guided - nothing).mean() > 0.01
+
+
+def test_each_step_tells_its_prediction_and_the_last_one_is_the_result():
+    told = []
+    seeds, labels = seeds_and_labels()
+    latents = Diffuser(wavy, 2.0, 5).reverse_diffusion(seeds, labels, on_prediction=lambda *step: told.append(step))
+    assert [step for step, _ in told] == [0, 1, 2, 3, 4]
+    assert all(prediction.shape == seeds.shape for _, prediction in told)
+    np.testing.assert_array_equal(told[-1][1], latents)

@@ -9,6 +9,7 @@ OPTIONS = {
     "count": 2,
     "first": 3,
     "size": "192x128",
+    "negative": "a cat",
     "steps": 20,
     "guidance": 2.5,
     "sampler": "dpmpp_2m",
@@ -35,12 +36,13 @@ def test_what_is_asked_for_comes_back_by_the_same_names_and_the_rest_is_as_it_wa
         ("count", 10_001, "count = 10001: must be a whole number from 1 to 10000"),
         ("first", 2**63 - 1, "first = 9223372036854775807: must be"),  # the last of as many as one may ask for is too
         ("size", 128, "size = 128: must be text such as 192x128, or none"),
+        ("negative", 3, "negative = 3: must be text, or none"),
         ("steps", 20.0, r"diffusion_steps = 20\.0: must be"),
         ("threshold", 50 - 1e-9, "threshold_percentile = .*, or none"),
         (
             "smapler",
             "ddim",
-            r"smapler: not an option \(did you mean sampler\?\); options are seed, count, first, size, steps",
+            r"smapler: not an option \(did you mean sampler\?\); options are seed, count, first, size, negative",
         ),
         ("class_guidance", 2.0, r"class_guidance: not an option \(did you mean guidance\?\)"),
     ],

@@ -178,6 +178,15 @@ def test_settings_come_from_the_params_then_from_the_model_then_from_us(sample):
         (("a caf\udce9",), r"the prompt 'a caf\udce9' is not in UTF-8"),
         (("--model", "~nosuchuser/x"), "~nosuchuser"),
         (("--model", "models/other"), "models/other holds no model"),
+        (("--image", "none.png"), "none.png cannot be read: No such file"),
+        (("--image", "models/unet/config.json"), "config.json cannot be used: begins with the bytes"),
+        (("--strength", "0.5"), "--strength needs --image FILE"),
+        (("--between", "1", "a cat"), "between = 1: must be a whole number, from 2"),
+        (("--between", "3"), "give two prompts, or one prompt and another seed"),
+        (("--between", "3", "a cat", "a dog"), "give two prompts, or one prompt and another seed"),
+        (("--between", "3", "--count", "2", "a cat"), "--between N goes with --to-seed and -o FILE"),
+        (("--to-seed", "3"), "--between N goes with --to-seed and -o FILE"),
+        (("-o", "a.webp"), "-o a.webp: give FILE.png"),
     ],
 )
 def test_what_cannot_be_generated_is_named_and_leaves_no_file(sample, tmp_path, arguments, message):
@@ -214,6 +223,110 @@ def test_an_encoder_that_has_changed_since_the_training_is_rejected(sample, tmp_
     assert name in message
     assert str(tmp_path / encoder) in message
     assert not Path("b.png").exists()
+
+
+@pytest.fixture
+def picture(tmp_path) -> Path:
+    """A JPEG of 96x64 pixels that lies on its side, as its EXIF says."""
+    pixels = np.random.default_rng(0).integers(0, 255, (6, 4, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).resize((64, 96))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "models" / "on its side.jpg", exif=exif, quality=95)
+    return tmp_path / "models" / "on its side.jpg"
+
+
+def test_of_a_picture_strength_0_is_its_reconstruction_and_strength_1_is_the_sample_of_the_prompt(sample, picture):
+    with Image.open(picture) as image:
+        upright = np.asarray(image.rotate(-90, expand=True).crop((16, 0, 80, 64)))
+    for strength in ("0", "0.5", "1"):
+        sample("an apple", "--image", str(picture), "--strength", strength, *QUICK, "-o", f"{strength}.png")
+    sample("an apple", *QUICK, "-o", "sampled.png")
+    shown = {name: np.asarray(Image.open(f"{name}.png")) for name in ("0", "0.5", "1", "sampled")}
+    vae = load_vae("bundled")
+    assert np.array_equal(shown["0"], vae.decode(vae.encode(upright[None])["mean"])[0])
+    assert np.array_equal(shown["1"], shown["sampled"])
+    assert not any(np.array_equal(shown["0.5"], shown[other]) for other in ("0", "1"))
+
+
+def test_variations_of_a_picture_ask_for_no_text_at_all(sample, model, picture):
+    output = sample("--image", str(picture), "--strength", "0.5", "--count", "2", *QUICK, "-o", "a.png")
+    assert "warning" not in output
+    network, config = load_model(model)
+    with Image.open(picture) as image:
+        upright = np.asarray(image.rotate(-90, expand=True).crop((16, 0, 80, 64)))
+    vae = load_vae("bundled")
+    start = (vae.encode(upright[None])["mean"] - 0.1) / 0.9
+    for number in range(2):
+        noise = torch.randn(1, 4, 8, 8, generator=generator("cpu", 0, "sample", str(number)))
+        diffuser = Diffuser(network, 1.0, 3, bound=config.latent_bound)
+        label = torch.zeros(1, config.text_dim)
+        latent = diffuser.reverse_diffusion(noise, label, layout="nchw", start=start, strength=0.5)
+        expected = vae.decode(latent * 0.9 + 0.1)[0]
+        sheet = np.asarray(Image.open("a.png"))[:, 64 * number : 64 * (number + 1)]
+        assert np.abs(sheet.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_a_negative_prompt_is_guided_away_from(tmp_path, tokens):
+    model = load_text_to_image(save_tiny_unet(tmp_path, tokens=tokens), device=torch.device("cpu"))
+    settings = SamplingSettings(3, 2.5, guidance_interval=(0.1, 0.9), precision="fp32")
+    request = SampleRequest(settings, negative="a very long prompt about a cat")
+    (images,) = model.generate(["a red apple"], request)
+    diffuser = Diffuser(model.network, settings=settings, bound=model.config.latent_bound)
+    labels = [model.embed([text]) for text in ("a red apple", request.negative)]
+    noise = model.starting_noise("0", 0)[None]
+    latent = diffuser.reverse_diffusion(noise, labels[0], layout="nchw", negative=labels[1])
+    assert np.array_equal(images, model.codec.decode(latent))
+    plain = replace(request, negative=" ")
+    assert plain.negative is None
+    assert not np.array_equal(images, model.generate(["a red apple"], plain)[0])
+    without_guidance = replace(request, settings=replace(settings, class_guidance=1.0))
+    assert model.remarks(["a"], without_guidance)[0].startswith("the negative prompt has no effect")
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_between_two_samples_the_ends_are_these_samples(tmp_path, tokens):
+    model = load_text_to_image(save_tiny_unet(tmp_path, tokens=tokens), device=torch.device("cpu"))
+    request = SampleRequest(SamplingSettings(3, 2.5, precision="fp32"), seed=5, first=2)
+    prompts = ["a red apple", "a smiling cat with heart-eyes"]
+    pictures = model.between(prompts, request, pictures=3, to_seed=6)
+    assert pictures.shape == (3, 64, 64, 3)
+    assert np.array_equal(pictures[0], model.generate(prompts[:1], request)[0, 0])
+    assert np.array_equal(pictures[2], model.generate(prompts[1:], replace(request, seed=6))[0, 0])
+    assert not any(np.array_equal(pictures[1], end) for end in (pictures[0], pictures[2]))
+
+
+def test_the_way_between_two_seeds_is_a_strip_or_an_animation_there_and_back(sample):
+    way = ("a red apple", "--between", "4", "--to-seed", "7", *QUICK)
+    for name in ("strip.png", "way.webp", "way.gif"):
+        sample(*way, "-o", name)
+    with Image.open("strip.png") as image:
+        strip = np.asarray(image)
+    pictures = [strip[:, 64 * place : 64 * (place + 1)] for place in range(4)]
+    with Image.open("way.webp") as animation:
+        assert animation.n_frames == 6 and animation.info["loop"] == 0
+        for frame, place in enumerate([0, 1, 2, 3, 2, 1]):
+            animation.seek(frame)
+            assert np.array_equal(np.asarray(animation.convert("RGB")), pictures[place])
+    with Image.open("way.gif") as animation:
+        assert (animation.n_frames, animation.size) == (6, (64, 64))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings"),
+    [
+        (["an apple"], "--negative -cat"),
+        (["an apple", "a cat"], "--between 3 --to-seed 4 --seed 3"),
+        (["an apple"], "--image models/mine.png --strength 0.4 --count 2"),
+    ],
+)
+def test_the_command_of_what_is_asked_for_besides_generates_the_same_bytes_again(sample, picture, prompts, settings):
+    Image.open(picture).save("models/mine.png")
+    sample(*prompts, *settings.split(), *QUICK, "-o", "a.png")
+    command = generate_command(read_metadata(Path("a.png")), image="models/mine.png")
+    sample(*shlex.split(command)[2:])
+    assert Path("again.png").read_bytes() == Path("a.png").read_bytes()
 
 
 def test_what_this_machine_knows_of_a_models_training_goes_into_the_image(sample, tmp_path):

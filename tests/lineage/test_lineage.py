@@ -286,6 +286,29 @@ def test_a_model_that_was_converted_and_passed_on_needs_neither_the_store_nor_th
     assert Path("again.png").read_bytes() == Path("apple.png").read_bytes()
 
 
+def test_a_base_is_shown_and_comes_back_to_where_a_training_looks_for_it(lab, trained, tiny_unets):
+    shutil.copytree(tiny_unets[1], "old")
+    out, sha256 = out_hash(Path("old")), model_hash(tiny_unets[1])
+    write_json("data/init.json", {"reference": "old", "sha256": sha256, "out": out})
+    run_id = trained()
+    base = link(trace(run_id, lab), "base")
+    assert (base.name, base.hash, base.place) == (f"old, sha256 {sha256[:12]}", sha256, Place.HERE)
+    assert base.command.endswith(f"cp -r {lab / 'old'} .state/models/{sha256}")
+    put_into_cache(Path("old"))
+    forget("old")
+    base = link(trace(run_id, lab), "base")
+    assert (base.place, base.where, base.needed) == (Place.HERE, "DVC's cache", False)
+    assert base.command.endswith(f"latentloom.dvc_outs {out}=.state/models/{sha256}")
+    forget(objects=out, lab=lab)
+    found = trace(run_id, lab)
+    assert link(found, "base").place is Place.UNKNOWN
+    assert not found.missing  # the model itself is here
+    Path("mlflow.db").unlink()
+    commit("Results")
+    shutil.rmtree(".state")
+    assert link(trace("models/unet", lab), "base").hash == sha256  # by the commit
+
+
 @pytest.mark.parametrize("known_by", ["run record", "PNG", "commit"])
 def test_without_the_store_what_was_written_down_elsewhere_is_the_same(lab, trained, known_by):
     run_id, reference = trained(), "models/unet"

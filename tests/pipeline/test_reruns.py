@@ -11,6 +11,7 @@ from projects import ROOT, STAGES, Project, stages_run
 from typer.testing import CliRunner
 
 from latentloom.cli import app
+from latentloom.files import read_json
 
 GRAPH = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
@@ -120,6 +121,19 @@ def test_dvc_reruns_what_a_change_asks_for_and_going_back_computes_nothing(proje
     project.set_params(train__learning_rate=0.004)
     assert project.repro() == []
     assert lock(project) == before
+
+
+@pytest.mark.pipeline
+def test_a_training_starts_from_the_run_whose_model_it_replaces_and_not_again_from_its_own(project, tmp_path):
+    starting = project.copied(tmp_path / "project")
+    before = starting.run_record()
+    starting.set_params(train__init=f"runs:/{before['mlflow_run_id']}", train__learning_rate=1e-9)
+    assert starting.repro() == ["train", "evaluate"]
+    after = starting.run_record()
+    assert after["base"]["sha256"] == before["model_sha256"] != after["model_sha256"]
+    old, new = (read_json(own.folder / "reports/train/metrics.json")["best_val_mae"] for own in (project, starting))
+    assert new == pytest.approx(old, abs=2e-4)  # where that training ended
+    assert starting.repro() == []
 
 
 @pytest.mark.pipeline

@@ -9,6 +9,8 @@ from latentloom.params import DiffusionParams, TrainParams
 @pytest.fixture
 def train_params() -> TrainParams:
     return TrainParams(
+        init=None,
+        init_strict=False,
         steps=40,
         batch_size=8,
         gradient_accumulation=1,

@@ -288,8 +288,10 @@ def test_whatever_decides_the_training_changes_the_fingerprint(section, values):
     assert fingerprint(changed(section, **values)) != fingerprint(AS_SHIPPED)
 
 
-@pytest.mark.parametrize("others", [{"inputs": INPUTS | {"text": "d"}}, {"precision": "bf16"}])
-def test_data_and_precision_change_the_fingerprint(others):
+@pytest.mark.parametrize(
+    "others", [{"inputs": INPUTS | {"text": "d"}}, {"inputs": INPUTS | {"base": "d"}}, {"precision": "bf16"}]
+)
+def test_data_base_and_precision_change_the_fingerprint(others):
     assert fingerprint(AS_SHIPPED, **others) != fingerprint(AS_SHIPPED)
 
 
@@ -304,6 +306,7 @@ def test_data_and_precision_change_the_fingerprint(others):
         ("train", {"huber_delta": 0.5}),  # not in use, as the loss is mae
         ("train", {"decay_steps": 7}),  # not in use, as the schedule is cosine
         ("train", {"precision": "fp32"}),  # what auto comes to here
+        ("train", {"init": "champion", "init_strict": True}),  # the hash of what it names is an input
     ],
 )
 def test_what_does_not_decide_the_weights_leaves_the_fingerprint(section, values):

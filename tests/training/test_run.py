@@ -121,7 +121,9 @@ def run(caches, tmp_path, logger, monkeypatch):
     """Train as the stage does; checkpoints and outs lie in ``tmp_path``."""
     monkeypatch.setattr("latentloom.training.preview.Vae", lambda reference, device: GreyVae())
 
-    def run(params: Params, *, resumed: Checkpoint | None = None, code: str = "code") -> TrainingResult:
+    def run(
+        params: Params, *, resumed: Checkpoint | None = None, code: str = "code", base: Path | None = None
+    ) -> TrainingResult:
         return run_training(
             params,
             caches,
@@ -131,6 +133,7 @@ def run(caches, tmp_path, logger, monkeypatch):
             model_folder=tmp_path / "model",
             curves_folder=tmp_path / "plots",
             logger=logger,
+            base=base,
         )
 
     return run
@@ -205,6 +208,29 @@ def test_a_training_of_two_shapes_resumes_to_the_same_bytes_and_its_model_draws_
 def test_cuda_graphs_are_rejected_for_several_shapes(caches):
     with pytest.raises(UserError, match=r"machine\.compile = cuda_graphs: a graph is of one shape, .* have 2 "):
         run_module._check_settings(quick(machine={"compile": "cuda_graphs"}), caches, torch.device("cuda"))
+
+
+def test_a_training_starts_from_the_averaged_weights_and_the_whitening_of_its_base(
+    run, caches, make_data, tmp_path, stop_after, capsys
+):
+    run(quick(steps=6))
+    base = shutil.move(tmp_path / "model", tmp_path / "base")
+    before = load_model(base)[0].state_dict()
+    # Other captions, and latents of another size.
+    object.__setattr__(caches, "train", split_of_shapes(make_data(7), (7, (16, 12))).buckets[0])
+    capsys.readouterr()
+    run(quick(steps=1, warmup_steps=1, learning_rate=1e-30, init="base", init_strict=True), base=base)
+    assert "train: starting from base; taken: 128 tensors with" in capsys.readouterr().err
+    network, config = load_model(tmp_path / "model")
+    assert config.latent_shape == (4, 16, 12)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+    params = quick(steps=6, init="base", monitor={"log_every": 1})
+    run(params, base=base)
+    stopped_and_resumed_ends_the_same(partial(run, base=base), params, tmp_path, stop_after, 4)
+    with open(tmp_path / "plots" / "train.csv") as file:
+        rates = [float(row["train_learning_rate"]) for row in csv.DictReader(file)]
+    assert rates == [learning_rate_at(step, params.train) for step in range(6)]  # it warms up again
 
 
 def error_of_model(folder: Path, caches: Caches) -> float:

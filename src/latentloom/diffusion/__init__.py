@@ -2,8 +2,9 @@
 
 `noise` says how latents become noise and what one step back is; `embeddings`, `blocks` and `unet` build the denoiser,
 with `fast` for quick forms of two layers, and `text` is what it is told of captions; `samplers` string steps into a
-trajectory; `diffuser` follows one from noise to latents with `sampling_settings`; `decoding` makes pixels of those, and
-`plotting` shows them. `layouts` takes arrays and tensors in either layout.
+trajectory; `diffuser` follows one from noise to latents with `sampling_settings`; `interpolation` says what lies
+between two samples; `decoding` makes pixels of latents, and `plotting` shows them. `layouts` takes arrays and tensors
+in either layout.
 
 `from latentloom.diffusion import Diffuser` works for each name below; a module is imported when a name of it is first
 asked for, so that reading settings does not load torch. The names `seeds_nhwc`, `labels_np`, `array_nhwc`, `perc`,
@@ -19,6 +20,7 @@ _NAMES = {
     "decoding": ["decode_latents"],
     "diffuser": ["Diffuser"],
     "embeddings": ["sinusoidal_embedding"],
+    "interpolation": ["between_noise", "between_texts"],
     "layouts": ["detect_layout", "to_nchw", "to_tensor"],
     "noise": [
         "NOISE_LEVELS",

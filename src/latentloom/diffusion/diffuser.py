@@ -7,6 +7,7 @@ noise level.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -19,6 +20,7 @@ from latentloom.diffusion.sampling_settings import SamplingSettings
 from latentloom.diffusion.text import Labels, Text, concatenate, no_text
 
 Denoiser = Callable[[torch.Tensor, torch.Tensor, Labels], torch.Tensor]
+OnPrediction = Callable[[int, Array], None]
 
 
 class Diffuser:
@@ -63,46 +65,90 @@ class Diffuser:
         self.noise_levels = sampling_levels(self.settings.diffusion_steps, self.schedule.spacing)
 
     def predict_x_zero(
-        self, x_t: Array, labels: Array | Text, noise_level_scalar: float, *, layout: Layout | None = None
+        self,
+        x_t: Array,
+        labels: Array | Text,
+        noise_level_scalar: float,
+        *,
+        layout: Layout | None = None,
+        negative: Array | Text | None = None,
     ) -> Array:
         """The guided prediction of the clean latents, before thresholding, in the layout and kind of `x_t`.
 
-        Classifier-free guidance (Ho & Salimans 2022) in terms of x0: `w x0(labels) + (1 - w) x0(null)`.
-        `x_t`: `(B, C, H, W)` or `(B, H, W, C)`; `labels`: `(B, text_dim)` or a `Text`; one noise level for all samples.
+        Classifier-free guidance (Ho & Salimans 2022) in terms of x0: `w x0(labels) + (1 - w) x0(negative)`.
+        `x_t`: `(B, C, H, W)` or `(B, H, W, C)`; `labels`, and `negative`, what to guide away from, None: the null
+        label: `(B, text_dim)` or a `Text`; one noise level for all samples.
         """
         x, text, restore = self._to_device(x_t, labels, layout)
+        away = self._away(x_t, text, negative, layout)
         with torch.no_grad():
-            return restore(self._predict(x, text, float(noise_level_scalar)))
+            return restore(self._predict(x, text, away, float(noise_level_scalar)))
 
-    def reverse_diffusion(self, seeds_nhwc: Array, labels_np: Array | Text, *, layout: Layout | None = None) -> Array:
+    def reverse_diffusion(
+        self,
+        seeds_nhwc: Array,
+        labels_np: Array | Text,
+        *,
+        layout: Layout | None = None,
+        negative: Array | Text | None = None,
+        start: Array | None = None,
+        strength: float = 1.0,
+        on_prediction: OnPrediction | None = None,
+    ) -> Array:
         """Denoise standard normal seeds into latents that fit the labels, like the seeds in layout and kind.
 
         `seeds_nhwc`: `(B, H, W, C)` or `(B, C, H, W)`; `labels_np`: `(B, text_dim)` or a `Text`; arrays or
         tensors. The same seeds and labels give the same latents; a sample does not depend on the others in its batch.
+
+        `negative`: labels to guide away from, instead of the null label.
+        `start`: clean latents in the form of the seeds, from which samples begin instead of noise alone (SDEdit, Meng
+        et al. 2022): they are noised with the seeds to the level that leaves the last `strength`, from 0 to 1, of the
+        steps, at least one above 0. 1 is sampling from the seeds alone, 0 returns `start`.
+        `on_prediction`: called at each step with its number, from 0, and the prediction of the clean latents that the
+        step goes towards.
         """
         x, text, restore = self._to_device(seeds_nhwc, labels_np, layout)
-        percentile = self.settings.threshold_percentile
+        away = self._away(seeds_nhwc, text, negative, layout)
+        levels = self._levels(strength)
+        if start is not None:
+            x = self.schedule.add_noise(self._to_device(start, labels_np, layout)[0], x, levels[0])
+        elif strength != 1:
+            raise ValueError(f"strength = {strength}: below 1 it needs start, the latents to begin from")
+        percentile, steps = self.settings.threshold_percentile, itertools.count()
 
         def denoise(x_t: torch.Tensor, noise_level: float) -> torch.Tensor:
-            x0_hat = self._predict(x_t, text, noise_level)
-            return x0_hat if percentile is None else dynamic_thresholding(x0_hat, percentile, self.bound)
+            x0_hat = self._predict(x_t, text, away, noise_level)
+            if percentile is not None:
+                x0_hat = dynamic_thresholding(x0_hat, percentile, self.bound)
+            if on_prediction is not None:
+                on_prediction(next(steps), restore(x0_hat))
+            return x0_hat
 
         sampler = SAMPLERS[self.settings.sampler]
-        levels = self.noise_levels.tolist()  # numbers of the host: no step waits for the device
         with torch.no_grad():
             for latents in sampler(denoise, x, levels, self.schedule):
                 x = latents
             return restore(x)
 
-    def _predict(self, x: torch.Tensor, text: Labels, noise_level: float) -> torch.Tensor:
-        """The guided prediction of x0, or the plain one where guidance changes nothing or is off."""
+    def _levels(self, strength: float) -> list[float]:
+        """The last `strength` of the noise levels, as numbers of the host: no step waits for the device."""
+        if not 0 <= strength <= 1:
+            raise ValueError(f"strength = {strength}: must be a number, from 0 to 1")
+        steps = max(round(strength * self.settings.diffusion_steps), int(strength > 0))
+        return self.noise_levels.tolist()[self.settings.diffusion_steps - steps :]
+
+    def _away(self, latents: Array, text: Labels, negative: Array | Text | None, layout: Layout | None) -> Labels:
+        return no_text(text) if negative is None else self._to_device(latents, negative, layout)[1]
+
+    def _predict(self, x: torch.Tensor, text: Labels, away: Labels, noise_level: float) -> torch.Tensor:
+        """The prediction of x0, guided `away`, or the plain one where guidance changes nothing or is off."""
         low, high = self.settings.guidance_interval
         w = self.settings.class_guidance if low <= noise_level <= high else 1
         if w == 0:
-            return self._ask(x, no_text(text), noise_level)
+            return self._ask(x, away, noise_level)
         if w == 1:
             return self._ask(x, text, noise_level)
-        both = concatenate([text, no_text(text)])
+        both = concatenate([text, away])
         conditional, unconditional = self._ask(torch.cat([x, x]), both, noise_level).chunk(2)
         guided = w * conditional + (1 - w) * unconditional
         phi = self.settings.guidance_rescale

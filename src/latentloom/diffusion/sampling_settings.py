@@ -86,6 +86,7 @@ class SampleRequest:
     count:    samples per prompt, from 1 to 10,000.
     first:    the number of each prompt's first sample; its noise is a function of the seed and its number.
     size:     of the images, `WIDTHxHEIGHT` in pixels; None: the model's own. Which there are, a model knows.
+    negative: a prompt that samples are guided away from; None, or blank: from what the model makes without any text.
 
     Raises `ValueError` naming the option, its value and what is allowed.
     """
@@ -95,6 +96,7 @@ class SampleRequest:
     count: int = 1
     first: int = 0
     size: str | None = None
+    negative: str | None = None
 
     def __post_init__(self) -> None:
         _check_integer("seed", self.seed, 0, LARGEST)
@@ -102,6 +104,10 @@ class SampleRequest:
         _check_integer("first", self.first, 0, LARGEST - MOST_SAMPLES)
         if not isinstance(self.size, str | None):
             raise ValueError(f"size = {self.size!r}: must be text such as 192x128, or none")
+        if not isinstance(self.negative, str | None):
+            raise ValueError(f"negative = {self.negative!r}: must be text, or none")
+        if self.negative is not None and not self.negative.strip():
+            object.__setattr__(self, "negative", None)
 
     @classmethod
     def of(cls, settings: SamplingSettings, options: Mapping[str, Any]) -> SampleRequest:

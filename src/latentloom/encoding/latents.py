@@ -16,6 +16,7 @@ within a size in the order in which they are stored.
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
@@ -30,11 +31,17 @@ import torch
 from latentloom.encoding.cache import FORMAT_VERSION, Done, EncodeCounts, Plan, Shard, Task, row_keys
 from latentloom.encoding.codec import LatentCodec
 from latentloom.encoding.index_files import ROW_GROUP, STRING, shard_names, write_table
-from latentloom.encoding.latent_statistics import channel_statistics, latent_bound
+from latentloom.encoding.latent_statistics import (
+    ChannelSums,
+    channel_statistics,
+    channel_sums,
+    latent_bound,
+    percentiles,
+)
 from latentloom.encoding.row_store import RowStore
 from latentloom.encoding.shard_files import FLIPPED, INDEX, REJECTS, STATS, Tensors, load_shard
 from latentloom.encoding.vae import Vae
-from latentloom.engine import here
+from latentloom.engine import here, ordered_map
 from latentloom.errors import UserError
 from latentloom.files import atomic_path, write_json
 from latentloom.ids import ID_BYTES, from_hex, to_hex
@@ -83,35 +90,22 @@ def encode_images(vae: Vae, images: Path, out: Path, store: RowStore, *, flip: b
         raise UserError(f"{images} holds no images: run `dvc repro -f ingest`")
     for size in sizes_of(manifest):
         _check_size(vae, size)
-    rows = _Rows(images, manifest)
-    numbered = NumberedImages(images)
-    made_by = (vae.fingerprint, PREPROCESSING, f"{vae.precision}->{STORED}")
+    rows = ImageRows(images, manifest)
     views = {out: (), out / FLIPPED: (MIRRORED,)} if flip else {out: ()}
     if not flip:
         shutil.rmtree(out / FLIPPED, ignore_errors=True)
-    encoded, tables = 0, []
-    keys: dict[Path, np.ndarray] = {}
+    plans, tables = [], []
     for folder, view in views.items():
-        keys[folder] = row_keys(rows.ids, *made_by, *view)
-        plan = Plan(
-            store,
-            folder,
-            rows.ids,
-            keys[folder],
-            vae.latent_bytes(rows.pixels),
-            rows.number,
-            groups=rows.size,
-            inputs=numbered.files,
-        )
-        function = partial(make_shards, numbered, bool(view))
-        parts = plan.run(function, setup=partial(_itself, vae), title=" ".join(["encode_images", *view]), unit="image")
+        plans.append(plan_latents(vae, images, rows, folder, store, view))
+        function = partial(make_shards, NumberedImages(images), bool(view))
+        title = " ".join(["encode_images", *view])
+        parts = plans[-1].run(function, setup=partial(_itself, vae), title=title, unit="image")
         tables.append(pa.concat_tables(parts).combine_chunks())
-        encoded += plan.computed
     store.trim()
 
     figures = tables[0]
     finite = np.logical_and.reduce([table["finite"].to_numpy() for table in tables])
-    write_table(out / INDEX, SCHEMA, _index(rows, keys[out], figures, finite, manifest["sources"]))
+    write_table(out / INDEX, SCHEMA, _index(rows, plans[0].keys, figures, finite, manifest["sources"]))
     rejects = _rejects(images, rows.number[~finite], vae.precision)
     with atomic_path(out / REJECTS) as temporary:
         rejects.to_parquet(temporary, index=False)
@@ -123,9 +117,11 @@ def encode_images(vae: Vae, images: Path, out: Path, store: RowStore, *, flip: b
         )
     if not train.any():
         raise UserError("the training split is empty: add images, or lower ingest.val_fraction")
-    place = {name: figures[name].to_numpy() for name in ("number", "row")}
-    mean, std = channel_statistics(part for folder in views for part in _tensors(folder, place, train))
-    bound = latent_bound(LatentCodec(mean, std), (part["mean"] for part in _tensors(out, place, train)))
+    of_train = figures.select(["number", "row"]).filter(train)
+    parts = [part for folder in views for part in _parts(folder, of_train)]
+    mean, std = channel_statistics(ordered_map(_sums, parts))
+    codec = LatentCodec(mean, std)
+    bound = latent_bound(ordered_map(partial(_percentiles, codec), _parts(out, of_train)))
     write_json(
         out / STATS,
         {
@@ -145,10 +141,10 @@ def encode_images(vae: Vae, images: Path, out: Path, store: RowStore, *, flip: b
             "licence": manifest["licence"],
         },
     )
-    return EncodeCounts(len(rows.ids) * len(views), encoded, len(rejects))
+    return EncodeCounts(len(rows.ids) * len(views), sum(plan.computed for plan in plans), len(rejects))
 
 
-class _Rows:
+class ImageRows:
     """What is kept in memory of each image, in the order of the latents: size by size, as they are stored.
 
     Attributes:
@@ -177,6 +173,16 @@ class _Rows:
             for name in ("ids", "in_train", "source", "size"):
                 setattr(self, name, getattr(self, name)[self.number])
         self.pixels = np.array([size.width * size.height for size in sizes], np.int32)[self.size]
+
+
+def plan_latents(
+    vae: Vae, images: Path, rows: ImageRows, out: Path, store: RowStore, view: tuple[str, ...] = ()
+) -> Plan:
+    """Where the latents of all images come from; ``view`` is `MIRRORED`, or nothing."""
+    keys = row_keys(rows.ids, vae.fingerprint, PREPROCESSING, f"{vae.precision}->{STORED}", *view)
+    inputs = NumberedImages(images).files
+    row_bytes = vae.latent_bytes(rows.pixels)
+    return Plan(store, out, rows.ids, keys, row_bytes, rows.number, groups=rows.size, inputs=inputs)
 
 
 def make_shards(images: NumberedImages, mirrored: bool, vae: Vae, task: Task) -> Done:
@@ -227,12 +233,36 @@ def _shapes(figures: pa.Table, in_train: np.ndarray, base: int) -> dict[str, lis
     return shown
 
 
-def _tensors(folder: Path, place: dict[str, np.ndarray], wanted: np.ndarray) -> Iterator[Tensors]:
-    """The tensors of the rows that are wanted, a shard at a time."""
-    numbers, rows = place["number"][wanted], place["row"][wanted]
+@dataclass(frozen=True)
+class _ShardRows:
+    """Some rows of a shard."""
+
+    path: Path
+    rows: np.ndarray
+
+    @property
+    def reads(self) -> list[Path]:
+        return [self.path]
+
+    def load(self) -> Tensors:
+        rows = self.rows.copy()  # torch wants arrays that can be written
+        return {name: tensor[rows] for name, tensor in load_shard(here(self.path)).items()}
+
+
+def _parts(folder: Path, figures: pa.Table) -> list[_ShardRows]:
+    """The rows of `FIGURES`, shard by shard."""
+    numbers, rows = (figures[name].to_numpy() for name in ("number", "row"))
     shards, starts = np.unique(numbers, return_index=True)
-    for shard, own in zip(shards, np.split(rows, starts[1:]), strict=True):
-        yield {name: tensor[own] for name, tensor in load_shard(folder / f"{shard:05d}.safetensors").items()}
+    paths = [folder / name for name in shard_names(pa.array(shards)).to_pylist()]
+    return [_ShardRows(path, own) for path, own in zip(paths, np.split(rows, starts[1:]), strict=True)]
+
+
+def _sums(part: _ShardRows) -> ChannelSums:
+    return channel_sums(part.load())
+
+
+def _percentiles(codec: LatentCodec, part: _ShardRows) -> np.ndarray:
+    return percentiles(codec, part.load()["mean"])
 
 
 def _encode(vae: Vae, images: NumberedImages, numbers: np.ndarray, *, mirrored: bool) -> Iterator[Tensors]:
@@ -289,7 +319,7 @@ def _figures(shard: Shard) -> pa.Table:
 
 
 def _index(
-    rows: _Rows, keys: np.ndarray, figures: pa.Table, finite: np.ndarray, sources: list[dict[str, Any]]
+    rows: ImageRows, keys: np.ndarray, figures: pa.Table, finite: np.ndarray, sources: list[dict[str, Any]]
 ) -> Iterator[pa.Table]:
     """The index, in parts: of the rows that are finite."""
     names = pa.array([source["name"] for source in sources])

@@ -21,6 +21,7 @@ from latentloom.errors import UserError
 from latentloom.files import atomic_path
 
 CHUNK = "latentloom"
+OPTIONAL = ("size", "negative", "start_image", "strength", "between", "to_seed")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,13 @@ class ImageMetadata:
     text_encoder: str  # the fingerprint of the encoder that read the prompts
     code: str | None = None  # the hash of the code that generated, see `text_to_image.generating_code`
     provenance: Mapping[str, Any] | None = None  # of the model, where known, see `Provenance.in_images`
+    # What not every image has, and is not written where it is None.
     size: str | None = None  # of each sample, ``WIDTHxHEIGHT`` in pixels, where asked for; None: the model's own
+    negative: str | None = None  # what the samples were guided away from; None: from no text
+    start_image: str | None = None  # the id of the prepared picture that samples began from
+    strength: float | None = None  # how much of the sampling was done on it, from 0 to 1
+    between: int | None = None  # pictures on the way between two samples, both included, side by side
+    to_seed: int | None = None  # of the last of these, where it has another seed than the first
 
     @property
     def mlflow_run_id(self) -> str | None:
@@ -53,9 +60,7 @@ def encode_png(image: np.ndarray, metadata: ImageMetadata) -> bytes:
     chunks.add_text("model_sha256", metadata.model_sha256)
     if metadata.mlflow_run_id:
         chunks.add_text("mlflow_run_id", metadata.mlflow_run_id)
-    values = asdict(metadata)
-    if metadata.size is None:
-        del values["size"]
+    values = {name: value for name, value in asdict(metadata).items() if name not in OPTIONAL or value is not None}
     chunks.add_text(CHUNK, json.dumps(values))
     written = io.BytesIO()
     Image.fromarray(image).save(written, format="PNG", pnginfo=chunks)
@@ -103,6 +108,7 @@ def generate_command(
     model: str = "models/unet",
     output: str = "again.png",
     program: Sequence[str] = ("latentloom",),
+    image: str | None = None,
 ) -> str:
     """The command that generates the same bytes again, for a shell.
 
@@ -111,6 +117,7 @@ def generate_command(
         model: where the model with its hash is, as ``--model`` takes it.
         output: the file to write.
         program: how `latentloom` is called.
+        image: the file of the picture that samples began from; None: a name made of its id.
     """
     sampling = metadata.sampling
     low, high = sampling.guidance_interval
@@ -126,9 +133,16 @@ def generate_command(
         "threshold": "none" if sampling.threshold_percentile is None else sampling.threshold_percentile,
         "precision": sampling.precision,
     }
-    if metadata.size is not None:
-        options["size"] = metadata.size
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    options |= {
+        "size": metadata.size,
+        "negative": metadata.negative,
+        "image": metadata.start_image and (image or f"{metadata.start_image[:12]}.png"),
+        "strength": metadata.strength,
+        "between": metadata.between,
+        "to-seed": metadata.to_seed,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     words += ["--guidance-interval", str(low), str(high), "-o", output]
     prompts = list(metadata.prompts)
     ordered = [*words, "--", *prompts] if any(p.startswith("-") for p in prompts) else [*prompts, *words]

@@ -1,6 +1,6 @@
 """The links of a lineage: each thing that a model came from, by its hash, where its bytes are, how they come back.
 
-picture -> model -> run -> params, code and local changes -> latents, text, images, ... -> sources, VAE, text encoder
+picture -> model -> run -> params, code and local changes -> latents, text, images, ..., base -> sources, encoders
 """
 
 import hashlib
@@ -22,7 +22,8 @@ from latentloom.ingestion.source_files import fingerprint_sources
 from latentloom.layout import MODEL, PARAMS
 from latentloom.lineage.subject import Subject
 from latentloom.params import SourceParams
-from latentloom.registry.models import PACKED_MODEL, is_model
+from latentloom.registry.base import Base, at_hand
+from latentloom.registry.models import PACKED_MODEL, fetched_folder, is_model
 from latentloom.tracking.git import Git
 from latentloom.tracking.provenance import CODE_DIFF, DATA, Provenance
 from latentloom.tracking.store import first_line, tracking_uri, without_credentials
@@ -48,22 +49,25 @@ class Link:
 def gather(subject: Subject, root: Path) -> tuple[Link, ...]:
     """All links, from what was asked for to the sources."""
     known = subject.provenance
-    found = locate(root, known.outs.values()) if known.outs else {}
+    outs = {*known.outs.values(), *([known.base["out"]] if known.base and known.base["out"] else [])}
+    found = locate(root, outs) if outs else {}
     code = _code(subject, root)
     named = [name for name, path in DATA.items() if path in known.outs or name in ("latents", "text", "images")]
     data = [_out(name, DATA[name], known, found, root / DATA[name]) for name in named]
     if known.converted_from:  # it is complete without its data, and their source gives them again
         left_behind = {"place": Place.LOST, "where": "did not come with the model", "needed": False}
         data = [link if link.place in AT_HAND else replace(link, **left_behind) for link in data]
+    model = _model(subject, found, root)
     images_are_there = any(link.link == "images" and link.place in AT_HAND for link in data)
     return (
         *([_picture(subject)] if subject.metadata else []),
-        _model(subject, found, root),
+        model,
         *_runs(subject, root),
         Link("params", str(PARAMS), None, code.place, "of the code"),
         code,
         *_changes(subject, root),
         *data,
+        *_base(known, found, root, needed=model.place not in AT_HAND),
         *(_source(listing, known.ingested, needed=not images_are_there) for listing in known.sources),
         _encoder("VAE", known.encoders.get("vae"), root),
         _encoder("text encoder", known.encoders.get("text_encoder"), root),
@@ -80,6 +84,14 @@ def _picture(subject: Subject) -> Link:
         f"{prompts}, {samples} of seed {metadata.seed}, {settings.diffusion_steps} steps of "
         f"{settings.sampler}, guidance {settings.class_guidance:g}, {settings.precision}"
         + (f", {metadata.size}" if metadata.size else "")
+        + (f', away from "{metadata.negative}"' if metadata.negative else "")
+        + (
+            f", strength {metadata.strength:g} of the picture {metadata.start_image[:12]}"
+            if metadata.start_image
+            else ""
+        )
+        + (f", {metadata.between} pictures on the way" if metadata.between else "")
+        + (f" to seed {metadata.to_seed}" if metadata.to_seed is not None else "")
     )
     lines = []
     if metadata.provenance:
@@ -178,6 +190,21 @@ def _out(link: str, path: str, known: Provenance, found: Mapping[str, tuple[Plac
         return Link(link, name, out, Place.HERE, f"{local} alone", command=copy)
     bring = f"PYTHONPATH={shlex.quote(str(PRESENT_CODE))} python -m latentloom.dvc_outs {out}={path}"
     return Link(link, name, out, place, where, command=bring)
+
+
+def _base(known: Provenance, found: Mapping[str, tuple[Place, str]], root: Path, *, needed: bool) -> list[Link]:
+    """The model that the training started from; its command puts it where a training looks for it."""
+    if known.base is None:
+        return []
+    sha256, out, kept = known.base["sha256"], known.base["out"], fetched_folder(known.base["sha256"], Path())
+    name = f"{known.base['reference']}, sha256 {sha256[:12]}"
+    if out and found[out][0] in AT_HAND:
+        bring = f"PYTHONPATH={shlex.quote(str(PRESENT_CODE))} python -m latentloom.dvc_outs {out}={kept}"
+        return [Link("base", name, sha256, *found[out], needed, bring)]
+    if folder := at_hand(Base(**known.base), root):
+        copy = f"mkdir -p {kept.parent} && " + _join("cp", "-r", folder.resolve(), kept)
+        return [Link("base", name, sha256, Place.HERE, f"{folder} alone", needed, copy)]
+    return [Link("base", name, sha256, Place.UNKNOWN, "not on this machine", needed)]
 
 
 def _source(then: Mapping[str, Any], ingested: Mapping[str, Any], *, needed: bool) -> Link:

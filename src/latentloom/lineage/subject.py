@@ -13,7 +13,7 @@ from latentloom.dvc_outs import locked_outs, out_hash
 from latentloom.errors import UserError
 from latentloom.evaluation.metadata import ImageMetadata, read_metadata
 from latentloom.files import user_path
-from latentloom.layout import DVC_LOCK, ENCODE_IMAGES_REPORT, ENCODE_TEXT_REPORT, INGEST_REPORT, MODEL, SOURCES
+from latentloom.layout import DVC_LOCK, ENCODE_IMAGES_REPORT, ENCODE_TEXT_REPORT, INGEST_REPORT, INIT, MODEL, SOURCES
 from latentloom.model_files import model_hash
 from latentloom.registry.models import (
     SHOWCASE,
@@ -114,6 +114,7 @@ def _committed(git: Git, outs: dict[str, str]) -> Provenance:
         sources=list(read(SOURCES)),
         ingested=read(INGEST_REPORT),
         encoders=encoders,
+        base=read(INIT) or None,
     )
 
 

@@ -156,6 +156,25 @@ def look_up(reference: str, root: Path) -> StoredModel:
     return stored_model(client, sha256, runs[0].info.run_id) if sha256 else StoredModel(None, runs[0])
 
 
+def model_by_hash(sha256: str, root: Path) -> Path:
+    """The folder of the model with that hash, which a run or a version of the registry has; fetched if need be.
+
+    Raises:
+        UserError: when nothing has it, or its bytes are nowhere.
+        mlflow.exceptions.MlflowException: when the store cannot be reached.
+    """
+    client = existing_store(root)
+    stored = stored_model(client, sha256)
+    if not (stored.run or stored.version):
+        raise UserError(f"no run and no version of {NAME} has it")
+    return _fetch(client, root, stored, (stored.run and run_provenance(client, stored.run)) or Provenance())
+
+
+def fetched_folder(sha256: str, root: Path) -> Path:
+    """Where the files of a model that was fetched are kept."""
+    return root / ".state" / "models" / sha256
+
+
 def stored_model(client: "MlflowClient", sha256: str, *run_ids: str | None) -> StoredModel:
     """What MLflow has of the model with that hash: the newest run that made it, and that measured it.
 
@@ -215,7 +234,7 @@ def _or_none(get: Callable[..., Any], *names: str) -> Any:
 def _fetch(client: "MlflowClient", root: Path, stored: StoredModel, provenance: Provenance) -> Path:
     """A folder that holds the model."""
     sha256, version = stored.sha256, stored.version
-    fetched = root / ".state" / "models" / sha256
+    fetched = fetched_folder(sha256, root)
     for folder in (root / MODEL, fetched):
         if is_model(folder, sha256):
             return folder

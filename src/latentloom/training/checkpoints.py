@@ -197,13 +197,14 @@ def training_fingerprint(params: Params, inputs: Mapping[str, str], precision: s
 
     Args:
         params: the whole params; only the sections of the training count.
-        inputs: the hashes of the caches, by name.
+        inputs: the hashes of the caches, and of the model that it starts from, by name.
         precision: what ``train.precision`` comes to on this device.
     """
     deciding = params.model_dump(mode="json", include={"seed", "model", "diffusion", "train"})
     train = deciding["train"] | {"precision": precision}
     if params.train.lr_schedule != "cosine":
         del train["steps"]
+    del train["init"], train["init_strict"]  # a name; the hash of what it names is an input
     del train["decay_steps"]  # where it is in use it moves the end alone, and a checkpoint knows whether it is before
     if params.train.loss != "huber":
         del train["huber_delta"]

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from latentloom.base_model import take_weights
 from latentloom.devices import autocast_dtype
 from latentloom.diffusion.text import Labels, pooled
 from latentloom.diffusion.unet import UNet
@@ -49,6 +50,7 @@ def run_training(
     model_folder: Path,
     curves_folder: Path,
     logger: Logger | None,
+    base: Path | None = None,
 ) -> TrainingResult:
     """Train on ``caches`` and write the averaged weights to ``model_folder``. Every process of a job calls this.
 
@@ -57,13 +59,14 @@ def run_training(
         checkpoints: None in all processes but the main one, which alone writes; so are ``resumed`` and ``logger``.
         resumed: what to resume from; None starts anew.
         curves_folder: for the curves' CSV files; what it holds is replaced.
+        base: the folder of the model that ``train.init`` names; None starts from noise.
 
     Raises:
         TrainingDivergedError: when the training has diverged; the checkpoints from before are kept.
         TrainingStopped: after SIGTERM or Ctrl-C, when the state is saved.
         UserError: when ``train.batch_size`` does not divide over the processes, the latents' size does not suit
-            ``model.widths``, ``train.keep`` is ``best`` without a validation split, or ``machine.compile`` asks for
-            what is not there.
+            ``model.widths``, ``train.keep`` is ``best`` without a validation split, ``machine.compile`` asks for
+            what is not there, or the base does not fit.
     """
     settings, device = params.train, accelerator.device
     _check_settings(params, caches, device)
@@ -80,6 +83,10 @@ def run_training(
             "ingest.bucket_multiple"
         ) from error
     fit_whitening(network, caches)
+    if base:
+        carried = take_weights(network, config, base, settings.init, strict=settings.init_strict)
+        if accelerator.is_main_process and not resumed:
+            print(f"train: starting from {settings.init};", "; ".join(carried.lines()), file=sys.stderr, flush=True)
     network.gradient_checkpointing = params.machine.gradient_checkpointing
     state = TrainingState.start(network, settings, dtype)
     curves = Curves(curves_folder)
