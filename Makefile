@@ -17,7 +17,7 @@ CORES := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 5 ? n : 5)))
 PYTEST := OMP_NUM_THREADS=1 python -m pytest --dist loadfile --no-loadscope-reorder
 PYTEST_WAITING := $(PYTEST) -n $(shell echo $$(($(CORES) < 4 ? $(CORES) + 2 : 5)))
 
-.PHONY: repro test test-fast test-services ui bench notebooks lint install install-tests clean
+.PHONY: repro test test-fast test-services ui page bench notebooks lint install install-tests clean
 
 repro: install ## run every stage that is not up to date
 	@latentloom check
@@ -35,6 +35,9 @@ test-services: install-tests ## tests with Postgres, S3, a browser, DVC's queue,
 
 ui: install ## MLflow's pages on this machine; PORT=... for another port than 5000
 	@latentloom ui $(if $(PORT),--port $(PORT))
+
+page: install ## a page to draw on, on this machine; PORT=... for another port than 7860
+	@latentloom page $(if $(PORT),--port $(PORT))
 
 bench: install-tests ## how fast the caches are, beside others; half an hour on an idle machine
 	@for script in benchmarks/*.py; do echo "== $$script"; PYTHONPATH=src TQDM_DISABLE=1 python $$script || exit 1; done

@@ -29,6 +29,7 @@ ALLOWED = {
     "tracking": ("diffusion", *CORE),
     "registry": ("diffusion", *CORE, *READERS, "evaluation", "tracking"),
     "lineage": ("diffusion", *CORE, *READERS, "ingestion.source_files", "evaluation", "tracking", "registry"),
+    "page": ("diffusion", *CORE, *READERS, "ingestion.one_picture", "evaluation", "registry", "lineage"),
     "cli": ("",),
     "pipelines": ("",),
 }

@@ -20,7 +20,7 @@ from latentloom.layout import EVALUATE_METRICS, MODEL, PARAMS, SAMPLE_SHEET, SAM
 from latentloom.params import load_params
 from latentloom.stage import use_utf8
 
-UI_PORTS = range(5000, 5020)
+UI_PORTS, PAGE_PORTS = range(5000, 5020), range(7860, 7880)
 FULL = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT)]  # a library's error may have it in its text alone
 STRENGTH = 0.6  # of a picture that samples start from, unless another is given
 ANIMATED = (".gif", ".webp")
@@ -135,6 +135,27 @@ def free_port(ports: Sequence[int]) -> int:
                 continue
         return port
     raise UserError(f"port {ports[0]} cannot be used: {reasons[0]}. Give another: --port {ports[-1] + 1}")
+
+
+@app.command()
+def page(
+    host: Annotated[str, typer.Option(help="Of the address; 0.0.0.0 lets other machines in, without a password.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="By default 7860, or the next.")] = None,
+) -> None:
+    """Serve a page to draw on, to look into the data and to compare models, on this machine until Ctrl-C."""
+    try:
+        from latentloom.page.layout import serve
+    except ImportError as error:
+        if not (error.name or "").startswith("gradio"):
+            raise
+        raise UserError('the page needs Gradio, which is not installed: pip install "latentloom[page]"') from error
+    from latentloom.page.handlers import Studio
+
+    port = free_port(PAGE_PORTS if port is None else [port])
+    print(f"Page: http://{host}:{port}", flush=True)
+    serve(Studio(project_root()), host, port)
 
 
 @app.command()

@@ -238,7 +238,7 @@ def picture(tmp_path) -> Path:
 
 def test_of_a_picture_strength_0_is_its_reconstruction_and_strength_1_is_the_sample_of_the_prompt(sample, picture):
     with Image.open(picture) as image:
-        upright = np.asarray(image.rotate(-90, expand=True).crop((16, 0, 80, 64)))
+        upright = np.array(image.rotate(-90, expand=True).crop((16, 0, 80, 64)))
     for strength in ("0", "0.5", "1"):
         sample("an apple", "--image", str(picture), "--strength", strength, *QUICK, "-o", f"{strength}.png")
     sample("an apple", *QUICK, "-o", "sampled.png")
@@ -254,7 +254,7 @@ def test_variations_of_a_picture_ask_for_no_text_at_all(sample, model, picture):
     assert "warning" not in output
     network, config = load_model(model)
     with Image.open(picture) as image:
-        upright = np.asarray(image.rotate(-90, expand=True).crop((16, 0, 80, 64)))
+        upright = np.array(image.rotate(-90, expand=True).crop((16, 0, 80, 64)))
     vae = load_vae("bundled")
     start = (vae.encode(upright[None])["mean"] - 0.1) / 0.9
     for number in range(2):

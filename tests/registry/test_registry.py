@@ -85,6 +85,7 @@ def test_the_signature_takes_prompts_and_gives_png_bytes_with_the_stored_setting
         "count": 1,
         "first": 0,
         "size": None,
+        "negative": None,
         "steps": 4,
         "guidance": 2.5,
         "sampler": "ddim",

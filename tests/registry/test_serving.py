@@ -110,10 +110,10 @@ def test_every_command_of_the_page_does_what_it_says(project):
         assert [(row["prompt"], row["number"]) for row in rows[1:3]] == [("a red apple", 1), ("a snowman", 0)]
 
         options = "--model champion --first 2 --steps 3 --sampler dpmpp_2m --guidance-interval 0.1 0.9 --threshold none"
-        options += " --size 96x48"
+        options += " --size 96x48 --negative cats"
         keyboard("sample", "a red apple", *shlex.split(options), "-o", "other.png")
         params = {"first": 2, "steps": 3, "sampler": "dpmpp_2m", "guidance_interval": [0.1, 0.9], "threshold": None}
-        params["size"] = "96x48"
+        params |= {"size": "96x48", "negative": "cats"}
         (row,) = json.loads(ask(port, {"inputs": {"prompt": ["a red apple"]}, "params": params}))["predictions"]
         assert (row["number"], base64.b64decode(row["png"])) == (2, Path("other.png").read_bytes())
 

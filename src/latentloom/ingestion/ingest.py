@@ -25,15 +25,16 @@ from tqdm import tqdm
 
 from latentloom.engine import engine_name, ordered_map
 from latentloom.ingestion.colours import Profile
-from latentloom.ingestion.deduplicator import ID_BYTES, Deduplicator
+from latentloom.ingestion.deduplicator import Deduplicator
 from latentloom.ingestion.folder import FolderSource
 from latentloom.ingestion.images import pillow_settings
-from latentloom.ingestion.near_duplicates import find_near_duplicates, write_near_duplicates
+from latentloom.ingestion.near_duplicates import Pairs, find_near_duplicates, write_near_duplicates
 from latentloom.ingestion.openmoji import OpenMojiSource
 from latentloom.ingestion.parquet import ParquetSource
 from latentloom.ingestion.prepared import Key, PreparedStore
 from latentloom.ingestion.preprocess import Known, Outcome, preprocess_sample
 from latentloom.ingestion.rejects import Reason, Reject, RejectTable
+from latentloom.ingestion.remote import is_remote
 from latentloom.ingestion.shards import ImageRow, SourceCount, amend_shards, write_manifest, write_shards
 from latentloom.ingestion.size_table import render
 from latentloom.ingestion.source_files import resolve_source_path
@@ -53,7 +54,8 @@ class IngestReport:
     to an equal picture, and are neither found nor kept; ``near_duplicates`` the pairs; ``moved_to_train`` the images
     that left the validation split because a near duplicate is in train. Of kept images with a colour profile other than
     sRGB's, ``profiles_converted`` counts those that were converted, and ``profiles_ignored`` those whose profile could
-    not be used. ``sizes`` is what `SizeTable.rows` gives; empty where all images are squares of one size.
+    not be used. ``sizes`` is what `SizeTable.rows` gives; empty where all images are squares of one size. ``crowded``
+    counts the images of which not all near duplicates are listed (`Pairs`).
     """
 
     found: int
@@ -70,10 +72,11 @@ class IngestReport:
     profiles_converted: int
     profiles_ignored: int
     sizes: list[dict[str, Any]] = field(default_factory=list)
+    crowded: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON can hold it."""
-        return {name: value for name, value in asdict(self).items() if name != "sizes" or value}
+        return {name: value for name, value in asdict(self).items() if name not in ("sizes", "crowded") or value}
 
     @property
     def size_table(self) -> str:
@@ -82,6 +85,7 @@ class IngestReport:
 
     def __str__(self) -> str:
         pairs = f", {self.near_duplicates} pairs of near duplicates" if self.near_duplicates else ""
+        pairs += f" (of {self.crowded} images of one layout, not all)" if self.crowded else ""
         joined = f", captions of {self.joined} equal pictures joined" if self.joined else ""
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.reasons.items())
         colours = f", {self.profiles_converted} converted to sRGB" if self.profiles_converted else ""
@@ -116,7 +120,7 @@ def ingest(
     """
     for entry in params.sources:
         _check_outputs_outside_source(entry, (images_folder, rejects_path, near_duplicates_path))
-    sources = {entry.label: open_source(entry, params) for entry in params.sources}
+    sources = {entry.label: open_source(entry, params, store) for entry in params.sources}
     counts = {
         entry.label: SourceCount(entry.label, entry.source, entry.weight, source.attribution, source.licence)
         for entry, source in zip(params.sources, sources.values(), strict=True)
@@ -141,13 +145,13 @@ def ingest(
             print(f"ingest: {name}: {notice}", file=sys.stderr, flush=True)
     deduplicator.rejects.write(rejects_path)
     written = sum(shard["rows"] for shard in shards)
-    found, rejected = sum(count.found for count in counts.values()), len(deduplicator.rejects.rows)
+    found, rejected = sum(count.found for count in counts.values()), len(deduplicator.rejects)
     if found != written + rejected:
         raise RuntimeError(f"{found} samples found, but {written} kept and {rejected} rejected: one was lost")
     if rejected == found or rejected > params.max_reject_fraction * found:
         raise IngestError(_too_many_rejects(deduplicator.rejects, found, params.max_reject_fraction, rejects_path))
     pairs, moved = _keep_near_duplicates_together(deduplicator, params.near_duplicate_distance, near_duplicates_path)
-    more_captions = amend_shards(images_folder, shards, moved, deduplicator.joined_captions())
+    more_captions = amend_shards(images_folder, shards, moved, deduplicator.joined_captions)
     train = int(deduplicator.in_train().sum()) + len(moved)
     sizes = deduplicator.sizes.counts(params.tables) if params.several_sizes else None
     manifest = write_manifest(images_folder, params.image_size, train, counts.values(), shards, sizes)
@@ -166,15 +170,16 @@ def ingest(
             {name: value for name, value in source.items() if name not in ("attribution", "licence")}
             for source in manifest["sources"]
         ],
-        near_duplicates=pairs,
+        near_duplicates=len(pairs),
         moved_to_train=len(moved),
         profiles_converted=deduplicator.profiles[Profile.CONVERTED],
         profiles_ignored=deduplicator.profiles[Profile.IGNORED],
         sizes=deduplicator.sizes.rows(params.tables) if params.several_sizes else [],
+        crowded=pairs.crowded,
     )
 
 
-def open_source(entry: SourceParams, params: IngestParams) -> Source:
+def open_source(entry: SourceParams, params: IngestParams, store: PreparedStore | None = None) -> Source:
     """The source that an entry of the params names.
 
     Raises:
@@ -188,7 +193,8 @@ def open_source(entry: SourceParams, params: IngestParams) -> Source:
         case "webdataset":
             return WebDatasetSource(entry.path, entry.captions, entry.caption_column, entry.key)
         case "parquet":
-            return ParquetSource(entry.path, entry.image_column, entry.caption_column)
+            known = [store.knows] if store else []
+            return ParquetSource(entry.path, entry.image_column, entry.caption_column, *known)
 
 
 class _Item(NamedTuple):
@@ -284,10 +290,9 @@ def _expected(sources: Iterable[Source], limit: int | None) -> int | None:
 
 
 def _too_many_rejects(rejects: RejectTable, found: int, most: float, rejects_path: Path) -> str:
-    rejected = len(rejects.rows)
-    examples = {reject.reason: f"{reject.source}: {reject.key}" for reject in reversed(rejects.rows)}
+    rejected = len(rejects)
     reasons = "".join(
-        f"\n  {count} {reason.value}, such as {examples[reason]}"
+        f"\n  {count} {reason.value}, such as {rejects.examples[reason].source}: {rejects.examples[reason].key}"
         for reason, count in sorted(rejects.reasons().items(), key=lambda item: (-item[1], item[0]))
     )
     if not found:
@@ -301,17 +306,18 @@ def _too_many_rejects(rejects: RejectTable, found: int, most: float, rejects_pat
 
 def _keep_near_duplicates_together(
     deduplicator: Deduplicator, distance: int | None, path: Path
-) -> tuple[int, np.ndarray]:
-    """Write the near duplicates; give the number of pairs, and the rows that move to the training split."""
-    ids, in_train, signatures = deduplicator.ids(), deduplicator.in_train(), deduplicator.signatures()
-    order = np.argsort(ids.view(f"S{ID_BYTES}").ravel())  # by id, so that the sources' order does not matter
-    pairs = find_near_duplicates(signatures if distance is None else signatures[order], distance or 0)
-    write_near_duplicates(path, ids[order], pairs)
-    return len(pairs), order[linked_to_train(pairs, in_train[order])]
+) -> tuple[Pairs, np.ndarray]:
+    """Write the near duplicates; give them, and the rows that move to the training split."""
+    images, in_train, signatures = deduplicator.ids(), deduplicator.in_train(), deduplicator.signatures()
+    words = images.view(">u8")
+    order = np.lexsort(words.T[::-1])  # by id, so that the sources' order does not matter
+    pairs = find_near_duplicates(signatures, distance or 0, None if distance is None else order)
+    write_near_duplicates(path, images[order], pairs)
+    return pairs, order[linked_to_train(pairs, in_train[order])]
 
 
 def _check_outputs_outside_source(entry: SourceParams, outputs: Iterable[Path]) -> None:
-    if entry.path is None:
+    if entry.path is None or is_remote(entry.path):
         return
     source = resolve_source_path(entry.path).resolve()
     for output in outputs:

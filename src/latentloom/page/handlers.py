@@ -1,0 +1,243 @@
+"""What the page does, apart from how it looks: pictures that appear step by step, and are saved as the command does.
+
+    what was chosen -> SampleRequest -> TextToImage, in a thread of its own -> pictures so far, and at last PNG files
+
+A PNG holds the same bytes as that of `latentloom sample` with the same options.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from latentloom.diffusion.sampling_settings import SampleRequest, SamplingSettings
+from latentloom.encoding.dataset import load_caches
+from latentloom.errors import UserError
+from latentloom.evaluation.animation import save_animation
+from latentloom.evaluation.metadata import generate_command, read_metadata, save_image
+from latentloom.evaluation.recall import nearest
+from latentloom.evaluation.text_to_image import StartImage, TextToImage, default_settings, load_text_to_image
+from latentloom.files import read_json
+from latentloom.image_grid import image_grid
+from latentloom.ingestion.one_picture import prepare_picture
+from latentloom.layout import IMAGES, LATENTS, MODEL, PARAMS, SAMPLES, TEXT
+from latentloom.lineage.lineage import render, trace
+from latentloom.page.data import rows_of
+from latentloom.registry.models import SHOWCASE, find_model, is_model
+
+MODELS_KEPT = 2  # in memory: as many as are compared
+MOST_PICTURES = 16  # of one request
+PREVIEWS = 8  # of each picture, on its way
+NEAREST = 6
+
+Shown = TypeVar("Shown")
+Picture = tuple[np.ndarray | str, str]  # pixels, uint8 (H, W, 3), or the PNG's path; and what stands below
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, and the settings that samples have unless others are chosen."""
+
+    model: TextToImage
+    settings: SamplingSettings
+
+
+class Studio:
+    """The page's project: its models, its pictures, its data. ``root`` is its folder, the current one."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.folder = root / SAMPLES / "page"
+        self._load = lru_cache(MODELS_KEPT)(self._load_model)
+
+    @property
+    def models(self) -> list[str]:
+        """What is there without asking MLflow: the trained model, where there is one, and the package's own."""
+        return [*([str(MODEL)] if is_model(self.root / MODEL) else []), SHOWCASE]
+
+    def load(self, reference: str) -> Loaded:
+        """The model that `find_model` finds; those used last stay loaded, as long as they do not change."""
+        found = find_model(reference.strip(), self.root)
+        return self._load(reference.strip(), found.sha256)
+
+    def _load_model(self, reference: str, sha256: str) -> Loaded:
+        found = find_model(reference, self.root)
+        provenance = found.provenance and found.provenance.in_images()
+        loaded = load_text_to_image(found.folder, provenance=provenance)
+        return Loaded(loaded, default_settings(found.folder, self.root / PARAMS))
+
+    def draw(
+        self,
+        reference: str,
+        prompt: str,
+        options: Mapping[str, Any],
+        upload: str | None = None,
+        strength: float | None = None,
+    ) -> Iterator[list[Picture]]:
+        """The pictures so far, again and again; at last the PNGs.
+
+        Args:
+            reference: of the model.
+            prompt: what to generate.
+            options: of `SampleRequest`; what is None is as in the model's settings.
+            upload: the file of a picture to start from, with ``strength``.
+
+        Raises:
+            UserError: when something cannot be generated, with the sentence of the command line.
+        """
+        loaded = self.load(reference)
+        request = request_of(loaded.settings, options)
+        if request.count > MOST_PICTURES:
+            raise UserError(f"count = {request.count}: the page makes at most {MOST_PICTURES}; the command line, more")
+        if upload is None and not prompt.strip():
+            raise UserError("the prompt is empty: say what to draw")
+        model = loaded.model
+        start = upload and StartImage(*prepare_picture(Path(upload), model.image_size(request.size)), strength)
+        model.remarks([prompt], request, start=start)  # raises where the prompt cannot be read
+        pictures: list[Picture] = []
+        blank = np.full((*model.image_size(request.size)[::-1], 3), 255, np.uint8)
+        every = max(1, request.settings.diffusion_steps // PREVIEWS)
+
+        def work(show: Callable[[list[Picture]], None]) -> list[Picture]:
+            def on_prediction(place: int, step: int, prediction: torch.Tensor) -> None:
+                while len(pictures) <= place:
+                    pictures.append((blank, "waiting"))
+                if step % every == 0:
+                    pictures[place] = (model.codec.decode(prediction[None])[0], f"step {step + 1}")
+                    show(list(pictures))
+
+            (images,) = model.generate([prompt], request, start=start, on_prediction=on_prediction)
+            return [self._save(model, prompt, request, number, image, start) for number, image in enumerate(images)]
+
+        yield from in_a_thread(work)
+
+    def _save(
+        self,
+        model: TextToImage,
+        prompt: str,
+        request: SampleRequest,
+        place: int,
+        image: np.ndarray,
+        start: StartImage | None,
+    ) -> Picture:
+        number = request.first + place
+        metadata = model.metadata([prompt], replace(request, first=number, count=1), start=start)
+        path = self._path(prompt or "variation", f"{request.seed}-{number}", ".png")
+        save_image(path, image, metadata)
+        return str(path), f"seed {request.seed}, sample {number}"
+
+    def _path(self, prompt: str, name: str, suffix: str) -> Path:
+        """A new file for a picture, whose name says what it shows."""
+        words = re.sub(r"[^\w]+", "-", prompt).strip("-").encode()[:60].decode(errors="ignore")
+        taken = (self.folder / f"{words}-{name}{again}{suffix}" for again in ("", *(f"-{n}" for n in range(2, 10**6))))
+        return next(path for path in taken if not path.exists())
+
+    def between(
+        self, reference: str, prompts: Sequence[str], options: Mapping[str, Any], *, pictures: int, to_seed: int
+    ) -> tuple[str, str, str]:
+        """The files of a strip (PNG) and of the animations there and back (WebP, GIF); raises as `draw`."""
+        loaded = self.load(reference)
+        request = request_of(loaded.settings, options)
+        if not 2 <= pictures <= MOST_PICTURES:
+            raise UserError(f"pictures = {pictures}: must be from 2 to {MOST_PICTURES}")
+        asked = [prompt for prompt in prompts if prompt.strip()]
+        drawn = loaded.model.between(asked, request, pictures=pictures, to_seed=to_seed)
+        name = f"{request.seed}-to-{to_seed}"
+        strip = self._path(" to ".join(asked), name, ".png")
+        metadata = loaded.model.metadata(asked, request, pictures=pictures, to_seed=to_seed)
+        save_image(strip, image_grid(drawn, columns=pictures), metadata)
+        animations = [strip.with_suffix(suffix) for suffix in (".webp", ".gif")]
+        for path in animations:
+            save_animation(path, drawn)
+        return str(strip), *map(str, animations)
+
+    def defaults(self, reference: str) -> dict[str, Any]:
+        """The options that samples of a model have unless others are chosen."""
+        folder = find_model(reference.strip(), self.root).folder
+        return SampleRequest(default_settings(folder, self.root / PARAMS)).options()
+
+    def command_of(self, path: str, reference: str) -> str:
+        """The command that generates a picture's bytes again."""
+        return generate_command(read_metadata(Path(path)), model=reference)
+
+    def lineage_of(self, path: str) -> str:
+        """What a picture came from, as `latentloom lineage` says it."""
+        return render(trace(path, self.root))
+
+    def prepared(self, reference: str, upload: str) -> np.ndarray:
+        """An uploaded picture as the model sees it, uint8 (H, W, 3)."""
+        return prepare_picture(Path(upload), self.load(reference).model.image_size(None))[0]
+
+    def nearest(self, reference: str, path: str) -> list[Picture]:
+        """The images of the data nearest to a picture, each with its distance, its split and its captions.
+
+        Raises:
+            UserError: when there is no data, or it was encoded by another VAE than the model's.
+        """
+        latents, text = self.root / LATENTS, self.root / TEXT
+        vae = self.load(reference).model.codec.vae
+        if not latents.exists():
+            raise UserError("there is no data here to compare with: `make repro` makes it")
+        if read_json(latents / "stats.json")["vae"]["fingerprint"] != vae.fingerprint:
+            raise UserError(f"{LATENTS} was encoded by another VAE than {reference}'s: their latents do not compare")
+        caches = load_caches(latents, text)
+        pixels = prepare_picture(Path(path), self.load(reference).model.image_size(None))[0]
+        sample = caches.train.codec.standardise(vae.encode(pixels[None])["mean"])[0]
+        (rows,), (distances,) = nearest([sample], [caches.train, caches.validation], NEAREST)
+        ids = [*caches.train.ids, *caches.validation.ids]
+        found = {row.id: row for row in rows_of(self.root / IMAGES, {ids[row] for row in rows.tolist()})}
+        return [
+            (own.pixels, f"{distance:.3f} ({own.split}): {'; '.join(own.captions)}")
+            for own, distance in ((found[ids[row]], distance) for row, distance in zip(rows, distances, strict=True))
+        ]
+
+
+def request_of(settings: SamplingSettings, options: Mapping[str, Any]) -> SampleRequest:
+    """What was chosen; of a number field, 3 is 3.0 as on the command line, so that metadata are the same bytes."""
+    chosen = {name: value for name, value in options.items() if value is not None or name in ("threshold", "negative")}
+    for name in ("guidance", "guidance_rescale", "threshold"):
+        if isinstance(chosen.get(name), int):
+            chosen[name] = float(chosen[name])
+    try:
+        return SampleRequest.of(settings, chosen)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def in_a_thread(work: Callable[[Callable[[Shown], None]], Shown]) -> Iterator[Shown]:
+    """What ``work`` shows, and at last what it returns; who stops listening stops the work at its next `show`."""
+    shown: SimpleQueue[tuple[str, Any]] = SimpleQueue()
+    stopped = False
+
+    def show(value: Shown) -> None:
+        if stopped:
+            raise _Stopped
+        shown.put(("so far", value))
+
+    def run() -> None:
+        try:
+            shown.put(("done", work(show)))
+        except BaseException as error:  # who listens raises it
+            shown.put(("error", error))
+
+    Thread(target=run, daemon=True).start()
+    try:
+        kind = "so far"
+        while kind == "so far":
+            kind, value = shown.get()
+            if kind == "error":
+                raise value
+            yield value
+    finally:
+        stopped = True
+
+
+class _Stopped(Exception):
+    """Nobody listens any more."""
