@@ -146,10 +146,10 @@ def ray_map(
         return
     connect()
     writes, reads = _files(first)
-    with _probe(Path(writes[0]).parent if writes else None, bool(reads)) as probe:
+    with _probe(*(Path(path).parent for path in (*writes, *reads)[:1])) as probe:
         crew = Crew(function, setup, probe)
         try:
-            for chunk in _in_order(crew, _chunks(first, items, 1 if setup else ITEMS_OF_A_CALL)):
+            for chunk in _in_order(crew, _chunks(first, items, 1 if setup or writes or reads else ITEMS_OF_A_CALL)):
                 for place, item in enumerate(chunk.items):
                     outcome = chunk.outcomes[place]
                     if isinstance(outcome, Failure):
@@ -532,10 +532,8 @@ def _chunks(first: Any, items: Iterator[Any], size: int) -> Iterator[Chunk]:
 
 
 @contextlib.contextmanager
-def _probe(folder: Path | None, reads: bool) -> Iterator[Path | None]:
-    """A file with a random name where items write, or else in the stage's folder, for the workers to look for."""
-    if folder is None and reads:
-        folder = Path.cwd()
+def _probe(folder: Path | None = None) -> Iterator[Path | None]:
+    """A file with a random name where items write or read, for the workers to look for."""
     if folder is None:
         yield None
         return

@@ -131,7 +131,7 @@ def test_files_travel_to_machines_that_do_not_see_the_disk(monkeypatch, tmp_path
         writes: tuple[Path, ...]
 
     @contextmanager
-    def unseen(folder, reads):
+    def unseen(folder):
         yield folder / "not there"
 
     monkeypatch.setattr(engine_ray, "_probe", unseen)
