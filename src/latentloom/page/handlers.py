@@ -140,17 +140,16 @@ class Studio:
         return next(path for path in taken if not path.exists())
 
     def between(
-        self, reference: str, prompts: Sequence[str], options: Mapping[str, Any], *, pictures: int, to_seed: int
+        self, reference: str, prompts: Sequence[str], options: Mapping[str, Any], *, pictures: int, to_seed: int | None
     ) -> tuple[str, str, str]:
         """The files of a strip (PNG) and of the animations there and back (WebP, GIF); raises as `draw`."""
         loaded = self.load(reference)
         request = request_of(loaded.settings, options)
         if not 2 <= pictures <= MOST_PICTURES:
             raise UserError(f"pictures = {pictures}: must be from 2 to {MOST_PICTURES}")
-        asked = [prompt for prompt in prompts if prompt.strip()]
+        asked, to_seed = [prompt for prompt in prompts if prompt.strip()], None if to_seed == request.seed else to_seed
         drawn = loaded.model.between(asked, request, pictures=pictures, to_seed=to_seed)
-        name = f"{request.seed}-to-{to_seed}"
-        strip = self._path(" to ".join(asked), name, ".png")
+        strip = self._path(" to ".join(asked), f"{request.seed}-{pictures}", ".png")
         metadata = loaded.model.metadata(asked, request, pictures=pictures, to_seed=to_seed)
         save_image(strip, image_grid(drawn, columns=pictures), metadata)
         animations = [strip.with_suffix(suffix) for suffix in (".webp", ".gif")]
