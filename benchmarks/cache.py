@@ -68,7 +68,7 @@ def write_webdataset(folder: Path, rows: int) -> None:
 def read_memory(folder: Path, memory_share: float = 1.0) -> Batches:
     data = load_caches(folder / "latents", folder / "text", memory_share=memory_share).train
     for rows in torch.randperm(len(data)).split(BATCH):
-        yield data.latents_at(rows)[0], data.embeddings_at(data.captions[rows, 0])
+        yield data.latents_at(rows)[0], data.primary_embeddings(rows)
 
 
 def read_streamed(folder: Path) -> Batches:

@@ -175,6 +175,13 @@ def main() -> None:
     kept = read_json(arguments.results) if arguments.results.exists() else {}
     if kept.get("given") != given:
         kept = {"given": given, "costs": {}, "results": {ALONE: {}, STAGED: {}}}
+    if missing := [seed for seed in arguments.seeds if any(str(seed) not in own for own in kept["results"].values())]:
+        run(missing, arguments, sections, kept)
+    show(kept["results"], arguments.minutes)
+
+
+def run(seeds: Sequence[int], arguments: argparse.Namespace, sections: dict[str, Any], kept: dict[str, Any]) -> None:
+    """Train what ``kept`` lacks of each seed, and add its figures."""
     with tempfile.TemporaryDirectory() as name:
         project = Path(name) / "small"
         make_small(sections, project)
@@ -188,13 +195,12 @@ def main() -> None:
             ALONE: lambda seed: bench.from_noise(seed, seconds, costs),
             STAGED: lambda seed: bench.staged(seed, seconds, costs, arguments.share),
         }
-        for seed in arguments.seeds:
+        for seed in seeds:
             for arm, measured in arms.items():
                 if str(seed) not in kept["results"][arm]:
                     kept["results"][arm][str(seed)] = measured(seed)
                     write_json(arguments.results, kept)
                 print(f"seed {seed}, {arm}: {kept['results'][arm][str(seed)]}", file=sys.stderr, flush=True)
-    show(kept["results"], arguments.minutes)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
 """Synthetic caches for benchmarks: rows of random numbers, in the form that the encode stages leave; and memory."""
 
-import hashlib
+import json
 import math
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from latentloom.encoding.cache import FORMAT_VERSION, save_shard
 from latentloom.files import write_json
-from latentloom.ids import from_hex
+from latentloom.ids import to_hex
 from latentloom.sharding import TENSORS, shard_ranges
 
 SHAPE, DIM = (4, 16, 16), 384
@@ -23,34 +27,82 @@ def synthetic(rows: range) -> tuple[np.ndarray, np.ndarray]:
     return latents.astype(np.float16), random.standard_normal((len(rows), DIM), dtype=np.float32).astype(np.float16)
 
 
-def write_caches(folder: Path, rows: int, validation: int = 0) -> None:
-    """Write ``latents`` and ``text`` in ``folder``, one caption per image; hold the last ``validation`` rows out."""
-    ids = [hashlib.sha256(str(row).encode()).hexdigest() for row in range(rows)]
-    images, captions = [], []
-    for number, places in enumerate(shard_ranges(from_hex(ids), 2 * math.prod(SHAPE), TENSORS)):
-        own = ids[places.start : places.stop]
-        name = f"{number:05d}.safetensors"
-        latents, embeddings = map(torch.from_numpy, synthetic(places))
-        save_shard(folder / "latents" / name, {"mean": latents}, own)
-        save_shard(folder / "text" / name, {"embedding": embeddings}, own)
-        place = pd.DataFrame({"id": own, "key": own, "shard": name, "row": np.arange(len(own), dtype=np.int32)})
-        place = place.assign(mean=np.float32(0.0), std=np.float32(1.0), finite=True)
-        shape = {name: np.int32(size) for name, size in zip(("channels", "height", "width"), SHAPE, strict=True)}
-        split = np.where(np.asarray(places) < rows - validation, "train", "validation")
-        shown = {"split": split, "source": "synthetic", "abs_max": np.float32(4.0), "weight": np.float32(1.0)}
-        images.append(place.assign(**shown, **shape))
-        texts = [f"caption {row}" for row in places]
-        captions.append(place.assign(text=texts, norm=np.float32(DIM**0.5), dim=np.int32(DIM)))
-    pd.concat(images, ignore_index=True).to_parquet(folder / "latents" / "index.parquet", index=False)
-    pd.concat(captions, ignore_index=True).to_parquet(folder / "text" / "index.parquet", index=False)
-    pairs = pd.DataFrame({"image_id": ids, "caption_id": ids, "position": np.int32(0)})
-    pairs.to_parquet(folder / "text" / "pairs.parquet", index=False)
+def write_caches(folder: Path, rows: int, validation: int = 0, *, std: bool = False, holes: bool = False) -> None:
+    """Write ``latents`` and ``text`` in ``folder``, one caption per image; hold the last ``validation`` rows out.
+
+    Args:
+        std: latents are distributions, with a ``std`` beside their ``mean``.
+        holes: shards are zeros that take no room on the disk, to measure what there is to do per row beside reading.
+    """
+    ids = np.random.default_rng(0).integers(0, 256, (rows, 32), np.uint8)
+    moments = ("mean", "std") if std else ("mean",)
+    row_bytes = len(moments) * 2 * math.prod(SHAPE)
+    images, captions = (shard_ranges(ids, size, TENSORS) for size in (row_bytes, 2 * DIM))
+    for cache in ("latents", "text"):
+        (folder / cache).mkdir(parents=True, exist_ok=True)
+
+    def write(path: Path, places: range, tensors: Callable[[], dict[str, np.ndarray]]) -> None:
+        if holes:
+            _write_holes(path, {name: (len(places), *shape) for name, shape in shapes[path.parent.name].items()})
+        else:
+            own = {name: torch.from_numpy(tensor) for name, tensor in tensors().items()}
+            save_shard(path, own, to_hex(ids[places.start : places.stop]).to_pylist())
+
+    shapes = {"latents": dict.fromkeys(moments, SHAPE), "text": {"embedding": (DIM,)}}
+    with ExitStack() as files:
+        writers: dict[str, pq.ParquetWriter] = {}
+
+        def add(name: str, columns: dict[str, Any]) -> None:
+            table = pa.table(columns)
+            if name not in writers:
+                writers[name] = files.enter_context(pq.ParquetWriter(folder / name, table.schema))
+            writers[name].write_table(table)
+
+        def place(number: int, places: range) -> dict[str, Any]:
+            own, size = to_hex(ids[places.start : places.stop]), len(places)
+            columns = {"id": own, "key": own, "shard": [f"{number:05d}.safetensors"] * size}
+            columns |= {"row": np.arange(size, dtype=np.int32), "mean": np.zeros(size, np.float32)}
+            return columns | {"std": np.ones(size, np.float32), "finite": np.ones(size, bool)}
+
+        for number, places in enumerate(images):
+            path, size = folder / "latents" / f"{number:05d}.safetensors", len(places)
+            write(path, places, lambda places=places: dict(zip(moments, _moments(places), strict=False)))
+            columns = place(number, places) | {"source": ["synthetic"] * size}
+            columns["split"] = np.where(np.asarray(places) < rows - validation, "train", "validation")
+            columns |= {name: np.ones(size, np.float32) for name in ("abs_max", "weight")}
+            sizes = zip(("channels", "height", "width"), SHAPE, strict=True)
+            add("latents/index.parquet", columns | {name: np.full(size, own, np.int32) for name, own in sizes})
+            own = columns["id"]
+            add("text/pairs.parquet", {"image_id": own, "caption_id": own, "position": np.zeros(size, np.int32)})
+        for number, places in enumerate(captions):
+            path, size = folder / "text" / f"{number:05d}.safetensors", len(places)
+            write(path, places, lambda places=places: {"embedding": synthetic(places)[1]})
+            columns = place(number, places) | {"text": [f"caption {row}" for row in places]}
+            columns |= {"norm": np.full(size, DIM**0.5, np.float32), "dim": np.full(size, DIM, np.int32)}
+            add("text/index.parquet", columns)
     made_by = {"reference": "bundled", "class": "Synthetic", "fingerprint": "0" * 64}
     statistics = {"format_version": FORMAT_VERSION, "flip": False, "mean": [0.0] * SHAPE[0], "std": [1.0] * SHAPE[0]}
     statistics |= {"bound": 3.0, "vae": made_by, "attribution": "", "licence": ""}
     write_json(folder / "latents" / "stats.json", statistics)
     read = {"dim": DIM, "token_dim": None, "max_tokens": 77}
     write_json(folder / "text" / "stats.json", {"format_version": FORMAT_VERSION, "encoder": made_by} | read)
+
+
+def _moments(places: range) -> tuple[np.ndarray, np.ndarray]:
+    latents, _ = synthetic(places)
+    return latents, np.abs(latents[::-1])
+
+
+def _write_holes(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """A shard of fp16 zeros, of which the file system stores the header alone."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [start, end]}
+    content = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(content).to_bytes(8, "little") + content)
+        file.truncate(8 + len(content) + end)
 
 
 def memory() -> dict[str, float]:

@@ -36,7 +36,7 @@ from pathlib import Path
 from statistics import median
 from unittest.mock import MagicMock
 
-import pandas as pd
+import numpy as np
 import torch
 import yaml
 from torch import nn
@@ -48,7 +48,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from latentloom.devices import autocast, autocast_dtype, choose_device
 from latentloom.diffusion import UNet, get_network
 from latentloom.encoding.codec import LatentCodec
-from latentloom.encoding.dataset import LatentDataset, Split
+from latentloom.encoding.dataset import Captions, CaptionTexts, LatentDataset, Split
 from latentloom.encoding.row_sources import InMemoryRows
 from latentloom.params import Compile, DiffusionParams, TrainParams
 
@@ -126,13 +126,12 @@ def ours(settings: Settings, network: UNet | None = None, data: LatentDataset | 
 def synthetic_data(settings: Settings) -> LatentDataset:
     rows, device = settings.rows, settings.device
     return LatentDataset(
-        ids=[str(row) for row in range(rows)],
+        ids=np.zeros((rows, 32), np.uint8),
         latents=InMemoryRows({"mean": latents(rows, device)}),
         codec=LatentCodec([0.0] * CHANNELS, [1.0] * CHANNELS),
         text=InMemoryRows({"embedding": texts(rows, device)}),
-        texts=pd.Series([str(row) for row in range(rows)]),
-        captions=torch.arange(rows, device=device).unsqueeze(1),
-        caption_counts=torch.ones(rows, dtype=torch.long, device=device),
+        texts=CaptionTexts(Path()),  # nobody asks for one
+        captions=Captions(torch.arange(rows, dtype=torch.int32), torch.arange(rows), torch.ones(rows).int()),
     )
 
 

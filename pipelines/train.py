@@ -34,9 +34,10 @@ from latentloom.training.run import TrainingResult, run_training, usable_checkpo
 def main(params: Params) -> str | None:
     launch(__file__)
     accelerator = make_accelerator(choose_device(), static_graph=params.train.gradient_accumulation == 1)
-    base = named_base(params.train.init)
-    with accelerator.main_process_first():  # which fetches it where it is not on this machine
-        folder = base and base_folder(base, project_root())
+    folder = None
+    if base := named_base(params.train.init):
+        with accelerator.main_process_first():  # which fetches it where it is not on this machine
+            folder = base_folder(base, project_root())
     caches = load_caches(LATENTS, TEXT, device=accelerator.device, memory_share=_memory_share(params, accelerator))
     train = partial(
         run_training,

@@ -1,7 +1,7 @@
 """Small data sets, in memory and as caches on the disk; and a cache read by other tools than the package's own."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +14,37 @@ from safetensors.torch import load_file
 
 from latentloom.encoding.cache import FORMAT_VERSION, save_shard
 from latentloom.encoding.codec import LatentCodec
-from latentloom.encoding.dataset import LatentDataset, Split
+from latentloom.encoding.dataset import Captions, CaptionTexts, LatentDataset, Split
 from latentloom.encoding.row_sources import InMemoryRows
 from latentloom.encoding.shard_files import TOKENS, ragged
 from latentloom.files import read_json, write_json
+from latentloom.ids import from_hex
 
 SHARD_ROWS = 7
+
+
+class Texts(CaptionTexts):
+    """Captions in memory."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.texts = list(texts)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def parts(self, numbers: np.ndarray | None = None) -> Iterator[list[str]]:
+        yield self.texts if numbers is None else [self.texts[number] for number in numbers]
+
+
+def captions_of(table: torch.Tensor, counts: torch.Tensor | None = None) -> Captions:
+    """Of image i, the first ``counts[i]`` of row i of a table (N, K); all of them by default."""
+    counts = torch.full((len(table),), table.shape[1]) if counts is None else counts
+    return Captions(table.flatten().int(), torch.arange(len(table)) * table.shape[1], counts.int())
+
+
+def ids_of(names: Sequence[str]) -> np.ndarray:
+    """Ids as files have them, or made of shorter names, so that they sort as these do."""
+    return from_hex([name if len(name) == 64 else name.encode().hex().ljust(64, "0") for name in names])
 
 
 class TensorDataset(LatentDataset):
@@ -34,7 +59,7 @@ class TensorDataset(LatentDataset):
         embeddings: torch.Tensor,
         texts: Sequence[str],
         captions: torch.Tensor,
-        caption_counts: torch.Tensor,
+        caption_counts: torch.Tensor | None = None,
         weights: torch.Tensor | None = None,
         flipped_mean: torch.Tensor | None = None,
         flipped_std: torch.Tensor | None = None,
@@ -47,13 +72,12 @@ class TensorDataset(LatentDataset):
             if own is not None
         }
         return cls(
-            ids=ids,
+            ids=ids_of(ids),
             latents=InMemoryRows(latents),
             codec=LatentCodec([0.0] * mean.shape[1], [1.0] * mean.shape[1]),
             text=InMemoryRows({"embedding": embeddings} | (ragged(token_states, TOKENS) if token_states else {})),
-            texts=pd.Series(texts, dtype="str"),
-            captions=captions,
-            caption_counts=caption_counts,
+            texts=Texts(texts),
+            captions=captions_of(captions, caption_counts),
             weights=weights,
             first_mirrored=None if flipped_mean is None else len(ids),
         )
@@ -102,7 +126,6 @@ def make_data() -> Callable[..., TensorDataset]:
             embeddings=torch.randn(rows + 1, 12, generator=generator),
             texts=[*(f"caption {row}" for row in range(rows)), "shared"],
             captions=torch.tensor([[row, rows] for row in range(rows)]),
-            caption_counts=torch.full((rows,), 2),
             flipped_mean=mean.flip(-1) + 100 if flipped else None,
             flipped_std=torch.zeros(rows, 4, 8, 8) if flipped and std else None,
             token_states=[torch.randn(1 + row % 5, 10, generator=generator) for row in range(rows + 1)]
@@ -124,7 +147,6 @@ def split_of_shapes(data: LatentDataset, *parts: tuple[int, tuple[int, int]]) ->
             ids=data.ids[rows],
             latents=InMemoryRows({name: F.interpolate(tensor, size) for name, tensor in raw.items()}),
             captions=data.captions[rows],
-            caption_counts=data.caption_counts[rows],
             weights=None if data.weights is None else data.weights[rows],
         )
         buckets.append(bucket)

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from latentloom.ids import first_words, from_hex, positions, to_hex
+from latentloom.ids import ascending, first_words, from_hex, positions, to_hex
 
 NAMES = [hashlib.sha256(str(number).encode()).hexdigest() for number in range(300)]
 
@@ -44,3 +44,10 @@ def test_ids_that_begin_alike_are_told_apart():
 def test_first_words_sort_as_ids_do():
     ids = from_hex(NAMES)
     assert np.argsort(first_words(ids)).tolist() == sorted(range(300), key=NAMES.__getitem__)
+
+
+def test_ids_are_sorted_as_their_digits_are_also_where_they_begin_alike():
+    ids = from_hex(NAMES)
+    assert ascending(ids).tolist() == sorted(range(300), key=NAMES.__getitem__)
+    ids[:, :8] = 0
+    assert ascending(ids).tolist() == sorted(range(300), key=lambda row: NAMES[row][16:])

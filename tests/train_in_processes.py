@@ -34,7 +34,6 @@ def make_data() -> LatentDataset:
         embeddings=torch.randn(ROWS, 12, generator=generator),
         texts=[f"caption {row}" for row in range(ROWS)],
         captions=torch.arange(ROWS)[:, None],
-        caption_counts=torch.ones(ROWS, dtype=torch.long),
         token_states=[torch.randn(1 + row % 5, 10, generator=generator) for row in range(ROWS)],
     )
 

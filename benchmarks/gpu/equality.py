@@ -78,6 +78,7 @@ def _batches(caches: Caches, steps: int) -> list[Batch]:
         seed=SEED,
         steps=range(steps),
         batch_size=BATCH,
+        block_rows=None,
         distribution=diffusion.noise_levels,
         label_dropout=diffusion.label_dropout,
         parts=[slice(0, BATCH)],

@@ -10,6 +10,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,7 @@ class CachedTexts:
     """In the place of a text encoder: the embeddings of captions that the text cache holds."""
 
     def __init__(self, caches: Caches) -> None:
-        self.rows = {text: row for row, text in enumerate(caches.train.texts)}
+        self.rows = {text: row for row, text in enumerate(chain.from_iterable(caches.train.texts.parts()))}
         self.embeddings_at, self.device = caches.train.embeddings_at, caches.train.device
 
     def encode(self, captions: list[str]) -> np.ndarray:

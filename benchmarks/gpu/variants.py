@@ -112,6 +112,7 @@ class StaticStep:
             seed=0,
             steps=range(10**9),
             batch_size=settings.batch,
+            block_rows=None,
             distribution=diffusion.noise_levels,
             label_dropout=diffusion.label_dropout,
             parts=[slice(0, settings.batch)],

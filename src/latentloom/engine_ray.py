@@ -121,9 +121,14 @@ class Seat:
     actor: Any
     node: str
     host: str
+    kind: tuple[int, int]  # cores and GPUs
     calls: deque[tuple[Any, Call]] = field(default_factory=deque)  # by reference of what comes back, the oldest first
     starting: Any = None
     sees_disk: bool | None = None
+
+
+_idle: list[Seat] = []  # workers that wait for the next crew
+_said: set[str] = set()
 
 
 def ray_map(
@@ -164,6 +169,7 @@ def connect() -> None:
     """
     if ray.is_initialized():
         return
+    _idle.clear()  # of a cluster that was left
     address = os.environ.get("RAY_ADDRESS") or None
     package = Path(engine.__file__).parent
     environment = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)}
@@ -204,7 +210,6 @@ class Crew:
         self._job = ray.put((function, setup, Path.cwd(), probe, _versions()))
         self._seats: list[Seat] = []
         self._most: dict[str, int] = {}  # of workers on a machine where memory did not suffice
-        self._known: set[str] = set()  # machines that have been told of
         self._broken: dict[str, Exception] = {}  # machines where no worker starts, or no state can be made
         self._failed_starts: Counter[str] = Counter()
         self._copies: OrderedDict[tuple[Path, int, int], Any] = OrderedDict()
@@ -251,9 +256,17 @@ class Crew:
         self._hand_out()
 
     def dismiss(self) -> None:
-        """End all workers."""
+        """Let all workers go: those that are idle and hold no GPU wait for the next crew of this process."""
+        left = {seat.actor.leave.remote(): seat for seat in self._seats if not seat.calls and not seat.kind[1]}
+        done = set(ray.wait(list(left), num_returns=len(left), timeout=5)[0]) if left else set()
+        for reference, seat in left.items():
+            if reference in done:
+                with contextlib.suppress(*LOST):
+                    ray.get(reference)
+                    _idle.append(seat)
         for seat in self._seats:
-            ray.kill(seat.actor)
+            if seat not in _idle:
+                ray.kill(seat.actor)
         self._seats.clear()
 
     def _hire(self) -> None:
@@ -274,12 +287,7 @@ class Crew:
                 count, share = cores, 1
             count = min(count, self._most.get(name, count)) if name not in self._broken else 0
             for _ in range(count - sum(seat.node == name for seat in self._seats)):
-                actor = Worker.options(
-                    num_cpus=share,
-                    num_gpus=1 if has_gpu else 0,
-                    scheduling_strategy=NodeAffinitySchedulingStrategy(name, soft=False),
-                ).remote(self._job, share)
-                self._seats.append(Seat(actor, name, host, starting=actor.start.remote()))
+                self._seats.append(self._seat(name, host, (share, int(has_gpu))))
         if self._seats:
             self._had_workers = time.monotonic()
         elif self._broken:
@@ -289,6 +297,17 @@ class Crew:
                 f"Ray has had no machine with a free {'GPU' if has_gpu else 'core'} for {PATIENCE:.0f} s: look at "
                 "`ray status`"
             )
+
+    def _seat(self, node: str, host: str, kind: tuple[int, int]) -> Seat:
+        seat = next((own for own in _idle if (own.node, own.kind) == (node, kind)), None)
+        if seat is None:
+            strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+            actor = Worker.options(num_cpus=kind[0], num_gpus=kind[1], scheduling_strategy=strategy).remote()
+            seat = Seat(actor, node, host, kind)
+        else:
+            _idle.remove(seat)
+        seat.sees_disk, seat.starting = None, seat.actor.start.remote(self._job, kind[0])
+        return seat
 
     def _started(self, seat: Seat) -> None:
         try:
@@ -303,19 +322,22 @@ class Crew:
             self._dismiss(seat)
             return
         seat.sees_disk = outcome
-        if seat.node not in self._known:
-            self._known.add(seat.node)
-            disk = "" if self._probe is None else f"sees {self._probe.parent}"
-            if not outcome:
-                disk = f"does not see {self._probe.parent}: files travel through Ray"
-            _say(f"{seat.host} (node {seat.node[:8]}) computes{disk and '; it '}{disk}")
+        disk = "" if self._probe is None else f"; it sees {self._probe.parent}"
+        if not outcome:
+            disk = f"; it does not see {self._probe.parent}: files travel through Ray"
+        line = f"{seat.host} (node {seat.node[:8]}) computes{disk}"
+        if line not in _said:
+            _said.add(line)
+            _say(line)
 
     def _hand_out(self) -> None:
         for _ in range(len(self._waiting)):
             call = self._waiting.popleft()
             if not {seat.node for seat in self._seats} - call.failed_on:
                 call.failed_on = set()  # the other machines are gone
-            free = [seat for seat in self._seats if seat.sees_disk is not None and len(seat.calls) < CALLS_AT_A_WORKER]
+            # At the end none waits at a worker while another is idle.
+            most = CALLS_AT_A_WORKER if len(self._waiting) >= len(self._seats) else 1
+            free = [seat for seat in self._seats if seat.sees_disk is not None and len(seat.calls) < most]
             free = [seat for seat in free if seat.node not in call.failed_on]
             if not free:
                 self._waiting.append(call)
@@ -416,37 +438,40 @@ class Crew:
 class Worker:
     """Computes items on one machine, one after another."""
 
-    def __init__(self, job: tuple[Any, ...], cores: int) -> None:
-        self._function, self._setup, folder, self._probe, self._versions = job
+    def start(self, job: tuple[Any, ...], cores: int) -> "bool | Failure":
+        """Make the state; say whether the project's disk is seen."""
+        self._function, setup, folder, probe, versions = job
+        self._scratch: Path | None = None
         os.environ[engine.WORKERS] = str(cores)
         with contextlib.suppress(OSError):
             os.chdir(folder)  # the stage's paths are relative to it
-        self._scratch = Path(tempfile.mkdtemp(prefix="latentloom-"))
-        self._sees_disk = True
-
-    def start(self) -> "bool | Failure":
-        """Make the state; say whether the project's disk is seen."""
         try:
-            if other := {f"{name} {own}" for name, own in _versions().items() if own != self._versions[name]}:
-                wanted = {f"{name} {own}" for name, own in self._versions.items() if own != _versions()[name]}
-                raise UserError(f"it has {', '.join(sorted(other))}, the stage {', '.join(sorted(wanted))}")
-            if self._probe is not None:
-                self._sees_disk = self._probe.is_file()
-            if self._setup is not None:
-                self._function = _with_state(self._function, self._setup())
+            if other := [f"{name} {own}" for name, own in _versions().items() if own != versions[name]]:
+                wanted = [f"{name} {own}" for name, own in versions.items() if own != _versions()[name]]
+                raise UserError(f"it has {', '.join(other)}, the stage {', '.join(wanted)}")
+            if probe is not None and not probe.is_file():
+                self._scratch = Path(tempfile.mkdtemp(prefix="latentloom-"))
+            if setup is not None:
+                self._function = _with_state(self._function, setup())
         except Exception as error:
             return _failure(error)
-        return self._sees_disk
+        return self._scratch is None
+
+    def leave(self) -> None:
+        """Forget the state, and the copies of files."""
+        self._function = None
+        if self._scratch:
+            shutil.rmtree(self._scratch, ignore_errors=True)
 
     def work(self, items: Sequence[Any], inputs: dict[Path, Any]) -> tuple[list[Any], dict[Path, bytes]]:
         """What comes of items, up to the first that fails; and the files they wrote, where the driver has to."""
         outcomes, written = [], {}
         for item in items:
             try:
-                if not self._sees_disk:
+                if self._scratch:
                     self._bring(item, inputs)
                 outcomes.append(self._function(item))
-                if not self._sees_disk:
+                if self._scratch:
                     for path in _files(item)[0]:
                         copy = engine.here(path)
                         written[path] = copy.read_bytes()

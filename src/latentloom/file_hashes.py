@@ -1,5 +1,6 @@
 """The SHA-256 of files, remembered by their size and times, so that what has not changed is not read again."""
 
+import os
 import time
 from pathlib import Path
 
@@ -33,19 +34,19 @@ class FileHashes:
             return known
         digest = sha256_file(file)
         if time.time_ns() - stamp[-1] > SETTLED_NS:
-            self._known[str(file.absolute())] = [*stamp, digest]
+            self._known[_name(file)] = [*stamp, digest]
             self._learnt = True
         return digest
 
-    def known(self, file: Path) -> str | None:
+    def known(self, file: Path | str) -> str | None:
         """The SHA-256 of a file where that can be told without reading it."""
         try:
             return self._find(file, _stamp(file))
         except OSError:
             return None
 
-    def _find(self, file: Path, stamp: list[int]) -> str | None:
-        *before, digest = self._known.get(str(file.absolute()), [None])
+    def _find(self, file: Path | str, stamp: list[int]) -> str | None:
+        *before, digest = self._known.get(_name(file), [None])
         return digest if before == stamp else None
 
     def save(self) -> None:
@@ -54,7 +55,11 @@ class FileHashes:
             write_json(self._path, {name: known for name, known in self._known.items() if Path(name).is_file()})
 
 
-def _stamp(file: Path) -> list[int]:
+def _name(file: Path | str) -> str:
+    return os.path.abspath(file)  # noqa: PTH100 - of paths as texts, which Path would take apart
+
+
+def _stamp(file: Path | str) -> list[int]:
     """What a file that has changed does not keep, its last change's time at the end."""
-    status = file.stat()
+    status = os.stat(file)  # noqa: PTH116
     return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]

@@ -22,6 +22,7 @@ from latentloom.errors import UserError, WriteError
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -135,6 +136,23 @@ def read_table(path: Path | str, columns: list[str]) -> "pd.DataFrame":
 
     try:
         return pd.read_parquet(path, columns=columns)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: run `dvc repro`, which makes it") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be used ({error}): delete it and run `dvc repro`") from error
+
+
+def iterate_table(path: Path | str, columns: list[str], rows: int = 2**18) -> "Iterator[pa.Table]":
+    """Read columns of a Parquet file in parts of at most so many rows; raises as `read_table` does."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            if missing := set(columns) - set(file.schema_arrow.names):
+                raise ValueError(f"it has no column {', '.join(sorted(missing))}")
+            for batch in file.iter_batches(rows, columns=columns):
+                yield pa.Table.from_batches([batch])
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: run `dvc repro`, which makes it") from None
     except (OSError, ValueError) as error:

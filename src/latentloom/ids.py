@@ -44,22 +44,42 @@ def positions(wanted: np.ndarray, among: np.ndarray) -> np.ndarray:
 
     Of ids that are there several times, the first.
     """
-    words, own = first_words(among), first_words(wanted)
+    return Lookup(among).positions(wanted)
+
+
+class Lookup:
+    """Ids, uint8 ``(N, 32)``, sorted once, to find others among them several times, as a table is read in parts."""
+
+    def __init__(self, among: np.ndarray) -> None:
+        words = first_words(among)
+        self._among, self._order = among, np.argsort(words, kind="stable")
+        self._words = words[self._order]
+
+    def positions(self, wanted: np.ndarray) -> np.ndarray:
+        """As `positions`."""
+        own = first_words(wanted)
+        sorting = np.argsort(own)  # sorted questions read the sorted words from one end to the other
+        at = np.empty(len(own), np.int64)
+        at[sorting] = np.searchsorted(self._words, own[sorting])
+        found, open_questions = np.full(len(own), -1, np.int64), np.arange(len(own))
+        while len(open_questions):  # once, unless two ids begin with the same 8 bytes
+            open_questions = open_questions[at[open_questions] < len(self._words)]
+            open_questions = open_questions[self._words[at[open_questions]] == own[open_questions]]
+            candidates = self._order[at[open_questions]]
+            equal = (self._among[candidates] == wanted[open_questions]).all(axis=1)
+            found[open_questions[equal]] = candidates[equal]
+            open_questions = open_questions[~equal]
+            at[open_questions] += 1
+        return found
+
+
+def ascending(ids: np.ndarray) -> np.ndarray:
+    """The order (N,) that sorts ids, uint8 ``(N, 32)``; equal ones stay in theirs."""
+    words = first_words(ids)
     order = np.argsort(words, kind="stable")
-    words = words[order]
-    sorting = np.argsort(own)  # sorted questions read the sorted words from one end to the other
-    at = np.empty(len(own), np.int64)
-    at[sorting] = np.searchsorted(words, own[sorting])
-    found, open_questions = np.full(len(own), -1, np.int64), np.arange(len(own))
-    while len(open_questions):  # once, unless two ids begin with the same 8 bytes
-        open_questions = open_questions[at[open_questions] < len(words)]
-        open_questions = open_questions[words[at[open_questions]] == own[open_questions]]
-        candidates = order[at[open_questions]]
-        equal = (among[candidates] == wanted[open_questions]).all(axis=1)
-        found[open_questions[equal]] = candidates[equal]
-        open_questions = open_questions[~equal]
-        at[open_questions] += 1
-    return found
+    if (words[order[1:]] == words[order[:-1]]).any():  # two that begin alike, as hashes hardly do
+        return np.lexsort(ids.T[::-1])
+    return order
 
 
 def first_words(ids: np.ndarray) -> np.ndarray:

@@ -245,6 +245,7 @@ class TrainParams(Section):
     steps: Count
     batch_size: Count
     gradient_accumulation: Count
+    block_rows: Count | None
     optimizer: Literal["adamw", "muon"]
     learning_rate: Positive
     lr_schedule: Literal["cosine", "constant", "warmup_stable_decay"]
@@ -439,6 +440,7 @@ ADDED = {
     "ingest.shape": "square",
     "ingest.bucket_multiple": 32,
     "ingest.max_bucket_ratio": 2.0,
+    "train.block_rows": None,
     "validate.min_reconstruction_psnr": 0.0,
     "validate.max_same_embeddings": 1.0,
     "evaluate.sizes": None,

@@ -2,10 +2,13 @@
 
 import errno
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,6 +16,16 @@ from safetensors.torch import load, save, save_file
 
 from latentloom.files import atomic_path, refuses_maps
 
+DTYPES = {  # of what the package stores
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENODEV)  # what a disk says to the library's fast way of writing
 
 
@@ -53,3 +66,37 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     return load(content), json.loads(content[8 : 8 + length]).get("__metadata__", {})
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file: what it is, and where its bytes begin."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+
+def read_layout(file: BinaryIO) -> dict[str, StoredTensor]:
+    """Where the tensors of a safetensors file are: https://github.com/huggingface/safetensors#format.
+
+    Raises:
+        SafetensorError: when it is not such a file, or is cut off.
+    """
+    size = os.fstat(file.fileno()).st_size
+    try:
+        length = int.from_bytes(file.read(8), "little")
+        if length > size:
+            raise ValueError("the header is cut off")
+        header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        layout = {
+            name: StoredTensor(DTYPES[own["dtype"]], tuple(own["shape"]), 8 + length + own["data_offsets"][0])
+            for name, own in header.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SafetensorError(f"its header cannot be read: {error}") from error
+    for name, own in layout.items():
+        if own.offset + math.prod(own.shape) * own.dtype.itemsize > size:
+            raise SafetensorError(f"it is cut off within {name}")
+    return layout

@@ -23,7 +23,6 @@ class Rows:
         random = torch.Generator().manual_seed(0)
         self.latents = torch.randn(1000, *self.latent_shape, generator=random)[:rows]
         self.embeddings = torch.randn(1000, 12, generator=random)[:rows]
-        self.captions = torch.arange(rows)[:, None]
         self.rows_read: list[int] = []
 
     def __len__(self) -> int:
@@ -42,7 +41,7 @@ class Rows:
         self.rows_read += range(len(self))[rows]
         return self.latents[rows], None
 
-    def embeddings_at(self, rows: torch.Tensor) -> torch.Tensor:
+    def primary_embeddings(self, rows: slice) -> torch.Tensor:
         return self.embeddings[rows]
 
 

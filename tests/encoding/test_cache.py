@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentloom import sharding
-from latentloom.encoding import cache
+from latentloom.encoding import cache, row_store
 from latentloom.encoding.cache import Done, Plan, row_keys
 from latentloom.encoding.row_store import KEYS, RowStore, shard_name
-from latentloom.encoding.shard_files import DamagedShardError, load_shard
+from latentloom.encoding.shard_files import DamagedShardError, load_shard, read_shard
 from latentloom.ids import from_hex
 
 ENOUGH = 2**30
@@ -274,21 +274,23 @@ def test_safetensors_own_tools_open_a_shard(tmp_path):
     assert np.array_equal(safetensors.numpy.load_file(shard.path)["value"], shard.tensors["value"].numpy())
 
 
+LOSSES = [slice(0), slice(1), slice(0, None, 2), slice(-1, None), slice(None)]  # the last file is the index
 ROWS = st.lists(st.integers(0, 40), unique=True, max_size=30)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(ROWS, st.integers(0, 40), st.booleans()), min_size=1, max_size=6))
+@given(st.lists(st.tuples(ROWS, st.integers(0, 40), st.sampled_from(LOSSES)), min_size=1, max_size=6))
 def test_after_any_history_of_changes_and_crashes_the_outs_equal_a_rebuild(history):
-    """Each run of a history has its own list of rows, may crash after some computed rows, and may lose the store."""
+    """Each run of a history has its own list of rows, may crash after some computed rows, and may lose of the store
+    what lies at some places, or all."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for chosen, computed_before_crash, store_is_lost in history:
+        for chosen, computed_before_crash, lost in history:
             keys = [f"k{number}" for number in chosen]
             with contextlib.suppress(KeyboardInterrupt):
                 run(folder / "out", folder / "state", keys, crash_after=computed_before_crash)
-            if store_is_lost:
-                shutil.rmtree(folder / "state", ignore_errors=True)
+            for path in sorted((folder / "state").glob("*"))[lost]:
+                path.unlink()
         run(folder / "out", folder / "state", keys)
         run(folder / "rebuilt", folder / "fresh", keys)
         assert contents(folder / "out") == contents(folder / "rebuilt")
@@ -296,6 +298,26 @@ def test_after_any_history_of_changes_and_crashes_the_outs_equal_a_rebuild(histo
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_rows_are_found_by_an_index_that_is_made_anew_where_it_is_missing_or_wrong(tmp_path, monkeypatch):
+    run(tmp_path / "a", tmp_path / "state", [f"k{i}" for i in range(12)])
+    store, index = RowStore(tmp_path / "state", ENOUGH), tmp_path / "state" / KEYS
+    shards, shard, row = store.find(hashes(["k7", "new"]))
+    assert (shards[shard[0]], shard[1]) == (store.path(shard_name(hashes(f"k{i}" for i in range(4, 8)))), -1)
+    assert row.tolist() == [3, -1]
+    opened = []
+    monkeypatch.setattr(row_store, "read_shard", lambda path: opened.append(path) or read_shard(path))
+    for damage, cost in [(lambda: None, 0), (index.unlink, 3), (lambda: index.write_bytes(b"no index"), 3)]:
+        damage()
+        assert store.find(hashes(["k7"]))[2] == [3]
+        assert len(opened) == cost
+        opened.clear()
+    tensors = safetensors.torch.load_file(index)
+    safetensors.torch.save_file(tensors | {"rows": tensors["rows"].flip(0) + torch.tensor([1, 0, -1])}, index)
+    shards, asked = run(tmp_path / "b", tmp_path / "state", ["new", *(f"k{i}" for i in range(12))])
+    assert len(asked) > 1  # rows of a wrong place are computed, not used
+    assert torch.equal(values(shards)[1:], torch.stack([expected(f"k{i}") for i in range(12)]))
 
 
 def test_keys_differ_with_every_part_and_are_those_of_earlier_versions():

@@ -1,5 +1,6 @@
 """Rows on the device and rows streamed from the disk: the same bytes, and what is said of a shard that is wrong."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,11 @@ from latentloom.encoding.shard_files import DamagedShardError
 CPU = torch.device("cpu")
 SHARDS = 5
 OPEN_FILES = Path("/proc/self/fd")
+
+
+def streamed_rows(folders: list[Path], index: pd.DataFrame) -> StreamedRows:
+    shards, names = pd.factorize(index["shard"])
+    return StreamedRows(folders, names, shards, index["row"].to_numpy(), CPU)
 
 
 def write_shards(folder: Path, seed: int) -> Path:
@@ -41,7 +47,7 @@ def index() -> pd.DataFrame:
 @pytest.fixture
 def stream(folders, index):
     """Rows of both folders, opened; the 15 of the second are numbers 15 to 29."""
-    return lambda: StreamedRows(folders, index["shard"], index["row"], CPU)
+    return lambda: streamed_rows(folders, index)
 
 
 @pytest.fixture(params=["streamed", "loaded"])
@@ -95,7 +101,7 @@ def captions(tmp_path) -> tuple[StreamedRows, list[np.ndarray]]:
         places += [(f"{number}.safetensors", row) for row in range(len(own))]
     order = random.permutation(7)
     index = pd.DataFrame(places, columns=["shard", "row"]).iloc[order]
-    return StreamedRows([tmp_path], index["shard"], index["row"], CPU), [items[place] for place in order]
+    return streamed_rows([tmp_path], index), [items[place] for place in order]
 
 
 @pytest.mark.parametrize("load", [False, True])
@@ -129,18 +135,20 @@ def test_of_selected_rows_the_longest_decides_the_padding(captions):
 def test_streamed_rows_are_read_when_they_are_asked_for_and_no_sooner(stream, folders):
     streamed, loaded = stream(), stream().load()
     before = loaded.gather(slice(0, 30))
-    for path in (path for folder in folders for path in folder.iterdir()):  # in place, so that a map shows it
+    for path in (path for folder in folders for path in folder.iterdir()):  # in place, and as if nothing was
+        status = path.stat()
         with open(path, "r+b") as file:
             header = 8 + int.from_bytes(file.read(8), "little")
             file.seek(header)
             file.write(bytes(path.stat().st_size - header))
+        os.utime(path, ns=(0, status.st_mtime_ns))
     for name, rows in streamed.gather(slice(0, 30)).items():
         assert not rows.any()
         assert torch.equal(loaded.gather(slice(0, 30))[name], before[name])
 
 
-def test_a_shard_deleted_later_can_still_be_read(source, read, folders):
-    expected, rows = read("mean", range(30)), source()
+def test_a_shard_deleted_later_is_not_missed_by_rows_in_memory(stream, read, folders):
+    expected, rows = read("mean", range(30)), stream().load()
     for path in (path for folder in folders for path in folder.iterdir()):
         path.unlink()
     assert np.array_equal(rows.gather(slice(0, 30))["mean"], expected)

@@ -133,17 +133,17 @@ def test_each_picture_is_prepared_encoded_and_read_in_its_own_shape(make_project
     values = np.concatenate([view.reshape(4, -1) for own in in_train for view in latents[own]], axis=1)
     assert statistics["mean"] == pytest.approx(values.mean(1), abs=1e-4)
     assert statistics["std"] == pytest.approx(values.std(1), abs=1e-4)
-    assert sorted(caches.train.ids) == sorted(in_train)
+    assert sorted(caches.train.names()) == sorted(in_train)
     assert set(caches.train.shapes) <= set(SHAPES.values())
     assert caches.latent_shape == (4, 4, 4)
     for split in (caches.train, caches.validation):
         for bucket in split.buckets:
-            expected = np.stack([latents[own][view] for view in (0, 1) for own in bucket.ids])
+            expected = np.stack([latents[own][view] for view in (0, 1) for own in bucket.names()])
             expected = (expected - values.mean(1)[:, None, None]) / values.std(1)[:, None, None]
             assert bucket.first_mirrored == len(bucket)
             np.testing.assert_allclose(bucket.latents_at(slice(0, 2 * len(bucket)))[0], expected, atol=2e-3)
             key_of = dict(zip(metadata["id"], metadata["key"], strict=True))
-            assert bucket.primary_texts() == [f"picture {key_of[own]}" for own in bucket.ids]
+            assert bucket.primary_texts() == [f"picture {key_of[own]}" for own in bucket.names()]
 
 
 def test_one_added_picture_changes_one_shard_of_each_kind(make_project):

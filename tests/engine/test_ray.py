@@ -7,11 +7,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from latentloom import engine_ray
 from latentloom.engine import ordered_map
 from latentloom.errors import UserError
+from latentloom.params import IngestParams, load_params
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = [pytest.mark.fault, pytest.mark.usefixtures("on_ray")]
 
@@ -71,12 +76,14 @@ def test_a_run_survives_a_machine_that_goes(cluster, second_node):
         time.sleep(0.01)
         return number, ray.get_runtime_context().get_node_id()
 
-    results = ordered_map(where, range(400))
-    given = [next(results) for _ in range(64)]
+    results = ordered_map(where, range(2000))
+    given = [next(results)]
+    while len({node for _, node in given}) < 2:
+        given.append(next(results))
     cluster.remove_node(second_node, allow_graceful=False)
-    given += results
-    assert [number for number, _ in given] == list(range(400))
-    assert len({node for _, node in given[:64]}) == 2
+    given += [next(results) for _ in range(500)]
+    results.close()
+    assert [number for number, _ in given] == list(range(len(given)))
     assert len({node for _, node in given[-100:]}) == 1
 
 
@@ -126,3 +133,43 @@ def test_files_travel_to_machines_that_do_not_see_the_disk(monkeypatch, tmp_path
         assert name == shard.writes[0].name
         assert shard.writes[0].read_bytes() == b"of " + shard.reads[0].read_bytes()
     assert "files travel through Ray" in capfd.readouterr().err
+
+
+def test_stages_leave_the_same_bytes_as_in_one_process(monkeypatch, tmp_path):
+    from latentloom import sharding
+    from latentloom.encoding import cache
+    from latentloom.encoding.captions import encode_captions
+    from latentloom.encoding.latents import encode_images
+    from latentloom.encoding.row_store import RowStore
+    from latentloom.encoding.text_encoder import TextEncoder
+    from latentloom.encoding.vae import Vae
+    from latentloom.ingestion.ingest import ingest
+
+    monkeypatch.setattr(sharding, "TENSORS", sharding.ShardBytes(2**10, 2**10, 2**12))
+    monkeypatch.setattr(cache, "TASK_MISSING", 8)
+    draws = np.random.default_rng(0)
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(90):
+        Image.fromarray(draws.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(source / f"{number:02}.png")
+        if number % 9:
+            (source / f"{number:02}.txt").write_text(f"picture {number}")
+    (source / "89.png").write_bytes(b"no picture")
+    (source / "88.png").write_bytes((source / "10.png").read_bytes())
+    changes = {"source": "folder", "path": str(source), "image_size": 32, "limit": None, "max_reject_fraction": 1.0}
+    params = IngestParams(**load_params(ROOT / "params.yaml").ingest.model_dump() | changes)
+    made = []
+    for engine in ("local", "ray"):
+        monkeypatch.setenv("LATENTLOOM_ENGINE", engine)
+        out = tmp_path / engine
+        ingest(params, out / "images", out / "rejects.parquet", out / "near_duplicates.parquet", progress=False)
+        images = encode_images(Vae("bundled"), out / "images", out / "latents", RowStore(out / ".state/a", 2**30))
+        texts = encode_captions(
+            TextEncoder("bundled"), out / "images", out / "text", RowStore(out / ".state/b", 2**30), tokens=True
+        )
+        assert images.encoded == texts.encoded == 78
+        files = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        made.append(files)
+    assert len([name for name in made[0] if name.startswith("latents/0")]) > 2
+    assert made[0].keys() == made[1].keys()
+    assert [name for name in made[0] if made[0][name] != made[1][name]] == []

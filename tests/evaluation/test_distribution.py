@@ -66,7 +66,6 @@ def data(prepare_images, monkeypatch, tmp_path):
             embeddings=torch.arange(24.0)[:, None].expand(-1, 8),
             texts=[captions[0] for captions in metadata["captions"]],
             captions=rows[:, None],
-            caption_counts=torch.ones(len(rows), dtype=torch.long),
         )
 
     return Caches(split("train"), split("validation"), {}, {}), images
@@ -85,11 +84,11 @@ def measured(data, model, *, seed=0, **changes):
 def test_the_whole_path_gives_the_figures_of_the_encoders_features(data, folders):
     caches, images = data
     result = measured(data, Paints(noise), **folders)
-    pixels, held_out = dict(iterate_images(images)), caches.validation.ids
+    pixels, held_out = dict(iterate_images(images)), caches.validation.names()
     of_samples, of_real, of_other = (
         [noise(name, 0) for name in held_out],
         [pixels[name] for name in held_out],
-        [pixels[name] for name in caches.train.ids[:6]],
+        [pixels[name] for name in caches.train.names()[:6]],
     )
     encoders = load_encoders(settings(**folders), CPU)
     samples, real, other = (encoders.features.encode(np.stack(own)) for own in (of_samples, of_real, of_other))
@@ -141,9 +140,9 @@ def test_captions_come_again_with_other_noise_where_there_are_fewer_than_samples
     (caches, _), model = data, Paints(noise)
     figures = measured(data, model, features=folders["features"], samples=15).figures
     assert (figures["distribution_samples"], figures["distribution_images"]) == (15, 6)
-    assert model.names[:6] == caches.validation.ids  # the samples of which the held-out figures are
+    assert model.names[:6] == caches.validation.names()  # the samples of which the held-out figures are
     assert len(set(model.names)) == 15
-    captions = caches.validation.captions[:, 0].float().tolist()
+    captions = caches.validation.captions.primary.float().tolist()
     assert model.embeddings == (captions * 3)[:15]
 
 
@@ -151,7 +150,7 @@ def test_training_pictures_can_be_the_real_ones_and_no_more_of_them_than_samples
     (caches, _), model = data, Paints(noise)
     figures = measured(data, model, features=folders["features"], samples=9, real_images="training").figures
     assert (figures["distribution_samples"], figures["distribution_images"]) == (9, 9)
-    assert model.names == caches.train.ids[:9]
+    assert model.names == caches.train.names()[:9]
 
 
 @pytest.mark.parametrize(

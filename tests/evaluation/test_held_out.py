@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from latent_data import TensorDataset
+from latent_data import TensorDataset, captions_of
 from PIL import Image
 from scipy.stats import binomtest
 
@@ -27,7 +27,6 @@ def split(texts: list[str], among: list[str], seed: int) -> LatentDataset:
         embeddings=torch.zeros(len(among), 8),
         texts=among,
         captions=torch.tensor([among.index(text) for text in texts], dtype=torch.long)[:, None],
-        caption_counts=torch.ones(len(texts), dtype=torch.long),
     )
 
 
@@ -59,7 +58,7 @@ def test_a_model_that_returns_training_images_is_caught(caches):
     measured = measure(copies, caches.validation, caches)
     assert measured.figures["copied_share"] == 1.0
     assert measured.figures["held_out_recall_at_1"] == 0.0
-    assert measured.nearest_ids == caches.train.ids[:40]
+    assert measured.nearest_ids == caches.train.names()[:40]
 
 
 def test_a_model_that_mixes_captions_up_falls_to_chance(caches):
@@ -94,7 +93,7 @@ def test_any_image_of_the_caption_is_right():
 
 def test_any_caption_of_an_image_makes_it_right():
     data = split(["a", "b"], ["a", "b"], 0)
-    both = TensorDataset(**{**data.__dict__, "captions": torch.tensor([[0, 1], [1, 1]])})
+    both = TensorDataset(**{**data.__dict__, "captions": captions_of(torch.tensor([[0, 1], [1, 1]]))})
     rows, _ = nearest(data.mean[[0, 1]], [both])
     assert recalled(rows, [both], torch.tensor([1, 0])).tolist() == [True, False]
 
@@ -111,7 +110,7 @@ def test_captions_with_a_word_of_no_training_caption_are_counted_apart():
 
 def test_words_are_those_of_all_captions_of_training_images_and_of_no_others():
     among = ["a cat", "kitten", "a kitten", "a puppy"]
-    train = TensorDataset(**{**split(["a cat"], among, 0).__dict__, "captions": torch.tensor([[0, 1]])})
+    train = TensorDataset(**{**split(["a cat"], among, 0).__dict__, "captions": captions_of(torch.tensor([[0, 1]]))})
     assert combinations(["a kitten", "a puppy"], train).tolist() == [True, False]
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from latent_data import TensorDataset
+from latent_data import TensorDataset, Texts
 from PIL import Image
 from torch import nn
 
@@ -107,7 +107,6 @@ def caches(prepare_images) -> tuple[Caches, Path]:
             embeddings=embeddings,
             texts=[f"{COLOURS[(row + row // 4) % 4]} {SHAPES[row // 4]}" for row in range(16)],
             captions=rows[:, None],
-            caption_counts=torch.ones(len(rows), dtype=torch.long),
         )
 
     return Caches(split("train"), split("validation"), {}, {}), images
@@ -165,9 +164,9 @@ def test_the_sheet_begins_with_held_out_captions_beside_the_real_and_the_nearest
     assert first.title.startswith("Held-out combinations")
     assert first.labels == data.validation.primary_texts()[:3]
     real, sample, nearest = first.rows.values()
-    np.testing.assert_array_equal(real, [pixels[name] for name in data.validation.ids[:3]])
+    np.testing.assert_array_equal(real, [pixels[name] for name in data.validation.names()[:3]])
     np.testing.assert_array_equal(sample, Grey().decode(copied[:3], batch_size=4))
-    np.testing.assert_array_equal(nearest, [pixels[data.train.ids[row]] for row in (5, 2, 7)])
+    np.testing.assert_array_equal(nearest, [pixels[data.train.names()[row]] for row in (5, 2, 7)])
     assert (prompts.title, trained.title) == ("Prompts", "Captions of training images")
 
 
@@ -176,10 +175,10 @@ def test_captions_are_sampled_in_the_shape_of_their_image_and_prompts_in_each_si
 
     def of_two_shapes(square: LatentDataset) -> Split:
         wide = [row for row in range(len(square)) if row % 2]
-        own = {"ids": [square.ids[row] for row in wide], "captions": square.captions[wide]}
+        own = {"ids": square.ids[wide], "captions": square.captions[torch.tensor(wide)]}
         own |= {"latents": InMemoryRows({"mean": torch.randn(len(wide), 4, 2, 6)})}
         rest = [row for row in range(len(square)) if not row % 2]
-        left = {"ids": [square.ids[row] for row in rest], "captions": square.captions[rest]}
+        left = {"ids": square.ids[rest], "captions": square.captions[torch.tensor(rest)]}
         left |= {"latents": InMemoryRows({"mean": square.mean[rest]})}
         return Split((replace(square, **own), replace(square, **left)))
 
@@ -193,7 +192,7 @@ def test_captions_are_sampled_in_the_shape_of_their_image_and_prompts_in_each_si
     assert [section.title for section in (square, wide)] == ["Prompts at 32x32", "Prompts at 48x16"]
     assert {image.shape for image in square.rows["sample"]} == {(32, 32, 3)}
     assert {image.shape for image in wide.rows["sample"]} == {(16, 48, 3)}
-    pairs = zip(data.validation.ids, data.validation.primary_texts(), row_shapes(data.validation), strict=True)
+    pairs = zip(data.validation.names(), data.validation.primary_texts(), row_shapes(data.validation), strict=True)
     _, captions, shapes = zip(*sorted(pairs), strict=True)
     assert list(first.labels) == list(captions)
     for (_, height, width), sample in zip(shapes, first.rows["sample"], strict=True):
@@ -213,9 +212,9 @@ def test_without_prompts_the_sheet_shows_captions_of_the_data_alone(caches, para
 
 def test_captions_with_new_words_have_a_section_of_their_own(caches, params, sheets):
     data, images = caches
-    texts = data.validation.texts.copy()
-    texts[data.validation.captions[1, 0].item()] = "a wyvern"
-    data = replace(data, validation=replace(data.validation, texts=texts))
+    texts = list(data.validation.texts.texts)
+    texts[data.validation.captions.primary[1]] = "a wyvern"
+    data = replace(data, validation=replace(data.validation, texts=Texts(texts)))
     network = Remembers(data.validation.primary_embeddings(), means(data.validation))
     evaluate(params, model(network), data, images)
     known, new, *_ = sheets[0]

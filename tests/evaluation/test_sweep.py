@@ -28,7 +28,7 @@ class Drifting:
 
     def latents(self, embeddings, names, settings, *, seed, shapes):
         assert seed == 7 and settings.sampler == "dpmpp_2m"
-        rows = [int(name) for name in names]
+        rows = [int(name, 16) for name in names]
         if settings.class_guidance >= 4:
             rows = [row + 1 for row in rows]
         return LATENTS[rows] + settings.class_guidance / settings.diffusion_steps
@@ -40,13 +40,12 @@ LATENTS = torch.randn(12, 4, 4, 4, generator=torch.Generator().manual_seed(0))
 def split(rows: range) -> LatentDataset:
     """Images 4 to 11 are held out, 5 with a word that no training caption has."""
     return TensorDataset.from_tensors(
-        ids=[str(row) for row in rows],
+        ids=[f"{row:064x}" for row in rows],
         mean=LATENTS[rows],
         std=None,
         embeddings=torch.randn(12, 8, generator=torch.Generator().manual_seed(1)),
         texts=["a b", "c d", "e f", "g h", "a c", "wyvern", "a d", "a e", "a f", "a g", "a h", "b c"],
         captions=torch.tensor(rows)[:, None],
-        caption_counts=torch.ones(len(rows), dtype=torch.long),
     )
 
 

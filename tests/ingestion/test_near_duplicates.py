@@ -89,6 +89,28 @@ def test_many_equal_signatures_make_one_pair_each():
     assert found([bytes(32) + GREY] * 3000, 8) == [(0, position, 0) for position in range(1, 3000)]
 
 
+def test_of_a_crowd_the_groups_are_those_of_all_pairs_and_only_links_are_listed(monkeypatch):
+    rng = np.random.default_rng(0)
+    centres = rng.integers(0, 256, (4, 32), dtype=np.uint8)
+    centres[:, :] = centres[0]
+    centres[:, 20:24] = rng.integers(0, 256, (4, 4))  # four layouts that share most bands' values
+    bits = np.unpackbits(centres[rng.integers(0, 4, 400)], axis=1)
+    for _ in range(2):
+        bits[np.arange(400), rng.integers(0, 256, 400)] ^= 1
+    signatures = np.concatenate([np.packbits(bits, axis=1), np.full((400, 192), 128, np.uint8)], axis=1)
+    every = find_near_duplicates(signatures, 8)
+    monkeypatch.setattr("latentloom.ingestion.near_duplicates.CROWD", 20)
+    links = find_near_duplicates(signatures, 8)
+    assert every.crowded == 0
+    assert links.crowded > 390
+    assert len(links) < len(every) / 10
+    all_pairs = set(zip(every.first.tolist(), every.second.tolist(), every.distance.tolist(), strict=True))
+    assert all_pairs.issuperset(zip(links.first.tolist(), links.second.tolist(), links.distance.tolist(), strict=True))
+    for own in range(0, 400, 40):  # whichever image trains, the same ones follow it
+        is_train = np.arange(400) == own
+        assert linked_to_train(links, is_train).tolist() == linked_to_train(every, is_train).tolist()
+
+
 def test_no_signatures_or_one_make_no_pairs():
     assert found([], 8) == found([bytes(32) + GREY], 8) == []
 

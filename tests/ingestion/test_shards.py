@@ -22,6 +22,7 @@ from latentloom.ingestion import shards
 from latentloom.ingestion.ingest import ingest
 from latentloom.ingestion.shards import (
     SCHEMA,
+    NumberedImages,
     decode,
     encode,
     iterate_images,
@@ -233,6 +234,16 @@ def test_only_wanted_images_are_decoded(filled, small_shards, monkeypatch):
     assert [own_id for own_id, _ in iterate_images(filled.images, wanted={ids[5], ids[1]})] == [ids[1], ids[5]]
     assert len(decoded) == 2
     assert list(iterate_images(filled.images, wanted=set())) == []
+
+
+def test_images_are_read_by_their_numbers_in_any_order_from_the_shards_that_hold_them(filled, small_shards):
+    filled.ingest()
+    pixels, images = [own for _, own in iterate_images(filled.images)], NumberedImages(filled.images)
+    for numbers in ([0, 1, 2, 3, 4, 5, 6], [6, 4, 5, 0, 0], [2], []):
+        read = list(images.read(np.array(numbers, int)))
+        assert len(read) == len(numbers)
+        assert all(np.array_equal(own, pixels[number]) for own, number in zip(read, numbers, strict=True))
+    assert images.files(np.array([6, 1, 0])) == [filled.images / "00000.parquet", filled.images / "00002.parquet"]
 
 
 def test_a_missing_manifest_or_shard_is_reported_by_name(filled):

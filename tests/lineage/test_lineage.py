@@ -29,7 +29,7 @@ from latentloom.params import SourceParams
 from latentloom.registry import registry
 from latentloom.registry.models import find_model
 from latentloom.tracking.git import Git
-from latentloom.tracking.provenance import PROVENANCE, Provenance, collect, save_run_record
+from latentloom.tracking.provenance import HASH_TAG, PROVENANCE, Provenance, collect, save_run_record
 from latentloom.tracking.store import open_client
 
 DATA = ("data/images", "data/latents", "data/text", "data/validated.json")
@@ -301,8 +301,14 @@ def test_a_base_is_shown_and_comes_back_to_where_a_training_looks_for_it(lab, tr
     assert base.command.endswith(f"latentloom.dvc_outs {out}=.state/models/{sha256}")
     forget(objects=out, lab=lab)
     found = trace(run_id, lab)
-    assert link(found, "base").place is Place.UNKNOWN
+    assert link(found, "base").place is Place.LOST
     assert not found.missing  # the model itself is here
+    tags = {HASH_TAG: sha256}
+    client = open_client(lab)
+    client.create_registered_model("latentloom")
+    client.create_model_version("latentloom", "nowhere", run_id, tags=tags)
+    base = link(trace(run_id, lab), "base")
+    assert (base.place, base.where) == (Place.REMOTE, "version 1 of the registry")
     Path("mlflow.db").unlink()
     commit("Results")
     shutil.rmtree(".state")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from dvc.repo import Repo
+from tiny_models import save_clip
 from typer.testing import CliRunner
 
 from latentloom.cli import app
@@ -23,10 +24,11 @@ from latentloom.tracking.store import open_client
 SHIPPED = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
 
 
-def given(init: str | None, strict: bool = False, **model) -> Params:
+def given(init: str | None, strict: bool = False, text_encoder: str = "bundled", **model) -> Params:
     model = {"widths": [16, 32], "block_depth": 1, "emb_size": 16, "text": "pooled"} | model
     train = SHIPPED["train"] | {"init": init, "init_strict": strict}
-    return Params.model_validate(SHIPPED | {"model": model, "train": train})
+    encode_text = SHIPPED["encode_text"] | {"model": text_encoder}
+    return Params.model_validate(SHIPPED | {"model": model, "train": train, "encode_text": encode_text})
 
 
 def test_a_folder_is_recorded_by_its_hash_which_changes_where_its_bytes_do(project_root, tiny_unets):
@@ -131,6 +133,9 @@ def test_a_base_that_does_not_fit_is_rejected_before_anything_is_encoded(project
         find_base(given("old", widths=[16, 48]), project_root)
     with pytest.raises(UserError, match=r"(?s)start anew: token_whitening, token_projection.*init_strict: false"):
         find_base(given("old", strict=True, text="tokens"), project_root)
+    save_clip("clip", dim=24)
+    with pytest.raises(UserError, match=r"model = clip \(\w{12}\), whose embeddings have 24 numbers.* of 384: set"):
+        find_base(given("old", text_encoder="clip"), project_root)
     assert not INIT.exists()
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from projects import Project
 from tiny_models import save_tiny_unet
 from tracked_runs import share
@@ -94,7 +95,7 @@ def test_samples_in_other_units_than_the_caches_are_compared_in_those_of_the_cac
             return captions
 
         def latents(self, captions, ids, settings, *, seed, shapes):
-            rows = [held_out.ids.index(own) for own in ids]
+            rows = torch.tensor([held_out.names().index(own) for own in ids])
             return other.standardise(held_out.codec.destandardise(held_out.latents_at(rows)[0]))
 
     monkeypatch.setattr(measuring, "load_text_to_image", lambda folder, device: KnowsThemAll())

@@ -14,6 +14,7 @@ def train_params() -> TrainParams:
         steps=40,
         batch_size=8,
         gradient_accumulation=1,
+        block_rows=None,
         optimizer="adamw",
         learning_rate=3e-3,
         lr_schedule="cosine",

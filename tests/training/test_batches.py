@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from latent_data import split_of_shapes
+from latent_data import captions_of, split_of_shapes
 
 from latentloom.encoding.dataset import Split
 from latentloom.training.batches import (
@@ -19,12 +19,13 @@ from latentloom.training.batches import (
     PREFETCHED_STEPS,
     Batch,
     batches,
-    bucket_schedule,
-    epoch_rows,
+    draw_noise,
     prefetch,
+    windows,
 )
+from latentloom.training.epochs import Blocks, bucket_schedule, epoch_rows
 
-SETTINGS = {"seed": 1, "batch_size": 16, "distribution": "cosine", "label_dropout": 0.25}
+SETTINGS = {"seed": 1, "batch_size": 16, "block_rows": None, "distribution": "cosine", "label_dropout": 0.25}
 
 
 def drawn(data, *, step: int, positions: slice = slice(None), **changes) -> Batch:
@@ -103,7 +104,7 @@ def test_all_captions_of_an_image_are_drawn_alike(make_data):
 
 
 def test_a_label_belongs_to_its_latent(make_data):
-    data = replace(make_data(20), caption_counts=torch.ones(20, dtype=torch.long))
+    data = replace(make_data(20), captions=captions_of(torch.arange(20)[:, None]))
     batch = drawn(data, step=0, label_dropout=0.0)
     for latent, label in zip(batch.latents, batch.labels, strict=True):
         row = int((means(data) == latent).all(dim=(1, 2, 3)).nonzero())
@@ -178,18 +179,19 @@ def test_batches_larger_than_the_data_hold_each_image_as_often_as_its_weight_ask
 @pytest.mark.parametrize("cuts", [(8,), (5, 11), (1, 2, 3)])
 def test_parts_of_a_batch_together_are_the_batch(make_data, cuts):
     data = replace(make_data(20, std=True, flipped=True), weights=torch.arange(20, dtype=torch.float64) + 1)
-    whole = drawn(data, step=3)
+    whole = drawn(data, step=3, block_rows=8)
     edges = (0, *cuts, 16)
-    parts = [drawn(data, step=3, positions=slice(*edge)) for edge in pairwise(edges)]
+    parts = [drawn(data, step=3, positions=slice(*edge), block_rows=8) for edge in pairwise(edges)]
     assert_equal(Batch(*map(torch.cat, zip(*parts, strict=True))), whole)
 
 
-def test_the_batches_of_any_steps_are_those_drawn_for_each_alone(make_data):
+@pytest.mark.parametrize("block_rows", [None, 8])
+def test_the_batches_of_any_steps_are_those_drawn_for_each_alone(make_data, block_rows):
     data = make_data(20, std=True, flipped=True)
-    parts = [slice(4, 8), slice(8, 16)]
-    for step, together in zip(range(5, 9), batches(data, steps=range(5, 9), parts=parts, **SETTINGS), strict=True):
+    parts, settings = [slice(4, 8), slice(8, 16)], SETTINGS | {"block_rows": block_rows}
+    for step, together in zip(range(5, 9), batches(data, steps=range(5, 9), parts=parts, **settings), strict=True):
         for part, batch in zip(parts, together, strict=True):
-            assert_equal(batch, drawn(data, step=step, positions=part))
+            assert_equal(batch, drawn(data, step=step, positions=part, block_rows=block_rows))
 
 
 def several_shapes(make_data, *counts: int, weighted: bool = False) -> Split:
@@ -230,7 +232,8 @@ def test_of_several_shapes_every_image_comes_once_a_pass_also_of_fewer_than_a_ba
 def test_of_several_shapes_an_image_comes_as_often_as_its_weight_asks_of_all(make_data):
     data = several_shapes(make_data, 5, 2, 9, weighted=True)
     counts = rows_of(data, range(500), batch_size=4).bincount(minlength=16)
-    expected = 2000 * data.weights / data.weights.sum()
+    weights = torch.cat([bucket.weights for bucket in data.buckets])
+    expected = 2000 * weights / weights.sum()
     assert ((counts - expected).abs() < 4 * expected.sqrt()).all()
     for own, wanted in zip(counts.split([5, 2, 9]), expected.split([5, 2, 9]), strict=True):
         assert abs(own.sum() - wanted.sum()) <= 4  # to a batch
@@ -248,6 +251,73 @@ def test_processes_and_parts_share_a_batch_of_one_shape_and_any_step_can_be_draw
 def test_a_split_of_one_shape_is_drawn_as_its_data_set(make_data):
     data = make_data(20, std=True)
     assert_equal(drawn(Split((data,)), step=7), drawn(data, step=7))
+
+
+STORED = torch.randperm(600, generator=torch.Generator().manual_seed(0)), torch.arange(1, 13) * 50  # in shards of 50
+BLOCKS = Blocks.of(600, 600, 24, 96)  # 8 lanes, of which a block has 12 rows each
+
+
+def blocked(epoch: int, blocks: Blocks = BLOCKS, weights: torch.Tensor | None = None) -> torch.Tensor:
+    return epoch_rows(5, epoch, 600, weights, blocks=blocks, stored=STORED)
+
+
+def runs(rows: torch.Tensor) -> int:
+    """In how many pieces these rows are stored."""
+    places = STORED[0].argsort()[rows].sort().values
+    return 1 + int((places.diff() > 1).sum())
+
+
+@pytest.mark.parametrize("batch_size", [24, 7, 256])
+@pytest.mark.parametrize("block_rows", [1, 96, 599])
+def test_shuffled_in_blocks_each_row_comes_once_an_epoch_and_another_way_each_time(batch_size, block_rows):
+    blocks = Blocks.of(600, 600, batch_size, block_rows)
+    epochs = [blocked(epoch, blocks) for epoch in range(3)]
+    assert all(torch.equal(rows.sort().values, torch.arange(600)) for rows in epochs)
+    assert not torch.equal(epochs[0], epochs[1])
+
+
+def test_a_block_is_of_some_pieces_of_the_disk_and_of_these_each_process_reads_its_own():
+    for start in range(0, 600 - 96, 96):
+        block = blocked(0)[start : start + 96].reshape(-1, 24)  # four batches
+        assert runs(block.flatten()) <= 2 * 8  # a lane's part may end one shard and begin another
+        for process in range(4):
+            assert runs(block[:, 6 * process : 6 * process + 6].flatten()) <= 2 * 2
+        assert len({int(place) // 50 for place in STORED[0].argsort()[block[0]]}) >= 6  # from all over the set
+
+
+def test_weighted_rows_of_blocks_come_as_often_as_their_weights_ask():
+    weights = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64).repeat(200)
+    share = weights * 600 / weights.sum()
+    counts = torch.stack([blocked(epoch, weights=weights).bincount(minlength=600) for epoch in range(20)])
+    assert (counts.sum(1) == 600).all()
+    assert (counts >= share.floor()).all() and (counts <= share.ceil()).all()
+
+
+def test_a_set_of_a_block_at_most_is_shuffled_as_a_whole(make_data):
+    data = make_data(20)
+    assert torch.equal(rows_of(data, range(5), block_rows=20), rows_of(data, range(5)))
+    assert not torch.equal(rows_of(data, range(5), block_rows=19), rows_of(data, range(5)))
+
+
+def test_a_window_ends_with_its_block_and_holds_no_more_than_it_may():
+    keys = [0, 0, None, 1, None, 1, 2]
+    assert list(windows(range(7), keys.__getitem__, 9)) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert list(windows(range(7), keys.__getitem__, 2)) == [[0, 1], [2], [3, 4], [5], [6]]
+
+
+def test_noise_of_some_positions_is_that_of_all_and_made_by_the_groups_that_they_need():
+    made = []
+
+    def make(group: int) -> torch.Generator:
+        made.append(group)
+        return torch.Generator().manual_seed(group)
+
+    whole = draw_noise((1, 4, 8, 8), slice(0, 200), make, CPU)
+    made.clear()
+    assert torch.equal(draw_noise((1, 4, 8, 8), slice(70, 128), make, CPU), whole[70:128])
+    assert made == [2, 3]
+    assert abs(float(whole.mean())) < 0.02 and float(whole.std()) == pytest.approx(1, abs=0.02)
+    assert len(whole.flatten(1).unique(dim=0)) == 200
 
 
 CPU = torch.device("cpu")

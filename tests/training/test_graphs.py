@@ -106,8 +106,6 @@ def test_a_step_waits_for_no_value_of_the_device(make_data, train_params, diffus
         data,
         latents=without_values(data.latents),
         text=without_values(data.text),
-        captions=data.captions.to(META),
-        caption_counts=data.caption_counts.to(META),
     )
     params = train_params.model_copy(update={"steps": 2, "gradient_accumulation": 2, "optimizer": "muon"})
     alone = SimpleNamespace(

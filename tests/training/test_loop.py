@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from latent_data import split_of_shapes
+from latent_data import captions_of, split_of_shapes
 
 from latentloom.diffusion.text import Text, no_text
 from latentloom.diffusion.unet import get_network
@@ -228,7 +228,7 @@ def test_what_only_the_token_states_tell_is_learnt(make_data, train_params, diff
     texts = data.embeddings_at(slice(0, 5))
     states = [own[mask] for own, mask in zip(texts.tokens, texts.mask, strict=True)]
     same = InMemoryRows({"embedding": torch.ones(5, 12), **ragged(states, TOKENS)})
-    data = replace(data, text=same, caption_counts=torch.ones(4, dtype=torch.long))
+    data = replace(data, text=same, captions=captions_of(torch.arange(4)[:, None]))
     torch.manual_seed(0)
     network = get_network(8, 1, 16, 4, widths=(16, 32), text_dim=12, token_dim=10)
     network.token_whitening.fit(torch.cat(states))

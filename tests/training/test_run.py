@@ -193,7 +193,7 @@ def test_a_training_of_two_shapes_resumes_to_the_same_bytes_and_its_model_draws_
     assert (config.latent_shape, config.latent_shapes) == ((4, 8, 8), ((4, 6, 10), (4, 8, 8)))
     assert network.size_projection.weight.any()  # the size was learnt from
     model = TextToImage(network, config, codec=None, text_encoder=None, model_sha256="")
-    texts, names = caches.train.primary_embeddings(), caches.train.ids
+    texts, names = caches.train.primary_embeddings(), caches.train.names()
     shapes = [(4, 8, 8), (4, 6, 10), (4, 8, 8), (4, 10, 6)]  # the last was not trained on
     settings = SamplingSettings(3, 2.0, precision="fp32")
     samples = model.latents(texts[:4], names[:4], settings, seed=1, shapes=shapes)
@@ -225,7 +225,7 @@ def test_a_training_starts_from_the_averaged_weights_and_the_whitening_of_its_ba
     assert config.latent_shape == (4, 16, 12)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
-    params = quick(steps=6, init="base", monitor={"log_every": 1})
+    params = quick(steps=6, init="base", monitor={"log_every": 1, "validate_every": 100})
     run(params, base=base)
     stopped_and_resumed_ends_the_same(partial(run, base=base), params, tmp_path, stop_after, 4)
     with open(tmp_path / "plots" / "train.csv") as file:
@@ -292,7 +292,7 @@ def test_the_model_of_token_states_whitens_them_and_tells_how_many_are_read(run,
     run(quick(text="tokens", steps=10))
     network, config = load_model(tmp_path / "model")
     assert (config.token_dim, config.max_tokens) == (10, 5)
-    text = caches.train.embeddings_at(caches.train.captions[:, 0])
+    text = caches.train.primary_embeddings()
     features = network.token_whitening(text.tokens[text.mask])
     assert not torch.equal(network.token_whitening.matrix, torch.eye(10))
     torch.testing.assert_close(features.square().sum(1), torch.full((len(features),), 10.0))
@@ -365,12 +365,12 @@ def test_no_more_rows_of_each_split_are_measured_than_asked_for_and_both_are_log
     measured = []
 
     def measure(network, data, *, images, **settings):
-        measured.append((data.ids, images))
-        return {"mae": 0.5, "mae_noise_0.50-0.75": 0.3 if data.ids == caches.train.ids else 0.6}
+        measured.append((data.names(), images))
+        return {"mae": 0.5, "mae_noise_0.50-0.75": 0.3 if data.names() == caches.train.names() else 0.6}
 
     monkeypatch.setattr("latentloom.training.monitor.denoising_error", measure)
     run(quick(steps=8, monitor={"validation_images": 5}))
-    assert measured == [(caches.validation.ids, 5), (caches.train.ids, 5)] * 2
+    assert measured == [(caches.validation.names(), 5), (caches.train.names(), 5)] * 2
     assert logger.metrics["train/mae_noise_0.50-0.75", 8] == 0.3
     assert logger.metrics["val/mae_noise_0.50-0.75", 8] == 0.6
     table = (tmp_path / "plots" / "train_by_noise.csv").read_text()

@@ -12,10 +12,11 @@ from torch import nn
 from latentloom.diffusion.denoising_error import denoising_error
 from latentloom.diffusion.text import Labels, Text, concatenate
 from latentloom.encoding.dataset import Caches, load_caches
+from latentloom.encoding.shard_files import DamagedShardError
 from latentloom.training.batches import PREFETCH_THREAD, Batch, batches
 
 ROWS, TRAINING = 40, 32
-SETTINGS = {"seed": 3, "batch_size": 12, "distribution": "cosine", "label_dropout": 0.2}
+SETTINGS = {"seed": 3, "batch_size": 12, "block_rows": None, "distribution": "cosine", "label_dropout": 0.2}
 PARTS = [slice(0, 5), slice(5, 12)]
 STEPS = range(16)  # 12 of 32 rows each: six epochs
 
@@ -26,8 +27,8 @@ def both_ways(folders) -> tuple[Caches, Caches]:
     return held, streamed
 
 
-def drawn(caches: Caches, steps=STEPS, parts=PARTS) -> list[Batch]:
-    return [batch for step in batches(caches.train, steps=steps, parts=parts, **SETTINGS) for batch in step]
+def drawn(caches: Caches, steps=STEPS, parts=PARTS, **changes) -> list[Batch]:
+    return [batch for step in batches(caches.train, steps=steps, parts=parts, **SETTINGS | changes) for batch in step]
 
 
 def assert_equal(ours: list[Batch], theirs: list[Batch]) -> None:
@@ -41,17 +42,20 @@ def tensors(labels: Labels) -> list[torch.Tensor]:
     return [labels.pooled, labels.tokens, labels.mask] if isinstance(labels, Text) else [labels]
 
 
+@pytest.mark.parametrize("block_rows", [None, 8])
 @pytest.mark.parametrize("kind", [{}, {"flip": False}, {"std": False}, {"weighted": False}, {"tokens": True}])
-def test_batches_of_several_epochs_are_the_same(write_caches, kind):
+def test_batches_of_several_epochs_are_the_same(write_caches, kind, block_rows, monkeypatch):
     held, streamed = both_ways(write_caches(ROWS, **kind))
-    assert_equal(drawn(held), drawn(streamed))
+    assert_equal(drawn(held, block_rows=block_rows), drawn(streamed, block_rows=block_rows))
+    monkeypatch.setattr("latentloom.training.batches.WINDOW_BYTES", 1)  # a window a step
+    assert_equal(drawn(held, range(5, 9), block_rows=block_rows), drawn(streamed, range(5, 9), block_rows=block_rows))
 
 
 def test_latents_are_standardised_in_fp32_from_what_is_stored(write_caches):
     latents, text = write_caches(ROWS)
     index = pd.read_parquet(latents / "index.parquet").set_index("id")
     for caches in both_ways((latents, text)):
-        for row, own in enumerate(caches.train.ids):
+        for row, own in enumerate(caches.train.names()):
             raw = {
                 name: tensor[index.loc[own, "row"]].astype(np.float32)
                 for name, tensor in load_file(latents / index.loc[own, "shard"]).items()
@@ -80,7 +84,7 @@ def test_two_processes_see_the_halves_of_the_batches_of_one(write_caches, tokens
 
 def test_a_batch_has_the_token_states_of_its_captions_and_none_to_see_where_they_are_dropped(write_caches):
     caches = both_ways(write_caches(ROWS, tokens=True))[1]
-    known = caches.train.embeddings_at(slice(0, len(caches.train.texts)))
+    known = caches.train.embeddings_at(slice(0, 2 * ROWS))
     dropped = 0
     for batch in drawn(caches):
         for vector, states, mask in zip(batch.labels.pooled, batch.labels.tokens, batch.labels.mask, strict=True):
@@ -95,21 +99,14 @@ def test_a_batch_has_the_token_states_of_its_captions_and_none_to_see_where_they
 
 def test_a_latent_comes_with_one_of_its_own_captions(write_caches):
     caches = both_ways(write_caches(ROWS))[1]
-    embeddings = caches.train.embeddings_at(slice(0, len(caches.train.texts)))
+    embeddings = caches.train.embeddings_at(slice(0, 2 * ROWS))
     met = set()
     for batch in drawn(caches, range(60)):
         for row, label in zip(batch.rows.tolist(), batch.labels, strict=True):
             if label.any():
                 caption = int((embeddings == label).all(1).nonzero()[0])
                 met.add((row, caption))
-    own = {
-        (row, caption)
-        for row, (captions, count) in enumerate(
-            zip(caches.train.captions.tolist(), caches.train.caption_counts.tolist(), strict=True)
-        )
-        for caption in captions[:count]
-    }
-    assert met == own
+    assert met == set(zip(*(column.tolist() for column in caches.train.captions.flat()), strict=True))
 
 
 @pytest.mark.parametrize("tokens", [False, True])
@@ -126,14 +123,17 @@ def test_the_validation_error_is_the_same(write_caches, tokens):
         assert errors[0] == errors[1]
 
 
-def test_shards_deleted_while_training_are_still_read(write_caches):
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_shard_deleted_or_replaced_while_training_is_named_and_never_read(write_caches, replaced):
     latents, text = write_caches(ROWS)
-    held, streamed = both_ways((latents, text))
-    ahead = batches(streamed.train, steps=STEPS, parts=PARTS, **SETTINGS)
-    first = next(ahead)
-    for path in [*latents.rglob("*.safetensors"), *text.rglob("*.safetensors")]:
-        path.unlink()
-    assert_equal([*first, *(batch for step in ahead for batch in step)], drawn(held))
+    _, streamed = both_ways((latents, text))
+    path = latents / "00002.safetensors"
+    content = path.read_bytes()
+    path.unlink()
+    if replaced:
+        path.write_bytes(content[:-8] + bytes(8))
+    with pytest.raises(DamagedShardError, match=r"00002\.safetensors was deleted or replaced"):
+        drawn(streamed)
 
 
 def test_only_streamed_data_are_prefetched_by_a_thread(write_caches):

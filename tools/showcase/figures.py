@@ -41,7 +41,7 @@ def measure_held_out(model: TextToImage, caches: Caches, params: Params) -> Held
     """Sample the held-out captions that `evaluate` samples, and measure them."""
     held_out = caches.validation.take(params.evaluate.held_out_captions)
     samples = model.latents(
-        held_out.primary_embeddings().to("cpu"), held_out.ids, params.evaluate.sampling, seed=params.seed
+        held_out.primary_embeddings().to("cpu"), held_out.names(), params.evaluate.sampling, seed=params.seed
     )
     measured = measure(samples, held_out, caches)
     return HeldOut(**{**vars(measured), "figures": measured.figures | _by_kind(measured, caches)})
@@ -51,7 +51,9 @@ def compare(measured: HeldOut, model: TextToImage, trained: TextToImage, caches:
     """Sample the first `COMPARED` captions with the weights before rounding, and compare."""
     first = measured.data.take(COMPARED)
     rounded = measured.samples[: len(first)]
-    exact = trained.latents(first.primary_embeddings().to("cpu"), first.ids, params.evaluate.sampling, seed=params.seed)
+    exact = trained.latents(
+        first.primary_embeddings().to("cpu"), first.names(), params.evaluate.sampling, seed=params.seed
+    )
     pictures = [model.codec.decode(samples).astype(float) / 255 for samples in (exact, rounded)]
     everything = [caches.train, caches.validation]
     rows = [nearest(samples, everything)[0] for samples in (exact, rounded)]
@@ -85,7 +87,7 @@ def table(measured: HeldOut, keys: pd.Series) -> pd.DataFrame:
         measured: of the held-out images.
         keys: of all images, by id.
     """
-    ids = measured.data.ids
+    ids = measured.data.names()
     captions = measured.data.primary_texts()
     columns = {"id": ids, "key": keys[ids].tolist(), "caption": captions, "combination": measured.combination}
     return pd.DataFrame(columns)
@@ -99,7 +101,7 @@ def _by_kind(measured: HeldOut, caches: Caches) -> dict[str, float]:
     everything = [caches.train, caches.validation]
     captions = np.array(measured.data.primary_texts(), dtype=object)
     rows, _ = nearest(measured.samples, everything)
-    right = recalled(rows, everything, measured.data.captions[:, 0])
+    right = recalled(rows, everything, measured.data.captions.primary)
     found = np.concatenate([np.array(data.primary_texts(), dtype=object) for data in everything])[rows[:, 0].numpy()]
     right_figure = np.array([_figure(own) == _figure(other) for own, other in zip(captions, found, strict=True)])
     toned = np.array([TONE in caption for caption in captions], dtype=bool) & measured.combination

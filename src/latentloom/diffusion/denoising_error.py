@@ -23,16 +23,15 @@ BINS = ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))
 
 
 class LatentRows(Protocol):
-    """Latents of one shape that can be read by slices; ``captions`` (N, K) holds each image's primary caption first."""
+    """Latents of one shape that can be read by slices, with the embeddings of each image's primary caption."""
 
     latent_shape: tuple[int, int, int]
-    captions: torch.Tensor
 
     def __len__(self) -> int: ...
 
     def latents_at(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor | None]: ...
 
-    def embeddings_at(self, rows: torch.Tensor) -> Labels: ...
+    def primary_embeddings(self, rows: slice) -> Labels: ...
 
 
 class Buckets(Protocol):
@@ -107,7 +106,7 @@ def denoising_error(
         generator = torch.Generator(device).manual_seed(NOISE_SEED + chunk)
         # Always a whole chunk's numbers: on CUDA, a shorter tensor would get others from the same seed.
         noise = torch.randn(ROWS_PER_CHUNK, *bucket.latent_shape, generator=generator, device=device)[: len(clean)]
-        labels = bucket.embeddings_at(bucket.captions[part, 0])
+        labels = bucket.primary_embeddings(part)
         for number, level in enumerate(levels):
             level_per_row = torch.full((len(clean),), level, device=device)
             noisy = forward.add_noise(clean, noise, level_per_row)

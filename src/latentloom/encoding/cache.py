@@ -155,11 +155,12 @@ class Task:
             else:
                 is_open[shard.rows] = True
         for number, path in self.sources.items():
-            tensors = stored_rows(here(path), path.stem)
-            if tensors is None:
-                self.source[self.source == number] = -1
+            own = np.flatnonzero(self.source == number)
+            found = stored_rows(here(path), path.stem)
+            if found and np.array_equal(found.keys[self.row[own].clip(max=len(found.keys) - 1)], self.keys[own]):
+                self._found[number] = found.tensors
             else:
-                self._found[number] = tensors
+                self.source[own] = -1
         missing = np.flatnonzero(is_open & (self.source < 0))
         self._tell(self.planned - len(missing))
         return missing
@@ -223,6 +224,7 @@ class Plan:
         inputs: the files that hold what some part of ``made_of`` names.
 
     Attributes:
+        keys: as they were given.
         missing: whether each row has to be computed (N,), unless the store turns out to be damaged.
         computed: how many rows were, up to now.
     """
@@ -239,7 +241,7 @@ class Plan:
         groups: np.ndarray | None = None,
         inputs: Callable[[Any], Sequence[Path]] | None = None,
     ) -> None:
-        self._store, self._out, self._keys, self._made_of, self._inputs = store, out, keys, made_of, inputs
+        self._store, self._out, self.keys, self._made_of, self._inputs = store, out, keys, made_of, inputs
         self._ranges = sharding.shard_ranges(ids, row_bytes, sharding.TENSORS, groups)
         self._names = [shard_name(keys[rows.start : rows.stop]) for rows in self._ranges]
         there = store.names()
@@ -281,8 +283,8 @@ class Plan:
             What the function gave for each task, in order.
         """
         self._out.mkdir(parents=True, exist_ok=True)
-        tasks, known = list(self.tasks()), len(self._keys) - np.count_nonzero(self.missing)
-        with tqdm(total=len(self._keys), initial=known, desc=title, unit=unit) as progress:
+        tasks, known = list(self.tasks()), len(self.keys) - np.count_nonzero(self.missing)
+        with tqdm(total=len(self.keys), initial=known, desc=title, unit=unit) as progress:
             for task in tasks:
                 task.tick = progress.update
             results = map(function, tasks) if setup is None else ordered_map(function, tasks, setup=setup)
@@ -309,7 +311,7 @@ class Plan:
         used = {int(number): self._sources[number] for number in np.unique(source) if number >= 0}
         return Task(
             shards,
-            self._keys[rows],
+            self.keys[rows],
             made_of,
             planned=np.count_nonzero(missing),
             inputs=self._inputs(made_of[missing]) if self._inputs and missing.any() else (),

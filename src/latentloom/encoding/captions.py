@@ -82,22 +82,15 @@ def encode_captions(
         WriteError: when the disk is full, naming the file.
     """
     (out / STATS).unlink(missing_ok=True)  # a folder without it is not finished
-    ids, texts = _distinct(images, out / PAIRS)
-    if not len(ids):
+    captions = Captions(images, out / PAIRS)
+    if not len(captions.ids):
         raise UserError(f"{images} holds no captions: run `dvc repro ingest`")
-    made_by = [encoder.fingerprint, encoder.pooling, str(encoder.max_tokens), DTYPES, *([TOKENS] if tokens else [])]
-    keys = row_keys(ids, *made_by)
-    row_bytes: int | np.ndarray = 2 * encoder.dim
-    if tokens:
-        lengths = pc.binary_length(texts).to_numpy()
-        about = np.minimum(lengths // BYTES_PER_TOKEN + 2, encoder.max_tokens)
-        row_bytes = row_bytes + 2 * encoder.token_dim * about
-    plan = Plan(store, out, ids, keys, row_bytes, texts)
+    plan = plan_captions(encoder, captions, out, store, tokens=tokens)
     function = partial(make_shards, tokens)
     parts = plan.run(function, setup=partial(_itself, encoder), title="encode_text", unit="caption")
     figures = pa.concat_tables(parts).combine_chunks()
     store.trim()
-    write_table(out / INDEX, SCHEMA, _index(ids, texts, keys, figures))
+    write_table(out / INDEX, SCHEMA, _index(captions, plan.keys, figures))
     write_json(
         out / STATS,
         {
@@ -110,11 +103,55 @@ def encode_captions(
             "dim": encoder.dim,
             "token_dim": encoder.token_dim if tokens else None,
             "max_tokens": encoder.max_tokens,
-            "rows": len(ids),
+            "rows": len(captions.ids),
         },
     )
     cut = pc.sum(pc.greater(figures["tokens"], encoder.max_tokens)).as_py()
-    return CaptionCounts(len(ids), plan.computed, cut=cut)
+    return CaptionCounts(len(captions.ids), plan.computed, cut=cut)
+
+
+class Captions:
+    """The distinct captions of all images, in the order in which they are first met; writes which image has which.
+
+    Of captions that several images have, only hashes are held more than once, and only while they are looked for.
+
+    Attributes:
+        ids: uint8 (M, 32).
+        texts: strings (M,), as Arrow has them: their bytes, and where each begins.
+    """
+
+    def __init__(self, images: Path, pairs: Path) -> None:
+        hashes = [np.empty((0, ID_BYTES), np.uint8)]
+        write_table(pairs, PAIR_COLUMNS, _pairs(images, hashes))
+        ids = np.concatenate(hashes)
+        hashes.clear()
+        is_first = positions(ids, ids) == np.arange(len(ids))
+        self.ids, texts, start = ids[is_first], [], 0
+        for batch in metadata_batches(images, ["captions"]):
+            own = batch["captions"].flatten()
+            texts.append(own.filter(pa.array(is_first[start : start + len(own)])))
+            start += len(own)
+        self.texts = pa.chunked_array(texts, pa.string())
+
+
+def _pairs(images: Path, hashes: list[np.ndarray]) -> Iterator[pa.Table]:
+    """Which image has which caption, in parts; ``hashes`` is given the captions' ids."""
+    for batch in metadata_batches(images, ["id", "captions"]):
+        hashes.append(_hashes(batch["captions"].flatten()))
+        owner = pc.list_parent_indices(batch["captions"]).to_numpy()
+        firsts = np.searchsorted(owner, owner)
+        columns = [batch["id"].take(pa.array(owner)), to_hex(hashes[-1]), np.arange(len(owner)) - firsts]
+        yield pa.table(dict(zip(PAIR_COLUMNS.names, columns, strict=True))).cast(PAIR_COLUMNS)
+
+
+def plan_captions(encoder: TextEncoder, captions: Captions, out: Path, store: RowStore, *, tokens: bool) -> Plan:
+    """Where the rows of all captions come from."""
+    made_by = [encoder.fingerprint, encoder.pooling, str(encoder.max_tokens), DTYPES, *([TOKENS] if tokens else [])]
+    row_bytes: int | np.ndarray = 2 * encoder.dim
+    if tokens:
+        about = pc.binary_length(captions.texts).to_numpy() // BYTES_PER_TOKEN + 2
+        row_bytes = row_bytes + 2 * encoder.token_dim * np.minimum(about, encoder.max_tokens)
+    return Plan(store, out, captions.ids, row_keys(captions.ids, *made_by), row_bytes, captions.texts)
 
 
 def make_shards(tokens: bool, encoder: TextEncoder, task: Task) -> Done:
@@ -128,33 +165,6 @@ def make_shards(tokens: bool, encoder: TextEncoder, task: Task) -> Done:
 
 def _itself(encoder: TextEncoder) -> TextEncoder:
     return encoder
-
-
-def _distinct(images: Path, pairs: Path) -> tuple[np.ndarray, pa.ChunkedArray]:
-    """Write which image has which caption; give the ids of the distinct ones, uint8 (N, 32), and their texts.
-
-    Of what is said of several images, only hashes are held more than once: 32 bytes for each caption of each image.
-    """
-    hashes: list[np.ndarray] = [np.empty((0, ID_BYTES), np.uint8)]
-
-    def parts() -> Iterator[pa.Table]:
-        for batch in metadata_batches(images, ["id", "captions"]):
-            captions, owner = batch["captions"], pc.list_parent_indices(batch["captions"]).to_numpy()
-            hashes.append(_hashes(captions.flatten()))
-            firsts = np.flatnonzero(np.diff(owner, prepend=-1))
-            position = np.arange(len(owner)) - np.repeat(firsts, np.diff(firsts, append=len(owner)))
-            columns = [batch["id"].take(pa.array(owner)), to_hex(hashes[-1]), position]
-            yield pa.table(dict(zip(PAIR_COLUMNS.names, columns, strict=True))).cast(PAIR_COLUMNS)
-
-    write_table(pairs, PAIR_COLUMNS, parts())
-    ids = np.concatenate(hashes)
-    is_first = positions(ids, ids) == np.arange(len(ids))
-    texts, start = [], 0
-    for batch in metadata_batches(images, ["captions"]):
-        own = batch["captions"].flatten()
-        texts.append(own.filter(pa.array(is_first[start : start + len(own)])))
-        start += len(own)
-    return ids[is_first], pa.chunked_array(texts, pa.string())
 
 
 def _hashes(texts: pa.Array) -> np.ndarray:
@@ -192,14 +202,14 @@ def _figures(encoder: TextEncoder, texts: list[str], shard: Shard) -> pa.Table:
     return pa.table(columns, FIGURES)
 
 
-def _index(ids: np.ndarray, texts: pa.ChunkedArray, keys: np.ndarray, figures: pa.Table) -> Iterator[pa.Table]:
+def _index(captions: Captions, keys: np.ndarray, figures: pa.Table) -> Iterator[pa.Table]:
     """The index, in parts."""
-    for start in range(0, len(ids), ROW_GROUP):
+    for start in range(0, len(keys), ROW_GROUP):
         own = slice(start, start + ROW_GROUP)
         part = figures[own]
         columns = {name: part[name] for name in part.column_names} | {
-            "id": to_hex(ids[own]),
-            "text": texts[own],
+            "id": to_hex(captions.ids[own]),
+            "text": captions.texts[own],
             "key": to_hex(keys[own]),
             "shard": shard_names(part["number"]),
         }

@@ -5,6 +5,7 @@
                                         any; each image names its captions by row
 
 The raw rows are on the device, or streamed from the disk where they do not fit (`latentloom.encoding.row_sources`).
+What is held for each of them beside is numbers in columns, no Python object: docs/scaling.md counts the bytes.
 
 Latents of one shape are a `LatentDataset`. A split of several shapes is a `Split`: a data set of each. Whatever reads
 splits goes over ``buckets``, which both have, so one shape needs no code of its own.
@@ -16,16 +17,96 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
+from latentloom import ids
 from latentloom.diffusion.text import Labels, Text
 from latentloom.encoding.codec import LatentCodec
 from latentloom.encoding.free_memory import free_memory
 from latentloom.encoding.row_sources import MASK, Rows, RowSource, StreamedRows
 from latentloom.encoding.shard_files import FLIPPED, INDEX, PAIRS, STATS, TOKENS
 from latentloom.errors import UserError
-from latentloom.files import read_json, read_table, sha256_file
+from latentloom.files import iterate_table, read_json, sha256_file
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Which captions each of N images has: ``numbers[firsts[i] : firsts[i] + counts[i]]``, the primary one first.
+
+    On the CPU. Selections share their numbers.
+
+    Attributes:
+        numbers: rows of the text cache (P), int32.
+        firsts: (N), int64.
+        counts: captions per image (N), int32.
+    """
+
+    numbers: torch.Tensor
+    firsts: torch.Tensor
+    counts: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.firsts)
+
+    def __getitem__(self, rows: Rows) -> "Captions":
+        """Those of some of the images."""
+        rows = rows if isinstance(rows, slice) else rows.cpu()
+        return replace(self, firsts=self.firsts[rows], counts=self.counts[rows])
+
+    @property
+    def primary(self) -> torch.Tensor:
+        """The primary caption of each image (N), int64."""
+        return self.numbers[self.firsts].long()
+
+    def pick(self, uniform: torch.Tensor) -> torch.Tensor:
+        """One caption of each image (N), int64, by numbers from [0, 1): all of them alike."""
+        return self.numbers[self.firsts + (uniform * self.counts).long()].long()
+
+    def flat(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All captions of all images, one image after the other: whose each is, and which it is, both int64."""
+        owners = torch.arange(len(self)).repeat_interleave(self.counts)
+        within = torch.arange(len(owners)) - (self.counts.cumsum(0) - self.counts)[owners]
+        return owners, self.numbers[self.firsts[owners] + within].long()
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Captions"]) -> "Captions":
+        """Those of one part after the other."""
+        numbers = [parts[0].numbers]
+        shifts = [0]
+        for part in parts[1:]:
+            if part.numbers is not numbers[0]:
+                shifts.append(sum(map(len, numbers)))
+                numbers.append(part.numbers)
+            else:
+                shifts.append(0)
+        firsts = torch.cat([part.firsts + shift for part, shift in zip(parts, shifts, strict=True)])
+        counts = torch.cat([part.counts for part in parts])
+        return cls(torch.cat(numbers) if len(numbers) > 1 else numbers[0], firsts, counts)
+
+
+class CaptionTexts:
+    """The captions (M) of a text cache, which stay in its index until some are asked for."""
+
+    def __init__(self, index: Path) -> None:
+        self._index = index
+
+    def at(self, rows: torch.Tensor) -> list[str]:
+        """The captions of some rows of the cache, in the order asked for."""
+        numbers, places = np.unique(rows.cpu().numpy(), return_inverse=True)
+        texts = [text for part in self.parts(numbers) for text in part]
+        return [texts[place] for place in places]
+
+    def parts(self, numbers: np.ndarray | None = None) -> Iterator[list[str]]:
+        """The captions of all rows, or of some, which are ascending; many thousands at a time."""
+        first = 0
+        for table in iterate_table(self._index, ["text"]):
+            column, stop = table.column("text"), first + len(table)
+            if numbers is not None:
+                column = column.take(pa.array(numbers[slice(*np.searchsorted(numbers, [first, stop]))] - first))
+            yield column.to_pylist()
+            first = stop
 
 
 @dataclass(frozen=True)
@@ -33,29 +114,29 @@ class LatentDataset:
     """Latents of one shape with their captions, for one device.
 
     Attributes:
-        ids: the images' ids (N), ascending.
+        ids: the images' ids (N, 32), uint8, ascending.
         latents: raw latents; a row is ``mean``, and ``std`` unless the VAE is deterministic, (C, h, w) each.
         codec: standardises them.
         text: raw caption embeddings; a row is an ``embedding`` (dim,), and ``tokens`` (T, token_dim) where the cache
             holds token states.
         texts: the captions (M).
-        captions: for each image the rows of its captions in ``text`` (N, K), the primary one first; short lists
-            are filled by repeating from the start, so a uniform choice of a column below ``caption_counts`` is fair.
-        caption_counts: captions per image (N).
+        captions: which rows of ``text`` are each image's.
         weights: how often each image is seen, relative to the others (N), float64, on the CPU; None: equally often.
         first_mirrored: the mirrored image of row i is row ``first_mirrored + i`` of ``latents``; None where they were
             not encoded.
+        stored: the images in the order in which they are stored (N), and where each shard's images end there; None: in
+            the order of their ids, in one shard.
     """
 
-    ids: list[str]
+    ids: np.ndarray
     latents: RowSource
     codec: LatentCodec
     text: RowSource
-    texts: pd.Series
-    captions: torch.Tensor
-    caption_counts: torch.Tensor
+    texts: CaptionTexts
+    captions: Captions
     weights: torch.Tensor | None = None
     first_mirrored: int | None = None
+    stored: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -111,13 +192,22 @@ class LatentDataset:
             part = slice(start, min(start + size, len(self)))
             yield part, self.latents_at(part)[0]
 
+    def names(self, rows: Rows = slice(None)) -> list[str]:
+        """The ids of some images as files have them, 64 hexadecimal digits each."""
+        return ids.to_hex(self.ids[rows if isinstance(rows, slice) else rows.numpy()]).to_pylist()
+
     def primary_texts(self) -> list[str]:
         """Each image's primary caption."""
-        return self.texts.iloc[self.captions[:, 0].tolist()].tolist()
+        return self.texts.at(self.captions.primary)
 
-    def primary_embeddings(self) -> Labels:
-        """The embedding of each image's primary caption (N, dim), or a `Text` of them."""
-        return self.embeddings_at(self.captions[:, 0])
+    def all_texts(self) -> Iterator[str]:
+        """Every caption that an image has, once."""
+        for part in self.texts.parts(self.captions.flat()[1].unique().numpy()):
+            yield from part
+
+    def primary_embeddings(self, rows: Rows = slice(None)) -> Labels:
+        """The embedding of the primary caption of each of some images (B, dim), or a `Text` of them."""
+        return self.embeddings_at(self.captions[rows].primary)
 
     def take(self, count: int) -> "LatentDataset":
         """The first ``count`` images."""
@@ -125,8 +215,8 @@ class LatentDataset:
             self,
             ids=self.ids[:count],
             captions=self.captions[:count],
-            caption_counts=self.caption_counts[:count],
             weights=None if self.weights is None else self.weights[:count],
+            stored=None,
         )
 
 
@@ -150,25 +240,14 @@ class Split:
         return tuple(bucket.latent_shape for bucket in self.buckets)
 
     @property
-    def ids(self) -> list[str]:
-        """The images' ids (N): ascending within a bucket."""
-        return [own for bucket in self.buckets for own in bucket.ids]
+    def ids(self) -> np.ndarray:
+        """The images' ids (N, 32): ascending within a bucket."""
+        return np.concatenate([bucket.ids for bucket in self.buckets])
 
     @property
-    def captions(self) -> torch.Tensor:
-        """As `LatentDataset.captions` (N, K)."""
-        return torch.cat([bucket.captions for bucket in self.buckets])
-
-    @property
-    def caption_counts(self) -> torch.Tensor:
-        """Captions per image (N)."""
-        return torch.cat([bucket.caption_counts for bucket in self.buckets])
-
-    @property
-    def weights(self) -> torch.Tensor | None:
-        """As `LatentDataset.weights` (N): of all buckets, or of none."""
-        weights = [bucket.weights for bucket in self.buckets]
-        return None if weights[0] is None else torch.cat(weights)
+    def captions(self) -> Captions:
+        """As `LatentDataset.captions`."""
+        return Captions.concatenate([bucket.captions for bucket in self.buckets])
 
     @property
     def text(self) -> RowSource:
@@ -176,7 +255,7 @@ class Split:
         return self.buckets[0].text
 
     @property
-    def texts(self) -> pd.Series:
+    def texts(self) -> CaptionTexts:
         """The captions (M)."""
         return self.buckets[0].texts
 
@@ -199,24 +278,23 @@ class Split:
         """Caption embeddings of ``rows`` of ``text``, as `LatentDataset.embeddings_at`."""
         return self.buckets[0].embeddings_at(rows)
 
-    def primary_texts(self) -> list[str]:
-        """Each image's primary caption."""
-        return [text for bucket in self.buckets for text in bucket.primary_texts()]
-
-    def primary_embeddings(self) -> Labels:
-        """The embedding of each image's primary caption (N, dim), or a `Text` of them."""
-        return self.embeddings_at(self.captions[:, 0])
+    names = LatentDataset.names
+    primary_texts = LatentDataset.primary_texts
+    all_texts = LatentDataset.all_texts
+    primary_embeddings = LatentDataset.primary_embeddings
 
     def take(self, count: int) -> "Split":
         """The first ``count`` images by id, whatever their shapes."""
         firsts = [bucket.take(count) for bucket in self.buckets]
-        chosen = set(sorted(own for first in firsts for own in first.ids)[:count])
-        return Split(_without_empty([first.take(len(chosen.intersection(first.ids))) for first in firsts]))
+        bucket_of = np.repeat(np.arange(len(firsts)), list(map(len, firsts)))
+        chosen = ids.ascending(np.concatenate([first.ids for first in firsts]))[:count]
+        counts = np.bincount(bucket_of[chosen], minlength=len(firsts)).tolist()
+        return Split(_without_empty([first.take(own) for first, own in zip(firsts, counts, strict=True)]))
 
 
 def row_shapes(split: LatentDataset | Split) -> list[tuple[int, int, int]]:
     """The shape (C, h, w) of each image's latent (N)."""
-    return [bucket.latent_shape for bucket in split.buckets for _ in bucket.ids]
+    return [bucket.latent_shape for bucket in split.buckets for _ in range(len(bucket))]
 
 
 def all_latents(split: LatentDataset | Split) -> list[torch.Tensor]:
@@ -250,7 +328,8 @@ class Caches:
 def load_caches(latents: Path, text: Path, *, device: torch.device | str = "cpu", memory_share: float = 1.0) -> Caches:
     """Open the caches that `encode_images` and `encode_text` wrote as training and validation sets, ordered by id.
 
-    Ordering by id makes a run independent of the order of files in the source. Where the rows are changes no batch.
+    Ordering by id makes a run of up to ``train.block_rows`` images independent of the order of files in the source.
+    Where the rows are changes no batch.
 
     Raw rows that need more than ``memory_share`` of the device's free memory are streamed from the disk; 0 streams
     always.
@@ -260,57 +339,52 @@ def load_caches(latents: Path, text: Path, *, device: torch.device | str = "cpu"
     """
     device = torch.device(device)
     latent_statistics, text_statistics = read_json(latents / STATS), read_json(text / STATS)
-    several_shapes = "latent_shapes" in latent_statistics
-    columns = ["id", "split", "weight", "shard", "row", *(["height", "width"] if several_shapes else [])]
-    index = read_table(latents / INDEX, columns).sort_values("id", ignore_index=True)
-    text_index = read_table(text / INDEX, ["id", "text", "shard", "row"])
-    pairs = read_table(text / PAIRS, ["image_id", "caption_id", "position"])
-    captions, counts = _caption_table(index["id"], pairs, text_index["id"])
-    del pairs  # the largest of the tables
-    if not (index["split"] == "train").any():
+    images = _Index.read(latents / INDEX, "latent_shapes" in latent_statistics).sorted()
+    if not images.training.any():
         raise UserError(f"{latents} has no training image: add images, or lower ingest.val_fraction")
+    texts = _Index.read(text / INDEX)
+    captions = _captions(images.ids, texts.ids, text / PAIRS)
 
     views = [latents, latents / FLIPPED] if latent_statistics["flip"] else [latents]
-    rows_of_shape = index.groupby(["height", "width"]).indices if several_shapes else {(): np.arange(len(index))}
     buckets = [
-        (rows, StreamedRows(views, index["shard"].iloc[rows], index["row"].iloc[rows], device))
-        for _, rows in sorted(rows_of_shape.items())
+        (rows, StreamedRows(views, images.names, images.shards[rows], images.places[rows], device))
+        for rows in images.rows_of_shapes()
     ]
-    text_rows = StreamedRows([text], text_index["shard"], text_index["row"], device)
+    text_rows = StreamedRows([text], texts.names, texts.shards, texts.places, device)
+    del texts
     needed, free = sum(latent_rows.nbytes for _, latent_rows in buckets) + text_rows.nbytes, free_memory(device)
     streamed = needed > memory_share * free
     embeddings = text_rows if streamed else text_rows.load()
     codec = LatentCodec(latent_statistics["mean"], latent_statistics["std"])
-    weights = torch.from_numpy(index["weight"].to_numpy(np.float64))
-    weighted = weights.unique().numel() > 1
+    weighted = len(images.weights) > 0 and bool((images.weights != images.weights[0]).any())
 
-    def bucket(name: str, rows: np.ndarray, latent_rows: StreamedRows) -> LatentDataset:
-        inside = np.flatnonzero(index["split"].iloc[rows] == name)
+    def bucket(training: bool, rows: np.ndarray, latent_rows: StreamedRows) -> LatentDataset:
+        inside = np.flatnonzero(images.training[rows] == training)
         chosen = rows[inside]
-        at = torch.from_numpy(chosen)
         own = latent_rows.select(np.concatenate([inside + len(rows) * view for view in range(len(views))]))
         return LatentDataset(
-            ids=index["id"].iloc[chosen].tolist(),
+            ids=images.ids[chosen],
             latents=own if streamed else own.load(),
             codec=codec,
             text=embeddings,
-            texts=text_index["text"],
-            captions=captions[at].to(device),
-            caption_counts=counts[at].to(device),
-            weights=weights[at] if weighted else None,
+            texts=CaptionTexts(text / INDEX),
+            captions=captions[torch.from_numpy(chosen)],
+            weights=torch.from_numpy(images.weights[chosen].astype(np.float64)) if weighted else None,
             first_mirrored=len(chosen) if latent_statistics["flip"] else None,
+            stored=own.storage_order(len(chosen)),
         )
 
-    def split(name: str) -> LatentDataset | Split:
-        own = _without_empty([bucket(name, *each) for each in buckets])
+    def split(training: bool) -> LatentDataset | Split:
+        own = _without_empty([bucket(training, *each) for each in buckets])
         return own[0] if len(own) == 1 else Split(own)
 
+    hashes = [sha256_file(path) for path in (latents / INDEX, text / PAIRS)]
     return Caches(
-        split("train"),
-        split("validation"),
+        split(True),
+        split(False),
         latent_statistics,
         text_statistics,
-        {name: _digest(name, latents / INDEX, text / PAIRS) for name in ("training", "validation")},
+        {name: _digest(name, *hashes) for name in ("training", "validation")},
         f"{_size(needed)} of latents and embeddings are "
         + (f"streamed from the disk to {device}" if streamed else f"on {device}")
         + f": {_size(memory_share * free)} allowed, {memory_share:g} of the {_size(free)} free",
@@ -322,31 +396,97 @@ def _without_empty(buckets: Sequence[LatentDataset]) -> tuple[LatentDataset, ...
     return tuple(bucket for bucket in buckets if len(bucket)) or (buckets[0],)
 
 
-def _digest(split: str, *files: Path) -> str:
-    """A short hash of a split: 16 hexadecimal digits. The files name ids, which are hashes of what they stand for."""
-    return hashlib.sha256("|".join([split, *map(sha256_file, files)]).encode()).hexdigest()[:16]
+def _digest(split: str, *hashes: str) -> str:
+    """A short hash of a split: 16 hexadecimal digits. The hashed files name ids, hashes of what they stand for."""
+    return hashlib.sha256("|".join([split, *hashes]).encode()).hexdigest()[:16]
 
 
 def _size(count: float) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
-def _caption_table(
-    image_ids: pd.Series, pairs: pd.DataFrame, caption_ids: pd.Series
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`LatentDataset.captions` and ``caption_counts``, of pairs in any order."""
-    caption_rows = pd.Index(caption_ids).get_indexer(pairs["caption_id"])
-    if (unknown := caption_rows < 0).any():
-        first = pairs["caption_id"].iloc[int(np.argmax(unknown))]
-        raise UserError(f"{PAIRS} of the text cache names a caption that has no embedding: {first}; run `dvc repro`")
-    image_rows = pd.Index(image_ids).get_indexer(pairs["image_id"])  # -1: an image whose latent was rejected
-    counts = np.bincount(image_rows[image_rows >= 0], minlength=len(image_ids))
+@dataclass(frozen=True)
+class _Index:
+    """What is needed of the index of a cache, a number per row and column.
+
+    ``weights``, ``training`` and ``sizes`` (height and width) are of images; the last is empty where there is one.
+    """
+
+    ids: np.ndarray
+    names: list[str]  # of the shards
+    shards: np.ndarray
+    places: np.ndarray
+    training: np.ndarray
+    weights: np.ndarray
+    sizes: np.ndarray
+
+    @classmethod
+    def read(cls, path: Path, several_shapes: bool | None = None) -> "_Index":
+        """Read it in parts, so that no column of strings is whole in memory; ``several_shapes`` is None of captions."""
+        of_images = [] if several_shapes is None else ["split", "weight"]
+        sizes = ["height", "width"] if several_shapes else []
+        names: dict[str, int] = {}
+        parts = []
+        for table in iterate_table(path, ["id", "shard", "row", *of_images, *sizes]):
+            shards = table.column("shard").combine_chunks().dictionary_encode()
+            codes = [names.setdefault(name, len(names)) for name in shards.dictionary.to_pylist()]
+            read = {
+                "ids": _ids(table, "id", path),
+                "shards": np.array(codes, np.int32)[shards.indices.to_numpy(zero_copy_only=False)],
+                "places": table.column("row").to_numpy().astype(np.int32),
+                "sizes": np.stack([np.zeros(len(table), np.int32), *map(table.column, sizes)], 1)[:, 1:],
+            }
+            if of_images:
+                training = pc.equal(table.column("split"), "train").to_numpy()
+                read |= {"training": training, "weights": table.column("weight").to_numpy()}
+            parts.append(read)
+        empty = np.empty(0)
+        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
+        return cls(names=list(names), **{"training": empty, "weights": empty} | columns)
+
+    def sorted(self) -> "_Index":
+        """In the order of ids."""
+        order = ids.ascending(self.ids)
+        columns = ("ids", "shards", "places", "training", "weights", "sizes")
+        return replace(self, **{name: getattr(self, name)[order] for name in columns})
+
+    def rows_of_shapes(self) -> list[np.ndarray]:
+        """The rows of each shape, by rising height, then width."""
+        if not self.sizes.shape[1]:
+            return [np.arange(len(self.ids))]
+        _, shape_of = np.unique(self.sizes, axis=0, return_inverse=True)
+        return [np.flatnonzero(shape_of == number) for number in range(shape_of.max() + 1)]
+
+
+def _ids(table: pa.Table, column: str, path: Path) -> np.ndarray:
+    try:
+        return ids.from_hex(table.column(column))
+    except ValueError as error:
+        raise UserError(f"{path} cannot be used ({column}: {error}): delete it and run `dvc repro`") from error
+
+
+def _captions(image_ids: np.ndarray, caption_ids: np.ndarray, pairs: Path) -> Captions:
+    """The captions of the images, of pairs in any order."""
+    images, captions, positions = [], [], []
+    of_images, of_captions = ids.Lookup(image_ids), ids.Lookup(caption_ids)
+    for table in iterate_table(pairs, ["image_id", "caption_id", "position"]):
+        captions.append(of_captions.positions(_ids(table, "caption_id", pairs)).astype(np.int32))
+        if (unknown := captions[-1] < 0).any():
+            first = table.column("caption_id")[int(np.argmax(unknown))]
+            raise UserError(f"{pairs} names a caption that has no embedding: {first}; run `dvc repro`")
+        images.append(of_images.positions(_ids(table, "image_id", pairs)).astype(np.int32))
+        positions.append(table.column("position").to_numpy().astype(np.int32))
+    image_rows, caption_rows = np.concatenate(images), np.concatenate(captions)
+    del images, captions
+    known = image_rows >= 0  # others are of images whose latent was rejected
+    counts = np.bincount(image_rows[known], minlength=len(image_ids)).astype(np.int32)
     if not counts.all():
         missing = image_ids[counts == 0]
         raise UserError(
-            f"{len(missing)} images have no caption in the text cache, the first: {missing.iloc[0]}; run `dvc repro`"
+            f"{len(missing)} images have no caption in the text cache, the first: {missing[0].tobytes().hex()}; run "
+            "`dvc repro`"
         )
-    by_image = np.lexsort((pairs["position"], image_rows))[np.count_nonzero(image_rows < 0) :]
-    firsts = counts.cumsum() - counts
-    places = firsts[:, None] + np.arange(counts.max(initial=1)) % counts[:, None]
-    return torch.from_numpy(caption_rows[by_image][places]), torch.from_numpy(counts)
+    by_image = np.lexsort((np.concatenate(positions), image_rows))[np.count_nonzero(~known) :]
+    numbers = torch.from_numpy(caption_rows[by_image])
+    ends = counts.cumsum(dtype=np.int64)
+    return Captions(numbers, torch.from_numpy(ends - counts), torch.from_numpy(counts))

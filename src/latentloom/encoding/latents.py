@@ -83,35 +83,22 @@ def encode_images(vae: Vae, images: Path, out: Path, store: RowStore, *, flip: b
         raise UserError(f"{images} holds no images: run `dvc repro -f ingest`")
     for size in sizes_of(manifest):
         _check_size(vae, size)
-    rows = _Rows(images, manifest)
-    numbered = NumberedImages(images)
-    made_by = (vae.fingerprint, PREPROCESSING, f"{vae.precision}->{STORED}")
+    rows = ImageRows(images, manifest)
     views = {out: (), out / FLIPPED: (MIRRORED,)} if flip else {out: ()}
     if not flip:
         shutil.rmtree(out / FLIPPED, ignore_errors=True)
-    encoded, tables = 0, []
-    keys: dict[Path, np.ndarray] = {}
+    plans, tables = [], []
     for folder, view in views.items():
-        keys[folder] = row_keys(rows.ids, *made_by, *view)
-        plan = Plan(
-            store,
-            folder,
-            rows.ids,
-            keys[folder],
-            vae.latent_bytes(rows.pixels),
-            rows.number,
-            groups=rows.size,
-            inputs=numbered.files,
-        )
-        function = partial(make_shards, numbered, bool(view))
-        parts = plan.run(function, setup=partial(_itself, vae), title=" ".join(["encode_images", *view]), unit="image")
+        plans.append(plan_latents(vae, images, rows, folder, store, view))
+        function = partial(make_shards, NumberedImages(images), bool(view))
+        title = " ".join(["encode_images", *view])
+        parts = plans[-1].run(function, setup=partial(_itself, vae), title=title, unit="image")
         tables.append(pa.concat_tables(parts).combine_chunks())
-        encoded += plan.computed
     store.trim()
 
     figures = tables[0]
     finite = np.logical_and.reduce([table["finite"].to_numpy() for table in tables])
-    write_table(out / INDEX, SCHEMA, _index(rows, keys[out], figures, finite, manifest["sources"]))
+    write_table(out / INDEX, SCHEMA, _index(rows, plans[0].keys, figures, finite, manifest["sources"]))
     rejects = _rejects(images, rows.number[~finite], vae.precision)
     with atomic_path(out / REJECTS) as temporary:
         rejects.to_parquet(temporary, index=False)
@@ -145,10 +132,10 @@ def encode_images(vae: Vae, images: Path, out: Path, store: RowStore, *, flip: b
             "licence": manifest["licence"],
         },
     )
-    return EncodeCounts(len(rows.ids) * len(views), encoded, len(rejects))
+    return EncodeCounts(len(rows.ids) * len(views), sum(plan.computed for plan in plans), len(rejects))
 
 
-class _Rows:
+class ImageRows:
     """What is kept in memory of each image, in the order of the latents: size by size, as they are stored.
 
     Attributes:
@@ -177,6 +164,16 @@ class _Rows:
             for name in ("ids", "in_train", "source", "size"):
                 setattr(self, name, getattr(self, name)[self.number])
         self.pixels = np.array([size.width * size.height for size in sizes], np.int32)[self.size]
+
+
+def plan_latents(
+    vae: Vae, images: Path, rows: ImageRows, out: Path, store: RowStore, view: tuple[str, ...] = ()
+) -> Plan:
+    """Where the latents of all images come from; ``view`` is `MIRRORED`, or nothing."""
+    keys = row_keys(rows.ids, vae.fingerprint, PREPROCESSING, f"{vae.precision}->{STORED}", *view)
+    inputs = NumberedImages(images).files
+    row_bytes = vae.latent_bytes(rows.pixels)
+    return Plan(store, out, rows.ids, keys, row_bytes, rows.number, groups=rows.size, inputs=inputs)
 
 
 def make_shards(images: NumberedImages, mirrored: bool, vae: Vae, task: Task) -> Done:
@@ -289,7 +286,7 @@ def _figures(shard: Shard) -> pa.Table:
 
 
 def _index(
-    rows: _Rows, keys: np.ndarray, figures: pa.Table, finite: np.ndarray, sources: list[dict[str, Any]]
+    rows: ImageRows, keys: np.ndarray, figures: pa.Table, finite: np.ndarray, sources: list[dict[str, Any]]
 ) -> Iterator[pa.Table]:
     """The index, in parts: of the rows that are finite."""
     names = pa.array([source["name"] for source in sources])

@@ -10,6 +10,7 @@ Of several files with weights one is read, and only that one decides the fingerp
 import hashlib
 import importlib
 import json
+import platform
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -120,6 +121,18 @@ def _weight_files(folder: Path, stem: str, suffix: str, variant: str | None) -> 
             if file.read(len(GIT_LFS)) == GIT_LFS:
                 raise UserError(f"{path} only stands for the weights: run `git lfs pull` where the model was cloned")
     return tuple(files)
+
+
+def check_same(folder: Path, found: str, wanted: str) -> None:
+    """Compare the fingerprint of an encoder on the machine of a worker with the stage's.
+
+    Raises:
+        UserError: when they differ, so that the worker would compute other rows.
+    """
+    if found != wanted:
+        raise UserError(
+            f"{folder} on {platform.node()} holds another encoder than on the machine of the stage: copy it"
+        )
 
 
 def fingerprint(

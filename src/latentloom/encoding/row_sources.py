@@ -1,41 +1,51 @@
 """Where the rows of a cache are while a training reads them: on its device, or still on the disk.
 
-    NNNNN.safetensors shards, fp16  ->  StreamedRows: mapped from the disk; a batch is copied to the device
+    NNNNN.safetensors shards, fp16  ->  StreamedRows: on the disk; many rows are read at once, in the order of storage
+                                        ReadRows:     such rows in the host's memory; a batch is copied to the device
                                         InMemoryRows: all of them on the device; a batch is an index there
 
-Both give the same bytes for the same rows, raw as they are stored, so where the rows are never changes a result.
+All give the same bytes for the same rows, raw as they are stored, so where the rows are never changes a result.
 
 Rows of different lengths, such as the token states of captions, are padded with zeros to the longest of all, so that
 batches have one shape: NAME (B, longest, ...) comes with NAME_mask (B, longest), which says what is no padding.
+
+A shard is opened when rows of it are read, and closed again: a training of millions of rows holds neither a file nor a
+memory map, of which Linux allows a process 65,530. Their headers are read once, so what is wrong is told at the start.
 """
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-import pandas as pd
 import torch
+from safetensors import SafetensorError
 
-from latentloom.encoding.shard_files import (
-    ENDS,
-    DamagedShardError,
-    Tensors,
-    load_shard,
-    ragged_lengths,
-    ragged_names,
-)
+from latentloom.encoding.shard_files import ENDS, DamagedShardError, Tensors, ragged_names
+from latentloom.tensor_files import StoredTensor, read_layout
 
-ROWS_AT_ONCE = 4096
+ROWS_AT_ONCE = 8192
 MASK = "_mask"
+READERS = 4  # threads that read shards; a disk answers several questions in the time of one
+GAP = 32 * 2**10  # bytes; rows nearer to each other are read in one piece
+READ_ALONE = 4 * 2**20  # bytes; fewer are not worth threads
 
 Rows = torch.Tensor | slice  # numbers of rows (B,), int64, on any device; or a range of them
 
 
 class InMemoryRows:
     """Rows of tensors (N, ...) on one device, such as ``mean`` and ``std`` of latents, in the form of one shard.
+
+    Args:
+        tensors: on the device.
+        lengths: of the rows of each ragged tensor, where they are not one after the other.
+        shapes: as the attribute, where rows are to be padded to more than the longest of these.
 
     Attributes:
         device: where `gather` puts rows.
@@ -45,18 +55,28 @@ class InMemoryRows:
 
     streamed = False
 
-    def __init__(self, tensors: Tensors) -> None:
+    def __init__(
+        self,
+        tensors: Tensors,
+        *,
+        lengths: Tensors | None = None,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
         self._tensors = {name: tensor for name, tensor in tensors.items() if not _is_ragged(name, tensors)}
         self.device = next(iter(tensors.values())).device
-        self.shapes, _ = _form(self._tensors)
+        self.shapes = {name: tuple(tensor.shape[1:]) for name, tensor in self._tensors.items()}
         self._ragged = {}
         for name in ragged_names(tensors):
-            items, lengths = tensors[name], ragged_lengths(tensors, name)
-            self._ragged[name] = (items, tensors[name + ENDS] - lengths, lengths)
-            self.shapes[name] = (int(lengths.max()) if len(lengths) else 0, *items.shape[1:])
+            items, ends = tensors[name], tensors[name + ENDS]
+            own = lengths[name] if lengths else ends.diff(prepend=ends.new_zeros(1))
+            self._ragged[name] = (items, ends - own, own)
+            self.shapes[name] = (int(own.max()) if len(own) else 0, *items.shape[1:])
+        self.shapes |= shapes or {}
 
     def gather(self, rows: Rows) -> Tensors:
         """The rows (B, ...) of every tensor, in the order asked for; never waits for the device."""
+        if not isinstance(rows, slice):
+            rows = rows.to(self.device, non_blocking=True)
         gathered = {name: tensor[rows] for name, tensor in self._tensors.items()}
         for name, (items, starts, lengths) in self._ragged.items():
             steps = torch.arange(self.shapes[name][0], device=self.device)
@@ -67,16 +87,42 @@ class InMemoryRows:
         return gathered
 
 
-class StreamedRows:
-    """Rows that stay in their shards, which are mapped into memory; the same attributes as `InMemoryRows`.
+class ReadRows:
+    """Some rows of a `StreamedRows`, by the numbers that they have there, in the memory of the host.
 
-    A map needs no open file descriptor, and its pages are the system's to take back. A shard that is deleted later can
-    still be read.
+    Args:
+        numbers: of the rows (N,), in the order of ``rows``.
+        rows: on the host.
+        device: where `gather` puts rows.
+    """
+
+    streamed = True
+
+    def __init__(self, numbers: np.ndarray, rows: InMemoryRows, device: torch.device) -> None:
+        self._places = np.argsort(numbers)
+        self._numbers, self._rows = numbers[self._places], rows
+        self.device, self.shapes = device, rows.shapes
+
+    def gather(self, rows: Rows) -> Tensors:
+        """The rows (B, ...) of every tensor, in the order asked for, copied to the device."""
+        at = self._places[np.searchsorted(self._numbers, rows.cpu().numpy())]
+        return {name: self._copied(tensor) for name, tensor in self._rows.gather(torch.from_numpy(at)).items()}
+
+    def _copied(self, host: torch.Tensor) -> torch.Tensor:
+        # From pinned memory the copy to a GPU is asynchronous; torch reuses that memory only when the copy is done.
+        if self.device.type == "cuda":
+            return host.pin_memory().to(self.device, non_blocking=True)
+        return host.to(self.device)
+
+
+class StreamedRows:
+    """Rows that stay in their shards; the same attributes as `InMemoryRows`.
 
     Args:
         folders: each has the same shards; the rows of the second follow those of the first, and so on.
-        shards: for each row, the file name of its shard.
-        rows: for each row, its place in that shard.
+        names: the file names of shards.
+        shards: for each row (N,), which of ``names`` its shard is.
+        places: for each row (N,), its place in that shard.
         device: where `gather` puts rows.
 
     Raises:
@@ -85,40 +131,39 @@ class StreamedRows:
 
     streamed = True
 
-    def __init__(self, folders: Sequence[Path], shards: pd.Series, rows: pd.Series, device: torch.device) -> None:
-        codes, names = pd.factorize(shards)
-        places = rows.to_numpy(np.int32)
-        fewest = np.zeros(len(names), dtype=np.int64)
-        np.maximum.at(fewest, codes, places + 1)
-        first = load_shard(folders[0] / names[0])
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        names: Sequence[str],
+        shards: np.ndarray,
+        places: np.ndarray,
+        device: torch.device,
+    ) -> None:
+        fewest = np.zeros(len(names), np.int64)
+        np.maximum.at(fewest, shards, places + 1)
+        used = np.flatnonzero(fewest)
+        shards = np.searchsorted(used, shards)
+        self._files = _ShardFiles([folder / names[number] for folder in folders for number in used])
+        self._files.check_rows(np.tile(fewest[used], len(folders)))
         self.device = device
-        self.shapes, self._dtypes = _form(first)
-        paths = [folder / name for folder in folders for name in names]
-        opened = [self._open(path, rows) for path, rows in zip(paths, np.tile(fewest, len(folders)), strict=True)]
-        self._shards = np.concatenate([codes + len(names) * number for number in range(len(folders))], dtype=np.int32)
-        self._places = np.tile(places, len(folders))
-        self._flat = {
-            name: [shard[name].flatten(1).numpy() for shard in opened] for name in first if not _is_ragged(name, first)
-        }
-        self._ragged: dict[str, _RaggedRows] = {}
-        for name in ragged_names(first):
-            lengths = [ragged_lengths(shard, name).numpy() for shard in opened]
-            at = np.cumsum([0, *map(len, lengths[:-1])])[self._shards] + self._places
-            ends = np.concatenate([shard[name + ENDS].numpy() for shard in opened])[at]
-            items = [shard[name].flatten(1).numpy() for shard in opened]
-            self._ragged[name] = _RaggedRows(items, self.shapes[name], ends, np.concatenate(lengths)[at])
-        self._measure()
+        views = [shards + len(used) * number for number in range(len(folders))]
+        self._shards = np.concatenate(views, dtype=np.int32, casting="same_kind")
+        self._places = np.tile(places.astype(np.int32), len(folders))
+        self._ragged = {name: self._measured(name) for name in self._files.ragged}
+        self._shape()
 
-    def _open(self, path: Path, rows: int) -> Tensors:
-        tensors = load_shard(path)
-        if _form(tensors) != (self.shapes, self._dtypes) or min(map(len, tensors.values())) < rows:
-            raise DamagedShardError(f"{path} is not the shard that its index tells of; delete it and run `dvc repro`")
-        return tensors
+    def _measured(self, name: str) -> "_RaggedRows":
+        ends = self._files.ends(name)
+        lengths = [np.diff(own, prepend=0).astype(np.int32) for own in ends]
+        at = np.cumsum([0, *map(len, ends[:-1])])[self._shards] + self._places
+        return _RaggedRows(np.concatenate(ends)[at].astype(np.int32), np.concatenate(lengths)[at])
 
-    def _measure(self) -> None:
+    def _shape(self) -> None:
         """Keep in `shapes` what `gather` gives."""
-        self.shapes = {name: self.shapes[name] for name in self._flat} | {
-            name: (rows.longest, *rows.item_shape) for name, rows in self._ragged.items()
+        self.shapes = {
+            name: (self._ragged[name].longest, *stored.shape[1:]) if name in self._ragged else stored.shape[1:]
+            for name, stored in self._files.layout.items()
+            if not name.endswith(ENDS)
         }
 
     def __len__(self) -> int:
@@ -127,22 +172,29 @@ class StreamedRows:
     @property
     def nbytes(self) -> int:
         """The bytes that all rows take."""
-        items = {name: len(self) * math.prod(self.shapes[name]) for name in self._flat}
-        items |= {name: int(rows.lengths.sum()) * math.prod(rows.item_shape) for name, rows in self._ragged.items()}
-        return sum(count * self._dtypes[name].itemsize for name, count in items.items())
+        items = {name: rows.lengths.sum(dtype=np.int64) for name, rows in self._ragged.items()}
+        return int(sum(items.get(name, len(self)) * self._files.bytes_of(name) for name in self.shapes))
 
     def gather(self, rows: Rows) -> Tensors:
         """The rows (B, ...) of every tensor, in the order asked for, copied to the device."""
-        chosen = rows if isinstance(rows, slice) else rows.cpu().numpy()
-        gathered = self._of_one_length(chosen)
-        for name, ragged in self._ragged.items():
-            host = self._host(name, len(self._places[chosen])).zero_()
-            padded = host.flatten(2).numpy()
-            for number, own in enumerate(ragged.rows(self._shards, chosen)):
-                padded[number, : len(own)] = own
-            mask = torch.from_numpy(np.arange(ragged.longest) < ragged.lengths[chosen][:, None])
-            gathered |= {name: host.to(self.device, non_blocking=True), name + MASK: mask.to(self.device)}
-        return gathered
+        if isinstance(rows, slice):
+            rows = torch.arange(len(self))[rows]
+        return self.read(rows).gather(rows)
+
+    def read(self, rows: torch.Tensor) -> ReadRows:
+        """These rows, in any order, into the memory of the host, each once.
+
+        Raises:
+            DamagedShardError: when a shard was deleted or replaced since this was made, naming it.
+        """
+        numbers = np.unique(rows.cpu().numpy())
+        numbers = numbers[np.lexsort((self._places[numbers], self._shards[numbers]))]
+        tensors = self._read(numbers)
+        tensors |= {
+            name + ENDS: torch.from_numpy(own.lengths[numbers].cumsum(dtype=np.int64))
+            for name, own in self._ragged.items()
+        }
+        return ReadRows(numbers, InMemoryRows(tensors, shapes=self.shapes), self.device)
 
     def select(self, rows: np.ndarray) -> "StreamedRows":
         """These rows alone."""
@@ -151,57 +203,79 @@ class StreamedRows:
         selected._ragged = {
             name: replace(own, ends=own.ends[rows], lengths=own.lengths[rows]) for name, own in self._ragged.items()
         }
-        selected._measure()
+        selected._shape()
         return selected
 
+    def storage_order(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first so many rows as they are stored, shard by shard, int32; and where each shard's rows end there."""
+        order = np.lexsort((self._places[:rows], self._shards[:rows])).astype(np.int32)
+        counts = np.bincount(self._shards[:rows])
+        return torch.from_numpy(order), torch.from_numpy(counts[counts > 0].cumsum())
+
     def load(self) -> InMemoryRows:
-        """All rows on the device, read in the order in which they are stored; those of different lengths in theirs."""
-        loaded = {
-            name: torch.empty((len(self), *self.shapes[name]), dtype=self._dtypes[name], device=self.device)
-            for name in self._flat
+        """All rows on the device, read in the order in which they are stored."""
+        order = np.lexsort((self._places, self._shards))
+        loaded: Tensors = {}
+        for name, shape in self.shapes.items():
+            own = self._ragged.get(name)
+            size = (int(own.lengths.sum(dtype=np.int64)), *shape[1:]) if own else (len(self), *shape)
+            loaded[name] = torch.empty(size, dtype=self._files.layout[name].dtype, device=self.device)
+        firsts = dict.fromkeys(self._ragged, 0)
+        for rows in np.split(order, range(ROWS_AT_ONCE, len(order), ROWS_AT_ONCE)):
+            for name, tensor in self._read(rows).items():
+                if name in firsts:
+                    loaded[name][firsts[name] : firsts[name] + len(tensor)] = tensor
+                    firsts[name] += len(tensor)
+                else:
+                    loaded[name][torch.from_numpy(rows).to(self.device)] = tensor.to(self.device)
+        lengths = {}
+        for name, own in self._ragged.items():
+            ends = np.empty(len(self), np.int64)
+            ends[order] = own.lengths[order].cumsum(dtype=np.int64)
+            loaded[name + ENDS] = torch.from_numpy(ends).to(self.device)
+            lengths[name] = torch.from_numpy(own.lengths.astype(np.int64)).to(self.device)
+        return InMemoryRows(loaded, lengths=lengths)
+
+    def _read(self, rows: np.ndarray) -> Tensors:
+        """Rows that are in the order of storage, on the host; of those of different lengths, their items."""
+        shards, places = self._shards[rows], dict.fromkeys(self.shapes, self._places[rows])
+        firsts = np.flatnonzero(np.diff(shards, prepend=-1))
+        edges = dict.fromkeys(self.shapes, np.append(firsts, len(rows)))
+        for name, own in self._ragged.items():
+            starts = np.concatenate([[0], own.lengths[rows].cumsum(dtype=np.int64)])
+            first = own.ends[rows] - own.lengths[rows] - starts[:-1]
+            places[name] = np.repeat(first, own.lengths[rows]) + np.arange(starts[-1])
+            edges[name] = starts[edges[name]]
+        host = {
+            name: torch.empty((len(places[name]), *stored.shape[1:]), dtype=stored.dtype)
+            for name, stored in self._files.layout.items()
+            if name in places
         }
-        for rows in torch.from_numpy(np.lexsort((self._places, self._shards))).split(ROWS_AT_ONCE):
-            for name, tensor in self._of_one_length(rows.numpy()).items():
-                loaded[name][rows.to(self.device)] = tensor
-        for name, ragged in self._ragged.items():
-            ends = torch.from_numpy(ragged.lengths.cumsum())
-            size = int(ragged.lengths.sum())
-            items = torch.empty((size, *ragged.item_shape), dtype=self._dtypes[name], device=self.device)
-            for start in range(0, len(self), ROWS_AT_ONCE):
-                rows = np.concatenate(ragged.rows(self._shards, slice(start, start + ROWS_AT_ONCE)))
-                first = int(ends[start - 1]) if start else 0
-                items[first : first + len(rows)] = torch.from_numpy(rows).view(-1, *ragged.item_shape)
-            loaded |= {name: items, name + ENDS: ends.to(self.device)}
-        return InMemoryRows(loaded)
+        content = {name: tensor.view(-1).view(torch.uint8).numpy() for name, tensor in host.items()}
 
-    def _of_one_length(self, chosen: np.ndarray | slice) -> Tensors:
-        shards, places = self._shards[chosen].tolist(), self._places[chosen].tolist()
-        return {
-            name: self._copied(name, [flat[shard][place] for shard, place in zip(shards, places, strict=True)])
-            for name, flat in self._flat.items()
-        }
+        def read_one(number: int) -> None:
+            with self._files.opened(shards[firsts[number]]) as file:
+                for name, own in places.items():
+                    part, size = slice(*edges[name][number : number + 2]), self._files.bytes_of(name)
+                    offset = self._files.offset(shards[firsts[number]], name)
+                    _read_places(file, offset, own[part], content[name][part.start * size : part.stop * size])
 
-    def _copied(self, name: str, rows: Sequence[np.ndarray]) -> torch.Tensor:
-        host = self._host(name, len(rows))
-        if rows:
-            np.concatenate(rows, out=host.view(-1).numpy())
-        return host.to(self.device, non_blocking=True)
-
-    def _host(self, name: str, rows: int) -> torch.Tensor:
-        # From pinned memory the copy to a GPU is asynchronous; torch reuses that memory only when the copy is done.
-        shape = (rows, *self.shapes[name])
-        return torch.empty(shape, dtype=self._dtypes[name], pin_memory=self.device.type == "cuda")
+        if sum(tensor.nbytes for tensor in host.values()) < READ_ALONE:
+            for number in range(len(firsts)):
+                read_one(number)
+        else:
+            with ThreadPoolExecutor(READERS) as readers:
+                list(readers.map(read_one, range(len(firsts))))
+        return host
 
 
-RowSource = InMemoryRows | StreamedRows
+RowSource = InMemoryRows | StreamedRows | ReadRows
 
 
 @dataclass(frozen=True)
 class _RaggedRows:
-    """Rows of different lengths in their shards: the items of each shard, and where the items of each row end there."""
+    """Rows of different lengths: how many items each has, and where they end in its shard."""
 
-    items: list[np.ndarray]
-    item_shape: tuple[int, ...]
     ends: np.ndarray
     lengths: np.ndarray
 
@@ -209,21 +283,117 @@ class _RaggedRows:
     def longest(self) -> int:
         return int(self.lengths.max(initial=0))
 
-    def rows(self, shards: np.ndarray, chosen: np.ndarray | slice) -> list[np.ndarray]:
-        """The items (length, ...), flattened, of each of the rows ``chosen``."""
-        ends, lengths = self.ends[chosen].tolist(), self.lengths[chosen].tolist()
-        return [
-            self.items[shard][end - length : end]
-            for shard, end, length in zip(shards[chosen].tolist(), ends, lengths, strict=True)
-        ]
+
+class _ShardFiles:
+    """Shards of one form: what their headers say of where tensors begin. No file of them is held open.
+
+    Attributes:
+        layout: the tensors of the first, by name; those of the others differ in their number of rows alone.
+        ragged: the names of those whose rows have different lengths.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+        with ThreadPoolExecutor(READERS) as readers:
+            read = list(readers.map(_header, paths))
+        self.layout = read[0][0]
+        self.ragged = ragged_names(self.layout)
+        names, form = list(self.layout), _form(self.layout)
+        for path, (layout, _) in zip(paths, read, strict=True):
+            if _form(layout) != form:
+                raise _wrong(path)
+        self._column = {name: column for column, name in enumerate(names)}
+        self._offsets = np.array([[layout[name].offset for name in names] for layout, _ in read], np.int64)
+        self._sizes = np.array([[layout[name].shape[0] for name in names] for layout, _ in read], np.int64)
+        self._identities = [identity for _, identity in read]
+
+    def check_rows(self, fewest: np.ndarray) -> None:
+        """Raise `DamagedShardError` where a shard has fewer rows than its index tells of."""
+        columns = [column for name, column in self._column.items() if name not in self.ragged]
+        if (short := np.flatnonzero((self._sizes[:, columns] < fewest[:, None]).any(1))).size:
+            raise _wrong(self._paths[short[0]])
+
+    def bytes_of(self, name: str) -> int:
+        """The bytes of a row of a tensor, or of an item of it."""
+        stored = self.layout[name]
+        return math.prod(stored.shape[1:]) * stored.dtype.itemsize
+
+    def offset(self, shard: int, name: str) -> int:
+        """Where a tensor begins in a shard's file."""
+        return int(self._offsets[shard, self._column[name]])
+
+    @contextmanager
+    def opened(self, shard: int) -> Iterator[BinaryIO]:
+        """A shard's file, which must still be the one whose header was read."""
+        path = self._paths[shard]
+        with suppress(FileNotFoundError), open(path, "rb", buffering=0) as file:
+            if _identity(file) == self._identities[shard]:
+                yield file
+                return
+        raise DamagedShardError(
+            f"{path} was deleted or replaced while it was in use; run `dvc repro` again: a training resumes from its "
+            "last checkpoint if its data are still the same"
+        )
+
+    def ends(self, name: str) -> list[np.ndarray]:
+        """Where the items of each row of a ragged tensor end, for each shard."""
+        found = []
+        for shard in range(len(self._paths)):
+            own = np.empty(self._sizes[shard, self._column[name + ENDS]], np.int64)
+            with self.opened(shard) as file:
+                _fill(file, self.offset(shard, name + ENDS), own.view(np.uint8))
+            found.append(own)
+        return found
 
 
-def _is_ragged(name: str, tensors: Tensors) -> bool:
+def _header(path: Path) -> tuple[dict[str, StoredTensor], tuple[int, ...]]:
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return read_layout(file), _identity(file)
+    except (SafetensorError, OSError) as error:
+        raise DamagedShardError(f"{path} is missing or damaged ({error}); delete it and run `dvc repro`") from error
+
+
+def _identity(file: BinaryIO) -> tuple[int, ...]:
+    """What changes when a file is replaced by another, or written to."""
+    status = os.fstat(file.fileno())
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _wrong(path: Path) -> DamagedShardError:
+    return DamagedShardError(f"{path} is not the shard that its index tells of; delete it and run `dvc repro`")
+
+
+def _form(layout: Mapping[str, StoredTensor]) -> dict[str, tuple]:
+    return {name: (stored.dtype, stored.shape[1:]) for name, stored in layout.items()}
+
+
+def _read_places(file: BinaryIO, offset: int, places: np.ndarray, into: np.ndarray) -> None:
+    """Read the rows at ``places``, ascending, of a tensor that begins at ``offset`` into bytes, one after the other."""
+    if not len(places):
+        return
+    size = len(into) // len(places)
+    edges = np.flatnonzero(np.diff(places) > 1 + GAP // size) + 1
+    for start, stop in zip([0, *edges], [*edges, len(places)], strict=True):
+        first, last = int(places[start]), int(places[stop - 1])
+        wanted = into[start * size : stop * size]
+        if (np.diff(places[start:stop]) == 1).all():
+            _fill(file, offset + first * size, wanted)
+        else:
+            piece = np.empty((last + 1 - first, size), np.uint8)
+            _fill(file, offset + first * size, piece.reshape(-1))
+            np.take(piece, places[start:stop] - first, axis=0, out=wanted.reshape(-1, size))
+
+
+def _fill(file: BinaryIO, offset: int, into: np.ndarray) -> None:
+    file.seek(offset)
+    rest = memoryview(into)
+    while len(rest):
+        if not (count := file.readinto(rest)):
+            raise DamagedShardError(f"{file.name} ended while it was read; delete it and run `dvc repro`")
+        rest = rest[count:]
+
+
+def _is_ragged(name: str, tensors: Mapping[str, object]) -> bool:
     """Whether a tensor holds rows of different lengths, or says where such rows end."""
     return name + ENDS in tensors or name.removesuffix(ENDS) in ragged_names(tensors)
-
-
-def _form(tensors: Tensors) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.dtype]]:
-    """The shape of one row of each tensor, or of an item of one; and its dtype."""
-    shapes = {name: tuple(tensor.shape[1:]) for name, tensor in tensors.items()}
-    return shapes, {name: tensor.dtype for name, tensor in tensors.items()}

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -154,8 +155,15 @@ def link_stored(stored: Path, name: str, target: Path) -> bool:
     return False
 
 
-def stored_rows(stored: Path, name: str) -> Tensors | None:
-    """The tensors of a stored shard, mapped; None where it is not there, or damaged.
+class Stored(NamedTuple):
+    """A stored shard: its tensors, mapped, and its rows' keys, uint8 (N, 32)."""
+
+    tensors: Tensors
+    keys: np.ndarray
+
+
+def stored_rows(stored: Path, name: str) -> Stored | None:
+    """A stored shard; None where it is not there, or damaged.
 
     Rows may be wanted from any shard by any task. The last used stay mapped, so that each is compared with its
     checksum once.
@@ -167,18 +175,19 @@ def stored_rows(stored: Path, name: str) -> Tensors | None:
 
 
 @lru_cache(MAPPED_SHARDS)
-def _mapped(stored: Path, name: str, *_: int) -> Tensors | None:
+def _mapped(stored: Path, name: str, *_: int) -> Stored | None:
     return _verified(stored, name)
 
 
-def _verified(stored: Path, name: str) -> Tensors | None:
-    """The tensors of a stored shard; a damaged one is deleted: its rows are computed again."""
+def _verified(stored: Path, name: str) -> Stored | None:
+    """A stored shard; a damaged one is deleted: its rows are computed again."""
     try:
         tensors, metadata = read_shard(stored)
         header = _header(stored, metadata)
-        if header["checksum"] != checksum(tensors) or shard_name(from_hex(header["keys"])) != name:
+        keys = from_hex(header["keys"])
+        if header["checksum"] != checksum(tensors) or shard_name(keys) != name:
             raise DamagedShardError("its checksum is another")
-        return tensors
+        return Stored(tensors, keys)
     except DamagedShardError as error:
         if stored.exists():
             warnings.warn(f"{stored} will not be used: {error}. Its rows are computed again.", stacklevel=4)

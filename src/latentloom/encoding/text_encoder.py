@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from latentloom.devices import choose_device
 from latentloom.diffusion.text import Labels, Text
 from latentloom.encoding import pretrained
 from latentloom.encoding.references import text_folder
@@ -87,6 +88,11 @@ class TextEncoder:
         )
         self.dim: int = self._setting("projection_dim") if self._is_clip else self.token_dim
         self.fingerprint = pretrained.fingerprint(self.folder)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled, it is its reference: the worker that gets it loads it, onto the device that it has."""
+        key = self._name.removesuffix(f": {self.reference}")
+        return _arrived, (self.reference, self._wanted_tokens, key, self.fingerprint)
 
     @cached_property
     def class_name(self) -> str:
@@ -220,6 +226,12 @@ def embed(encoder: TextEncoder, captions: Sequence[str], *, tokens: bool) -> Lab
     lengths = torch.tensor([len(own) for own in states])
     padded = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
     return Text(torch.from_numpy(encoded.pooled), padded, torch.arange(padded.shape[1]) < lengths.unsqueeze(1))
+
+
+def _arrived(reference: str, max_tokens: int | None, key: str, fingerprint: str) -> TextEncoder:
+    encoder = TextEncoder(reference, choose_device(), max_tokens, key=key)
+    pretrained.check_same(encoder.folder, encoder.fingerprint, fingerprint)
+    return encoder
 
 
 def load_text_encoder(reference: str, device: torch.device | str = "cpu", max_tokens: int | None = None) -> TextEncoder:

@@ -7,12 +7,12 @@ A public VAE that is never trained here: the small one that the package carries 
 import sys
 from collections.abc import Callable
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from latentloom.devices import autocast
+from latentloom.devices import autocast, choose_device
 from latentloom.diffusion.decoding import decode_latents
 from latentloom.encoding import pretrained
 from latentloom.encoding.references import vae_folder
@@ -83,6 +83,10 @@ class Vae:
         self.fingerprint = pretrained.fingerprint(self.folder)
         self._encoding, self._decoding = FittingBatches(), FittingBatches()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled, it is its reference: the worker that gets it loads it, onto the device that it has."""
+        return _arrived, (self.reference, self.precision, self.fingerprint)
+
     @cached_property
     def module(self) -> torch.nn.Module:
         """The model itself.
@@ -136,6 +140,12 @@ class Vae:
             )
 
         return np.concatenate(self._decoding(decode, len(raw), batch_size))
+
+
+def _arrived(reference: str, precision: str, fingerprint: str) -> Vae:
+    vae = Vae(reference, choose_device(), precision)
+    pretrained.check_same(vae.folder, vae.fingerprint, fingerprint)
+    return vae
 
 
 def load_vae(reference: str, device: torch.device | str = "cpu", precision: str = "fp32") -> Vae:

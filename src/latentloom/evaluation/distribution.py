@@ -115,14 +115,14 @@ def measure_distribution(
     rows = torch.arange(settings.samples) % len(real)
     of_samples = _features_of_samples(encoders, settings, model, real, rows, seed, seconds)
     with _timed(seconds, "image_features"):
-        of_real = {name: features_of(encoder, images, real.ids) for name, encoder in encoders.vision.items()}
+        of_real = {name: features_of(encoder, images, real.names()) for name, encoder in encoders.vision.items()}
     figures = {"distribution_samples": settings.samples, "distribution_images": len(real)}
     if encoders.features and len(real) >= FEWEST:  # and as many samples, or more
         name = encoders.features.name
         figures |= _distances(of_real[name], of_samples[name], seconds)
         if len(other) >= FEWEST:
             with _timed(seconds, "image_features"):
-                of_other = features_of(encoders.features, images, other.ids)
+                of_other = features_of(encoders.features, images, other.names())
             figures |= {f"{key}_real": value for key, value in _distances(of_real[name], of_other, seconds).items()}
             figures.pop(f"kid{ERROR}_real")
     if encoders.clip:
@@ -163,13 +163,13 @@ def _features_of_samples(
     seconds: dict[str, float],
 ) -> dict[str, np.ndarray]:
     """By name of the encoder, the features (M, dim) of a sample for the primary caption of each of ``rows``."""
-    captions, names = real.captions[rows.to(real.device), 0], _noise_names(real.ids, len(rows))
+    names = _noise_names(real.names(), len(rows))
     shapes = list(islice(cycle(row_shapes(real)), len(rows)))
     found: dict[str, list[np.ndarray]] = {name: [] for name in encoders.vision}
     for start in range(0, len(rows), PART):
         part = slice(start, start + PART)
         with _timed(seconds, "sampling"):
-            embeddings = real.embeddings_at(captions[part])
+            embeddings = real.primary_embeddings(rows[part])
             latents = model.latents(embeddings, names[part], settings.sampling, seed=seed, shapes=shapes[part])
             pixels = model.codec.decode_each(latents)
         with _timed(seconds, "sample_features"):

@@ -47,7 +47,7 @@ def measure(samples: Sequence[torch.Tensor], held_out: LatentDataset | Split, ca
     (rows, _), figures = nearest(samples, everything, 5), {}
     for name, chosen in (("held_out", combination), ("new_words", ~combination)):
         for among in (1, 5):
-            right = recalled(rows[:, :among], everything, held_out.captions[:, 0])
+            right = recalled(rows[:, :among], everything, held_out.captions.primary)
             figures |= with_interval(f"{name}_recall_at_{among}", right[chosen])
     counts = {"held_out_combinations": int(combination.sum()), "new_words_captions": int((~combination).sum())}
     real = all_latents(held_out)
@@ -58,8 +58,7 @@ def measure(samples: Sequence[torch.Tensor], held_out: LatentDataset | Split, ca
         counts["copied_limit"] = round(float(limit), 4)
     pairs = zip(samples, real, strict=True)
     error = np.array([float((sample - own).square().mean().sqrt()) for sample, own in pairs])
-    trained = caches.train.ids
-    nearest_ids = [trained[row] for row in nearest_rows[:, 0].tolist()]
+    nearest_ids = caches.train.names(nearest_rows[:, 0])
     return HeldOut(held_out, samples, combination, nearest_ids, error, figures | counts)
 
 
@@ -67,7 +66,7 @@ def combinations(captions: Iterable[str], train: LatentDataset | Split) -> np.nd
     """Which captions (B), bool, have no word but those of training captions, whatever their case."""
     of_captions = [words(caption) for caption in captions]
     unseen = set().union(*of_captions)
-    for caption in train.texts.iloc[train.captions.unique().tolist()]:
+    for caption in train.all_texts():
         if not unseen:
             break
         unseen -= words(caption)

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from latentloom.encoding.codec import batches_by_shape
-from latentloom.encoding.dataset import LatentDataset, Split
+from latentloom.encoding.dataset import Captions, LatentDataset, Split
 
 PART = 8192  # latents compared at a time
 
@@ -71,16 +71,19 @@ def recalled(rows: torch.Tensor, splits: Sequence[LatentDataset | Split], captio
         splits: with a common table of captions.
         captions: the samples' captions, as rows of that table (B).
     """
-    captions_of = torch.cat([split.captions.cpu() for split in splits])  # (N, K)
-    own = captions_of[rows]  # (B, k, K)
-    return (own == captions.cpu()[:, None, None]).any(-1).any(-1).numpy()
+    captions_of = Captions.concatenate([split.captions for split in splits])
+    places, own = captions_of[rows.flatten()].flat()  # the nearest images' captions
+    samples = places // max(rows.shape[1], 1)
+    right = torch.zeros(len(rows), dtype=torch.bool)
+    right[samples[own == captions.cpu()[samples]]] = True
+    return right.numpy()
 
 
 def memorisation_recall(
     samples: Sequence[torch.Tensor], known: LatentDataset | Split, train: LatentDataset | Split
 ) -> np.ndarray:
     """Of samples of the captions of training images ``known``, which are nearest to an image of their caption (B)."""
-    return recalled(nearest(samples, [train])[0], [train], known.captions[:, 0])
+    return recalled(nearest(samples, [train])[0], [train], known.captions.primary)
 
 
 def with_interval(name: str, hits: np.ndarray) -> dict[str, float]:

@@ -117,7 +117,7 @@ def evaluate(params: Params, model: TextToImage, caches: Caches, images: Path) -
     held_out = caches.validation.take(settings.held_out_captions)
     known = caches.train.take(settings.training_captions)
     embeddings = concatenate([*prompted, *(data.primary_embeddings().to("cpu") for data in (known, held_out))])
-    names = [*(f"prompt {prompt}" for _ in sizes for prompt in prompts), *known.ids, *held_out.ids]
+    names = [*(f"prompt {prompt}" for _ in sizes for prompt in prompts), *known.names(), *held_out.names()]
     asked = [model.latent_shape(size) for size in sizes for _ in prompts]
     shapes = [*asked, *row_shapes(known), *row_shapes(held_out)]
     latents = iter(model.latents(embeddings, names, settings.sampling, seed=params.seed, shapes=shapes))
@@ -148,7 +148,7 @@ def _sections(
     images: Path,
 ) -> tuple[list[Section], list[Section]]:
     """Those of the sheet of samples, and those of the sheet of extremes."""
-    ids, captions = np.array(held_out.data.ids, dtype=str), held_out.data.primary_texts()
+    ids, captions = np.array(held_out.data.names(), dtype=str), held_out.data.primary_texts()
     by_id = np.argsort(ids)
     combinations = by_id[held_out.combination[by_id]][: 2 * SHOWN]
     new_words = by_id[~held_out.combination[by_id]][:SHOWN]
@@ -163,9 +163,10 @@ def _sections(
         f"The nearest to their real images, of {len(by_error)} held-out samples": best[:SHOWN],
     }
     trained = known.take(SHOWN)
+    trained_ids = trained.names()
     nearest_ids = np.array(held_out.nearest_ids)
     used = [row for rows in (first | extremes).values() for row in rows]
-    real = dict(iterate_images(images, wanted={*trained.ids, *ids[used], *nearest_ids[used]}))
+    real = dict(iterate_images(images, wanted={*trained_ids, *ids[used], *nearest_ids[used]}))
 
     def originals(names: Iterable[str]) -> list[np.ndarray]:
         return [real[name] for name in names]
@@ -178,10 +179,10 @@ def _sections(
         }
         return Section(title, [captions[row] for row in rows], shown)
 
-    samples = dict(zip(known.ids, of_known, strict=True))
+    samples = dict(zip(known.names(), of_known, strict=True))
     of_trained = {
-        "real": originals(trained.ids),
-        "sample": codec.decode_each([samples[name] for name in trained.ids]),
+        "real": originals(trained_ids),
+        "sample": codec.decode_each([samples[name] for name in trained_ids]),
     }
     sections = [
         *(beside_real(title, rows) for title, rows in first.items() if len(rows)),

@@ -50,9 +50,9 @@ def sweep(model: TextToImage, caches: Caches, settings: EvaluateParams, seed: in
     if not len(rows):
         name, data, among = "memorisation_recall", caches.train.take(settings.training_captions), [caches.train]
         rows = np.arange(len(data))
-    captions = data.captions[torch.from_numpy(rows).to(data.device), 0]
-    embeddings = data.embeddings_at(captions)
-    ids, own = ([values[row] for row in rows] for values in (data.ids, all_latents(data)))
+    chosen, latents = torch.from_numpy(rows), all_latents(data)
+    captions, embeddings = data.captions[chosen].primary, data.primary_embeddings(chosen)
+    ids, own = data.names(chosen), [latents[row] for row in rows]
     shapes = [tuple(latent.shape) for latent in own]
     swept, points = settings.sweep, []
     for steps, guidance in product(sorted(set(swept.diffusion_steps)), sorted(set(swept.class_guidance))):

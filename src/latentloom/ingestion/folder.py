@@ -75,7 +75,7 @@ class FolderSource(Source):
     def samples(self) -> Iterator[Sample]:
         yield from self._unused
         for key in self._keys:
-            origin = Origin(self.root / key) if key in self._images else None
+            origin = Origin(f"{self.root}/{key}") if key in self._images else None
             yield Sample(key, self._image(key), self._captions_of(key), origin)
 
     def _is_image(self, name: str) -> bool:
@@ -160,7 +160,7 @@ class FolderSource(Source):
         if key not in self._images:
             called = self._names.called(key) or self._names.called(posixpath.splitext(key)[0])
         hint = f"; did you mean {' or '.join(called)}?" if called else ""
-        return partial(_image, self.root / key, named, hint)
+        return partial(_image, f"{self.root}/{key}", named, hint)
 
     def _captions_of(self, key: str) -> Callable[[], Iterable[object]]:
         if captions := self._captions.get(key):
@@ -169,20 +169,20 @@ class FolderSource(Source):
         if not files and (other := self._others.get(as_seen(stem))):
             detail = f"no metadata row or caption file; {other} beside it does not end in {', '.join(CAPTION_SUFFIXES)}"
             return partial(reject, Reason.NO_CAPTION, detail)
-        return partial(_captions, self._reader, stem, [self.root / name for name in files or ()])
+        return partial(_captions, self._reader, stem, [f"{self.root}/{name}" for name in files or ()])
 
 
-def _image(path: Path, named: str, hint: str) -> bytes:
+def _image(path: str, named: str, hint: str) -> bytes:
     """The content of an image; where there is none, ``named`` says who names it, and ``hint`` what may be meant."""
     if _is_file(path):
-        return _content(path)
+        return _content(Path(path))
     is_link = os.path.islink(path)  # noqa: PTH114
     what = "it is a link to what is not there" if is_link else f"there is no such file{hint}"
     raise RejectedSample(Reason.MISSING_FILE, f"{named}{what}")
 
 
-def _captions(reader: CaptionFiles, stem: str, files: Sequence[Path]) -> RawCaptions:
-    return reader.read(stem, ((caption_suffix(path.name), _content(path)) for path in files))
+def _captions(reader: CaptionFiles, stem: str, files: Sequence[str]) -> RawCaptions:
+    return reader.read(stem, ((caption_suffix(path), _content(Path(path))) for path in files))
 
 
 def _may_hold_captions(name: str) -> bool:
@@ -196,5 +196,5 @@ def _content(path: Path) -> bytes:
         raise RejectedSample(Reason.UNREADABLE, f"{path.name}: {error.strerror or error}") from error
 
 
-def _is_file(path: Path) -> bool:
+def _is_file(path: Path | str) -> bool:
     return os.path.isfile(path)  # noqa: PTH113 - Path's own raises for a name that no file can have, as a too long one

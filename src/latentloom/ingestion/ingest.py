@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 from latentloom.engine import engine_name, ordered_map
 from latentloom.ingestion.colours import Profile
-from latentloom.ingestion.deduplicator import ID_BYTES, Deduplicator
+from latentloom.ingestion.deduplicator import Deduplicator
 from latentloom.ingestion.folder import FolderSource
 from latentloom.ingestion.images import pillow_settings
-from latentloom.ingestion.near_duplicates import find_near_duplicates, write_near_duplicates
+from latentloom.ingestion.near_duplicates import Pairs, find_near_duplicates, write_near_duplicates
 from latentloom.ingestion.openmoji import OpenMojiSource
 from latentloom.ingestion.parquet import ParquetSource
 from latentloom.ingestion.prepared import Key, PreparedStore
@@ -42,6 +42,8 @@ from latentloom.ingestion.splits import linked_to_train
 from latentloom.ingestion.webdataset import WebDatasetSource
 from latentloom.params import IngestParams, SourceParams
 
+KNOWN_AT_ONCE = 64  # samples for a worker that need not be decoded, so that handing them over costs little
+
 
 @dataclass(frozen=True)
 class IngestReport:
@@ -51,7 +53,8 @@ class IngestReport:
     to an equal picture, and are neither found nor kept; ``near_duplicates`` the pairs; ``moved_to_train`` the images
     that left the validation split because a near duplicate is in train. Of kept images with a colour profile other than
     sRGB's, ``profiles_converted`` counts those that were converted, and ``profiles_ignored`` those whose profile could
-    not be used. ``sizes`` is what `SizeTable.rows` gives; empty where all images are squares of one size.
+    not be used. ``sizes`` is what `SizeTable.rows` gives; empty where all images are squares of one size. ``crowded``
+    counts the images of which not all near duplicates are listed (`Pairs`).
     """
 
     found: int
@@ -68,10 +71,11 @@ class IngestReport:
     profiles_converted: int
     profiles_ignored: int
     sizes: list[dict[str, Any]] = field(default_factory=list)
+    crowded: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON can hold it."""
-        return {name: value for name, value in asdict(self).items() if name != "sizes" or value}
+        return {name: value for name, value in asdict(self).items() if name not in ("sizes", "crowded") or value}
 
     @property
     def size_table(self) -> str:
@@ -80,6 +84,7 @@ class IngestReport:
 
     def __str__(self) -> str:
         pairs = f", {self.near_duplicates} pairs of near duplicates" if self.near_duplicates else ""
+        pairs += f" (of {self.crowded} images of one layout, not all)" if self.crowded else ""
         joined = f", captions of {self.joined} equal pictures joined" if self.joined else ""
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.reasons.items())
         colours = f", {self.profiles_converted} converted to sRGB" if self.profiles_converted else ""
@@ -139,13 +144,13 @@ def ingest(
             print(f"ingest: {name}: {notice}", file=sys.stderr, flush=True)
     deduplicator.rejects.write(rejects_path)
     written = sum(shard["rows"] for shard in shards)
-    found, rejected = sum(count.found for count in counts.values()), len(deduplicator.rejects.rows)
+    found, rejected = sum(count.found for count in counts.values()), len(deduplicator.rejects)
     if found != written + rejected:
         raise RuntimeError(f"{found} samples found, but {written} kept and {rejected} rejected: one was lost")
     if rejected == found or rejected > params.max_reject_fraction * found:
         raise IngestError(_too_many_rejects(deduplicator.rejects, found, params.max_reject_fraction, rejects_path))
     pairs, moved = _keep_near_duplicates_together(deduplicator, params.near_duplicate_distance, near_duplicates_path)
-    more_captions = amend_shards(images_folder, shards, moved, deduplicator.joined_captions())
+    more_captions = amend_shards(images_folder, shards, moved, deduplicator.joined_captions)
     train = int(deduplicator.in_train().sum()) + len(moved)
     sizes = deduplicator.sizes.counts(params.tables) if params.several_sizes else None
     manifest = write_manifest(images_folder, params.image_size, train, counts.values(), shards, sizes)
@@ -164,11 +169,12 @@ def ingest(
             {name: value for name, value in source.items() if name not in ("attribution", "licence")}
             for source in manifest["sources"]
         ],
-        near_duplicates=pairs,
+        near_duplicates=len(pairs),
         moved_to_train=len(moved),
         profiles_converted=deduplicator.profiles[Profile.CONVERTED],
         profiles_ignored=deduplicator.profiles[Profile.IGNORED],
         sizes=deduplicator.sizes.rows(params.tables) if params.several_sizes else [],
+        crowded=pairs.crowded,
     )
 
 
@@ -190,60 +196,88 @@ def open_source(entry: SourceParams, params: IngestParams) -> Source:
 
 
 class _Item(NamedTuple):
-    """What a worker gets: a sample, and what is known of it."""
+    """A sample of a source, what is known of it, and by which key it is known."""
 
     source: str
     sample: Sample
     with_preview: frozenset[Reason]
-    known: Known | None
+    known: Known | None = None
+    key: Key | None = None
 
     def preprocess(self, params: IngestParams) -> Outcome:
         return preprocess_sample(self.source, self.sample, params, self.with_preview, self.known)
-
-
-def _preprocess_elsewhere(params: IngestParams, item: _Item) -> Outcome:
-    """The same in a process that has not been made ready for it."""
-    with pillow_settings(params.max_pixels):
-        return item.preprocess(params)
-
-
-def _is_reject(outcome: Outcome) -> bool:
-    """Whether a sample could not be used: another machine may not see its file, or lack a plugin to read it."""
-    return isinstance(outcome.result, Reject)
 
 
 def _preprocessed(
     sources: Mapping[str, Source], params: IngestParams, rejects: RejectTable, store: PreparedStore | None
 ) -> Iterator[ImageRow | Reject]:
     """What becomes of every sample, in order; what the store has is not read."""
-    under_way: deque[tuple[_Item, Key | None]] = deque()
+    under_way: deque[list[_Item]] = deque()
 
-    def items() -> Iterator[_Item]:
-        for name, source in sources.items():
-            for sample in source.samples():
-                key = store.key(sample.origin) if store else None
-                known = store.find(key) if key else None
+    def batches() -> Iterator[list[_Item]]:
+        for batch in _batches(_found(sources, rejects, store)):
+            under_way.append(batch)
+            yield batch
+
+    work = partial(_preprocess if engine_name() == "local" else _preprocess_elsewhere, params)
+    with closing(ordered_map(work, batches(), redo=_has_reject)) as results:
+        for outcomes in results:
+            for item, outcome in zip(under_way.popleft(), outcomes, strict=True):
+                sources[item.source].count_lines(outcome.lines)
+                yield _kept_in_store(item, outcome, params, store).result
+
+
+def _found(sources: Mapping[str, Source], rejects: RejectTable, store: PreparedStore | None) -> Iterator[_Item]:
+    """Every sample, with what the store knows of it."""
+    for name, source in sources.items():
+        for sample in source.samples():
+            item = _Item(name, sample, rejects.with_preview)
+            if store and (key := store.key(sample.origin)):
+                known = store.find(key)
                 if known and not known.shown and known.reason in rejects.with_preview:
                     known = None
-                item = _Item(name, sample, rejects.with_preview, known)
-                under_way.append((item, key))
-                yield item
+                item = item._replace(key=key, known=known)
+            yield item
 
-    local = engine_name() == "local"
-    work = partial(_Item.preprocess, params=params) if local else partial(_preprocess_elsewhere, params)
-    with closing(ordered_map(work, items(), redo=_is_reject)) as outcomes:
-        for outcome in outcomes:
-            item, key = under_way.popleft()
-            if item.known and isinstance(outcome.result, ImageRow):
-                if picture := store.picture(item.known):
-                    outcome = replace(outcome, result=replace(outcome.result, png=picture))
-                else:
-                    outcome = item._replace(known=None).preprocess(params)
-            sources[item.source].count_lines(outcome.lines)
-            # A file that changes while it is read has other times than its hash is known by.
-            if key and outcome.known and (item.known or store.key(item.sample.origin) == key):
-                store.note(key, outcome.known)
-            yield outcome.result
+
+def _batches(items: Iterable[_Item]) -> Iterator[list[_Item]]:
+    """Samples that are known, whose captions alone are read, some at a time; any other ends its batch."""
+    batch: list[_Item] = []
+    for item in items:
+        batch.append(item)
+        if item.known is None or len(batch) == KNOWN_AT_ONCE:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _preprocess(params: IngestParams, batch: list[_Item]) -> list[Outcome]:
+    return [item.preprocess(params) for item in batch]
+
+
+def _preprocess_elsewhere(params: IngestParams, batch: list[_Item]) -> list[Outcome]:
+    """The same in a process that has not been made ready for it."""
+    with pillow_settings(params.max_pixels):
+        return _preprocess(params, batch)
+
+
+def _has_reject(outcomes: list[Outcome]) -> bool:
+    """Whether a sample could not be used: another machine may not see its file, or lack a plugin to read it."""
+    return any(isinstance(outcome.result, Reject) for outcome in outcomes)
+
+
+def _kept_in_store(item: _Item, outcome: Outcome, params: IngestParams, store: PreparedStore | None) -> Outcome:
+    """The outcome with its picture, which the store has where the sample was known; and noted there."""
+    if item.known and isinstance(outcome.result, ImageRow):
+        if picture := store.picture(item.known):
+            outcome.result = replace(outcome.result, png=picture)
+        else:
+            outcome = item._replace(known=None).preprocess(params)
+    # A file that changed while it was read has other times than its hash is known by.
+    if item.key and outcome.known and (item.known or store.key(item.sample.origin) == item.key):
+        store.note(item.key, outcome.known)
+    return outcome
 
 
 def _expected(sources: Iterable[Source], limit: int | None) -> int | None:
@@ -254,10 +288,9 @@ def _expected(sources: Iterable[Source], limit: int | None) -> int | None:
 
 
 def _too_many_rejects(rejects: RejectTable, found: int, most: float, rejects_path: Path) -> str:
-    rejected = len(rejects.rows)
-    examples = {reject.reason: f"{reject.source}: {reject.key}" for reject in reversed(rejects.rows)}
+    rejected = len(rejects)
     reasons = "".join(
-        f"\n  {count} {reason.value}, such as {examples[reason]}"
+        f"\n  {count} {reason.value}, such as {rejects.examples[reason].source}: {rejects.examples[reason].key}"
         for reason, count in sorted(rejects.reasons().items(), key=lambda item: (-item[1], item[0]))
     )
     if not found:
@@ -271,13 +304,14 @@ def _too_many_rejects(rejects: RejectTable, found: int, most: float, rejects_pat
 
 def _keep_near_duplicates_together(
     deduplicator: Deduplicator, distance: int | None, path: Path
-) -> tuple[int, np.ndarray]:
-    """Write the near duplicates; give the number of pairs, and the rows that move to the training split."""
-    ids, in_train, signatures = deduplicator.ids(), deduplicator.in_train(), deduplicator.signatures()
-    order = np.argsort(ids.view(f"S{ID_BYTES}").ravel())  # by id, so that the sources' order does not matter
-    pairs = find_near_duplicates(signatures if distance is None else signatures[order], distance or 0)
-    write_near_duplicates(path, ids[order], pairs)
-    return len(pairs), order[linked_to_train(pairs, in_train[order])]
+) -> tuple[Pairs, np.ndarray]:
+    """Write the near duplicates; give them, and the rows that move to the training split."""
+    images, in_train, signatures = deduplicator.ids(), deduplicator.in_train(), deduplicator.signatures()
+    words = images.view(">u8")
+    order = np.lexsort(words.T[::-1])  # by id, so that the sources' order does not matter
+    pairs = find_near_duplicates(signatures, distance or 0, None if distance is None else order)
+    write_near_duplicates(path, images[order], pairs)
+    return pairs, order[linked_to_train(pairs, in_train[order])]
 
 
 def _check_outputs_outside_source(entry: SourceParams, outputs: Iterable[Path]) -> None:

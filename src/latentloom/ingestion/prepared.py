@@ -102,9 +102,7 @@ class PreparedStore:
         content_of: gives the SHA-256 of a file where it is known without reading it, else None.
     """
 
-    def __init__(
-        self, folder: Path, limit: int, recipe: str, content_of: Callable[[Path], str | None] = lambda _: None
-    ) -> None:
+    def __init__(self, folder: Path, limit: int, recipe: str, content_of: Callable[[str], str | None]) -> None:
         self._folder, self._limit, self._recipe, self._content_of = folder, limit, recipe, content_of
         self._noted: list[tuple[Key, Known]] = []
         self._kept: list[tuple[str, np.ndarray]] = []  # of this run: names, and beginnings of keys

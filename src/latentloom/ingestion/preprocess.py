@@ -40,7 +40,7 @@ class Known:
     place: int = -1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Outcome:
     """What became of a sample; ``lines`` counts those of its text files. ``known`` is None where it was not decoded."""
 

@@ -17,6 +17,8 @@ from latentloom.files import atomic_path
 
 SCHEMA = pa.schema([(name, pa.string()) for name in ("source", "key", "reason", "detail")] + [("preview", pa.binary())])
 PREVIEWS = 24  # of each reason: enough for a contact sheet
+BATCH_ROWS = 2**12
+ROW_GROUP_ROWS = 2**20  # a multiple of it
 
 
 class Reason(StrEnum):
@@ -75,12 +77,23 @@ def error_message(error: Exception) -> str:
 
 
 class RejectTable:
-    """The rejects of a run, kept in memory without their pictures but for the first few, and written at its end."""
+    """The rejects of a run, without their pictures but for the first few.
+
+    They are kept as the Parquet file that they become, some 30 bytes each, and written at the run's end.
+    """
 
     def __init__(self) -> None:
-        self.rows: list[Reject] = []
+        self.examples: dict[Reason, Reject] = {}  # the first of each reason
+        self._reasons: Counter[Reason] = Counter()
         self.with_preview = frozenset(Reason)  # those of which one is still wanted
         self._previews: Counter[Reason] = Counter()
+        self._recent: list[Reject] = []
+        self._batches: list[pa.RecordBatch] = []  # of the row group that is being filled
+        self._file = pa.BufferOutputStream()
+        self._writer = pq.ParquetWriter(self._file, SCHEMA, compression="zstd")
+
+    def __len__(self) -> int:
+        return self._reasons.total()
 
     def wants_preview(self, reason: Reason) -> bool:
         """Whether fewer than ``PREVIEWS`` of this reason have one; once it does not, it never will again."""
@@ -92,12 +105,33 @@ class RejectTable:
         self._previews[reject.reason] += reject.preview is not None
         if self._previews[reject.reason] == PREVIEWS:
             self.with_preview -= {reject.reason}
-        self.rows.append(reject)
+        self._reasons[reject.reason] += 1
+        self.examples.setdefault(reject.reason, reject)
+        self._recent.append(reject)
+        if len(self._recent) == BATCH_ROWS:
+            self._collect()
+            if len(self) % ROW_GROUP_ROWS == 0:
+                self._write_group()
 
     def reasons(self) -> Counter[Reason]:
-        return Counter(reject.reason for reject in self.rows)
+        return self._reasons.copy()
 
     def write(self, path: Path) -> None:
-        columns = {name: [getattr(reject, name) for reject in self.rows] for name in SCHEMA.names}
-        with atomic_path(path) as temporary:
-            pq.write_table(pa.table(columns, SCHEMA), temporary, compression="zstd")
+        """Write the table; nothing can be added any more."""
+        self._collect()
+        if self._batches or not len(self):
+            self._write_group()
+        self._writer.close()
+        content = self._file.getvalue()
+        with atomic_path(path, room=content.size) as temporary:
+            temporary.write_bytes(content)
+
+    def _collect(self) -> None:
+        columns = [[getattr(reject, name) for reject in self._recent] for name in SCHEMA.names]
+        if self._recent:
+            self._batches.append(pa.record_batch([*map(pa.array, columns, SCHEMA.types)], schema=SCHEMA))
+        self._recent = []
+
+    def _write_group(self) -> None:
+        self._writer.write_table(pa.Table.from_batches(self._batches, SCHEMA).combine_chunks())
+        self._batches = []

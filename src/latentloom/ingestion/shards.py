@@ -12,6 +12,7 @@ import itertools
 import json
 import struct
 import zlib
+from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,6 +28,7 @@ from PIL import Image
 from latentloom import sharding
 from latentloom.errors import UserError
 from latentloom.files import atomic_path, read_json, write_json
+from latentloom.ingestion.growing import Texts
 from latentloom.sizes import Size
 
 if TYPE_CHECKING:
@@ -156,27 +158,60 @@ def write_shards(
     return shards
 
 
-def amend_shards(
-    folder: Path, shards: list[dict[str, Any]], to_train: np.ndarray, more_captions: Mapping[int, list[str]]
-) -> int:
+class JoinedCaptions:
+    """The captions of files equal to that of a row, in the order in which they came: what the row has gained by them.
+
+    ``add`` takes the row's place, counted over all shards.
+    """
+
+    def __init__(self) -> None:
+        self._places, self._ends = array("I"), array("Q", [0])  # of each file: its row, and where its captions end
+        self._texts = Texts()
+
+    def add(self, place: int, captions: Sequence[str]) -> None:
+        for caption in captions:
+            self._texts.append(caption)
+        self._places.append(place)
+        self._ends.append(len(self._texts))
+
+    def by_rows(self) -> Callable[[range], list[list[str]]]:
+        """Of a range of rows, the captions that each has gained; an empty list where none has any."""
+        files = np.argsort(self._places, kind="stable")
+        places = np.frombuffer(self._places, np.uint32)[files]
+
+        def gained(rows: range) -> list[list[str]]:
+            start, stop = np.searchsorted(places, [rows.start, rows.stop])
+            captions: list[list[str]] = [[] for _ in rows] if start < stop else []
+            for file in files[start:stop].tolist():
+                own = captions[self._places[file] - rows.start]
+                more = map(self._texts.__getitem__, range(self._ends[file], self._ends[file + 1]))
+                own += [caption for caption in more if caption not in own]
+            return captions
+
+        return gained
+
+
+def amend_shards(folder: Path, shards: list[dict[str, Any]], to_train: np.ndarray, joined: JoinedCaptions) -> int:
     """Write anew the shards whose rows turned out otherwise, as if they had been so from the start.
 
     Args:
         folder: the unfinished folder.
         shards: what ``write_shards`` gave.
         to_train: places, counted over all shards, of rows that belong into the training split.
-        more_captions: by place, those that a row has behind its own; of repeated ones, the first stays.
+        joined: captions that rows have behind their own, without those that they have already.
 
     Returns:
         how many captions have come to those that were there.
     """
     start = added = 0
+    to_train, gained = np.sort(to_train), joined.by_rows()
     for shard in shards:
         places = range(start, start + shard["rows"])
         start += shard["rows"]
-        is_moved = np.isin(places, to_train)
-        more = [more_captions.get(place, []) for place in places] if more_captions else []
-        if is_moved.any() or any(more):
+        first, last = np.searchsorted(to_train, [places.start, places.stop])
+        more = gained(places)
+        if first < last or more:
+            is_moved = np.isin(places, to_train[first:last])
             added += _rewrite_shard(folder / shard["name"], is_moved, more)
     return added
 
@@ -248,7 +283,8 @@ def _up_to_its_end(rows: Iterator[ImageRow]) -> Iterator[ImageRow]:
 
 def _table(group: list[ImageRow]) -> pa.Table:
     columns = {name: [getattr(row, name) for row in group] for name in COLUMNS if name != "image"}
-    return pa.table(columns | {"image": [(row.png, f"{row.id}.png") for row in group]}, SCHEMA)
+    image = [pa.array([row.png for row in group], pa.binary()), pa.array([f"{row.id}.png" for row in group])]
+    return pa.table(columns | {"image": pa.StructArray.from_arrays(image, ["bytes", "path"])}, SCHEMA)
 
 
 def _rewrite_shard(path: Path, is_moved: np.ndarray, more_captions: list[list[str]]) -> int:

@@ -16,13 +16,14 @@ class SizeTable:
     """Counts images of each size, and adds up the shares of their originals that crops take away."""
 
     def __init__(self) -> None:
-        self._sums: dict[Size, np.ndarray] = {}  # images, cut off, cut off by the square
+        self._sums: dict[Size, tuple[int, float, float]] = {}  # images, cut off, cut off by the square
 
     def add(self, row: ImageRow) -> None:
         """Count an image."""
         size = size_of(row.png)
-        cut = [1 - kept_share(row.width, row.height, crop) for crop in (size, SQUARE)]
-        self._sums[size] = self._sums.get(size, 0) + np.array([1, *cut])
+        cut, by_square = (1 - kept_share(row.width, row.height, crop) for crop in (size, SQUARE))
+        images, sum_cut, sum_by_square = self._sums.get(size, (0, 0.0, 0.0))
+        self._sums[size] = images + 1, sum_cut + cut, sum_by_square + by_square
 
     def counts(self, tables: Iterable[Iterable[Size]]) -> dict[Size, int]:
         """The images of each size that has any, in the order of ``tables``."""

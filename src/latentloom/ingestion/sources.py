@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import NoReturn
 
 from latentloom.errors import UserError
@@ -20,7 +19,7 @@ class IngestError(UserError):
 class Origin:
     """Where an image's bytes are from: the ``part`` of a ``file`` that says all, or of what needs no file."""
 
-    file: Path | None
+    file: str | None
     part: str = ""
 
 

@@ -23,10 +23,10 @@ from latentloom.layout import MODEL, PARAMS
 from latentloom.lineage.subject import Subject
 from latentloom.params import SourceParams
 from latentloom.registry.base import Base, at_hand
-from latentloom.registry.models import PACKED_MODEL, fetched_folder, is_model
+from latentloom.registry.models import PACKED_MODEL, fetched_folder, is_model, stored_model
 from latentloom.tracking.git import Git
 from latentloom.tracking.provenance import CODE_DIFF, DATA, Provenance
-from latentloom.tracking.store import first_line, tracking_uri, without_credentials
+from latentloom.tracking.store import existing_store, first_line, tracking_uri, without_credentials
 
 AT_HAND = (Place.HERE, Place.REMOTE)
 AGAIN = "again.png"
@@ -204,7 +204,14 @@ def _base(known: Provenance, found: Mapping[str, tuple[Place, str]], root: Path,
     if folder := at_hand(Base(**known.base), root):
         copy = f"mkdir -p {kept.parent} && " + _join("cp", "-r", folder.resolve(), kept)
         return [Link("base", name, sha256, Place.HERE, f"{folder} alone", needed, copy)]
-    return [Link("base", name, sha256, Place.UNKNOWN, "not on this machine", needed)]
+    try:
+        version = stored_model(existing_store(root), sha256).version
+    except Exception as error:  # the store is away, or MLflow is not installed
+        return [Link("base", name, sha256, Place.UNKNOWN, first_line(error), needed)]
+    if version is None:
+        return [Link("base", name, sha256, Place.LOST, "neither here, nor in DVC or the registry", needed)]
+    fetch = f"mkdir -p {kept.parent} && cp -r {_downloaded(root, version.run_id, PACKED_MODEL)} {kept}"
+    return [Link("base", name, sha256, Place.REMOTE, f"version {version.version} of the registry", needed, fetch)]
 
 
 def _source(then: Mapping[str, Any], ingested: Mapping[str, Any], *, needed: bool) -> Link:

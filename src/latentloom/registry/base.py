@@ -51,8 +51,7 @@ def find_base(params: Params, root: Path, path: Path = INIT) -> Base | None:
     Raises:
         UserError: when it names no model, nothing was recorded of it either, or it does not fit.
     """
-    reference, before = params.train.init, recorded_base(path)
-    known = before if before and before.reference == reference else None
+    reference, known = params.train.init, recorded_base(path)
     base = None if reference is None else _find(reference, known, root)
     if base:
         folder = at_hand(base, root)
@@ -125,7 +124,7 @@ def look(params: Params, folder: Path, reference: str) -> Carried:
 def describe(params: Params, root: Path) -> list[str]:
     """In lines for people, which model the params start from, and what is taken of it; raises as `find_base`."""
     reference = params.train.init
-    base = _find(reference, None, root)
+    base = _find(reference, recorded_base(), root)
     folder = base_folder(base, root)
     config = read_config(folder)
     widths, shapes = "/".join(map(str, config.widths)), ", ".join(f"{h}x{w}" for _, h, w in config.trained_shapes)
@@ -133,10 +132,11 @@ def describe(params: Params, root: Path) -> list[str]:
     return lines + [f"  {line}" for line in look(params, folder, reference).lines()]
 
 
-def _find(reference: str, known: Base | None, root: Path) -> Base:
-    """What a reference names now, or else what is ``known`` of it."""
+def _find(reference: str, recorded: Base | None, root: Path) -> Base:
+    """What a reference names now, or else what is recorded of it."""
+    known = recorded if recorded and recorded.reference == reference else None
     if folder := _local(reference, root):
-        if folder.resolve() == (root / MODEL).resolve():
+        if folder.resolve() in (MODEL.resolve(), (root / MODEL).resolve()):
             raise UserError(
                 f"train.init = {reference}: a training replaces this very folder; copy it (cp -r {reference} "
                 f"{MODEL.parent}/base) and name the copy, or name its run"

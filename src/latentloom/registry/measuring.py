@@ -52,6 +52,6 @@ def measure_again(
         raise UserError(f"{LATENTS} holds latents of shapes that it was not trained on: {shapes}")
     loaded = load_text_to_image(model, device=device)
     embeddings = loaded.embed(held_out.primary_texts())
-    samples = loaded.latents(embeddings, held_out.ids, sampling, seed=int(like.seed), shapes=row_shapes(held_out))
+    samples = loaded.latents(embeddings, held_out.names(), sampling, seed=int(like.seed), shapes=row_shapes(held_out))
     samples = [held_out.codec.standardise(loaded.codec.destandardise(sample[None]))[0] for sample in samples]
     return replace(like, values=measure(samples, held_out, caches).figures, noise=None, run_id=None)

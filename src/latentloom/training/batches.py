@@ -1,12 +1,16 @@
-"""The batch of each training step: which rows, captions, noise and noise levels, and where they are read ahead.
+"""The batch of each training step: captions, noise and noise levels of its rows, and where they are read ahead.
 
 Every random number of a step is a function of (seed, step, position in the global batch) alone. Nothing is carried from
-one step to the next, so a resumed run sees the batches that it would have seen. Numbers are drawn for the whole batch
-wherever a part of it is needed, so processes that share a batch, or compute it part by part, see the very batch that
-one process would.
+one step to the next, so a resumed run sees the batches that it would have seen. The small numbers, some of each row,
+are drawn for the whole batch on the CPU. Noise, a whole latent of each row, is drawn for `NOISE_ROWS` positions at a
+time, each such group from a generator of its own: a process draws what its positions need. So processes that share a
+batch, or compute it part by part, see the very batch that one process would.
 
 A batch is of latents of one shape, so it comes from one bucket of the data. Each bucket has its own epochs, and gets as
-many of the steps as it has of the images: see `bucket_schedule`.
+many of the steps as it has of the images: see `latentloom.training.epochs`.
+
+Streamed data are read in *windows* of steps, one ahead, each about as long as a block of the shuffled order: its rows
+lie together on the disk. A second thread makes batches of them.
 """
 
 import itertools
@@ -14,8 +18,8 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
-from fractions import Fraction
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import NamedTuple, TypeVar
 
@@ -25,19 +29,24 @@ from latentloom.diffusion.noise import noise_levels_from_uniform
 from latentloom.diffusion.text import Labels, drop
 from latentloom.encoding.dataset import LatentDataset, Split
 from latentloom.randomness import generator
+from latentloom.training.epochs import Blocks, bucket_schedule, epoch_rows, step_rows
 
+NOISE_ROWS = 32  # fewer are more generators a step; more, and small parts of a batch draw what others need
+WINDOW_BYTES = 2**30  # of a window at most; two are in memory, and a third for a moment
 PREFETCHED_STEPS = 2
-PREFETCH_THREAD = "batch-prefetch"
+PREFETCH_THREAD, WINDOW_THREAD = "batch-prefetch", "window-read"
 
 Item = TypeVar("Item")
+Made = TypeVar("Made")
 Parts = TypeVar("Parts", bound=Sequence[Iterable[Labels]])
+Place = tuple[int, tuple[int, int]]  # a step, its bucket, and how many batches of that came before
 
 
 class Batch(NamedTuple):
     """What a step computes on, or a part of it.
 
     Clean latents and noise (B, C, h, w), noise levels (B,), text embeddings (B, dim), with token states where the data
-    set has them, and the rows (B,) of the split that they come from.
+    set has them, and the rows (B,) of the split that they come from, on the CPU.
     """
 
     latents: torch.Tensor
@@ -47,97 +56,60 @@ class Batch(NamedTuple):
     rows: torch.Tensor
 
 
-def bucket_schedule(shares: Sequence[float], first: int = 0) -> Iterator[tuple[int, int]]:
-    """For each step from ``first`` on, which bucket its batch is from, and how many batches of that bucket came before.
+@dataclass(frozen=True)
+class Drawn:
+    """What is drawn for a step but its noise, one number a row (B,), on the CPU."""
 
-    After n steps from 0 on, bucket b has had n s_b batches, less than one more or less, where s_b is its part of the
-    sum of ``shares``: of the buckets that do not run ahead of theirs, the one that is due first is next (Tijdeman 1980,
-    the chairman assignment problem). Nothing is random, and all is exact.
-    """
-    exact = [Fraction(share) for share in shares]
-    unit = math.gcd(*(share.numerator for share in exact)), math.lcm(*(share.denominator for share in exact))
-    whole = [int(share * unit[1] / unit[0]) for share in exact]
-    period, states = sum(whole), max(2 * len(whole) - 2, 1)  # after a period all have had their share exactly
-    periods, left = divmod(first, period)
-    counts = [0] * len(whole)
-    for step in itertools.count(1):
-        behind = [step * share - count * period for share, count in zip(whole, counts, strict=True)]
-        allowed = [bucket for bucket, own in enumerate(behind) if own * states >= period]
-        bucket = min(allowed, key=lambda own: (period * (states - 1) - behind[own] * states) / whole[own])
-        if step > left:
-            yield bucket, periods * whole[bucket] + counts[bucket]
-        counts[bucket] += 1
+    step: int
+    bucket: int
+    rows: torch.Tensor  # of the bucket
+    latent_rows: torch.Tensor  # the same, or those of their mirrored images
+    captions: torch.Tensor
+    has_label: torch.Tensor
+    noise_levels: torch.Tensor
 
 
-def epoch_rows(
-    seed: int, epoch: int, size: int, weights: torch.Tensor | None = None, key: tuple[int, ...] = ()
-) -> torch.Tensor:
-    """The rows (N,) of an epoch in random order: each once, or as often as its weight asks.
-
-    With weights (N,), row i comes N w_i / sum(w) times on average, and never more than one time more or less
-    (systematic resampling, Kitagawa 1996, appendix). ``key`` tells buckets apart.
-    """
-    draws = generator("cpu", seed, "epoch", epoch, *key)
-    order = torch.randperm(size, generator=draws)
-    if weights is None:
-        return order
-    ends = weights[order].double().cumsum(0)
-    ends = ends * (size / ends[-1])
-    ends[-1] = size  # whatever rounding made of it
-    offset = torch.rand((), generator=draws, dtype=torch.float64)
-    counts = torch.floor(ends + offset).diff(prepend=torch.zeros(1, dtype=torch.float64)).long()
-    return order.repeat_interleave(counts)[torch.randperm(size, generator=draws)]
-
-
-def step_rows(step: int, batch_size: int, size: int, epoch: Callable[[int], torch.Tensor]) -> torch.Tensor:
-    """The rows (B,), int64, of batch number ``step`` of ``size`` rows; ``epoch`` gives those of each epoch."""
-    first = step * batch_size
-    epochs = [epoch(number) for number in range(first // size, (first + batch_size - 1) // size + 1)]
-    rows = torch.cat(epochs) if len(epochs) > 1 else epochs[0]
-    return rows[first % size :][:batch_size]
-
-
-def draw_batch(
-    data: LatentDataset,
-    rows: torch.Tensor,
-    draws: torch.Generator,
-    *,
-    distribution: str,
-    label_dropout: float,
-    parts: Sequence[slice],
-) -> list[Batch]:
-    """Draw what a step's ``rows`` (B,) need: captions, dropped labels, mirroring, samples of latents, noise, levels.
+def draw(
+    data: LatentDataset, rows: torch.Tensor, draws: torch.Generator, *, distribution: str, label_dropout: float
+) -> dict[str, torch.Tensor]:
+    """Draw what a step's ``rows`` (B,) need: captions, dropped labels, mirroring and noise levels, as `Drawn` has them.
 
     Noise levels are stratified over the batch: one from each of B equal slices of the distribution (in the spirit of
     Kingma et al. 2021, appendix I.1), which lowers the variance of the loss. A dropped label is "no text" (Ho &
     Salimans 2022): the zero embedding, and no token to be seen.
     """
-    device, size = data.device, len(rows)
 
     def uniform() -> torch.Tensor:
-        return torch.rand(size, generator=draws, device=device)
+        return torch.rand(len(rows), generator=draws)
 
-    def normal() -> torch.Tensor:
-        return torch.randn(size, *data.latent_shape, generator=draws, device=device)
-
-    captions = data.captions[rows, (uniform() * data.caption_counts[rows]).long()]
-    has_label = uniform() >= label_dropout
+    captions, has_label = data.captions[rows].pick(uniform()), uniform() >= label_dropout
     latent_rows = rows
     if data.first_mirrored is not None:
         latent_rows = torch.where(uniform() < 0.5, rows + data.first_mirrored, rows)
-    deviation = normal() if data.has_std else None
-    strata = torch.randperm(size, generator=draws, device=device)
-    noise_levels = noise_levels_from_uniform((strata + uniform()) / size, distribution)
-    noise = normal()
+    strata = torch.randperm(len(rows), generator=draws)
+    levels = noise_levels_from_uniform((strata + uniform()) / len(rows), distribution)
+    return {
+        "rows": rows,
+        "latent_rows": latent_rows,
+        "captions": captions,
+        "has_label": has_label,
+        "noise_levels": levels,
+    }
 
-    def gather(part: slice) -> Batch:
-        latents, std = data.latents_at(latent_rows[part])
-        if std is not None:
-            latents = latents + std * deviation[part]
-        labels = drop(data.embeddings_at(captions[part]), has_label[part])
-        return Batch(latents, noise[part], noise_levels[part], labels, rows[part])
 
-    return [gather(part) for part in parts]
+def draw_noise(
+    shape: tuple[int, ...], part: slice, make: Callable[[int], torch.Generator], device: torch.device
+) -> torch.Tensor:
+    """Standard normal numbers (B, *shape) of the positions ``part`` of a batch; ``make`` gives each group's generator.
+
+    Always those of whole groups are drawn: on CUDA, a shorter tensor would get others from the same seed.
+    """
+    groups = range(part.start // NOISE_ROWS, -(-part.stop // NOISE_ROWS))
+    numbers = torch.empty(len(groups) * NOISE_ROWS, *shape, device=device)
+    for group, own in zip(groups, numbers.split(NOISE_ROWS), strict=True):
+        own.normal_(generator=make(group))
+    first = groups.start * NOISE_ROWS
+    return numbers[part.start - first : part.stop - first]
 
 
 def batches(
@@ -146,18 +118,20 @@ def batches(
     seed: int,
     steps: Sequence[int],
     batch_size: int,
+    block_rows: int | None,
     distribution: str,
     label_dropout: float,
     parts: Sequence[slice],
 ) -> Iterator[list[Batch]]:
     """The batches of ``steps``, each as those ``parts`` of it that this process computes.
 
-    Streamed data are read ahead by a thread, which ends with this iterator. Data on the device are gathered when asked
+    Streamed data are read ahead by threads, which end with this iterator. Data on the device are gathered when asked
     for.
 
     Args:
         steps: from 0 on, one after the other.
         batch_size: images per step, over all processes together.
+        block_rows: how far the shuffle of an epoch reaches, in images; None: through all.
         distribution: of noise levels, as `noise_levels_from_uniform` knows it.
         label_dropout: the share of labels that are dropped.
         parts: positions in the global batch.
@@ -168,33 +142,115 @@ def batches(
 
     if not steps:
         return
-    buckets = data.buckets
+    buckets, device = data.buckets, data.device
     firsts = [0, *itertools.accumulate(map(len, buckets))]
+    parts = [slice(*part.indices(batch_size)) for part in parts]
+    reach = [Blocks.of(len(own), len(data), batch_size, block_rows) for own in buckets]
 
-    @lru_cache(maxsize=len(buckets))  # so an epoch is shuffled, and copied to the device, once
+    @lru_cache(maxsize=len(buckets))  # so an epoch is shuffled once
     def epoch(bucket: int, number: int) -> torch.Tensor:
         own = buckets[bucket]
         key = own.latent_shape[1:] if len(buckets) > 1 else ()
-        return epoch_rows(seed, number, len(own), own.weights, key).to(data.device)
+        return epoch_rows(seed, number, len(own), own.weights, key, blocks=reach[bucket], stored=own.stored)
 
-    def make(at: tuple[int, tuple[int, int]]) -> list[Batch]:
-        step, (bucket, number) = at
+    def draw_step(place: Place) -> Drawn:
+        step, (bucket, number) = place
         own = buckets[bucket]
         rows = step_rows(number, batch_size, len(own), partial(epoch, bucket))
-        draws = generator(data.device, seed, "step", step)
-        drawn = draw_batch(own, rows, draws, distribution=distribution, label_dropout=label_dropout, parts=parts)
-        return [part._replace(rows=part.rows + firsts[bucket]) for part in drawn]
+        draws = generator("cpu", seed, "step", step)
+        return Drawn(step, bucket, **draw(own, rows, draws, distribution=distribution, label_dropout=label_dropout))
+
+    def gather(item: tuple[Drawn, LatentDataset]) -> list[Batch]:
+        return [gather_part(*item, part) for part in parts]
+
+    def gather_part(drawn: Drawn, source: LatentDataset, part: slice) -> Batch:
+        def group(number: int) -> torch.Generator:
+            return generator(device, seed, "noise", drawn.step, number)
+
+        latents, std = source.latents_at(drawn.latent_rows[part])
+        noise = draw_noise((1 + (std is not None), *source.latent_shape), part, group, device)
+        if std is not None:
+            latents = latents + std * noise[:, 1]
+        has_label, levels = (own[part].to(device, non_blocking=True) for own in (drawn.has_label, drawn.noise_levels))
+        labels = drop(source.embeddings_at(drawn.captions[part]), has_label)
+        return Batch(latents, noise[:, 0], levels, labels, drawn.rows[part] + firsts[drawn.bucket])
+
+    def read(window: Sequence[Place]) -> list[tuple[Drawn, LatentDataset]]:
+        """What is drawn for a window, with its rows in memory: those of this process's parts."""
+        drawn = [draw_step(place) for place in window]
+        own = [(each, part) for each in drawn for part in parts]
+        text = data.text.read(torch.cat([each.captions[part] for each, part in own]))
+        sources = {}
+        for bucket in {each.bucket for each in drawn}:
+            rows = torch.cat([each.latent_rows[part] for each, part in own if each.bucket == bucket])
+            sources[bucket] = replace(buckets[bucket], latents=buckets[bucket].latents.read(rows), text=text)
+        return [(each, sources[each.bucket]) for each in drawn]
 
     shares = [len(own) if own.weights is None else math.fsum(own.weights.tolist()) for own in buckets]
     places = zip(steps, bucket_schedule(shares, steps[0]), strict=False)
-    yield from prefetch(make, places, data.device) if data.streamed else map(make, places)
+    if not data.streamed:
+        yield from (gather((drawn, buckets[drawn.bucket])) for drawn in map(draw_step, places))
+        return
+    largest = max(range(len(buckets)), key=lambda bucket: len(buckets[bucket]))
+    row_bytes = sum(own.latents.nbytes for own in buckets) / sum(len(own.latents) for own in buckets)
+    row_bytes += data.text.nbytes / len(data.text)
+    at_most = int(WINDOW_BYTES / (row_bytes * sum(part.stop - part.start for part in parts))) or 1
+
+    def window_of(place: Place) -> tuple[int, ...] | None:
+        """Which block a step of the largest bucket is of; the others' are as long, in steps."""
+        bucket, number = place[1]
+        if bucket != largest:
+            return None
+        whole = number * batch_size // (block_rows or len(data)), 0
+        return reach[largest].number(number, len(buckets[largest])) if reach[largest] else whole
+
+    with closing(in_advance(read, windows(places, window_of, at_most), 1, WINDOW_THREAD)) as ahead:
+        yield from prefetch(gather, itertools.chain.from_iterable(ahead), device)
+
+
+def windows(items: Iterable[Item], key: Callable[[Item], tuple[int, ...] | None], at_most: int) -> Iterator[list[Item]]:
+    """``items`` in lists that end where ``key`` gives another value, None apart, or where they have ``at_most``."""
+    window: list[Item] = []
+    current = None
+    for item in items:
+        own = key(item)
+        if window and (len(window) == at_most or (own is not None and own != current and current is not None)):
+            yield window
+            window = []
+        current = current if own is None else own
+        window.append(item)
+    if window:
+        yield window
+
+
+def in_advance(make: Callable[[Item], Made], items: Iterable[Item], count: int, name: str) -> Iterator[Made]:
+    """Yield ``make(item)`` for each of ``items``, in order; a thread makes up to ``count`` in advance.
+
+    What ``make`` raises is raised here, where its item is due. The thread ends with the iterator.
+    """
+    waiting: deque[Future[Made]] = deque()
+    # An executor's idle thread waits for work only, so it cannot keep the process from exiting.
+    thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+    threads = torch.get_num_threads()
+    thread.submit(_use_one_thread).result()
+    torch.set_num_threads(threads)  # the setting above reached the whole process; this restores all other threads
+    try:
+        for item in items:
+            waiting.append(thread.submit(make, item))
+            if len(waiting) > count:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+        thread.shutdown()
 
 
 def prefetch(make: Callable[[Item], Parts], items: Iterable[Item], device: torch.device) -> Iterator[Parts]:
-    """Yield ``make(item)`` for each of ``items``, in order; a thread makes up to ``PREFETCHED_STEPS`` in advance.
+    """Yield ``make(item)`` for each of ``items``, made by a thread up to ``PREFETCHED_STEPS`` in advance.
 
-    So reading and copying a batch hides behind the steps before it. On CUDA the thread works on a stream of its own.
-    What ``make`` raises is raised here, where its item is due. The thread ends with the iterator.
+    So gathering and copying a batch hides behind the steps before it. On CUDA the thread works on a stream of its own.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     if stream:
@@ -207,33 +263,15 @@ def prefetch(make: Callable[[Item], Parts], items: Iterable[Item], device: torch
             stream.synchronize()
         return parts
 
-    waiting: deque[Future[Parts]] = deque()
-
-    def next_parts() -> Parts:
-        parts = waiting.popleft().result()
-        if stream:  # their memory belongs to that stream, which must not reuse it before the consumer is done
-            consumer = torch.cuda.current_stream(device)
-            for tensors in parts:
-                for tensor in tensors:
-                    tensor.record_stream(consumer)
-        return parts
-
-    # An executor's idle thread waits for work only, so it cannot keep the process from exiting.
-    thread = ThreadPoolExecutor(1, thread_name_prefix=PREFETCH_THREAD)
-    threads = torch.get_num_threads()
-    thread.submit(_use_one_thread).result()
-    torch.set_num_threads(threads)  # the setting above reached the whole process; this restores all other threads
-    try:
-        for item in items:
-            waiting.append(thread.submit(complete, item))
-            if len(waiting) > PREFETCHED_STEPS:
-                yield next_parts()
-        while waiting:
-            yield next_parts()
-    finally:
-        for future in waiting:
-            future.cancel()
-        thread.shutdown()
+    with closing(in_advance(complete, items, PREFETCHED_STEPS, PREFETCH_THREAD)) as made:
+        for parts in made:
+            if stream:  # their memory belongs to that stream, which must not reuse it before the consumer is done
+                consumer = torch.cuda.current_stream(device)
+                for tensors in parts:
+                    for tensor in tensors:
+                        if tensor.device.type == "cuda":
+                            tensor.record_stream(consumer)
+            yield parts
 
 
 def _use_one_thread() -> None:

@@ -182,6 +182,7 @@ def train(
         data,
         seed=seed,
         batch_size=params.batch_size,
+        block_rows=params.block_rows,
         distribution=diffusion.noise_levels,
         label_dropout=diffusion.label_dropout,
         parts=rank_slices(

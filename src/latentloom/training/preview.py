@@ -83,7 +83,10 @@ class Previews:
         # A function of seed, name and shape alone: with another prompt, the others stay as they were.
         starts = [(f"prompt {prompt}", caches.latent_shape) for prompt in shown]
         starts += [
-            (own, bucket.latent_shape) for data in (known, held_out) for bucket in data.buckets for own in bucket.ids
+            (own, bucket.latent_shape)
+            for data in (known, held_out)
+            for bucket in data.buckets
+            for own in bucket.names()
         ]
         self._noise = [
             torch.randn(shape, generator=generator("cpu", settings.seed, "preview", name)).to(train.device)

@@ -147,7 +147,7 @@ def fit_whitening(network: UNet, caches: Caches) -> None:
 
     def captions(at_most: int) -> Labels:
         rows = torch.linspace(0, len(data) - 1, min(len(data), at_most)).long()
-        return data.embeddings_at(data.captions[rows.to(data.device), 0])
+        return data.primary_embeddings(rows)
 
     if network.token_dim is None:
         network.text_whitening.fit(pooled(captions(WHITENED_CAPTIONS)))
