@@ -190,11 +190,16 @@ class Studio:
         pixels = prepare_picture(Path(path), self.load(reference).model.image_size(None))[0]
         sample = caches.train.codec.standardise(vae.encode(pixels[None])["mean"])[0]
         (rows,), (distances,) = nearest([sample], [caches.train, caches.validation], NEAREST)
-        ids = [*caches.train.ids, *caches.validation.ids]
-        found = {row.id: row for row in rows_of(self.root / IMAGES, {ids[row] for row in rows.tolist()})}
+        first = len(caches.train)  # of the validation images, in the order of `nearest`
+        names = [
+            name
+            for row in rows.split(1)
+            for name in (caches.train.names(row) if row < first else caches.validation.names(row - first))
+        ]
+        found = {row.id: row for row in rows_of(self.root / IMAGES, names)}
         return [
-            (own.pixels, f"{distance:.3f} ({own.split}): {'; '.join(own.captions)}")
-            for own, distance in ((found[ids[row]], distance) for row, distance in zip(rows, distances, strict=True))
+            (found[name].pixels, f"{distance:.3f} ({found[name].split}): {'; '.join(found[name].captions)}")
+            for name, distance in zip(names, distances, strict=True)
         ]
 
 

@@ -26,6 +26,7 @@ from latentloom.page.handlers import Studio
 QUEUE = 16  # requests that wait
 LONGEST = 2000  # characters of a prompt
 LARGEST_UPLOAD = "32mb"
+BUTTONS = ["download", "fullscreen"]  # of pictures; another would share them on the web
 KEPT, REJECTED, ALIKE = "kept", "rejected", "near duplicates"
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 MODELS = "models/unet, showcase, champion, candidate, a version, or an MLflow run"
@@ -115,7 +116,9 @@ def _number(label: str, value: float | None, **more: Any) -> gr.Number:
 
 
 def _gallery(label: str, **more: Any) -> gr.Gallery:
-    return gr.Gallery(label=label, format="png", columns=4, object_fit="contain", interactive=False, **more)
+    return gr.Gallery(
+        label=label, format="png", columns=4, object_fit="contain", interactive=False, buttons=BUTTONS, **more
+    )
 
 
 def _options(studio: Studio, model: gr.Dropdown, *, one: bool = False) -> Callable[[tuple[Any, ...]], dict[str, Any]]:
@@ -159,7 +162,9 @@ def _draw(studio: Studio, model: gr.Dropdown, *, from_a_picture: bool = False) -
             with gr.Row():
                 draw, stop = gr.Button("Draw", variant="primary"), gr.Button("Stop")
         with gr.Column(scale=3):
-            seen = gr.Image(label="As the model sees it", visible=from_a_picture, interactive=False, height=200)
+            seen = gr.Image(
+                label="As the model sees it", visible=from_a_picture, interactive=False, height=200, buttons=BUTTONS
+            )
             pictures = _gallery("Pictures")
             made = gr.Textbox(
                 label="What made the picture that is chosen", lines=2, buttons=["copy"], elem_classes="made"
@@ -210,8 +215,10 @@ def _between(studio: Studio, model: gr.Dropdown) -> None:
             options = _options(studio, model, one=True)
             draw = gr.Button("Draw the way", variant="primary")
         with gr.Column(scale=3):
-            strip = gr.Image(label="Strip", type="filepath", format="png", interactive=False)
-            moving = gr.Image(label="There and back", type="filepath", format="webp", interactive=False)
+            strip = gr.Image(label="Strip", type="filepath", format="png", interactive=False, buttons=BUTTONS)
+            moving = gr.Image(
+                label="There and back", type="filepath", format="webp", interactive=False, buttons=BUTTONS
+            )
             files = gr.File(label="PNG, WebP, GIF", file_count="multiple", interactive=False)
 
     def drawn(reference: str, a: str, b: str, to_seed: int, count: int, *values: Any) -> list[Any]:
@@ -245,7 +252,7 @@ def _find(studio: Studio, model: gr.Dropdown) -> None:
     with gr.Row():
         with gr.Column(scale=2):
             upload = gr.File(label="Picture", file_types=["image"])
-            seen = gr.Image(label="As the model sees it", interactive=False, height=200)
+            seen = gr.Image(label="As the model sees it", interactive=False, height=200, buttons=BUTTONS)
         with gr.Column(scale=3):
             nearest = _gallery("Nearest images of the data")
     on(
