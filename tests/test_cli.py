@@ -74,7 +74,8 @@ def test_the_summary_names_the_sheet_the_figures_and_mlflow(invoke, tmp_path):
 
 def test_the_page_without_gradio_says_what_brings_it(invoke, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.delitem(sys.modules, "latentloom.page.layout", raising=False)
+    for module in ("layout", "local"):
+        monkeypatch.delitem(sys.modules, f"latentloom.page.{module}", raising=False)
     result = invoke("page")
     assert result.exit_code == 1
     assert 'the page needs Gradio, which is not installed: pip install "latentloom[page]"' in result.output

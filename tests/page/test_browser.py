@@ -42,14 +42,13 @@ def asked(monkeypatch) -> list[str]:
 @pytest.fixture
 def address(tmp_path, monkeypatch, asked) -> Iterator[str]:
     """The page's, over a folder with nothing but a model."""
-    from latentloom.page.handlers import Studio
     from latentloom.page.layout import serve
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LATENTLOOM_DEVICE", "cpu")
     save_tiny_unet(tmp_path / "models" / "unet")
     port = free_port()
-    page = serve(Studio(tmp_path), "127.0.0.1", port, wait=False)
+    page = serve(tmp_path, "127.0.0.1", port, wait=False)
     yield f"http://127.0.0.1:{port}"
     page.close()
 
@@ -81,9 +80,11 @@ def test_from_opening_the_page_to_a_saved_picture_nothing_leaves_the_machine(pag
     seen(page.get_by_text("diffusion_steps = 1: must be a whole number from 2 to 1000")).wait_for()
     seen(page.get_by_label("Steps", exact=True)).fill("4")
     seen(page.get_by_label("Count", exact=True)).fill("2")
+    seen(page.get_by_label("Prompt", exact=True)).fill("<b>一只猫</b>, a red apple")
     draw.click()
-    seen(page.get_by_text("seed 0, sample 1")).wait_for()
-    seen(page.get_by_text("seed 0, sample 1")).click()
+    seen(page.get_by_text("does not know 2 of ")).wait_for()
+    seen(page.get_by_text("sample 1", exact=True)).wait_for()
+    seen(page.get_by_text("sample 1", exact=True)).click()
     made, deadline = seen(page.locator(".made textarea")), time.monotonic() + 60
     while "--first 1" not in made.input_value():
         assert time.monotonic() < deadline, made.input_value()
@@ -94,9 +95,9 @@ def test_from_opening_the_page_to_a_saved_picture_nothing_leaves_the_machine(pag
     download.value.save_as(saved)
 
     options = "--steps 4 --first 1 -o typed.png"
-    assert CliRunner().invoke(app, ["sample", "a red apple", *options.split()]).exit_code == 0
+    assert CliRunner().invoke(app, ["sample", "<b>一只猫</b>, a red apple", *options.split()]).exit_code == 0
     assert saved.read_bytes() == Path("typed.png").read_bytes()
-    assert download.value.suggested_filename == "a-red-apple-0-1.png"
+    assert download.value.suggested_filename == "b-一只猫-b-a-red-apple-0-1.png"
     page.get_by_role("tab", name="Data").click()
     seen(page.get_by_role("button", name="Show", exact=True)).click()
     seen(page.get_by_text("does not exist")).wait_for()

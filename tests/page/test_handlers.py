@@ -33,12 +33,17 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def studio(model, tmp_path, monkeypatch) -> Studio:
+def warned() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def studio(model, tmp_path, monkeypatch, warned) -> Studio:
     """In a folder that has nothing but a model."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LATENTLOOM_DEVICE", "cpu")
     shutil.copytree(model, tmp_path / "models" / "unet")
-    return Studio(tmp_path)
+    return Studio(tmp_path, warned.append)
 
 
 def keyboard(*arguments: str) -> None:
@@ -50,10 +55,10 @@ def test_pictures_appear_step_by_step_and_are_the_bytes_of_the_command_line(stud
     assert studio.models == ["models/unet", "showcase"]
     *on_the_way, pictures = studio.draw("models/unet", "a red apple", OPTIONS)
     words = [[words for _, words in shown] for shown in on_the_way]
-    assert words == [["step 1"], ["step 2"], ["step 2", "step 1"], ["step 2", "step 2"]]
+    assert words == [["step 1", "waiting"], ["step 2", "waiting"], ["step 2", "step 1"], ["step 2", "step 2"]]
     options = "--seed 5 --steps 2 --guidance 3 --precision fp32 --threshold 99"
     for number, ((path, words), name) in enumerate(zip(pictures, ("5-0", "5-1"), strict=True)):
-        assert (Path(path).name, words) == (f"a-red-apple-{name}.png", f"seed 5, sample {number}")
+        assert (Path(path).name, words) == (f"a-red-apple-{name}.png", f"sample {number}")
         keyboard("a red apple", *options.split(), "--first", str(number), "-o", "typed.png")
         assert Path(path).read_bytes() == Path("typed.png").read_bytes()
         assert np.array_equal(on_the_way[-1][number][0], np.asarray(Image.open(path)))
@@ -63,7 +68,7 @@ def test_pictures_appear_step_by_step_and_are_the_bytes_of_the_command_line(stud
     assert Path(again[0]).name == "a-red-apple-5-0-2.png"  # the first one stays
 
 
-def test_a_picture_to_start_from_and_the_way_between_two_samples_are_the_command_lines(studio):
+def test_a_picture_to_start_from_and_the_way_between_two_samples_are_the_command_lines(studio, warned):
     Image.new("RGB", (90, 70), "orange").save("mine.png")
     options = OPTIONS | {"count": 1, "negative": "a cat"}
     settings = "--seed 5 --steps 2 --guidance 3 --precision fp32 --threshold 99"
@@ -77,6 +82,9 @@ def test_a_picture_to_start_from_and_the_way_between_two_samples_are_the_command
     assert [Path(path).suffix for path in animations] == [".webp", ".gif"]
     same = studio.between("models/unet", ["an apple", "a pear"], options, pictures=2, to_seed=5)
     assert read_metadata(Path(same[0])).to_seed is None
+    assert warned == []
+    studio.between("models/unet", ["an apple", "一只猫"], options, pictures=2, to_seed=5)
+    assert ["does not know" in remark for remark in warned] == [True]
 
 
 @pytest.mark.parametrize(

@@ -6,22 +6,17 @@ of runs and API are off. One request is computed at a time; the others wait in a
 
 import html
 import inspect
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import wraps
+from pathlib import Path
 from typing import Any
-
-os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")  # which are read at the import
-os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="latentloom-page-"))
-
-import gradio as gr
 
 from latentloom.diffusion.sampling_settings import SAMPLER_NAMES
 from latentloom.errors import UserError
 from latentloom.layout import IMAGES, NEAR_DUPLICATES, REJECTS
 from latentloom.page import data
 from latentloom.page.handlers import Studio
+from latentloom.page.local import gr
 
 QUEUE = 16  # requests that wait
 LONGEST = 2000  # characters of a prompt
@@ -31,6 +26,11 @@ KEPT, REJECTED, ALIKE = "kept", "rejected", "near duplicates"
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 MODELS = "models/unet, showcase, champion, candidate, a version, or an MLflow run"
 OPTIONS = ("negative", "seed", "count", "steps", "guidance", "sampler", "guidance_rescale", "threshold")
+
+
+def warn(sentence: str) -> None:
+    """Show a remark to the person whose request is being answered."""
+    gr.Warning(html.escape(sentence))
 
 
 def build(studio: Studio) -> gr.Blocks:
@@ -53,8 +53,9 @@ def build(studio: Studio) -> gr.Blocks:
     return page.queue(max_size=QUEUE, default_concurrency_limit=1, api_open=False)
 
 
-def serve(studio: Studio, host: str, port: int, *, wait: bool = True) -> gr.Blocks:
-    """Serve the page until Ctrl-C, or with ``wait`` false from a thread."""
+def serve(root: Path, host: str, port: int, *, wait: bool = True) -> gr.Blocks:
+    """Serve the page of the project in ``root`` until Ctrl-C, or with ``wait`` false from a thread."""
+    studio = Studio(root, warn)
     page = build(studio)
     page.launch(
         server_name=host,
@@ -117,7 +118,14 @@ def _number(label: str, value: float | None, **more: Any) -> gr.Number:
 
 def _gallery(label: str, **more: Any) -> gr.Gallery:
     return gr.Gallery(
-        label=label, format="png", columns=4, object_fit="contain", interactive=False, buttons=BUTTONS, **more
+        label=label,
+        format="png",
+        columns=4,
+        object_fit="contain",
+        height="auto",
+        interactive=False,
+        buttons=BUTTONS,
+        **more,
     )
 
 
