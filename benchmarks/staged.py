@@ -96,7 +96,9 @@ class Bench:
     def figures(self, folder: Path, params: Params) -> dict[str, float]:
         model = load_text_to_image(folder, device=self.large.validation.device)
         held_out = self.large.validation.take(params.evaluate.held_out_captions)
-        samples = model.latents(held_out.primary_embeddings(), held_out.ids, params.evaluate.sampling, seed=params.seed)
+        samples = model.latents(
+            held_out.primary_embeddings(), held_out.names(), params.evaluate.sampling, seed=params.seed
+        )
         measured = measure(samples, held_out, self.large).figures
         return {"val_mae": self.error(folder, params)} | {name: measured[name] for name in FIGURES if name in measured}
 

@@ -376,7 +376,7 @@ class Params(Section):
 
 def _check_sizes(ingest: IngestParams, sampled: list[str], widths: list[int], vae: str) -> None:
     """Raise where latents cannot be halved as often as the network does; where the VAE is not at hand, that waits."""
-    factor, halvings = _downsampling(vae), len(widths) - 1
+    factor, halvings = downsampling(vae), len(widths) - 1
     sides = {f"ingest.image_size = {size}": size for size in ingest.image_sizes}
     if ingest.shape == "buckets":
         sides[f"ingest.bucket_multiple = {ingest.bucket_multiple}"] = ingest.bucket_multiple
@@ -404,7 +404,7 @@ def _nearest(side: int, multiple: int) -> str:
     return " or ".join(str(size) for size in (below, below + multiple) if size)
 
 
-def _downsampling(vae: str) -> int | None:
+def downsampling(vae: str) -> int | None:
     """How many pixels become one of a latent, per side; None where the VAE's config is neither here nor as we know."""
     if vae == "bundled":
         return 8

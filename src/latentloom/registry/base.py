@@ -23,7 +23,7 @@ from latentloom.errors import UserError
 from latentloom.files import read_json, user_path, write_json
 from latentloom.layout import INIT, MODEL
 from latentloom.model_files import EncoderReference, ModelConfig, model_hash, read_config
-from latentloom.params import Params
+from latentloom.params import Params, downsampling
 from latentloom.registry.models import (
     fetched_folder,
     find_model,
@@ -56,7 +56,9 @@ def find_base(params: Params, root: Path, path: Path = INIT) -> Base | None:
     if base:
         folder = at_hand(base, root)
         if folder or base != known:  # a clone that does not train again fetches nothing
-            look(params, folder or base_folder(base, root), reference)
+            carried = look(params, folder or base_folder(base, root), reference)
+            if base != known:
+                print(f"train.init = {reference}:", "; ".join(carried.lines()), file=sys.stderr, flush=True)
     write_json(path, base and asdict(base))
     return base
 
@@ -174,15 +176,19 @@ def _expected(params: Params, base: ModelConfig) -> ModelConfig:
     if fingerprints[1] != base.text_encoder.fingerprint:
         encoder = TextEncoder(pinned_reference("encode_text.model", text))
         dims = encoder.dim, encoder.token_dim
+    shape, factor, several = base.latent_shape, downsampling(vae), params.ingest.several_sizes
+    if factor and not several:
+        shape = (shape[0], *(params.ingest.image_sizes[0] // factor,) * 2)
     return base.model_copy(
         update={
+            "latent_shape": shape,
             "widths": tuple(params.model.widths),
             "block_depth": params.model.block_depth,
             "emb_size": params.model.emb_size,
             "schedule": params.diffusion.schedule,
             "text_dim": dims[0],
             "token_dim": dims[1] if tokens else None,
-            "latent_shapes": base.trained_shapes if params.ingest.several_sizes else None,
+            "latent_shapes": base.trained_shapes if several else None,
             "vae": EncoderReference(reference=vae, class_name="", fingerprint=fingerprints[0]),
             "text_encoder": EncoderReference(reference=text, class_name="", fingerprint=fingerprints[1]),
         }
