@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import socket
+import sys
 from pathlib import Path
 
 import fsspec
@@ -78,6 +79,15 @@ def test_the_summary_names_the_sheet_the_figures_and_mlflow(invoke, tmp_path):
         "make ui",
     ):
         assert part in output
+
+
+def test_the_page_without_gradio_says_what_brings_it(invoke, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    for module in ("layout", "local"):
+        monkeypatch.delitem(sys.modules, f"latentloom.page.{module}", raising=False)
+    result = invoke("page")
+    assert result.exit_code == 1
+    assert 'the page needs Gradio, which is not installed: pip install "latentloom[page]"' in result.output
 
 
 def test_before_the_first_run_the_summary_says_what_to_do(invoke):

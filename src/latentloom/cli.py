@@ -156,11 +156,9 @@ def page(
         if not (error.name or "").startswith("gradio"):
             raise
         raise UserError('the page needs Gradio, which is not installed: pip install "latentloom[page]"') from error
-    from latentloom.page.handlers import Studio
-
     port = free_port(PAGE_PORTS if port is None else [port])
     print(f"Page: http://{host}:{port}", flush=True)
-    serve(Studio(project_root()), host, port)
+    serve(project_root(), host, port)
 
 
 @app.command()
