@@ -1,111 +1,268 @@
-"""How the cost of training data grows with their number: 10,000, 100,000 and 1,000,000 rows, and on two processes.
+"""How time and memory of every stage's bookkeeping grow with the number of images: 0.1, 1 and 10 million.
 
-Each size is written once, as a synthetic cache (4x16x16 latents, 384-dim embeddings, fp16; a million rows take 2.9 GB),
-into a temporary folder that is removed. On it, each in processes of its own:
+Nothing is decoded, encoded or trained: what is measured is what a stage does for each row beside that. All is
+synthetic: pictures of one pixel, shards of tensors that take no room on the disk. Each in a process of its own:
 
-    memory    rows on the device; `open` is `load_caches`, until the first batch is there
-    streamed  rows read from the mapped shards. Their pages count as memory while the system has no better use for them;
-              `anonymous` is what the process cannot give back
-    stage     pipelines/train.py as users run it, alone and on two processes (`torch.distributed.run`), one thread each;
-              the rate is the one that it reports
+    find_sources  lists and hashes a folder with a file for each image, 10,000 to a subfolder; of a million at most
+    ingest        a stream of prepared rows, a hundredth of them duplicates and a hundredth rejected -> what is kept,
+                  the table of rejects, near duplicates and the splits
+    plan          both encode stages, up to where the first row would be computed
+    validate      all checks and the page
+    open          a training's data with streamed rows, up to the first batch
+    epoch         the order of an epoch's rows; peak memory is that of opening, too
 
-The network is tiny (widths 16/32), so that the data, not the network, are what is measured.
+`peak` is of the whole process, the libraries included (some 400 MiB where torch is one); `mapped` are the pages of
+files in it at the end, which the system takes back when it needs the memory.
 
-    PYTHONPATH=src python benchmarks/growth.py [--rows 10000 100000 1000000] [--steps 100] [--processes 1 2]
+    PYTHONPATH=src python benchmarks/growth.py [--rows 100000 1000000 10000000] [--stages ingest validate ...]
+
+Ten million rows take 8 GB of disk in a temporary folder, which is removed.
 """
 
 import argparse
+import io
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
-import yaml
-from streaming import BATCH, Trainer, batches_of
-from synthetic import memory, write_caches
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from synthetic import DIM, memory, write_caches
 
-from latentloom.devices import choose_device
-from latentloom.encoding.dataset import load_caches
+from latentloom.ids import ascending, to_hex
+from latentloom.ingestion import shards
 
-ROOT = Path(__file__).parents[1]
-WIDTHS = (16, 32)
-SHARES = {"memory": 1.0, "streamed": 0.0}  # of the free memory that rows may take
-HELD_OUT = 100
+SHARD_ROWS = 2**14
+FILES = 10_000  # in a folder
+MOST_LISTED = 1_000_000  # files: each is hashed, which takes a tenth of a millisecond the first time
+KEY = "images/{:09}.jpg"
+FINGERPRINT = "0" * 64
 
 
-def measure(way: str, folder: Path, steps: int) -> dict[str, float]:
-    """Open the caches and train, in this process."""
-    device = choose_device()
-    trainer = Trainer(WIDTHS, device)
+def write_data(data: Path, rows: int) -> None:
+    """A valid ``data`` folder of ``rows`` images, one caption each, and a hundredth as many pairs that look alike."""
+    held_out = rows // 10
+    write_caches(data, rows, held_out, holes=True)
+    ids = np.random.default_rng(0).integers(0, 256, (rows, 32), np.uint8)  # those of the caches
+    write_images(data / "images", ids, rows - held_out)
+    alike = to_hex(ids[: rows // 50])
+    write(data / "near_duplicates.parquet", image_id=alike[::2], twin_id=alike[1::2], distance=[4] * (rows // 100))
+    rejected = range(rows // 100)
+    texts = {"source": "synthetic", "key": "", "reason": "truncated", "detail": "the file ends early"}
+    columns = {name: pa.array([text] * len(rejected), pa.string()) for name, text in texts.items()}
+    columns["key"] = [f"{KEY.format(number)}: part" for number in rejected]
+    write(data / "rejects.parquet", **columns, preview=pa.nulls(len(rejected), pa.binary()))
+    write(data / "latents/rejects.parquet", **{name: pa.array([], pa.string()) for name in ("id", *texts)})
+    sample = to_hex(ids[:64])
+    write(data / "latents/reconstructions.parquet", id=sample, psnr=[30.0] * 64, preview=pa.nulls(64, pa.binary()))
+
+
+def write_images(folder: Path, ids: np.ndarray, train: int) -> None:
+    """Shards of images, of which the first ``train`` are in that split."""
+    folder.mkdir(parents=True)
+    buffer, names = io.BytesIO(), []
+    Image.new("RGB", (1, 1)).save(buffer, "PNG")
+    for start in range(0, len(ids), SHARD_ROWS):
+        own = to_hex(ids[start : start + SHARD_ROWS])
+        size, numbers = len(own), range(start, start + len(own))
+        image = pa.StructArray.from_arrays([pa.array([buffer.getvalue()] * size), own], ["bytes", "path"])
+        columns = {
+            "id": own,
+            "image": image,
+            "captions": pa.ListArray.from_arrays(
+                pa.array(np.arange(size + 1, dtype=np.int32)), pa.array([f"caption {number}" for number in numbers])
+            ),
+            "split": np.where(np.asarray(numbers) < train, "train", "validation"),
+            "source": ["synthetic"] * size,
+            "key": [KEY.format(number) for number in numbers],
+            "width": np.full(size, 640, np.int32),
+            "height": np.full(size, 480, np.int32),
+        }
+        names.append({"name": f"{len(names):05d}.parquet", "rows": size})
+        table = pa.table(columns).cast(shards.SCHEMA)
+        pq.write_table(table, folder / names[-1]["name"], row_group_size=shards.ROW_GROUP_ROWS, **shards.WRITER_OPTIONS)
+    source = shards.SourceCount("synthetic", "folder", 1.0, None, None, len(ids), len(ids), 0)
+    shards.write_manifest(folder, 128, train, [source], names)
+
+
+def write(path: Path, **columns: object) -> None:
+    pq.write_table(pa.table(columns), path)
+
+
+def find_sources(folder: Path, rows: int) -> Callable[[], object]:
+    from latentloom.ingestion.source_files import fingerprint_sources
+    from latentloom.params import SourceParams
+
+    source = folder / "source"
+    for start in range(0, rows, FILES):  # hard links: they are listed as files are, and made sooner
+        own = source / f"{start // FILES:05}"
+        own.mkdir(parents=True)
+        (own / "0.jpg").touch()
+        for number in range(1, min(FILES, rows - start)):
+            os.link(own / "0.jpg", own / f"{number}.jpg")
+    return lambda: fingerprint_sources([SourceParams(source="folder", path=str(source))], folder / "sources.json")
+
+
+def ingest(folder: Path, rows: int) -> Callable[[], object]:
+    from latentloom.ingestion.deduplicator import Deduplicator
+    from latentloom.ingestion.near_duplicates import find_near_duplicates, write_near_duplicates
+    from latentloom.ingestion.splits import linked_to_train
+
+    def run() -> None:
+        counts = {"synthetic": shards.SourceCount("synthetic", "folder", 1.0, None, None)}
+        deduplicator = Deduplicator(counts)
+        for _ in deduplicator.kept(prepared_rows(rows)):
+            pass
+        deduplicator.rejects.write(folder / "rejects.parquet")
+        images, in_train, signatures = deduplicator.ids(), deduplicator.in_train(), deduplicator.signatures()
+        order = ascending(images)
+        pairs = find_near_duplicates(signatures, 8, order)
+        write_near_duplicates(folder / "near_duplicates.parquet", images[order], pairs)
+        linked_to_train(pairs, in_train[order])
+
+    return run
+
+
+def prepared_rows(rows: int) -> Iterator[object]:
+    """Every hundredth a duplicate of the one before it, every hundredth a reject, every hundredth a near duplicate."""
+    from latentloom.ingestion.near_duplicates import SIGNATURE_BYTES
+    from latentloom.ingestion.rejects import Reason, Reject
+
+    png = shards.encode(np.zeros((1, 1, 3), np.uint8))
+    for start in range(0, rows, FILES):
+        random = np.random.default_rng(start)
+        ids, signatures = random.bytes(32 * FILES).hex(), random.bytes(SIGNATURE_BYTES * FILES)
+        for own in range(min(FILES, rows - start)):
+            key, kind = KEY.format(start + own), own % 100
+            if kind == 1:
+                yield Reject("synthetic", key, Reason.TRUNCATED, "the file ends early")
+                continue
+            of_id, of_signature = (own - (kind == known) for known in (3, 5))
+            yield shards.ImageRow(
+                id=ids[64 * of_id : 64 * of_id + 64],
+                png=png,
+                captions=["a caption"],
+                split="validation" if own % 10 == 0 else "train",
+                source="synthetic",
+                key=key,
+                width=640,
+                height=480,
+                signature=signatures[SIGNATURE_BYTES * of_signature : SIGNATURE_BYTES * (of_signature + 1)],
+            )
+
+
+def plan(folder: Path, _: int) -> Callable[[], object]:
+    from latentloom.encoding.captions import Captions, plan_captions
+    from latentloom.encoding.latents import ImageRows, plan_latents
+    from latentloom.encoding.row_store import RowStore
+
+    images, out = folder / "data/images", folder / "planned"
+    store = RowStore(folder / "store", 2**30)
+    vae = SimpleNamespace(fingerprint=FINGERPRINT, precision="fp32", latent_bytes=lambda pixels: pixels // 8)
+    encoder = SimpleNamespace(fingerprint=FINGERPRINT, pooling="mean", max_tokens=77, dim=DIM)
+
+    def run() -> None:
+        plan_latents(vae, images, ImageRows(images, shards.read_manifest(images)), out, store)
+        plan_captions(encoder, Captions(images, out / "pairs.parquet"), out, store, tokens=False)
+
+    out.mkdir()
+    return run
+
+
+def validate(folder: Path, _: int) -> Callable[[], object]:
+    from latentloom.params import load_params
+    from latentloom.validation.runner import validate
+
+    limits = load_params().validate_
+
+    def run() -> None:
+        report = validate(
+            folder / "data",
+            limits,
+            val_fraction=0.1,
+            expected_vae_fingerprint=FINGERPRINT,
+            expected_text_fingerprint=FINGERPRINT,
+            docs_folder=folder / "docs",
+        )
+        if not report.success:
+            raise SystemExit(report.explain())
+
+    return run
+
+
+def open_training(folder: Path, _: int) -> Callable[[], object]:
+    from streaming import batches_of
+
+    from latentloom.encoding.dataset import load_caches
+
+    def run() -> None:
+        caches = load_caches(folder / "data/latents", folder / "data/text", memory_share=0.0)
+        next(batches_of(caches.train, range(1)))
+
+    return run
+
+
+def epoch(folder: Path, _: int) -> Callable[[], object]:
+    from streaming import BATCH, BLOCK_ROWS
+
+    from latentloom.encoding.dataset import load_caches
+    from latentloom.training.epochs import Blocks, epoch_rows
+
+    data = load_caches(folder / "data/latents", folder / "data/text", memory_share=0.0).train
+    blocks = Blocks.of(len(data), len(data), BATCH, BLOCK_ROWS)
+    return lambda: epoch_rows(0, 0, len(data), blocks=blocks, stored=data.stored)
+
+
+STAGES = {
+    "find_sources": find_sources,
+    "ingest": ingest,
+    "plan": plan,
+    "validate": validate,
+    "open": open_training,
+    "epoch": epoch,
+}
+
+
+def measure(stage: str, folder: Path, rows: int) -> dict[str, float]:
+    """Seconds of a stage, and this process's memory at its end."""
+    run = STAGES[stage](folder, rows)
     started = time.perf_counter()
-    data = load_caches(folder / "latents", folder / "text", device=device, memory_share=SHARES[way]).train
-    next(batches_of(data, range(1)))
-    opened = time.perf_counter() - started
-    trainer.train(batches_of(data, range(3)))
-    rate = steps * BATCH / trainer.train(batches_of(data, range(steps)))
-    return {"open": opened, "rate": rate} | memory()
-
-
-def measure_apart(way: str, folder: Path, steps: int) -> dict[str, float]:
-    """`measure` in a process of its own, so that its peak of memory is its own."""
-    command = [sys.executable, __file__, "--measure", way, "--folder", str(folder), "--steps", str(steps)]
-    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
-
-
-def train_stage(folder: Path, way: str, processes: int, steps: int) -> float:
-    """The images/s that pipelines/train.py reports on ``processes`` processes, in a project of its own."""
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    params["model"] |= {"widths": list(WIDTHS)}
-    params["machine"] |= {"data_memory_share": SHARES[way], "checkpoint_every": steps}
-    params["train"] |= {"steps": steps, "batch_size": BATCH, "warmup_steps": 1, "decay_steps": 1}
-    params["monitor"] |= dict.fromkeys(("log_every", "validate_every"), steps)
-    params["previews"] |= {"every": steps, "captions": 1, "prompts": []}
-    with tempfile.TemporaryDirectory(dir=folder) as name:
-        project = Path(name)
-        (project / "data").mkdir()
-        for cache in ("latents", "text"):
-            (project / "data" / cache).symlink_to(folder / cache)
-        (project / "params.yaml").write_text(yaml.safe_dump(params))
-        environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-        environment |= {"LATENTLOOM_DEVICE": "cpu"} if processes > 1 and choose_device().type != "cuda" else {}
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "pipelines" / "train.py")]
-        done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-        return float(re.search(r"([\d.]+) images/s", done.stdout)[1])
+    run()
+    return {"seconds": time.perf_counter() - started} | memory()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--processes", type=int, nargs="*", default=[1, 2], help="of the stage; none: leave it out")
+    parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000])
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--folder", type=Path, help="where the temporary folders are made")
-    parser.add_argument("--measure", choices=SHARES, help=argparse.SUPPRESS)  # what the processes are given
+    parser.add_argument("--step", choices=("write", *STAGES), help=argparse.SUPPRESS)  # what the processes are given
     arguments = parser.parse_args()
-    if arguments.measure:
-        print(json.dumps(measure(arguments.measure, arguments.folder, arguments.steps)))
+    if arguments.step == "write":
+        write_data(arguments.folder / "data", *arguments.rows)
         return
-    stages = "".join(f"  stage x {processes}" for processes in arguments.processes)
-    print(f"batches of {BATCH}, widths {WIDTHS}; memory in MiB, rates in images/s")
-    print(f"     rows        way  open s  peak RSS  anonymous  file-mapped      rate{stages}")
+    if arguments.step:
+        print(json.dumps(measure(arguments.step, arguments.folder, *arguments.rows)))
+        return
+    print("      rows         stage   seconds  peak, MiB  mapped, MiB")
     for rows in arguments.rows:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
-            folder = Path(name)
-            write_caches(folder, rows, HELD_OUT)
-            for way in SHARES:
-                own = measure_apart(way, folder, arguments.steps)
-                rates = [train_stage(folder, way, processes, arguments.steps) for processes in arguments.processes]
-                print(
-                    f"{rows:9,}  {way:>9}  {own['open']:6.2f}  {own['VmHWM']:8,.0f}  {own['RssAnon']:9,.0f}  "
-                    f"{own['RssFile']:11,.0f}  {own['rate']:8,.1f}" + "".join(f"  {rate:9,.1f}" for rate in rates),
-                    flush=True,
-                )
+            own_stages = [stage for stage in arguments.stages if stage != "find_sources" or rows <= MOST_LISTED]
+            for step in (["write"] if {*arguments.stages} - {"find_sources", "ingest"} else []) + own_stages:
+                command = [sys.executable, __file__, "--rows", str(rows), "--folder", name, "--step", step]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                if step != "write":
+                    own = json.loads(done.stdout.splitlines()[-1])
+                    figures = f"{own['seconds']:8.1f}  {own['VmHWM']:9,.0f}  {own['RssFile']:11,.0f}"
+                    print(f"{rows:10,}  {step:>12}  {figures}", flush=True)
 
 
 if __name__ == "__main__":

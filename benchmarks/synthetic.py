@@ -60,8 +60,9 @@ def write_caches(folder: Path, rows: int, validation: int = 0, *, std: bool = Fa
 
         def place(number: int, places: range) -> dict[str, Any]:
             own, size = to_hex(ids[places.start : places.stop]), len(places)
+            means = np.random.default_rng(number).normal(0, 0.1, size).astype(np.float32)
             columns = {"id": own, "key": own, "shard": [f"{number:05d}.safetensors"] * size}
-            columns |= {"row": np.arange(size, dtype=np.int32), "mean": np.zeros(size, np.float32)}
+            columns |= {"row": np.arange(size, dtype=np.int32), "mean": means}
             return columns | {"std": np.ones(size, np.float32), "finite": np.ones(size, bool)}
 
         for number, places in enumerate(images):
@@ -79,6 +80,7 @@ def write_caches(folder: Path, rows: int, validation: int = 0, *, std: bool = Fa
             write(path, places, lambda places=places: {"embedding": synthetic(places)[1]})
             columns = place(number, places) | {"text": [f"caption {row}" for row in places]}
             columns |= {"norm": np.full(size, DIM**0.5, np.float32), "dim": np.full(size, DIM, np.int32)}
+            columns["tokens"] = np.full(size, 6, np.int64)
             add("text/index.parquet", columns)
     made_by = {"reference": "bundled", "class": "Synthetic", "fingerprint": "0" * 64}
     statistics = {"format_version": FORMAT_VERSION, "flip": False, "mean": [0.0] * SHAPE[0], "std": [1.0] * SHAPE[0]}

@@ -147,13 +147,15 @@ def table_rows(path: Path | str) -> int:
 
 
 def iterate_table(path: Path | str, columns: list[str], rows: int = 2**18) -> "Iterator[pa.Table]":
-    """Read columns of a Parquet file in parts of at most so many rows; raises as `read_table` does."""
+    """Read columns of a Parquet file in parts of at most so many rows, at least one; raises as `read_table` does."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     with _usable(path), pq.ParquetFile(path) as file:
         if missing := set(columns) - set(file.schema_arrow.names):
             raise ValueError(f"it has no column {', '.join(sorted(missing))}")
+        if not file.metadata.num_rows:
+            yield file.schema_arrow.empty_table().select(columns)
         for batch in file.iter_batches(rows, columns=columns):
             yield pa.Table.from_batches([batch])
             pa.default_memory_pool().release_unused()  # else Arrow keeps more than what is read takes

@@ -60,12 +60,13 @@ def test_an_image_whose_latent_was_rejected_is_no_failure_nor_are_its_pairs(cach
 
 
 def test_a_latent_of_an_image_that_is_gone(caches):
-    caches.set("latents", [3], id="gone")
-    pairs = caches.read("pairs").replace(digest("image 3"), "gone")
+    gone = digest("gone")
+    caches.set("latents", [3], id=gone)
+    pairs = caches.read("pairs").replace(digest("image 3"), gone)
     caches.write("pairs", pairs)
     assert failing(caches.validate()) == {
         "images_encoded": (1, (digest("image 3"),)),
-        "splits_as_ingested": (1, ("gone",)),
+        "splits_as_ingested": (1, (gone,)),
     }
 
 

@@ -435,6 +435,19 @@ class NumberedImages:
         Raises:
             UserError: when a shard is missing or damaged, naming the file.
         """
+        for png in self._values(numbers, "image.bytes", find):
+            yield decode(png["bytes"].as_py())
+
+    def captions(self, numbers: np.ndarray) -> Iterator[list[str]]:
+        """The captions of these images, in the order of ``numbers``.
+
+        Raises:
+            UserError: when a shard is missing or damaged, naming the file.
+        """
+        for captions in self._values(numbers, "captions"):
+            yield captions.as_py()
+
+    def _values(self, numbers: np.ndarray, column: str, find: Callable[[Path], Path] = Path) -> Iterator[pa.Scalar]:
         for own, of_shard in _runs(numbers, self._shard_of(numbers)):
             shard = self._shards[own]
             with _opened(self.folder, shard, find) as file:
@@ -442,9 +455,9 @@ class NumberedImages:
                 ends = np.cumsum([file.metadata.row_group(group).num_rows for group in groups])
                 rows = of_shard - (self._ends[own] - shard["rows"])
                 for group, of_group in _runs(rows, np.searchsorted(ends, rows, side="right")):
-                    pngs = file.read_row_group(group, columns=["image.bytes"])["image"]
-                    for row in (of_group - (ends[group] - len(pngs))).tolist():
-                        yield decode(pngs[row]["bytes"].as_py())
+                    values = file.read_row_group(group, columns=[column]).column(0)
+                    for row in (of_group - (ends[group] - len(values))).tolist():
+                        yield values[row]
 
     def _shard_of(self, numbers: np.ndarray) -> np.ndarray:
         return np.searchsorted(self._ends, numbers, side="right")

@@ -79,7 +79,7 @@ def checks(
     norm_low, norm_high = limits.embedding_norm
     share_low, share_high = share_bounds(val_fraction, latents, limits.val_fraction_tolerance)
     fewest_held_out = fewest_validation_images(val_fraction, latents)
-    most_rejected = rejected_bound(latents + len(data.latent_rejects))
+    most_rejected = rejected_bound(latents + len(data.latents_rejected))
     # fmt: off
     return [
         check("images_encoded", "images", "encoded", value_set=[True],

@@ -23,12 +23,13 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from latentloom.files import write_text
-from latentloom.ingestion.shards import iterate_images, sizes_of, thumbnail
+from latentloom.ids import from_hex, positions, to_hex
+from latentloom.ingestion.shards import NumberedImages, sizes_of, thumbnail
+from latentloom.validation.rejected import SHOWN as REJECTED
 from latentloom.validation.report import ValidationReport
-from latentloom.validation.tables import SPLITS, Data
+from latentloom.validation.tables import SPLITS, Columns, Data
 
 KEPT = 48
-REJECTED = 8  # of each reason
 NEAR_DUPLICATES = 12  # pairs, the most alike first
 
 LENGTHS = (1, 10, 20, 30, 40, 50, 75, 100, 150, 200, 300, 500, 1000)  # characters
@@ -85,59 +86,96 @@ def write_data_docs(folder: Path, report: ValidationReport, data: Data) -> None:
 
 def describe(data: Data) -> Overview:
     """The data at a glance: counts, distributions, and the few pictures by which to judge it, which are read here."""
-    images, near_duplicates = data.tables["images"], data.tables["near_duplicates"]
-    chosen = heapq.nsmallest(KEPT, images["id"].unique(), key=lambda image_id: image_id[::-1])
-    alike = near_duplicates.sort_values(["distance", "image_id", "twin_id"], kind="stable").head(NEAR_DUPLICATES)
+    images, captions = data.images, data.tables["captions"].columns
+    chosen = to_hex(images["id"][_first_backwards(images["id"])]).to_pylist()
+    alike = _most_alike(data.near_duplicates)
     worst = data.reconstructions.dropna(subset="preview").sort_values("psnr", kind="stable")
-    rejects = pd.concat([data.rejects, data.latent_rejects], ignore_index=True)
-    wanted = {*chosen, *worst["id"], *alike["image_id"], *alike["twin_id"], *data.latent_rejects["id"].head(REJECTED)}
-    pictures = {image_id: thumbnail(pixels) for image_id, pixels in iterate_images(data.folder / "images", wanted)}
-    known = {row.id: row for row in images[images["id"].isin(wanted)].itertuples()}
-
-    def tile(image_id: str) -> Tile:
-        return Tile(_address(pictures[image_id]), known[image_id].caption, known[image_id].split)
+    latents_rejected = to_hex(data.latents_rejected[:REJECTED]).to_pylist()
+    wanted = {*chosen, *worst["id"], *latents_rejected}.union(*((one, other) for _, one, other in alike))
+    shown = _shown(data, sorted(wanted))
 
     def rejected(reason: str) -> list[Tile]:
-        of_reason = rejects[rejects["reason"] == reason].sort_values("preview", key=pd.isna, kind="stable")
         return [
-            Tile(_address(pictures.get(row.id) if pd.isna(row.preview) else row.preview), row.key, row.detail)
-            for row in of_reason.head(REJECTED).itertuples()
+            Tile(
+                _address(row.preview) if row.preview is not None or row.id not in shown else shown[row.id].picture,
+                row.key,
+                row.detail,
+            )
+            for row in data.rejects.shown(reason)
         ]
 
     sizes = {str(size): count for size, count in sizes_of(data.manifest).items()}
-    reasons = rejects["reason"].value_counts().sort_index().sort_values(ascending=False, kind="stable")
     return Overview(
         counts={
             "found": data.manifest["found"],
-            "kept": len(images),
-            "rejected": len(data.rejects),
-            **{split: int((images["split"] == split).sum()) for split in SPLITS},
+            "kept": len(images["id"]),
+            "rejected": data.samples_rejected,
+            **{split: int((images["split"] == code).sum()) for code, split in enumerate(SPLITS)},
             "latents": len(data.tables["latents"]),
-            "latents rejected": len(data.latent_rejects),
-            "captions": len(data.tables["captions"]),
-            "captions cut": int((data.tables["captions"]["tokens"] > data.max_tokens).sum()),
+            "latents rejected": len(data.latents_rejected),
+            "captions": len(captions),
+            "captions cut": int((captions["tokens"] > data.max_tokens).sum()),
             "pairs": data.pairs,
         },
-        sources=[
-            source | images.loc[images["source"] == source["name"], "split"].value_counts().to_dict()
-            for source in data.manifest["sources"]
-        ],
+        sources=[source | _of_source(data, source["name"]) for source in data.manifest["sources"]],
         histograms={
-            "Length of captions, in characters": histogram(data.tables["captions"]["length"], _ranges(LENGTHS)),
+            "Length of captions, in characters": histogram(captions["length"], _ranges(LENGTHS)),
             "Shorter side of the originals, in pixels": histogram(
-                images[["width", "height"]].min(axis=1), _ranges(SIZES)
+                pd.Series(np.minimum(images["width"], images["height"])), _ranges(SIZES)
             ),
-            "Aspect ratio of the originals": histogram(images["width"] / images["height"], ASPECTS),
+            "Aspect ratio of the originals": histogram(pd.Series(images["width"]) / images["height"], ASPECTS),
             **({"Size of the images, as prepared": sizes} if "sizes" in data.manifest else {}),
         },
-        kept=[tile(image_id) for image_id in chosen],
-        rejected={reason: (count, rejected(reason)) for reason, count in reasons.items()},
+        kept=[shown[image_id] for image_id in chosen],
+        rejected={reason: (count, rejected(reason)) for reason, count in data.rejects.ordered().items()},
         reconstructions=[
-            (tile(row.id), Tile(_address(row.preview), "decoded from its latent"), row.psnr)
+            (shown[row.id], Tile(_address(row.preview), "decoded from its latent"), row.psnr)
             for row in worst.itertuples()
         ],
-        near_duplicates=[(tile(row.image_id), tile(row.twin_id), row.distance) for row in alike.itertuples()],
+        near_duplicates=[(shown[one], shown[other], distance) for distance, one, other in alike],
     )
+
+
+def _first_backwards(ids: np.ndarray) -> np.ndarray:
+    """Positions of those ids, uint8 ``(N, 32)``, whose digits, read backwards, come first, in that order."""
+    last = np.ascontiguousarray(ids[:, :-9:-1])
+    word = (last << 4 | last >> 4).view(">u8").ravel().astype(np.uint64)  # the last 16 digits backwards
+    bound = np.partition(word, KEPT - 1)[KEPT - 1] if len(word) > KEPT else np.uint64(2**64 - 1)
+    candidates = np.flatnonzero(word <= bound)
+    digits = {text[::-1]: place for text, place in zip(to_hex(ids[candidates]).to_pylist(), candidates, strict=True)}
+    return np.array([digits[text] for text in sorted(digits)[:KEPT]], np.int64)
+
+
+def _most_alike(near: Columns) -> list[tuple[int, str, str]]:
+    """The first pairs by distance and ids: distance, and both ids."""
+    if not len(near["distance"]):
+        return []
+    nearest = np.sort(near["distance"], kind="stable")[:NEAR_DUPLICATES][-1]
+    pairs = (
+        (int(near["distance"][row]), near["image_id"][row].tobytes(), near["twin_id"][row].tobytes())
+        for row in np.flatnonzero(near["distance"] <= nearest)
+    )
+    return [(distance, one.hex(), other.hex()) for distance, one, other in heapq.nsmallest(NEAR_DUPLICATES, pairs)]
+
+
+def _shown(data: Data, ids: list[str]) -> dict[str, Tile]:
+    """The images of ``ids`` that are there, with their primary captions and their splits."""
+    places = positions(from_hex(ids), data.images["id"])
+    order = np.argsort(places)  # read in the shards' order
+    order = order[places[order] >= 0]
+    numbered = NumberedImages(data.folder / "images")
+    read = zip(order, numbered.read(places[order]), numbered.captions(places[order]), strict=True)
+    return {
+        ids[own]: Tile(_address(thumbnail(pixels)), captions[0], data.splits[data.images["split"][places[own]]])
+        for own, pixels, captions in read
+    }
+
+
+def _of_source(data: Data, name: str) -> dict[str, int]:
+    """How many images of a source are in each split."""
+    code = data.sources.index(name) if name in data.sources else -1
+    counts = np.bincount(data.images["split"][data.images["source"] == code], minlength=len(data.splits))
+    return {split: int(count) for split, count in zip(data.splits, counts, strict=True) if count}
 
 
 def histogram(values: pd.Series, edges: dict[str, float]) -> dict[str, int]:

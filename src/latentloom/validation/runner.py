@@ -21,7 +21,7 @@ from latentloom.ingestion.shards import sizes_of
 from latentloom.params import ValidateParams
 from latentloom.sizes import Size
 from latentloom.validation.report import CheckResult, ValidationReport
-from latentloom.validation.tables import read_data
+from latentloom.validation.tables import Table, read_data
 
 if TYPE_CHECKING:
     from great_expectations.core import ExpectationSuiteValidationResult, ExpectationValidationResult
@@ -59,9 +59,9 @@ def validate(
     results = _run(checks(params, data, val_fraction=val_fraction, **asked), tables)
     report = ValidationReport(
         checks=tuple(_result(item, tables[name]) for name, result in results.items() for item in result.results),
-        rows={name: len(frame) for name, frame in tables.items()},
+        rows={name: len(table) for name, table in tables.items()},
         notices=(
-            *_nothing_held_out(tables["latents"], val_fraction),
+            *_nothing_held_out(tables["dataset"].columns, len(tables["latents"]), val_fraction),
             *_rare_sizes(sizes_of(data.manifest), params.min_train_images),
         ),
     )
@@ -70,14 +70,14 @@ def validate(
     return report
 
 
-def _nothing_held_out(latents: pd.DataFrame, val_fraction: float) -> tuple[str, ...]:
+def _nothing_held_out(dataset: pd.DataFrame, images: int, val_fraction: float) -> tuple[str, ...]:
     """A notice where the validation split is empty, and why."""
-    if (latents["split"] == "validation").any():
+    if dataset["validation_images"].any():
         return ()
     reason = (
         "ingest.val_fraction is 0"
         if val_fraction == 0
-        else f"of {len(latents)} images, ingest.val_fraction = {val_fraction} chose none, or none but near duplicates "
+        else f"of {images} images, ingest.val_fraction = {val_fraction} chose none, or none but near duplicates "
         "of training images (reports/ingest.json counts those moved to train)"
     )
     return (f"no held-out image: {reason}; training can neither measure val/mae nor keep the best model",)
@@ -95,7 +95,7 @@ def _rare_sizes(sizes: Mapping[Size, int], fewest: int) -> tuple[str, ...]:
 
 
 def _run(
-    expectations: Sequence["Expectation"], tables: dict[str, pd.DataFrame]
+    expectations: Sequence["Expectation"], tables: dict[str, Table]
 ) -> dict[str, "ExpectationSuiteValidationResult"]:
     """What Great Expectations found, by table."""
     import great_expectations as gx
@@ -103,33 +103,33 @@ def _run(
     context = gx.get_context(mode="ephemeral")
     context.variables.progress_bars = {"globally": False}
     results = {}
-    for name, frame in tables.items():
+    for name, table in tables.items():
         suite = gx.ExpectationSuite(name, expectations=[own for own in expectations if own.meta["table"] == name])
         # SUMMARY gives the row numbers of the first offenders, which _result turns into ids. To have the ids from
         # `unexpected_index_column_names` costs 50 s for each check that all of a million rows fail.
-        results[name] = context.data_sources.pandas_default.read_dataframe(frame).validate(
+        results[name] = context.data_sources.pandas_default.read_dataframe(table.columns).validate(
             suite, result_format={"result_format": "SUMMARY", "partial_unexpected_count": SHOWN}
         )
     return results
 
 
-def _result(item: "ExpectationValidationResult", frame: pd.DataFrame) -> CheckResult:
+def _result(item: "ExpectationValidationResult", table: Table) -> CheckResult:
     check = item.expectation_config
     if "unexpected_count" not in item.result:
         raise RuntimeError(f"the check {check.meta['name']} could not be computed: {item.exception_info}")
-    offenders = frame.iloc[item.result["partial_unexpected_index_list"]]
-    whole, column = check.meta["table"] == "dataset", check.kwargs["column"]
+    offenders = item.result["partial_unexpected_index_list"]
+    whole, column = check.meta["table"] == "dataset", table.columns[check.kwargs["column"]]
     return CheckResult(
         name=check.meta["name"],
         table=check.meta["table"],
-        column=column,
+        column=column.name,
         requirement=check.description,
         protects=check.meta["protects"],
         success=bool(item.success),
-        seen=_seen(frame[column]),
+        seen=_seen(column),
         offending=int(item.result["unexpected_count"]),
-        ids=() if whole else tuple(offenders["id"]),
-        observed=tuple(_scalar(value) for value in (frame if whole else offenders)[column].tolist()),
+        ids=() if whole else tuple(table.ids(offenders)),
+        observed=tuple(_scalar(value) for value in (column if whole else column.iloc[offenders]).tolist()),
         advice=check.notes,
     )
 
