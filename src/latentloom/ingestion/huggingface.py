@@ -90,7 +90,7 @@ class HuggingFaceSource(Source):
             except _failures() as error:
                 raise IngestError(
                     f"ingest: {self._path}, {name}, cannot be read from row {number} on ({_said(error)}); where it is "
-                    "the network's fault, run the stage again: images that were prepared are not prepared again"
+                    "the network's fault, run the stage again: images of finished shards are not prepared again"
                 ) from error
 
     def notices(self) -> list[str]:
