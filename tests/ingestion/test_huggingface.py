@@ -15,7 +15,7 @@ from outcomes import outcomes
 from PIL import Image
 
 from latentloom.files import write_json
-from latentloom.ingestion import huggingface, remote
+from latentloom.ingestion import remote
 from latentloom.ingestion.huggingface import HuggingFaceSource
 from latentloom.ingestion.ingest import ingest
 from latentloom.ingestion.prepared import PreparedStore, recipe
@@ -129,11 +129,23 @@ def test_a_folder_of_something_else_is_told_in_plain_words(tmp_path, saved):
             HuggingFaceSource(str(folder))
 
 
-def test_a_path_that_a_row_has_instead_of_bytes_is_never_read_from_this_machine(tmp_path):
-    (tmp_path / "secret.png").write_bytes(b"secret")
-    for path in (tmp_path / "secret.png", f"file://{tmp_path}/secret.png", f"hf://datasets/x::{tmp_path}/secret.png"):
-        with pytest.raises(huggingface.RejectedSample, match="without the bytes; embed them"):
-            huggingface._image({"bytes": None, "path": str(path)})
+def test_a_row_names_files_of_its_own_data_set_alone_never_of_this_machine(hub, monkeypatch):
+    own, secret = f"hf://datasets/owner/name@{ONE_COMMIT}/a.zip", "/home/secret.png"
+    good = [own, f"zip://cat.png::{own}"]
+    bad = [
+        secret,
+        f"file://{secret}",
+        f"file://{secret}::{own}",
+        f"{own}::{secret}",
+        f"zip://x::file://{secret}::{own}",
+    ]
+    bad += ["hf://datasets/owner/private/a.png", f"zip://x::hf://datasets/owner/name@{OTHER_COMMIT}/a.zip"]
+    rows = [{"image": {"bytes": None, "path": path}, "captions": ["x"], "label": 0} for path in (*good, *bad)]
+    hub.splits = {"train": rows}
+    monkeypatch.setattr(remote, "read", str.encode)
+    items = list(outcomes(HuggingFaceSource("owner/name")))
+    assert [item.data for item in items] == [*map(str.encode, good), *[None] * len(bad)]
+    assert all("without the bytes; embed them" in item.detail for item in items[2:])
 
 
 def test_the_hubs_rows_are_streamed_at_the_commit_that_was_found(corpus, picture, hub, monkeypatch):

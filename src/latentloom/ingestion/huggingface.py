@@ -9,7 +9,7 @@ What a row's image was made into is known by the hash of its bytes, in whatever 
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +26,6 @@ from latentloom.ingestion.table_columns import image_of, table_columns
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
-
-ON_HUB = "hf://datasets/"  # how the addresses begin of files on the hub; those in an archive end in its address
 
 
 class HuggingFaceSource(Source):
@@ -61,8 +59,14 @@ class HuggingFaceSource(Source):
                 'ingest.source: huggingface needs the package datasets: pip install "latentloom[huggingface]"'
             ) from error
         self._path, self._caption_columns, self._encoded = path, caption_columns, datasets.Image(decode=False)
+        self._files_below = None  # the address that those of files on the hub begin with
         folder = resolve_source_path(path)
-        there = _of_folder(path, folder, config) if folder.exists() else _of_hub(path, config)
+        if folder.exists():
+            there = _of_folder(path, folder, config)
+        else:
+            name, commit = hub_id(path), commit_to_read(path)
+            there = _of_hub(name, commit, config)
+            self._files_below = f"hf://datasets/{name}@{commit}/"
         if missing := [name for name in splits or [] if name not in there]:
             raise IngestError(f"ingest: {path} has no split {missing[0]!r}; it has {', '.join(there)}")
         self._splits = {name: there[name] for name in splits or there}
@@ -83,8 +87,8 @@ class HuggingFaceSource(Source):
             number = 0
             try:
                 for row in split:
-                    value, texts = row[image], {column: row[column] for column in of_captions}
-                    read, origin = partial(_image, value), _origin(value)
+                    read, origin = self._image(row[image])
+                    texts = {column: row[column] for column in of_captions}
                     yield Sample(f"{name}:{number}", read, partial(flat_captions, texts, of_captions), origin)
                     number += 1
             except _failures() as error:
@@ -96,6 +100,18 @@ class HuggingFaceSource(Source):
     def notices(self) -> list[str]:
         several = {tuple(captions): name for name, (_, *captions) in reversed(self._columns.items()) if captions[1:]}
         return [] if self._caption_columns else [notice_of_several(name, names) for names, name in several.items()]
+
+    def _image(self, value: bytes | dict[str, Any] | None) -> tuple[Callable[[], bytes], Origin | None]:
+        """How to read the image of a row, and its origin."""
+        data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+        if data is not None:
+            return partial(image_of, data), Origin(None, hashlib.sha256(data).hexdigest())
+        # A row may name files of this data set alone, at this commit: no other one's, nor this machine's.
+        in_zip, _, address = (path or "").rpartition("::")
+        own = self._files_below is not None and address.startswith(self._files_below)
+        if own and (not in_zip or (in_zip.startswith("zip://") and "::" not in in_zip)):
+            return partial(_file_on_hub, path), Origin(None, path)
+        return partial(image_of, value), None
 
 
 def _of_folder(path: str, folder: Path, config: str | None) -> "dict[str, Dataset]":
@@ -113,10 +129,9 @@ def _of_folder(path: str, folder: Path, config: str | None) -> "dict[str, Datase
     return {str(loaded.split or "train"): loaded} if isinstance(loaded, Dataset) else dict(loaded)
 
 
-def _of_hub(path: str, config: str | None) -> "dict[str, IterableDataset]":
+def _of_hub(name: str, commit: str, config: str | None) -> "dict[str, IterableDataset]":
     import datasets
 
-    name, commit = hub_id(path), commit_to_read(path)
     try:
         return dict(datasets.load_dataset(name, config, revision=commit, streaming=True))
     except _failures() as error:
@@ -143,23 +158,7 @@ def _schema(split: "Dataset | IterableDataset") -> pa.Schema:
     return split.features.arrow_schema if split.features else pa.schema([])
 
 
-def _address(value: bytes | dict[str, Any] | None) -> str | None:
-    """Where the image of a row is, if that is on the hub; a data set may name no other files of this machine's."""
-    path = value.get("path") if isinstance(value, dict) and value.get("bytes") is None else None
-    return path if path and path.rpartition("::")[2].startswith(ON_HUB) else None
-
-
-def _origin(value: bytes | dict[str, Any] | None) -> Origin | None:
-    if address := _address(value):
-        return Origin(None, address)  # which holds the commit
-    data = value.get("bytes") if isinstance(value, dict) else value
-    return None if data is None else Origin(None, hashlib.sha256(data).hexdigest())
-
-
-def _image(value: bytes | dict[str, Any] | None) -> bytes:
-    address = _address(value)
-    if address is None:
-        return image_of(value)
+def _file_on_hub(address: str) -> bytes:
     try:
         return remote.read(address)
     except OSError as error:
