@@ -1,6 +1,7 @@
 """How fast the ingest stage prepares images, against a plain Pillow loop; and its peak memory at two sizes of source.
 
     PYTHONPATH=src python benchmarks/ingest.py
+    PYTHONPATH=src python benchmarks/ingest.py --again 20000                         # 1 % new images alone
     PYTHONPATH=src python benchmarks/ingest.py --images 200 --few 200 --many 400     # a quick look
 
 The pictures are made here: smooth colours under noise, so that JPEG and PNG have about a photograph's work with them.
@@ -9,12 +10,16 @@ it as a PNG with the same settings, one file each. The stage does so too, and al
 near duplicates and writes Parquet. Each measurement is a process of its own, bound to one CPU or two; rounds alternate,
 and the best of each counts, since other work on the machine only ever slows one down. Peak memory is the process's
 largest resident set.
+
+Last, a hundredth of the images is added to a source that has been ingested: new names everywhere among the others, so
+that every shard changes. Its time is divided by that of a run from nothing.
 """
 
 import argparse
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,7 +34,9 @@ import scipy.fftpack
 import scipy.sparse.csgraph  # noqa: F401
 from PIL import Image
 
+from latentloom.file_hashes import SETTLED_NS, FileHashes
 from latentloom.ingestion.ingest import ingest
+from latentloom.ingestion.prepared import PreparedStore, recipe
 from latentloom.ingestion.shards import PNG_OPTIONS
 from latentloom.params import load_params
 
@@ -78,6 +85,36 @@ def stage(source: Path, out: Path, size: int) -> int:
     return report.found
 
 
+def ingest_again(source: Path, out: Path, size: int) -> tuple[float, float]:
+    """Seconds of an ingestion from nothing without every hundredth image, and of one with it after that."""
+    state, away = out / "state", sorted(source.glob("*.jpg"))[50::100]
+    changes = {"source": "folder", "path": str(source), "image_size": size, "limit": None}
+    params = load_params().ingest.model_copy(update=changes)
+    for path in away:
+        path.rename(out / path.name)
+        path.with_suffix(".txt").rename(out / f"{path.stem}.txt")
+
+    def run() -> float:
+        hashes = FileHashes(state / "file_hashes")
+        for path in source.iterdir():  # as the stage before does
+            hashes(path)
+        hashes.save()
+        started = time.perf_counter()
+        store = PreparedStore(state / "images", 2**40, recipe(params), FileHashes(state / "file_hashes").known)
+        shutil.rmtree(out / "images", ignore_errors=True)  # as DVC does
+        outs = out / "images", out / "rejects.parquet", out / "near_duplicates.parquet"
+        ingest(params, *outs, progress=False, store=store)
+        return time.perf_counter() - started
+
+    time.sleep(SETTLED_NS / 1e9)
+    whole = run()
+    for path in out.glob("*.jpg"):
+        path.rename(source / path.name)
+        path.with_suffix(".txt").rename(source / f"{path.stem}.txt")
+    time.sleep(SETTLED_NS / 1e9)
+    return whole, run()
+
+
 def measure_here(task: str, source: Path, size: int) -> dict[str, float]:
     """Run ``task`` in this process; rate in images/s, peak memory in MiB."""
     with tempfile.TemporaryDirectory(dir=source.parent) as out:
@@ -123,6 +160,17 @@ def main(images: int, few: int, many: int, rounds: int, size: int) -> None:
             peaks[count] = measure("stage", source, 2, 64)["peak"]
             print(f"peak memory at {count} images: {peaks[count]:.0f} MiB")
         print(f"ratio: {peaks[many] / peaks[few]:.2f}")
+        measure_again(Path(folder), many, size)
+
+
+def measure_again(folder: Path, images: int, size: int) -> None:
+    """Print the time of an ingestion with 1 % new images beside that of a whole one."""
+    source, out = folder / "again", folder / "outs"
+    out.mkdir()
+    make_source(source, images, 680, 512)
+    whole, again = ingest_again(source, out, size)
+    print(f"{images} JPEGs of 680x512 -> {size}x{size}: {whole:.1f} s; with 1 % new ones {again:.1f} s")
+    print(f"ratio: {again / whole:.1%}")
 
 
 if __name__ == "__main__":
@@ -132,10 +180,14 @@ if __name__ == "__main__":
     parser.add_argument("--many", type=int, default=20000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--size", type=int, default=IMAGE_SIZE)
+    parser.add_argument("--again", type=int, help="images of which 1 % are new; measures nothing else")
     parser.add_argument("--task", choices=["stage", "loop"])
     parser.add_argument("--source", type=Path)
     arguments = parser.parse_args()
     if arguments.task:
         print(json.dumps(measure_here(arguments.task, arguments.source, arguments.size)))
+    elif arguments.again:
+        with tempfile.TemporaryDirectory() as folder:
+            measure_again(Path(folder), arguments.again, arguments.size)
     else:
         main(arguments.images, arguments.few, arguments.many, arguments.rounds, arguments.size)

@@ -1,7 +1,8 @@
 """How fast rows come from a cold disk, beside WebDataset, mosaicml-streaming and litdata; and what a training pays.
 
 The rows are synthetic: latents of 4x16x16 with their standard deviations and embeddings of 384, fp16 (4.9 KB), in
-shuffled batches of 256. Each library has them in its own format and is read as its documentation says, with two workers.
+shuffled batches of 256. Each library has them in its own format, and is read as its documentation says, with two
+workers.
 Before it is read, every file's pages are dropped from memory (`posix_fadvise`). A library that cannot be imported is
 left out, and named. One format is on the disk at a time (400,000 rows: 2 GB), in a temporary folder that is removed.
 
@@ -88,15 +89,15 @@ def rows_alone(data: LatentDataset) -> Iterator[dict[str, torch.Tensor]]:
     blocks = Blocks.of(len(data), len(data), READER_BATCH, BLOCK_ROWS)
     order = epoch_rows(0, 0, len(data), blocks=blocks, stored=data.stored)
 
-    def read(rows: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
-        captions = data.captions[rows].primary
-        latents, text = data.latents.read(rows), data.text.read(captions)
-        of_latents = map(latents.gather, rows.split(READER_BATCH))
-        return zip(of_latents, map(text.gather, captions.split(READER_BATCH)), strict=True)
+    def read(rows: torch.Tensor) -> Iterator[Callable[[], dict[str, torch.Tensor]]]:
+        latents, text = data.latents.read(rows), data.text.read(data.captions[rows].primary)
+        for part in rows.split(READER_BATCH):
+            yield lambda part=part: latents.gather(part) | text.gather(data.captions[part].primary)
 
-    with closing(in_advance(read, order.split(BLOCK_ROWS), 1, "read")) as windows:
-        for latents, text in chain.from_iterable(windows):
-            yield latents | text
+    windows = in_advance(lambda rows: list(read(rows)), order.split(BLOCK_ROWS), 1, "read")
+    gathered = in_advance(lambda gather: gather(), chain.from_iterable(windows), 2, "gather")
+    with closing(windows), closing(gathered):
+        yield from gathered
 
 
 def samples(rows: int) -> Iterator[dict[str, np.ndarray]]:

@@ -18,7 +18,7 @@ READERS = (
     *("ingestion.shards", "ingestion.rejects"),
     *("encoding.dataset", "encoding.codec", "encoding.vae", "encoding.text_encoder", "encoding.pretrained"),
     *("encoding.row_sources", "encoding.shard_files", "encoding.vision_encoder", "encoding.features"),
-    *("encoding.named_encoders", "encoding.references"),
+    *("encoding.named_encoders", "encoding.references", "encoding.text_embedder"),
 )
 STAGE_PACKAGES = ("ingestion", "encoding", "validation", "training", "evaluation")
 # Room -> what it may import besides itself: rooms and modules, by the beginning of their names.
@@ -29,6 +29,7 @@ ALLOWED = {
     "tracking": ("diffusion", *CORE),
     "registry": ("diffusion", *CORE, *READERS, "evaluation", "tracking"),
     "lineage": ("diffusion", *CORE, *READERS, "ingestion.source_files", "evaluation", "tracking", "registry"),
+    "export": ("diffusion", *CORE, *READERS, "evaluation", "tracking", "registry"),
     "page": ("diffusion", *CORE, *READERS, "ingestion.one_picture", "evaluation", "registry", "lineage"),
     "cli": ("",),
     "pipelines": ("",),

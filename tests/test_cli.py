@@ -6,8 +6,10 @@ import json
 import re
 import shutil
 import socket
+import sys
 from pathlib import Path
 
+import fsspec
 import pytest
 from tiny_models import save_tiny_unet
 from typer.testing import CliRunner
@@ -37,6 +39,14 @@ def test_a_params_file_of_several_sizes_shows_them(invoke, tmp_path):
         "ingest.image_size 128: 96x192, 96x160, 128x128, 160x96, 192x96",
         "ingest.image_size 192: 128x256, 160x224, 192x192, 224x160, 256x128",
     ]
+
+
+def test_a_source_at_an_address_is_listed(invoke, tmp_path):
+    fsspec.filesystem("memory").pipe_file("/checked/a.png", b"four")
+    shipped = (ROOT / "params.yaml").read_text()
+    changed = re.sub(r"source: openmoji(.*)\n +path: *", "source: folder\n  path: memory://checked ", shipped)
+    (tmp_path / "params.yaml").write_text(changed)
+    assert invoke("check").output.splitlines() == ["memory://checked: 1 files, 4 bytes"]
 
 
 def test_a_bad_params_file_is_rejected(invoke, tmp_path):
@@ -69,6 +79,15 @@ def test_the_summary_names_the_sheet_the_figures_and_mlflow(invoke, tmp_path):
         "make ui",
     ):
         assert part in output
+
+
+def test_the_page_without_gradio_says_what_brings_it(invoke, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    for module in ("layout", "local"):
+        monkeypatch.delitem(sys.modules, f"latentloom.page.{module}", raising=False)
+    result = invoke("page")
+    assert result.exit_code == 1
+    assert 'the page needs Gradio, which is not installed: pip install "latentloom[page]"' in result.output
 
 
 def test_before_the_first_run_the_summary_says_what_to_do(invoke):

@@ -185,8 +185,12 @@ def save_tiny_unet(
     text_encoder: str = "bundled",
     tokens: bool = False,
     max_tokens: int | None = None,
+    shapes: tuple[tuple[int, int, int], ...] | None = None,
 ) -> Path:
-    """A model folder as a training leaves it: 64x64 pictures, random weights, the encoders that are named."""
+    """A model folder as a training leaves it: 64x64 pictures, random weights, the encoders that are named.
+
+    ``shapes``: of the latents, where there are several.
+    """
     from latentloom.encoding.text_encoder import load_text_encoder
     from latentloom.encoding.vae import load_vae
     from latentloom.model_files import FORMAT_VERSION, EncoderReference, ModelConfig, save_model
@@ -195,6 +199,7 @@ def save_tiny_unet(
     config = ModelConfig(
         format_version=FORMAT_VERSION,
         latent_shape=(4, 8, 8),
+        latent_shapes=shapes,
         widths=(16, 32),
         block_depth=1,
         emb_size=16,

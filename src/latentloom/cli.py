@@ -62,7 +62,7 @@ app = typer.Typer(
 
 @app.command()
 def check(params: Annotated[Path, typer.Argument(help="A params file.")] = PARAMS) -> None:
-    """Check a params file: every key and value, before any work.
+    """Check a params file: every key and value, before any work; and that sources at addresses can be listed.
 
     Show the sizes of images, where there are several, and what a training takes of the model that it starts from.
     """
@@ -71,6 +71,11 @@ def check(params: Annotated[Path, typer.Argument(help="A params file.")] = PARAM
     if ingest.several_sizes:
         for image_size, table in zip(ingest.image_sizes, ingest.tables, strict=True):
             print(f"ingest.image_size {image_size}: " + ", ".join(map(str, table)))
+    for path in [entry.path for entry in ingest.sources if entry.path and "://" in entry.path]:
+        from latentloom.ingestion.source_files import remote_files
+
+        files = remote_files(path)
+        print(f"{path}: {len(files):,} files, {sum(file.size for file in files.values()):,} bytes")
     if checked.train.init:
         from latentloom.registry.base import describe
 
@@ -151,11 +156,9 @@ def page(
         if not (error.name or "").startswith("gradio"):
             raise
         raise UserError('the page needs Gradio, which is not installed: pip install "latentloom[page]"') from error
-    from latentloom.page.handlers import Studio
-
     port = free_port(PAGE_PORTS if port is None else [port])
     print(f"Page: http://{host}:{port}", flush=True)
-    serve(Studio(project_root()), host, port)
+    serve(project_root(), host, port)
 
 
 @app.command()
@@ -377,6 +380,44 @@ def lineage(
     print(to_json(found) if as_json else render(found))
     if found.missing:
         raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    folder: Annotated[Path, typer.Argument(help="What to make; a new folder, or an empty one.")],
+    to: Annotated[Literal["diffusers", "onnx"], typer.Option(help="What is to load it; docs/export.md has both.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Of its samples, may be repeated; by default evaluate.prompts.")
+    ] = None,
+) -> None:
+    """Write a model as a folder for diffusers, or for ONNX Runtime, that needs nothing of this package."""
+    from latentloom.export.folders import shown_figures
+    from latentloom.registry.models import find_model
+
+    root = project_root()
+    found = find_model(model, root)
+    if to == "diffusers":
+        from latentloom.export.diffusers_folder import export_diffusers as write
+    else:
+        from latentloom.export.onnx_folder import export_onnx as write
+    write(found, folder, root, figures=shown_figures(found, root), prompts=prompt)
+    print(folder)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="What `latentloom export` made.")],
+    hub_id: Annotated[str, typer.Argument(metavar="HUB_ID", help="OWNER/NAME on the Hugging Face hub.")],
+    public: Annotated[bool, typer.Option("--public", help="For everybody to see; else for you alone.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, and send nothing.")] = False,
+) -> None:
+    """Send an exported model to the Hugging Face hub, with the token of `hf auth login` or HF_TOKEN."""
+    from latentloom.export.hub import Upload
+
+    upload = Upload.of(folder, hub_id, public=public)
+    print(upload.text())
+    print("nothing was sent (--dry-run)" if dry_run else upload.send())
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ What fails:
 import contextlib
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -67,6 +68,7 @@ LOOK_FOR_NODES = 2.0  # seconds between two looks
 PATIENCE = 600.0  # seconds without a worker
 LIBRARIES = ("numpy", "pillow", "torch", "diffusers", "transformers", "pyarrow", "resvg-py")  # decide the bytes
 FORWARDED = ("LATENTLOOM_", "HF_", "OMP_", "TORCH_")  # variables that workers get from the driver
+SECRET = re.compile("TOKEN|KEY|SECRET|PASSWORD")
 LOST = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.ObjectLostError)
 LOST += (ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError, ray.exceptions.RuntimeEnvSetupError)
 
@@ -144,10 +146,10 @@ def ray_map(
         return
     connect()
     writes, reads = _files(first)
-    with _probe(Path(writes[0]).parent if writes else None, bool(reads)) as probe:
+    with _probe(*(Path(path).parent for path in (*writes, *reads)[:1])) as probe:
         crew = Crew(function, setup, probe)
         try:
-            for chunk in _in_order(crew, _chunks(first, items, 1 if setup else ITEMS_OF_A_CALL)):
+            for chunk in _in_order(crew, _chunks(first, items, 1 if setup or writes or reads else ITEMS_OF_A_CALL)):
                 for place, item in enumerate(chunk.items):
                     outcome = chunk.outcomes[place]
                     if isinstance(outcome, Failure):
@@ -173,6 +175,7 @@ def connect() -> None:
     address = os.environ.get("RAY_ADDRESS") or None
     package = Path(engine.__file__).parent
     environment = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)}
+    environment = {name: value for name, value in environment.items() if not SECRET.search(name)}  # Ray shows them
     if environment.get("LATENTLOOM_DEVICE", "").startswith("cuda"):
         environment["LATENTLOOM_DEVICE"] = "cuda"  # which of them, Ray says
     environment |= {engine.VARIABLE: "local", "TQDM_DISABLE": "1"}
@@ -210,6 +213,7 @@ class Crew:
         self._job = ray.put((function, setup, Path.cwd(), probe, _versions()))
         self._seats: list[Seat] = []
         self._most: dict[str, int] = {}  # of workers on a machine where memory did not suffice
+        self._on_gpu: bool | None = None
         self._broken: dict[str, Exception] = {}  # machines where no worker starts, or no state can be made
         self._failed_starts: Counter[str] = Counter()
         self._copies: OrderedDict[tuple[Path, int, int], Any] = OrderedDict()
@@ -221,10 +225,6 @@ class Crew:
     def size(self) -> int:
         """The workers that have started or will."""
         return len(self._seats)
-
-    @property
-    def idle(self) -> bool:
-        return not self._waiting and not any(seat.calls for seat in self._seats)
 
     def add(self, chunk: Chunk) -> None:
         """Have the items of a chunk computed."""
@@ -273,40 +273,39 @@ class Crew:
         """A worker for each share of each machine that is there and has none."""
         self._looked = time.monotonic()
         nodes = [node for node in ray.nodes() if node["Alive"]]
-        has_gpu = self._with_state and not os.environ.get("LATENTLOOM_DEVICE", "").startswith("cpu")
-        has_gpu = has_gpu and any(node["Resources"].get("GPU", 0) >= 1 for node in nodes)
+        if self._on_gpu is None:  # for the whole run, whatever machines come and go
+            wanted = self._with_state and not os.environ.get("LATENTLOOM_DEVICE", "").startswith("cpu")
+            self._on_gpu = wanted and any(node["Resources"].get("GPU", 0) >= 1 for node in nodes)
         for node in nodes:
             name, host = node["NodeID"], node["NodeManagerHostname"]
-            cores, gpus = int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0))
-            if has_gpu:
-                count, share = gpus, max(1, min(CORES_OF_A_GPU, cores // max(gpus, 1)))
-            elif self._with_state:
-                count = max(1, cores // CORES_OF_A_STATE) if cores else 0
-                share = cores // max(count, 1)
-            else:
-                count, share = cores, 1
+            count, kind = share(node["Resources"], self._with_state, self._on_gpu)
             count = min(count, self._most.get(name, count)) if name not in self._broken else 0
             for _ in range(count - sum(seat.node == name for seat in self._seats)):
-                self._seats.append(self._seat(name, host, (share, int(has_gpu))))
-        if self._seats:
+                self._seats.append(self._seat(name, host, kind))
+        if any(seat.sees_disk is not None for seat in self._seats):
             self._had_workers = time.monotonic()
+        elif self._seats and time.monotonic() - self._had_workers < PATIENCE:
+            return
         elif self._broken:
             raise next(iter(self._broken.values()))
         elif time.monotonic() - self._had_workers > PATIENCE:
             raise UserError(
-                f"Ray has had no machine with a free {'GPU' if has_gpu else 'core'} for {PATIENCE:.0f} s: look at "
+                f"Ray has had no machine with a free {'GPU' if self._on_gpu else 'core'} for {PATIENCE:.0f} s: look at "
                 "`ray status`"
             )
 
     def _seat(self, node: str, host: str, kind: tuple[int, int]) -> Seat:
         seat = next((own for own in _idle if (own.node, own.kind) == (node, kind)), None)
         if seat is None:
+            for other in [own for own in _idle if own.node == node and own.kind != kind]:
+                _idle.remove(other)
+                ray.kill(other.actor)  # it has the cores
             strategy = NodeAffinitySchedulingStrategy(node, soft=False)
             actor = Worker.options(num_cpus=kind[0], num_gpus=kind[1], scheduling_strategy=strategy).remote()
             seat = Seat(actor, node, host, kind)
         else:
             _idle.remove(seat)
-        seat.sees_disk, seat.starting = None, seat.actor.start.remote(self._job, kind[0])
+        seat.sees_disk, seat.starting = None, seat.actor.start.remote(self._job, max(1, kind[0]))
         return seat
 
     def _started(self, seat: Seat) -> None:
@@ -398,7 +397,7 @@ class Crew:
     def _lost(self, seat: Seat, error: Exception) -> None:
         """A worker is gone: what it had goes to others, the item it was at by itself."""
         _say(f"a worker on {seat.host} is gone ({_first_line(error)}); its items are computed again")
-        if isinstance(error, ray.exceptions.OutOfMemoryError):
+        if isinstance(error, ray.exceptions.OutOfMemoryError) or "running low on memory" in str(error):
             self._halve(seat)
         if seat.sees_disk is None:
             self._failed_starts[seat.node] += 1
@@ -432,6 +431,17 @@ class Crew:
                 self._copies.popitem(last=False)
         self._copies.move_to_end(key)
         return self._copies[key]
+
+
+def share(resources: dict[str, float], with_state: bool, on_gpu: bool) -> tuple[int, tuple[int, int]]:
+    """How many workers a machine has, and how many cores and GPUs each."""
+    cores, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+    if on_gpu:
+        return gpus, (min(CORES_OF_A_GPU, cores // max(gpus, 1)), 1)
+    if not with_state or not cores:
+        return cores, (1, 0)
+    count = max(1, cores // CORES_OF_A_STATE)
+    return count, (cores // count, 0)
 
 
 @ray.remote(max_restarts=0, max_task_retries=0)
@@ -522,10 +532,8 @@ def _chunks(first: Any, items: Iterator[Any], size: int) -> Iterator[Chunk]:
 
 
 @contextlib.contextmanager
-def _probe(folder: Path | None, reads: bool) -> Iterator[Path | None]:
-    """A file with a random name where items write, or else in the stage's folder, for the workers to look for."""
-    if folder is None and reads:
-        folder = Path.cwd()
+def _probe(folder: Path | None = None) -> Iterator[Path | None]:
+    """A file with a random name where items write or read, for the workers to look for."""
     if folder is None:
         yield None
         return

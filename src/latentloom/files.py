@@ -134,12 +134,16 @@ def read_table(path: Path | str, columns: list[str]) -> "pd.DataFrame":
     """
     import pandas as pd
 
-    try:
+    with _usable(path):
         return pd.read_parquet(path, columns=columns)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: run `dvc repro`, which makes it") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be used ({error}): delete it and run `dvc repro`") from error
+
+
+def table_rows(path: Path | str) -> int:
+    """The number of rows of a Parquet file; raises as `read_table` does."""
+    import pyarrow.parquet as pq
+
+    with _usable(path):
+        return pq.read_metadata(path).num_rows
 
 
 def iterate_table(path: Path | str, columns: list[str], rows: int = 2**18) -> "Iterator[pa.Table]":
@@ -147,14 +151,19 @@ def iterate_table(path: Path | str, columns: list[str], rows: int = 2**18) -> "I
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    with _usable(path), pq.ParquetFile(path) as file:
+        if missing := set(columns) - set(file.schema_arrow.names):
+            raise ValueError(f"it has no column {', '.join(sorted(missing))}")
+        if not file.metadata.num_rows:
+            yield file.schema_arrow.empty_table().select(columns)
+        for batch in file.iter_batches(rows, columns=columns):
+            yield pa.Table.from_batches([batch])
+
+
+@contextmanager
+def _usable(path: Path | str) -> Iterator[None]:
     try:
-        with pq.ParquetFile(path) as file:
-            if missing := set(columns) - set(file.schema_arrow.names):
-                raise ValueError(f"it has no column {', '.join(sorted(missing))}")
-            if not file.metadata.num_rows:
-                yield file.schema_arrow.empty_table().select(columns)
-            for batch in file.iter_batches(rows, columns=columns):
-                yield pa.Table.from_batches([batch])
+        yield
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: run `dvc repro`, which makes it") from None
     except (OSError, ValueError) as error:

@@ -77,7 +77,9 @@ def test_upsampling_without_the_large_map_saves_five_ninths_of_its_operations():
 def summed(monkeypatch) -> list:
     """The weights whose kernels were summed, in order."""
     calls, compute = [], fast.summed_kernel
-    monkeypatch.setattr(fast, "summed_kernel", lambda weight: calls.append(weight) or compute(weight))
+    monkeypatch.setattr(
+        "latentloom.diffusion.blocks.summed_kernel", lambda weight: calls.append(weight) or compute(weight)
+    )
     return calls
 
 

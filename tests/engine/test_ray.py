@@ -21,16 +21,19 @@ ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.fault, pytest.mark.usefixtures("on_ray")]
 
 
-def test_results_come_in_order_from_both_machines_and_the_first_that_fails_there_too():
+def test_results_come_in_order_from_both_machines_and_the_first_that_fails_there_too(marks):
     def square(number):
         import time
 
         import ray
 
+        node = ray.get_runtime_context().get_node_id()
+        (marks / node).touch()
+        while number == 0 and len(list(marks.iterdir())) < 2:
+            time.sleep(0.01)  # the first is done after many others
         if number == 250:
             raise UserError("row 250 of the shard 7: damaged")
-        time.sleep(0.3 if number % 64 == 0 else 0.005)
-        return number**2, ray.get_runtime_context().get_node_id()
+        return number**2, node
 
     results, given = ordered_map(square, iter(range(300))), []
     with pytest.raises(UserError, match=r"^row 250 of the shard 7: damaged$"):
@@ -76,7 +79,7 @@ def test_a_run_survives_a_machine_that_goes(cluster, second_node):
         time.sleep(0.01)
         return number, ray.get_runtime_context().get_node_id()
 
-    results = ordered_map(where, range(2000))
+    results = ordered_map(where, range(10**6))
     given = [next(results)]
     while len({node for _, node in given}) < 2:
         given.append(next(results))
@@ -103,6 +106,24 @@ def test_an_item_that_lacked_memory_is_computed_again_and_one_that_never_has_eno
     assert "40 did not fit into memory 3 times" in caught.value.__notes__
 
 
+@pytest.mark.parametrize(
+    ("resources", "with_state", "on_gpu", "expected"),
+    [
+        ({"CPU": 64.0, "GPU": 8.0}, True, True, (8, (8, 1))),
+        ({"CPU": 256.0, "GPU": 8.0}, True, True, (8, (8, 1))),
+        ({"CPU": 4.0, "GPU": 8.0}, True, True, (8, (0, 1))),
+        ({"CPU": 64.0}, True, True, (0, (8, 1))),
+        ({"CPU": 64.0, "GPU": 8.0}, True, False, (16, (4, 0))),
+        ({"CPU": 2.0}, True, False, (1, (2, 0))),
+        ({"CPU": 7.0}, True, False, (1, (7, 0))),
+        ({"CPU": 7.0, "GPU": 1.0}, False, False, (7, (1, 0))),
+        ({}, True, False, (0, (1, 0))),
+    ],
+)
+def test_a_machine_has_a_worker_for_each_gpu_or_for_some_cores(resources, with_state, on_gpu, expected):
+    assert engine_ray.share(resources, with_state, on_gpu) == expected
+
+
 def test_files_travel_to_machines_that_do_not_see_the_disk(monkeypatch, tmp_path, capfd):
     @dataclass(frozen=True)
     class Shard:
@@ -110,7 +131,7 @@ def test_files_travel_to_machines_that_do_not_see_the_disk(monkeypatch, tmp_path
         writes: tuple[Path, ...]
 
     @contextmanager
-    def unseen(folder, reads):
+    def unseen(folder):
         yield folder / "not there"
 
     monkeypatch.setattr(engine_ray, "_probe", unseen)
@@ -173,3 +194,11 @@ def test_stages_leave_the_same_bytes_as_in_one_process(monkeypatch, tmp_path):
     assert len([name for name in made[0] if name.startswith("latents/0")]) > 2
     assert made[0].keys() == made[1].keys()
     assert [name for name in made[0] if made[0][name] != made[1][name]] == []
+
+    # A run that was killed had put some of its shards into the store.
+    min((tmp_path / "ray/.state/a").glob("?" * 64 + ".safetensors")).unlink()
+    store = RowStore(tmp_path / "ray/.state/a", 2**30)
+    again = encode_images(Vae("bundled"), tmp_path / "ray/images", tmp_path / "again", store)
+    assert 0 < again.encoded < 78
+    files = {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
+    assert files == {Path(name).name: made[1][name] for name in made[1] if name.startswith("latents/")}

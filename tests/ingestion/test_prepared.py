@@ -1,9 +1,13 @@
 """The store of prepared images: outs are those of a rebuild, whatever came before, and nothing is decoded twice."""
 
+import io
 import shutil
+import tarfile
 from pathlib import Path
 from uuid import uuid4
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -13,6 +17,7 @@ from latentloom.file_hashes import FileHashes
 from latentloom.ingestion import preprocess
 from latentloom.ingestion.ingest import ingest
 from latentloom.ingestion.prepared import PreparedStore, recipe
+from latentloom.ingestion.shards import encode
 
 
 @pytest.fixture
@@ -121,3 +126,30 @@ def test_after_any_history_the_outs_are_those_of_a_rebuild(tmp_path, new_corpus,
             else:
                 corpus.write(str(Path(values[0]).with_suffix(".txt")), values[1])
         rerun(corpus, **params)
+
+
+@pytest.mark.parametrize("source", ["webdataset", "parquet"])
+def test_of_tars_and_tables_that_have_not_changed_only_captions_are_read(
+    source, corpus, rerun, picture, tmp_path, monkeypatch
+):
+    def pack(name: str, numbers: range) -> None:
+        table = pa.table({"image": [encode(picture(own)) for own in numbers], "text": list(map(str, numbers))})
+        if source == "parquet":
+            pq.write_table(table, corpus.path / f"{name}.parquet", row_group_size=2)
+            return
+        with tarfile.open(corpus.path / f"{name}.tar", "w") as tar:
+            for number, image in zip(numbers, table["image"].to_pylist(), strict=True):
+                for suffix, content in ((".png", image), (".txt", str(number).encode())):
+                    header = tarfile.TarInfo(f"{number}{suffix}")
+                    header.size = len(content)
+                    tar.addfile(header, io.BytesIO(content))
+
+    for name, numbers in {"a": range(4), "c": range(4, 9)}.items():
+        pack(name, numbers)
+    assert rerun(corpus, source=source) == 9
+    assert rerun(corpus, source=source) == 0
+    pack("b", range(7, 12))  # two of them again, which are copies now
+    assert rerun(corpus, source=source) == 5
+    (last,) = corpus.path.glob("c.*")
+    last.rename(last.with_stem("a0"))
+    assert rerun(corpus, source=source) == 0

@@ -104,7 +104,7 @@ def test_of_a_model_that_nobody_committed_the_run_knows_enough(project):
 
 
 def test_of_a_model_of_changed_code_and_params_the_changes_come_back(project):
-    code = Path("src/latentloom/evaluation/text_to_image.py")
+    code = Path("src/latentloom/evaluation/image_generator.py")
     original = code.read_text()
     inverted = original.replace("images = np.stack(", "images = 255 - np.stack(")
     assert inverted != original
@@ -121,5 +121,5 @@ def test_of_a_model_of_changed_code_and_params_the_changes_come_back(project):
 
     clone = restored(project, printed_commands(keyboard("lineage", "apple.png")))
     assert (clone / "again.png").read_bytes() == Path("apple.png").read_bytes()
-    assert (clone / "src/latentloom/evaluation/text_to_image.py").read_text() == inverted
+    assert (clone / "src/latentloom/evaluation/image_generator.py").read_text() == inverted
     assert "steps: 6" in (clone / "params.yaml").read_text()

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from latentloom.diffusion import fast
+from latentloom.diffusion.fast import attention, conv_of_upsampled, summed_kernel
 
 
 def _zero(layer: nn.Module) -> nn.Module:
@@ -72,7 +72,7 @@ def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Attention of `(B, N, C)` queries over `(B, T, C)` keys and values, those that `mask` `(B, T)` shows."""
-    return fast.attention(*map(split_heads, (query, key, value)), mask).transpose(1, 2).flatten(2)
+    return attention(*map(split_heads, (query, key, value)), mask).transpose(1, 2).flatten(2)
 
 
 class Tokens(NamedTuple):
@@ -108,7 +108,7 @@ class SkipConv2d(nn.Module):
         if not self.upsample:
             x = self.features(x)
         elif self.features.kernel_size == (3, 3):
-            x = fast.conv_of_upsampled(x, self._summed_kernel(), self.features.bias)
+            x = conv_of_upsampled(x, self._summed_kernel(), self.features.bias)
         else:  # a 1x1 convolution and nearest neighbours commute
             x = F.interpolate(self.features(x), scale_factor=2.0, mode="nearest")
         return x + self.skip(skip)
@@ -121,13 +121,13 @@ class SkipConv2d(nn.Module):
         """
         weight = self.features.weight
         if torch.compiler.is_compiling() or weight.is_inference():
-            return fast.summed_kernel(weight)
+            return summed_kernel(weight)
         if torch.is_grad_enabled():
             self._kept = None
-            return fast.summed_kernel(weight)
+            return summed_kernel(weight)
         made_of = (weight.data_ptr(), weight._version, weight.dtype)
         if self._kept is None or self._kept[0] != made_of:
-            self._kept = made_of, fast.summed_kernel(weight)
+            self._kept = made_of, summed_kernel(weight)
         return self._kept[1]
 
 

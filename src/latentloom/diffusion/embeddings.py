@@ -61,8 +61,12 @@ class SizeEmbedding(nn.Module):
 
     def forward(self, height: int, width: int) -> torch.Tensor:
         # Numbers of the host times a tensor: nothing is copied to the device.
-        angles = torch.cat([self.frequencies * (2 * math.pi * math.log2(side)) for side in (height, width)])
+        angles = torch.cat([self.frequencies * (2 * math.pi * self._log2(side)) for side in (height, width)])
         return torch.cat([angles.sin(), angles.cos()])
+
+    def _log2(self, side: int) -> float | torch.Tensor:
+        """Of a side; in a graph that is exported a side is a symbol, of which `math` would keep today's value."""
+        return torch.scalar_tensor(side).log2() if torch.compiler.is_exporting() else math.log2(side)
 
 
 class TextWhitening(nn.Module):

@@ -24,12 +24,11 @@ class Text:
     mask: torch.Tensor  # `(B, T)`, bool: whether there is a token
 
     def __post_init__(self) -> None:
-        rows = len(self.pooled)
         if (
             self.pooled.ndim != 2
             or self.tokens.ndim != 3
             or self.mask.shape != self.tokens.shape[:2]
-            or len(self.tokens) != rows
+            or self.tokens.shape[:1] != self.pooled.shape[:1]  # not `len`: it would be fixed in an exported graph
         ):
             raise ValueError(
                 "a Text has vectors (B, dim), token states (B, T, token_dim) and a mask (B, T), not "

@@ -28,7 +28,7 @@ from latentloom.encoding.free_memory import free_memory
 from latentloom.encoding.row_sources import MASK, Rows, RowSource, StreamedRows
 from latentloom.encoding.shard_files import FLIPPED, INDEX, PAIRS, STATS, TOKENS
 from latentloom.errors import UserError
-from latentloom.files import iterate_table, read_json, sha256_file
+from latentloom.files import iterate_table, read_json, sha256_file, table_rows
 
 
 @dataclass(frozen=True)
@@ -339,7 +339,7 @@ def load_caches(latents: Path, text: Path, *, device: torch.device | str = "cpu"
     """
     device = torch.device(device)
     latent_statistics, text_statistics = read_json(latents / STATS), read_json(text / STATS)
-    images = _Index.read(latents / INDEX, "latent_shapes" in latent_statistics).sorted()
+    images = _Index.read(latents / INDEX, "latent_shapes" in latent_statistics)
     if not images.training.any():
         raise UserError(f"{latents} has no training image: add images, or lower ingest.val_fraction")
     texts = _Index.read(text / INDEX)
@@ -422,33 +422,38 @@ class _Index:
 
     @classmethod
     def read(cls, path: Path, several_shapes: bool | None = None) -> "_Index":
-        """Read it in parts, so that no column of strings is whole in memory; ``several_shapes`` is None of captions."""
+        """Read it in parts, so that no column of strings is whole in memory; images in the order of their ids.
+
+        ``several_shapes`` is None of captions, which stay in the order of the index.
+        """
         of_images = [] if several_shapes is None else ["split", "weight"]
         sizes = ["height", "width"] if several_shapes else []
-        names: dict[str, int] = {}
-        parts = []
+        rows, names, first = table_rows(path), {}, 0
+        columns = {
+            "ids": np.empty((rows, ids.ID_BYTES), np.uint8),
+            "shards": np.empty(rows, np.int32),
+            "places": np.empty(rows, np.int32),
+            "training": np.empty(rows if of_images else 0, bool),
+            "weights": np.empty(rows if of_images else 0, np.float32),
+            "sizes": np.empty((rows, len(sizes)), np.int32),
+        }
         for table in iterate_table(path, ["id", "shard", "row", *of_images, *sizes]):
+            part = slice(first, first := first + len(table))
             shards = table.column("shard").combine_chunks().dictionary_encode()
             codes = [names.setdefault(name, len(names)) for name in shards.dictionary.to_pylist()]
-            read = {
-                "ids": _ids(table, "id", path),
-                "shards": np.array(codes, np.int32)[shards.indices.to_numpy(zero_copy_only=False)],
-                "places": table.column("row").to_numpy().astype(np.int32),
-                "sizes": np.stack([np.zeros(len(table), np.int32), *map(table.column, sizes)], 1)[:, 1:],
-            }
+            columns["ids"][part] = _ids(table, "id", path)
+            columns["shards"][part] = np.array(codes)[shards.indices.to_numpy(zero_copy_only=False)]
+            columns["places"][part] = table.column("row").to_numpy()
             if of_images:
-                training = pc.equal(table.column("split"), "train").to_numpy()
-                read |= {"training": training, "weights": table.column("weight").to_numpy()}
-            parts.append(read)
-        empty = np.empty(0)
-        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
-        return cls(names=list(names), **{"training": empty, "weights": empty} | columns)
-
-    def sorted(self) -> "_Index":
-        """In the order of ids."""
-        order = ids.ascending(self.ids)
-        columns = ("ids", "shards", "places", "training", "weights", "sizes")
-        return replace(self, **{name: getattr(self, name)[order] for name in columns})
+                columns["training"][part] = pc.equal(table.column("split"), "train").to_numpy()
+                columns["weights"][part] = table.column("weight").to_numpy()
+            for number, name in enumerate(sizes):
+                columns["sizes"][part, number] = table.column(name).to_numpy()
+        if of_images:
+            order = ids.ascending(columns["ids"])
+            for name in columns:  # one after the other, so that only one of them is there twice
+                columns[name] = columns[name][order]
+        return cls(names=list(names), **columns)
 
     def rows_of_shapes(self) -> list[np.ndarray]:
         """The rows of each shape, by rising height, then width."""
@@ -467,17 +472,17 @@ def _ids(table: pa.Table, column: str, path: Path) -> np.ndarray:
 
 def _captions(image_ids: np.ndarray, caption_ids: np.ndarray, pairs: Path) -> Captions:
     """The captions of the images, of pairs in any order."""
-    images, captions, positions = [], [], []
-    of_images, of_captions = ids.Lookup(image_ids), ids.Lookup(caption_ids)
+    image_rows, caption_rows, positions = (np.empty(table_rows(pairs), np.int32) for _ in range(3))
+    of_images, of_captions, first = ids.Lookup(image_ids), ids.Lookup(caption_ids), 0
     for table in iterate_table(pairs, ["image_id", "caption_id", "position"]):
-        captions.append(of_captions.positions(_ids(table, "caption_id", pairs)).astype(np.int32))
-        if (unknown := captions[-1] < 0).any():
-            first = table.column("caption_id")[int(np.argmax(unknown))]
-            raise UserError(f"{pairs} names a caption that has no embedding: {first}; run `dvc repro`")
-        images.append(of_images.positions(_ids(table, "image_id", pairs)).astype(np.int32))
-        positions.append(table.column("position").to_numpy().astype(np.int32))
-    image_rows, caption_rows = np.concatenate(images), np.concatenate(captions)
-    del images, captions
+        part = slice(first, first := first + len(table))
+        caption_rows[part] = of_captions.positions(_ids(table, "caption_id", pairs))
+        if (unknown := caption_rows[part] < 0).any():
+            name = table.column("caption_id")[int(np.argmax(unknown))]
+            raise UserError(f"{pairs} names a caption that has no embedding: {name}; run `dvc repro`")
+        image_rows[part] = of_images.positions(_ids(table, "image_id", pairs))
+        positions[part] = table.column("position").to_numpy()
+    del of_images, of_captions
     known = image_rows >= 0  # others are of images whose latent was rejected
     counts = np.bincount(image_rows[known], minlength=len(image_ids)).astype(np.int32)
     if not counts.all():
@@ -486,7 +491,7 @@ def _captions(image_ids: np.ndarray, caption_ids: np.ndarray, pairs: Path) -> Ca
             f"{len(missing)} images have no caption in the text cache, the first: {missing[0].tobytes().hex()}; run "
             "`dvc repro`"
         )
-    by_image = np.lexsort((np.concatenate(positions), image_rows))[np.count_nonzero(~known) :]
+    by_image = np.lexsort((positions, image_rows))[np.count_nonzero(~known) :]
     numbers = torch.from_numpy(caption_rows[by_image])
     ends = counts.cumsum(dtype=np.int64)
     return Captions(numbers, torch.from_numpy(ends - counts), torch.from_numpy(counts))

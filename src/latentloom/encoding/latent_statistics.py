@@ -5,6 +5,7 @@ standardised ones, and says how far they reach.
 """
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,37 +19,52 @@ BOUND_SHARE = 0.99
 ROWS_AT_ONCE = 256
 
 
-def channel_statistics(parts: Iterable[Tensors]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel of all latents, given in parts (N, C, h, w), fp16, of at least one row.
+class ChannelSums(NamedTuple):
+    """Of some latents: how many values a channel has, and in each channel (C,) the sums of values and of squares."""
+
+    count: int
+    total: torch.Tensor
+    squares: torch.Tensor
+
+
+def channel_sums(tensors: Tensors) -> ChannelSums:
+    """The sums of latents (N, C, h, w), fp16.
 
     Of latents given by moments, the statistics are those of their samples: Var = Var(mean) + E[std^2].
+    """
+    values = tensors["mean"].double()
+    squares = [tensor.double().square().sum((0, 2, 3)) for tensor in tensors.values()]
+    return ChannelSums(values[:, 0].numel(), values.sum((0, 2, 3)), torch.stack(squares).sum(0))
+
+
+def channel_statistics(parts: Iterable[ChannelSums]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel of all latents, from the sums of their parts, of at least one row.
 
     Plain sums are enough: a square of fp16 has 22 bits, so float64 adds 2^31 equal ones exactly, and the std of a
     channel that never varies is 0.
     """
-    count, total, squares = 0, torch.zeros(1), torch.zeros(1)
-    for tensors in parts:
-        values = tensors["mean"].double()
-        count += values[:, 0].numel()
-        total = total + values.sum((0, 2, 3))
-        for tensor in tensors.values():
-            squares = squares + tensor.double().square().sum((0, 2, 3))
+    count, total, squares = map(sum, zip(*parts, strict=True))
     mean = total / count
     return mean.tolist(), (squares / count - mean.square()).clamp(min=0).sqrt().tolist()
 
 
-def latent_bound(codec: LatentCodec, raw_means: Iterable[torch.Tensor]) -> float:
+def percentiles(codec: LatentCodec, raw_means: torch.Tensor) -> np.ndarray:
+    """Of each latent, or mean of its distribution, (N, C, h, w), the 99.5th percentile of |z| (N,).
+
+    Args:
+        codec: standardises.
+        raw_means: fp16.
+    """
+    parts = [codec.standardise(rows).flatten(1).abs() for rows in raw_means.split(ROWS_AT_ONCE)]
+    return torch.cat([quantile(part, BOUND_PERCENTILE) for part in parts]).numpy()
+
+
+def latent_bound(parts: Iterable[np.ndarray]) -> float:
     """The bound of dynamic thresholding: 99 % of the latents have their 99.5th percentile of |z| below it.
 
     Imagen's bound of 1 presumes data in [-1, 1] (Saharia et al. 2022, section 2.3); standardised latents reach further.
 
     Args:
-        codec: standardises.
-        raw_means: all training latents, or the means of their distributions, in parts (N, C, h, w).
+        parts: the `percentiles` of all training latents.
     """
-    percentiles = [
-        quantile(codec.standardise(rows).flatten(1).abs(), BOUND_PERCENTILE)
-        for means in raw_means
-        for rows in means.split(ROWS_AT_ONCE)
-    ]
-    return round(float(np.quantile(torch.cat(percentiles).numpy(), BOUND_SHARE)), 4)
+    return round(float(np.quantile(np.concatenate(list(parts)), BOUND_SHARE)), 4)

@@ -16,6 +16,7 @@ within a size in the order in which they are stored.
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
@@ -30,11 +31,17 @@ import torch
 from latentloom.encoding.cache import FORMAT_VERSION, Done, EncodeCounts, Plan, Shard, Task, row_keys
 from latentloom.encoding.codec import LatentCodec
 from latentloom.encoding.index_files import ROW_GROUP, STRING, shard_names, write_table
-from latentloom.encoding.latent_statistics import channel_statistics, latent_bound
+from latentloom.encoding.latent_statistics import (
+    ChannelSums,
+    channel_statistics,
+    channel_sums,
+    latent_bound,
+    percentiles,
+)
 from latentloom.encoding.row_store import RowStore
 from latentloom.encoding.shard_files import FLIPPED, INDEX, REJECTS, STATS, Tensors, load_shard
 from latentloom.encoding.vae import Vae
-from latentloom.engine import here
+from latentloom.engine import here, ordered_map
 from latentloom.errors import UserError
 from latentloom.files import atomic_path, write_json
 from latentloom.ids import ID_BYTES, from_hex, to_hex
@@ -110,9 +117,11 @@ def encode_images(vae: Vae, images: Path, out: Path, store: RowStore, *, flip: b
         )
     if not train.any():
         raise UserError("the training split is empty: add images, or lower ingest.val_fraction")
-    place = {name: figures[name].to_numpy() for name in ("number", "row")}
-    mean, std = channel_statistics(part for folder in views for part in _tensors(folder, place, train))
-    bound = latent_bound(LatentCodec(mean, std), (part["mean"] for part in _tensors(out, place, train)))
+    of_train = figures.select(["number", "row"]).filter(train)
+    parts = [part for folder in views for part in _parts(folder, of_train)]
+    mean, std = channel_statistics(ordered_map(_sums, parts))
+    codec = LatentCodec(mean, std)
+    bound = latent_bound(ordered_map(partial(_percentiles, codec), _parts(out, of_train)))
     write_json(
         out / STATS,
         {
@@ -224,12 +233,36 @@ def _shapes(figures: pa.Table, in_train: np.ndarray, base: int) -> dict[str, lis
     return shown
 
 
-def _tensors(folder: Path, place: dict[str, np.ndarray], wanted: np.ndarray) -> Iterator[Tensors]:
-    """The tensors of the rows that are wanted, a shard at a time."""
-    numbers, rows = place["number"][wanted], place["row"][wanted]
+@dataclass(frozen=True)
+class _ShardRows:
+    """Some rows of a shard."""
+
+    path: Path
+    rows: np.ndarray
+
+    @property
+    def reads(self) -> list[Path]:
+        return [self.path]
+
+    def load(self) -> Tensors:
+        rows = self.rows.copy()  # torch wants arrays that can be written
+        return {name: tensor[rows] for name, tensor in load_shard(here(self.path)).items()}
+
+
+def _parts(folder: Path, figures: pa.Table) -> list[_ShardRows]:
+    """The rows of `FIGURES`, shard by shard."""
+    numbers, rows = (figures[name].to_numpy() for name in ("number", "row"))
     shards, starts = np.unique(numbers, return_index=True)
-    for shard, own in zip(shards, np.split(rows, starts[1:]), strict=True):
-        yield {name: tensor[own] for name, tensor in load_shard(folder / f"{shard:05d}.safetensors").items()}
+    paths = [folder / name for name in shard_names(pa.array(shards)).to_pylist()]
+    return [_ShardRows(path, own) for path, own in zip(paths, np.split(rows, starts[1:]), strict=True)]
+
+
+def _sums(part: _ShardRows) -> ChannelSums:
+    return channel_sums(part.load())
+
+
+def _percentiles(codec: LatentCodec, part: _ShardRows) -> np.ndarray:
+    return percentiles(codec, part.load()["mean"])
 
 
 def _encode(vae: Vae, images: NumberedImages, numbers: np.ndarray, *, mirrored: bool) -> Iterator[Tensors]:

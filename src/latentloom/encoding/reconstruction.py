@@ -14,6 +14,8 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from latentloom.encoding.cache import Done, Plan, Task, row_keys
@@ -21,8 +23,8 @@ from latentloom.encoding.row_store import RowStore
 from latentloom.encoding.shard_files import INDEX, RECONSTRUCTIONS, Tensors, load_shard
 from latentloom.encoding.vae import Vae
 from latentloom.files import atomic_path
-from latentloom.ids import from_hex
-from latentloom.ingestion.shards import iterate_images, thumbnail
+from latentloom.ids import first_words, from_hex, positions
+from latentloom.ingestion.shards import NumberedImages, metadata_batches, thumbnail
 
 SAMPLE, SHOWN = 32, 12
 BATCH_SIZE = 8
@@ -45,9 +47,7 @@ def reconstruct(vae: Vae, images: Path, out: Path, store: RowStore) -> float:
     Returns:
         The mean PSNR in dB.
     """
-    index = pd.read_parquet(out / INDEX, columns=["id", "key", "shard", "row", "height", "width"])
-    chosen = heapq.nsmallest(SAMPLE, index["id"], key=lambda image: image[::-1])
-    sample = index[index["id"].isin(chosen)]
+    sample = _sample(out / INDEX)
 
     def decode(task: Task) -> Done:
         batches = _decode(vae, images, out, sample.iloc[task.made_of[task.link()]])
@@ -70,11 +70,36 @@ def reconstruct(vae: Vae, images: Path, out: Path, store: RowStore) -> float:
     return float(ratios.mean(dtype=np.float64))
 
 
+def _sample(index: Path) -> pd.DataFrame:
+    """The rows of the sampled images, in the order of the index, of which a part is in memory at a time."""
+    sample = pd.DataFrame()
+    with pq.ParquetFile(index) as file:
+        for batch in file.iter_batches(columns=["id", "key", "shard", "row", "height", "width"]):
+            ids = from_hex(batch["id"])
+            backwards = np.ascontiguousarray((ids << 4 | ids >> 4)[:, ::-1])  # digit by digit, two of which are a byte
+            first = np.sort(np.argsort(first_words(backwards))[:SAMPLE])
+            sample = pd.concat([sample, batch.take(pa.array(first)).to_pandas()], ignore_index=True)
+            chosen = heapq.nsmallest(SAMPLE, sample["id"], key=lambda image: image[::-1])
+            sample = sample[sample["id"].isin(chosen)]
+    return sample
+
+
+def _originals(images: Path, ids: pd.Series) -> dict[str, np.ndarray]:
+    """The pixels of prepared images."""
+    wanted, start = from_hex(ids), 0
+    numbers = np.empty(len(wanted), np.int64)
+    for batch in metadata_batches(images, ["id"]):
+        found = positions(wanted, from_hex(batch["id"]))
+        numbers[found >= 0] = start + found[found >= 0]
+        start += len(batch)
+    return dict(zip(ids, NumberedImages(images).read(numbers), strict=True))
+
+
 def _decode(vae: Vae, images: Path, out: Path, rows: pd.DataFrame) -> Iterator[Tensors]:
     """The rows of an index, which come shape by shape, as the store keeps them: ``psnr`` (N,) and ``pixels``
     (N, H, W, 3).
     """
-    originals = dict(iterate_images(images, wanted=set(rows["id"]))) if len(rows) else {}
+    originals = _originals(images, rows["id"]) if len(rows) else {}
     of_shapes = [own for _, own in rows.groupby(["height", "width"], sort=False)]
     for batch in (own[start : start + BATCH_SIZE] for own in of_shapes for start in range(0, len(own), BATCH_SIZE)):
         places = zip(batch["shard"], batch["row"], strict=True)

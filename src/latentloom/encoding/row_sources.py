@@ -75,9 +75,11 @@ class InMemoryRows:
 
     def gather(self, rows: Rows) -> Tensors:
         """The rows (B, ...) of every tensor, in the order asked for; never waits for the device."""
-        if not isinstance(rows, slice):
+        if isinstance(rows, slice):
+            gathered = {name: tensor[rows] for name, tensor in self._tensors.items()}
+        else:
             rows = rows.to(self.device, non_blocking=True)
-        gathered = {name: tensor[rows] for name, tensor in self._tensors.items()}
+            gathered = {name: tensor.index_select(0, rows) for name, tensor in self._tensors.items()}
         for name, (items, starts, lengths) in self._ragged.items():
             steps = torch.arange(self.shapes[name][0], device=self.device)
             mask = steps < lengths[rows].unsqueeze(1)

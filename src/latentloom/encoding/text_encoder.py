@@ -9,9 +9,7 @@ Three families, told apart by the ``model_type`` of the model's ``config.json``:
   carries).
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -19,9 +17,9 @@ import numpy as np
 import torch
 
 from latentloom.devices import choose_device
-from latentloom.diffusion.text import Labels, Text
 from latentloom.encoding import pretrained
 from latentloom.encoding.references import text_folder
+from latentloom.encoding.text_embedder import PROJECTION, EncodedText, TextEmbedder, count_tokens
 from latentloom.errors import UserError
 from latentloom.files import read_json
 
@@ -32,16 +30,6 @@ OFFSET_TYPES = ("camembert", "mpnet", "roberta", "xlm-roberta")  # their positio
 BERT_TYPES = (*OFFSET_TYPES, "albert", "bert", "deberta", "deberta-v2", "distilbert", "electra", "modernbert")
 TOKENIZER = "tokenizer.json"
 RELATIVE_POSITIONS = 512  # tokens read by a model that sets no limit
-CPU_BATCH, ACCELERATOR_BATCH = 8, 128
-PADDING_STEP = 8
-
-
-@dataclass(frozen=True)
-class EncodedText:
-    """What an encoder makes of N captions."""
-
-    pooled: np.ndarray  # (N, dim), fp32
-    states: list[np.ndarray]  # (T, token_dim) of each caption, fp32, without padding; empty where not asked for
 
 
 class TextEncoder:
@@ -82,7 +70,7 @@ class TextEncoder:
             raise UserError(f"{self._name} has no tokenizer ({', '.join(pretrained.TOKENIZER_FILES)}): add its files")
         if self._is_clip:
             self._config = self._config.get("text_config", self._config)
-        self.pooling = "projection" if self._is_clip else pretrained.pooling(self.folder)
+        self.pooling = PROJECTION if self._is_clip else pretrained.pooling(self.folder)
         self.token_dim: int = self._setting(
             "d_model" if self._is_t5 else "dim" if self._type == "distilbert" else "hidden_size"
         )
@@ -152,11 +140,9 @@ class TextEncoder:
 
     def count_tokens(self, captions: Sequence[str]) -> np.ndarray:
         """How many tokens (N,) each caption has in full; of those with more than ``max_tokens`` the rest is cut."""
-        if self._bare_tokenizer:
-            tokens = self._bare_tokenizer.encode_batch_fast(list(captions))
-        else:
-            tokens = self.tokenizer(list(captions), verbose=False)["input_ids"]
-        return np.array([len(own) for own in tokens], np.int32)
+        if self._bare_tokenizer is None:
+            return count_tokens(self.tokenizer, captions)
+        return np.array([len(own) for own in self._bare_tokenizer.encode_batch_fast(list(captions))], np.int32)
 
     @cached_property
     def _bare_tokenizer(self) -> Any:
@@ -175,57 +161,14 @@ class TextEncoder:
         """The pooled embeddings (N, dim), fp32, of ``captions``, as `encode_tokens` computes them."""
         return self.encode_tokens(captions, states=False).pooled
 
-    @torch.inference_mode()
     def encode_tokens(self, captions: Sequence[str], *, states: bool = True) -> EncodedText:
-        """Embed ``captions``; longer ones than ``max_tokens`` are cut.
+        """Embed ``captions``, as `TextEmbedder.encode_tokens` does."""
+        return self.embedder.encode_tokens(captions, states=states)
 
-        What becomes of a caption depends on that caption alone: each is padded to a length that its own tokens decide,
-        and batches always have the same size, so neighbours change neither shapes nor the order of sums.
-        """
-        tokens = self.tokenizer(list(captions), truncation=True, max_length=self.max_tokens)["input_ids"]
-        padded = [min(math.ceil(len(own) / PADDING_STEP) * PADDING_STEP, self.max_tokens) for own in tokens]
-        # Small on the CPU, which is as fast with it: a batch filled up for a few new captions costs little.
-        batch_size = CPU_BATCH if self.device.type == "cpu" else ACCELERATOR_BATCH
-        pooled = np.empty((len(captions), self.dim), dtype=np.float32)
-        by_caption: dict[int, np.ndarray] = {}
-        for length in sorted(set(padded)):
-            members = [index for index, own in enumerate(padded) if own == length]
-            for start in range(0, len(members), batch_size):
-                batch = members[start : start + batch_size]
-                filled = batch + [batch[-1]] * (batch_size - len(batch))
-                vectors, hidden = self._embed([tokens[index] for index in filled], length)
-                pooled[batch] = vectors[: len(batch)].cpu()
-                if states:
-                    on_host = hidden[: len(batch)].cpu().numpy()
-                    by_caption |= {
-                        index: own[: len(tokens[index])].copy() for index, own in zip(batch, on_host, strict=True)
-                    }
-        return EncodedText(pooled, [by_caption[index] for index in range(len(by_caption))])
-
-    def _embed(self, tokens: list[list[int]], length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings (N, dim) and states (N, T, token_dim) of captions given by their tokens, padded to ``length``."""
-        inputs = self.tokenizer.pad(
-            {"input_ids": tokens}, "max_length", length, padding_side="right", return_tensors="pt"
-        ).to(self.device)
-        output = self.model(**inputs)
-        states = output.last_hidden_state.float()
-        if self._is_clip:
-            return output.text_embeds.float(), states
-        if self.pooling == "cls":
-            return torch.nn.functional.normalize(states[:, 0], dim=-1), states
-        mask = inputs["attention_mask"].unsqueeze(-1).float()
-        return torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1), states
-
-
-def embed(encoder: TextEncoder, captions: Sequence[str], *, tokens: bool) -> Labels:
-    """What a network reads of captions, on the CPU: embeddings (N, dim), or a `Text` of these and token states."""
-    if not tokens:
-        return torch.from_numpy(encoder.encode(captions))
-    encoded = encoder.encode_tokens(captions)
-    states = [torch.from_numpy(own) for own in encoded.states]
-    lengths = torch.tensor([len(own) for own in states])
-    padded = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
-    return Text(torch.from_numpy(encoded.pooled), padded, torch.arange(padded.shape[1]) < lengths.unsqueeze(1))
+    @cached_property
+    def embedder(self) -> TextEmbedder:
+        """Tokenizer and model, loaded, without what is known of their files."""
+        return TextEmbedder(self.tokenizer, self.model, self.pooling, self.max_tokens, self.dim)
 
 
 def _arrived(reference: str, max_tokens: int | None, key: str, fingerprint: str) -> TextEncoder:

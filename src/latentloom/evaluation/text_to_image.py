@@ -1,327 +1,40 @@
-"""Prompts in, images out: a model folder with the two encoders that its config names.
+"""A model folder, with the two encoders that its config names, as an `ImageGenerator` that signs its images."""
 
-    prompts --text encoder--> embeddings (P, dim) --Diffuser--> latents (P N, C, h, w) --codec--> images (P, N, H, W, 3)
-
-A sample is a function of the model, its prompt, the seed, its number and the settings, and of nothing else. So on a CPU
-`generate` computes each by itself: in a batch, sums would be rounded in another order with each other size. Samples of
-one number start from the same noise whatever their prompt, so prompts can be compared.
-"""
-
-import bisect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import latentloom
 from latentloom.devices import autocast_dtype, choose_device
-from latentloom.diffusion.diffuser import Diffuser
-from latentloom.diffusion.interpolation import between_noise, between_texts
 from latentloom.diffusion.sampling_settings import SampleRequest, SamplingSettings
-from latentloom.diffusion.text import Labels, concatenate, drop, trimmed
-from latentloom.diffusion.unet import UNet
-from latentloom.encoding.codec import LatentCodec, batches_by_shape
+from latentloom.encoding.codec import LatentCodec
 from latentloom.encoding.pretrained import has_fingerprint
-from latentloom.encoding.text_encoder import TextEncoder, embed, load_text_encoder
+from latentloom.encoding.text_encoder import load_text_encoder
 from latentloom.encoding.vae import load_vae
 from latentloom.errors import UserError
+from latentloom.evaluation.image_generator import ImageGenerator, StartImage
 from latentloom.evaluation.metadata import ImageMetadata
 from latentloom.files import read_json, write_json
 from latentloom.image_grid import image_grid
 from latentloom.layout import PARAMS
-from latentloom.model_files import EncoderReference, ModelConfig, load_model, model_hash
+from latentloom.model_files import EncoderReference, load_model, model_hash
 from latentloom.params import load_params
-from latentloom.randomness import generator
-from latentloom.sizes import Size
 from latentloom.source_code import code_hash, deciding_modules
 
-BATCH_SIZE = 64
-LARGEST_SIDE = 2048  # pixels, of an image that is asked for
 SETTINGS_FILE = "sampling.json"
 
-Shape: TypeAlias = tuple[int, int, int]  # (C, h, w)
-OnPrediction: TypeAlias = Callable[[int, int, torch.Tensor], None]
-
 
 @dataclass(frozen=True)
-class StartImage:
-    """A picture that samples begin from, instead of noise alone.
+class TextToImage(ImageGenerator):
+    """A model folder with its encoders, loaded: it knows what to write into its images."""
 
-    ``pixels``, uint8 (H, W, 3), have the size that is asked for, and ``id`` names them (`ingestion.images.image_id`).
-    ``strength`` says how much of the sampling is done on them: 0 gives what the VAE makes of the picture, 1 forgets it.
-    """
-
-    pixels: np.ndarray
-    id: str
-    strength: float
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.strength <= 1:
-            raise UserError(f"strength = {self.strength}: must be a number, from 0 to 1")
-
-
-@dataclass(frozen=True)
-class TextToImage:
-    """A model with its encoders, loaded."""
-
-    network: UNet  # predicts clean latents, standardised
-    config: ModelConfig  # the model folder's
-    codec: LatentCodec  # between latents and pixels
-    text_encoder: TextEncoder  # reads the prompts
     model_sha256: str  # names the model, see `model_files.model_hash`
     provenance: Mapping[str, Any] | None = None  # of the model, as far as it goes into an image's metadata
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network computes."""
-        return next(self.network.parameters()).device
-
-    @property
-    def _batch_size(self) -> int:
-        return 1 if self.device.type == "cpu" else BATCH_SIZE
-
-    def generate(
-        self,
-        prompts: Sequence[str],
-        request: SampleRequest,
-        *,
-        start: StartImage | None = None,
-        on_prediction: OnPrediction | None = None,
-    ) -> np.ndarray:
-        """The samples of each prompt that are asked for, uint8 (P, count, H, W, 3).
-
-        Args:
-            prompts: what to generate. With a picture to start from, a blank one asks for no text at all.
-            request: which samples, and how.
-            start: the picture.
-            on_prediction: as that of `denoise`; samples are numbered through the prompts one after the other.
-        """
-        texts = self.embed(prompts)
-        if start:
-            texts = drop(texts, torch.tensor([bool(prompt.strip()) for prompt in prompts]))
-        embeddings = texts[torch.arange(len(prompts)).repeat_interleave(request.count)]
-        numbers = range(request.first, request.first + request.count)
-        shape = self.latent_shape(request.size)
-        noise = [self.starting_noise(str(number), request.seed, shape) for number in numbers] * len(prompts)
-        latents = self.denoise(
-            noise,
-            embeddings,
-            request.settings,
-            negative=self.embed([request.negative]) if request.negative else None,
-            start=start and self.codec.encode(start.pixels[None])[0],
-            strength=start.strength if start else 1.0,
-            batch_size=self._batch_size,
-            on_prediction=on_prediction,
-        )
-        images = np.stack(self.codec.decode_each(latents, batch_size=self._batch_size))
-        return images.reshape(len(prompts), request.count, *images.shape[1:])
-
-    def between(
-        self, prompts: Sequence[str], request: SampleRequest, *, pictures: int, to_seed: int | None = None
-    ) -> np.ndarray:
-        """Pictures on the way from one sample to another, uint8 (pictures, H, W, 3); the first and last are these two.
-
-        Args:
-            prompts: of the two; one: they have the same.
-            request: its seed is the first sample's; both have the number ``first``.
-            pictures: how many, the ends included.
-            to_seed: the last sample's seed; None: the same as the first's.
-
-        Raises:
-            UserError: for less than two pictures, more than two prompts, or two samples that are the same.
-        """
-        if pictures < 2:
-            raise UserError(f"between = {pictures}: must be a whole number, from 2, the pictures at both ends included")
-        same = len(set(prompts)) == 1 and to_seed in (None, request.seed)
-        if same or not 1 <= len(prompts) <= 2 or (to_seed is not None and to_seed < 0):
-            raise UserError("between: give two prompts, or one prompt and another seed, 0 or more, to go to; or both")
-        shape, name = self.latent_shape(request.size), str(request.first)
-        texts = [self.embed([prompts[0]]), self.embed([prompts[-1]])]
-        seeds = (request.seed, request.seed if to_seed is None else to_seed)
-        noise = [self.starting_noise(name, seed, shape) for seed in seeds]
-        shares = [place / (pictures - 1) for place in range(pictures)]
-        latents = self.denoise(
-            [between_noise(*noise, share) if seeds[0] != seeds[1] else noise[0] for share in shares],
-            concatenate([between_texts(*texts, share) for share in shares]),
-            request.settings,
-            negative=self.embed([request.negative]) if request.negative else None,
-            batch_size=self._batch_size,
-        )
-        return np.stack(self.codec.decode_each(latents, batch_size=self._batch_size))
-
-    def latent_shape(self, size: str | None) -> Shape:
-        """The latent (C, h, w) of an image of ``size``, ``WIDTHxHEIGHT`` in pixels; None: the model's own.
-
-        Raises:
-            UserError: when it is no size, or one that VAE and network cannot make, naming the nearest that they can.
-        """
-        if size is None:
-            return self.config.latent_shape
-        try:
-            width, height = Size.parse(size)
-        except ValueError as error:
-            raise UserError(f"size: {error}") from error
-        multiple = self.codec.vae.factor * self.network.multiple
-        nearest = Size(*(min(max(round(side / multiple), 1) * multiple, LARGEST_SIDE) for side in (width, height)))
-        if nearest != (width, height):
-            raise UserError(
-                f"size: {size} is none that this model makes: sides are multiples of {multiple} pixels, up to "
-                f"{LARGEST_SIDE}; the nearest is {nearest}"
-            )
-        return self.config.latent_shape[0], height // self.codec.vae.factor, width // self.codec.vae.factor
-
-    def image_size(self, size: str | None) -> Size:
-        """The size in pixels of an image of ``size``, see `latent_shape`."""
-        _, height, width = self.latent_shape(size)
-        return Size(width * self.codec.vae.factor, height * self.codec.vae.factor)
-
-    def remarks(self, prompts: Sequence[str], request: SampleRequest, *, start: StartImage | None = None) -> list[str]:
-        """What is worth a warning about a request, a sentence each.
-
-        Raises:
-            UserError: when a prompt is no text, or the size is none that can be made.
-        """
-        read = [prompt for prompt in prompts if prompt.strip() or not start]
-        remarks = [remark for remark in map(self.unread, read) if remark]
-        if request.negative:
-            unread = self.unread(request.negative)
-            remarks += [unread.replace("the prompt", "the negative prompt")] if unread else []
-            if request.settings.class_guidance == 1:
-                remarks.append("the negative prompt has no effect: with guidance 1 nothing is guided away from")
-        asked, trained = self.latent_shape(request.size), self.config.trained_shapes
-        if asked not in trained:
-            factor = self.codec.vae.factor
-            size, *known = (str(Size(width * factor, height * factor)) for _, height, width in (asked, *trained))
-            remarks.append(f"the model was trained on {', '.join(known)}; at {size} its samples may be worse")
-        return remarks
-
-    def unread(self, prompt: str) -> str | None:
-        """What the model does not read of a prompt, in a sentence; None where it reads all of it.
-
-        Raises:
-            UserError: when the prompt is no text: bytes that are not UTF-8 reach Python as lone surrogates.
-        """
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"the prompt {prompt!a} is not in UTF-8") from error
-        if not prompt.strip():
-            return "the prompt is empty: nothing is asked for, and the sample shows what such a prompt happens to give"
-
-        encoder = self.text_encoder
-        parts = encoder.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
-        if unknown := parts.count(encoder.tokenizer.unk_token_id):
-            return (
-                f"the text encoder does not know {unknown} of {len(parts)} parts of the prompt, as those in a script "
-                "that it was not trained on, and reads each as it would any other that it does not know"
-            )
-
-        def is_cut(length: int) -> bool:
-            return encoder.count_tokens([prompt[:length]])[0] > encoder.max_tokens
-
-        if not is_cut(len(prompt)):
-            return None
-        read = prompt[: bisect.bisect_left(range(1, len(prompt)), True, key=is_cut)]  # the longest that is not cut
-        return (
-            f"the prompt has {len(prompt):,} characters, and the text encoder reads the first {len(read):,} "
-            f"({encoder.max_tokens} tokens), up to “…{read[-40:]}”; what follows has no effect"
-        )
-
-    def embed(self, prompts: Sequence[str]) -> Labels:
-        """What the network reads of prompts: embeddings (P, dim), or a `Text` of these and token states; on the CPU."""
-        return embed(self.text_encoder, prompts, tokens=self.config.token_dim is not None)
-
-    def latents(
-        self,
-        embeddings: Labels,
-        names: Sequence[str],
-        settings: SamplingSettings,
-        *,
-        seed: int,
-        batch_size: int = BATCH_SIZE,
-        shapes: Sequence[Shape] | None = None,
-    ) -> torch.Tensor | list[torch.Tensor]:
-        """A standardised latent for each text embedding (B, dim) or text, on the network's device.
-
-        The noise that a sample starts from is a function of ``seed``, its name and shape alone, so asking for more
-        samples does not change those already asked for.
-
-        Args:
-            embeddings: what `embed` gives.
-            names: one per sample.
-            settings: of all samples.
-            seed: of the noise.
-            batch_size: how many are computed at a time.
-            shapes: of each latent; None: all of them the model's own.
-
-        Returns:
-            A tensor (B, C, h, w) or, where ``shapes`` are given, a list of B tensors (C, h, w).
-        """
-        noise = [self.starting_noise(name, seed, shapes and shapes[place]) for place, name in enumerate(names)]
-        latents = self.denoise(noise, embeddings, settings, batch_size=batch_size)
-        return torch.stack(latents) if shapes is None else latents
-
-    def denoise(
-        self,
-        noise: Sequence[torch.Tensor],
-        embeddings: Labels,
-        settings: SamplingSettings,
-        *,
-        negative: Labels | None = None,
-        start: torch.Tensor | None = None,
-        strength: float = 1.0,
-        batch_size: int = BATCH_SIZE,
-        on_prediction: OnPrediction | None = None,
-    ) -> list[torch.Tensor]:
-        """A standardised latent (C, h, w) for each draw of noise of such a shape, on the network's device.
-
-        Args:
-            noise: what samples start from.
-            embeddings: what `embed` gives, one per sample.
-            settings: of all samples.
-            negative: one text that all are guided away from; None: no text.
-            start: the latent (C, h, w) that all begin from, see `Diffuser.reverse_diffusion`, and its ``strength``.
-            batch_size: how many are computed at a time.
-            on_prediction: called for each sample and step with the sample's place, the number of the step, from 0, and
-                the present prediction of the clean latent (C, h, w).
-        """
-        diffuser = Diffuser(
-            self.network,
-            settings=settings,
-            schedule=self.config.schedule,
-            bound=self.config.latent_bound,
-            latent_channels=self.config.latent_shape[0],
-            autocast_dtype=autocast_dtype(settings.precision, self.device),
-        )
-        samples: dict[int, torch.Tensor] = {}
-        with tqdm(total=len(noise), desc="sample", unit="image") as progress:
-            for part in batches_by_shape([own.shape for own in noise], batch_size):
-
-                def pass_on(step: int, predictions: torch.Tensor, part: Sequence[int] = part) -> None:
-                    for place, prediction in zip(part, predictions, strict=True):
-                        on_prediction(place, step, prediction)
-
-                latents = diffuser.reverse_diffusion(
-                    torch.stack([noise[place] for place in part]).to(self.device),
-                    trimmed(embeddings[torch.tensor(part)]).to(self.device),
-                    layout="nchw",
-                    negative=None if negative is None else trimmed(negative[[0] * len(part)]).to(self.device),
-                    start=None if start is None else start.to(self.device).expand(len(part), *start.shape),
-                    strength=strength,
-                    on_prediction=on_prediction and pass_on,
-                )
-                samples |= zip(part, latents, strict=True)
-                progress.update(len(part))
-        return [samples[place] for place in range(len(noise))]
-
-    def starting_noise(self, name: str, seed: int, shape: Shape | None = None) -> torch.Tensor:
-        """The noise (C, h, w) that the sample of that name starts from; ``shape`` None: the model's own."""
-        return torch.randn(shape or self.config.latent_shape, generator=generator("cpu", seed, "sample", name))
 
     def metadata(
         self,

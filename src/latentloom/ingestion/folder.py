@@ -30,7 +30,8 @@ from latentloom.ingestion.captions import columns_of_captions, flat_captions, no
 from latentloom.ingestion.image_formats import HEAD, format_of, looks_like_image
 from latentloom.ingestion.metadata import FILE_NAME, READERS, columns_wanted, read_metadata_rows
 from latentloom.ingestion.rejects import Reason, RejectedSample
-from latentloom.ingestion.source_files import resolve_source_path, visible_files
+from latentloom.ingestion.remote import is_remote, read
+from latentloom.ingestion.source_files import remote_files, resolve_source_path, visible_files
 from latentloom.ingestion.sources import IngestError, Origin, Sample, Source, reject, rejected_sample
 
 
@@ -49,11 +50,15 @@ class FolderSource(Source):
     def __init__(
         self, path: Path | str, captions: str = "lines", caption_columns: Mapping[str, int] | None = None
     ) -> None:
-        self.root = resolve_source_path(path)
-        if not self.root.is_dir():
-            what = "is not a folder" if self.root.exists() else "does not exist"
-            raise IngestError(f"ingest: the path {self.root} {what}; give the folder that holds your images")
-        names = sorted(visible_files(self.root))
+        if is_remote(path):
+            self.root, self._remote = str(path).rstrip("/"), remote_files(str(path))
+            names = list(self._remote)
+        else:
+            self.root, self._remote = resolve_source_path(path), None
+            if not self.root.is_dir():
+                what = "is not a folder" if self.root.exists() else "does not exist"
+                raise IngestError(f"ingest: the path {self.root} {what}; give the folder that holds your images")
+            names = sorted(visible_files(self.root))
         self._images = set(filter(self._is_image, names))
         self._captions: dict[str, list[object]] = {}  # from metadata
         self._files_of: dict[str, list[str]] = {}  # caption files
@@ -75,17 +80,31 @@ class FolderSource(Source):
     def samples(self) -> Iterator[Sample]:
         yield from self._unused
         for key in self._keys:
-            origin = Origin(f"{self.root}/{key}") if key in self._images else None
-            yield Sample(key, self._image(key), self._captions_of(key), origin)
+            yield Sample(key, self._image(key), self._captions_of(key), self._origin(key))
+
+    def _origin(self, key: str) -> Origin | None:
+        if key not in self._images:
+            return None
+        if self._remote is None:
+            return Origin(f"{self.root}/{key}")
+        told = self._remote[key].origin
+        return told and Origin(None, told)
+
+    def _is_there(self, key: str) -> bool:
+        return _is_file(self.root / key) if self._remote is None else key in self._remote
 
     def _is_image(self, name: str) -> bool:
         """By its name, or where that says nothing by its content. A link to nowhere may be to a folder of images."""
-        path = self.root / name
-        if looks_like_image(name) or _may_hold_captions(name):
-            return looks_like_image(name)
-        if not _is_file(path):
-            return path.is_symlink() and not path.exists()
+        if looks_like_image(name):
+            return True
+        if _may_hold_captions(name):
+            return False
         try:
+            if self._remote is not None:
+                return format_of(read(self._remote[name].address, 0, HEAD)) is not None
+            path = self.root / name
+            if not _is_file(path):
+                return path.is_symlink() and not path.exists()
             with open(path, "rb") as file:
                 return format_of(file.read(HEAD)) is not None
         except OSError:
@@ -126,7 +145,7 @@ class FolderSource(Source):
 
     def _read_metadata(self, name: str) -> None:
         used: dict[str, None] = {}
-        for line, row in read_metadata_rows(self.root / name, self._columns):
+        for line, row in read_metadata_rows(f"{self.root}/{name}", self._columns):
             if isinstance(row, str):
                 detail = f"row {line} of {name} {row}"
                 self._unused.append(rejected_sample(f"{name}:{line}", Reason.BAD_ROW, detail))
@@ -145,7 +164,7 @@ class FolderSource(Source):
         suffix be missing. Where several images have the name in this way, none is meant.
         """
         key = posixpath.normpath(posixpath.join(parent, file_name))
-        if key in self._images or _is_file(self.root / key):
+        if key in self._images or self._is_there(key):
             return key
         key = posixpath.normpath(posixpath.join(parent, file_name.replace("\\", "/")))
         called = self._names.called(key)
@@ -160,6 +179,8 @@ class FolderSource(Source):
         if key not in self._images:
             called = self._names.called(key) or self._names.called(posixpath.splitext(key)[0])
         hint = f"; did you mean {' or '.join(called)}?" if called else ""
+        if self._remote is not None and key not in self._remote:
+            return partial(reject, Reason.MISSING_FILE, f"{named}there is no such file{hint}")
         return partial(_image, f"{self.root}/{key}", named, hint)
 
     def _captions_of(self, key: str) -> Callable[[], Iterable[object]]:
@@ -174,26 +195,27 @@ class FolderSource(Source):
 
 def _image(path: str, named: str, hint: str) -> bytes:
     """The content of an image; where there is none, ``named`` says who names it, and ``hint`` what may be meant."""
-    if _is_file(path):
-        return _content(Path(path))
+    if is_remote(path) or _is_file(path):
+        return _content(path)
     is_link = os.path.islink(path)  # noqa: PTH114
     what = "it is a link to what is not there" if is_link else f"there is no such file{hint}"
     raise RejectedSample(Reason.MISSING_FILE, f"{named}{what}")
 
 
 def _captions(reader: CaptionFiles, stem: str, files: Sequence[str]) -> RawCaptions:
-    return reader.read(stem, ((caption_suffix(path), _content(Path(path))) for path in files))
+    return reader.read(stem, ((caption_suffix(path), _content(path)) for path in files))
 
 
 def _may_hold_captions(name: str) -> bool:
     return caption_suffix(name) is not None or name.lower().endswith((*TABLES, ".parquet"))
 
 
-def _content(path: Path) -> bytes:
+def _content(path: str) -> bytes:
     try:
-        return path.read_bytes()
+        return read(path) if is_remote(path) else Path(path).read_bytes()
     except OSError as error:
-        raise RejectedSample(Reason.UNREADABLE, f"{path.name}: {error.strerror or error}") from error
+        detail = f"{posixpath.basename(path)}: {error.strerror or error}"
+        raise RejectedSample(Reason.UNREADABLE, detail) from error
 
 
 def _is_file(path: Path | str) -> bool:

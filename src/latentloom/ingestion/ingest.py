@@ -35,6 +35,7 @@ from latentloom.ingestion.parquet import ParquetSource
 from latentloom.ingestion.prepared import Key, PreparedStore
 from latentloom.ingestion.preprocess import Known, Outcome, preprocess_sample
 from latentloom.ingestion.rejects import Reason, Reject, RejectTable
+from latentloom.ingestion.remote import is_remote
 from latentloom.ingestion.shards import ImageRow, SourceCount, amend_shards, write_manifest, write_shards
 from latentloom.ingestion.size_table import render
 from latentloom.ingestion.source_files import resolve_source_path
@@ -120,7 +121,7 @@ def ingest(
     """
     for entry in params.sources:
         _check_outputs_outside_source(entry, (images_folder, rejects_path, near_duplicates_path))
-    sources = {entry.label: open_source(entry, params) for entry in params.sources}
+    sources = {entry.label: open_source(entry, params, store) for entry in params.sources}
     counts = {
         entry.label: SourceCount(entry.label, entry.source, entry.weight, source.attribution, source.licence)
         for entry, source in zip(params.sources, sources.values(), strict=True)
@@ -179,7 +180,7 @@ def ingest(
     )
 
 
-def open_source(entry: SourceParams, params: IngestParams) -> Source:
+def open_source(entry: SourceParams, params: IngestParams, store: PreparedStore | None = None) -> Source:
     """The source that an entry of the params names.
 
     Raises:
@@ -193,7 +194,8 @@ def open_source(entry: SourceParams, params: IngestParams) -> Source:
         case "webdataset":
             return WebDatasetSource(entry.path, entry.captions, entry.caption_column, entry.key)
         case "parquet":
-            return ParquetSource(entry.path, entry.image_column, entry.caption_column)
+            known = [store.knows] if store else []
+            return ParquetSource(entry.path, entry.image_column, entry.caption_column, *known)
 
 
 class _Item(NamedTuple):
@@ -315,7 +317,7 @@ def _keep_near_duplicates_together(
 
 
 def _check_outputs_outside_source(entry: SourceParams, outputs: Iterable[Path]) -> None:
-    if entry.path is None:
+    if entry.path is None or is_remote(entry.path):
         return
     source = resolve_source_path(entry.path).resolve()
     for output in outputs:

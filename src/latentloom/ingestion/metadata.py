@@ -5,10 +5,12 @@ others are left alone. A row that cannot be read is a problem of that row; a fil
 """
 
 import csv
+import io
 import json
+import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +18,7 @@ import pyarrow.parquet as pq
 from latentloom.ingestion.captions import CAPTION_COLUMNS, HOW_TO_NAME_COLUMN, columns_of_captions
 from latentloom.ingestion.image_formats import looks_like_image
 from latentloom.ingestion.rejects import error_message
+from latentloom.ingestion.remote import open_file
 from latentloom.ingestion.sources import IngestError
 
 FILE_NAME = "file_name"
@@ -31,7 +34,7 @@ def columns_wanted(caption_columns: Mapping[str, int] | None) -> str:
     return f"it needs {FILE_NAME} and {of_captions}"
 
 
-def read_metadata_rows(path: Path, wanted: Mapping[str, int] | None = None) -> Rows:
+def read_metadata_rows(path: Path | str, wanted: Mapping[str, int] | None = None) -> Rows:
     """The rows of one metadata file, in order, each with a file name; bytes that are not UTF-8 are surrogate escapes.
 
     Args:
@@ -43,10 +46,10 @@ def read_metadata_rows(path: Path, wanted: Mapping[str, int] | None = None) -> R
     """
     line = 0
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             if file.read(2) in UTF_16:
                 raise IngestError(f"{path} is UTF-16; save it as UTF-8")
-        for line, row in READERS[path.name.lower()](path, wanted):
+        for line, row in READERS[posixpath.basename(str(path)).lower()](path, wanted):
             if isinstance(row, dict):
                 file_name = row.get(FILE_NAME)
                 if not isinstance(file_name, str) or not file_name.strip():
@@ -57,8 +60,8 @@ def read_metadata_rows(path: Path, wanted: Mapping[str, int] | None = None) -> R
         raise IngestError(f"{path} cannot be read{place} ({error_message(error)}); fix or remove it") from error
 
 
-def _csv_rows(path: Path, wanted: Mapping[str, int] | None) -> Rows:
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+def _csv_rows(path: Path | str, wanted: Mapping[str, int] | None) -> Rows:
+    with _text(path, newline="") as file:
         # Strict: of a quote that is never closed, the following rows would be part.
         reader = csv.DictReader(file, skipinitialspace=True, strict=True)
         reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
@@ -75,15 +78,19 @@ def _csv_rows(path: Path, wanted: Mapping[str, int] | None) -> Rows:
                 yield reader.line_num, row | dict.fromkeys(nulls)
 
 
+def _text(path: Path | str, newline: str) -> TextIO:
+    return io.TextIOWrapper(open_file(path), encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+
+
 def _holds_row(cell: str) -> bool:
     """Whether one of the lines of a cell names an image, as a row that a quote has swallowed does."""
     cells = (own for line in cell.split("\n") for own in line.split(",")) if "\n" in cell else ()
     return any(looks_like_image(own.strip(' "\r')) for own in cells)
 
 
-def _jsonl_rows(path: Path, wanted: Mapping[str, int] | None) -> Rows:
+def _jsonl_rows(path: Path | str, wanted: Mapping[str, int] | None) -> Rows:
     columns: dict[str, None] = {}
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+    with _text(path, newline="\n") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -98,8 +105,8 @@ def _jsonl_rows(path: Path, wanted: Mapping[str, int] | None) -> Rows:
     _columns_of_captions(path, list(columns), wanted)
 
 
-def _parquet_rows(path: Path, wanted: Mapping[str, int] | None) -> Rows:
-    with pq.ParquetFile(path) as file:
+def _parquet_rows(path: Path | str, wanted: Mapping[str, int] | None) -> Rows:
+    with open_file(path) as source, pq.ParquetFile(source) as file:
         names = file.schema_arrow.names
         columns = [FILE_NAME, *_columns_of_captions(path, names, wanted)]
         rows = (row for batch in file.iter_batches(columns=columns) for row in batch.to_struct_array())
@@ -110,7 +117,7 @@ def _parquet_rows(path: Path, wanted: Mapping[str, int] | None) -> Rows:
                 yield number, "is not UTF-8"
 
 
-def _columns_of_captions(path: Path, names: Sequence[str], wanted: Mapping[str, int] | None) -> dict[str, int]:
+def _columns_of_captions(path: Path | str, names: Sequence[str], wanted: Mapping[str, int] | None) -> dict[str, int]:
     """Those of a table's columns, which must have the wanted ones, and each of them once."""
     columns = columns_of_captions(names, wanted)
     if FILE_NAME not in names or len(columns) < len(wanted or [""]):

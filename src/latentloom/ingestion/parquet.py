@@ -20,8 +20,9 @@ import pyarrow.types as types
 
 from latentloom.ingestion.captions import CAPTION_COLUMNS, columns_of_captions, flat_captions, notice_of_several
 from latentloom.ingestion.rejects import Reason, RejectedSample, error_message
-from latentloom.ingestion.source_files import loose_samples, source_files
-from latentloom.ingestion.sources import IngestError, Sample, Source, reject, rejected_sample
+from latentloom.ingestion.remote import is_remote, open_file
+from latentloom.ingestion.source_files import loose_samples, origin_of, source_files
+from latentloom.ingestion.sources import IngestError, Origin, Sample, Source, reject, rejected_sample
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "image_bytes", "bytes")
 SUFFIXES = (".parquet", ".pq")
@@ -38,6 +39,7 @@ class ParquetSource(Source):
         path: a file, a folder, or a pattern.
         image_column: of encoded bytes; None for the first of ``IMAGE_COLUMNS`` that holds some.
         caption_columns: and how often a caption of each counts; None for all of the usual names.
+        is_known: whether the image of an origin need not be read; of a row group of such, only captions are.
 
     Raises:
         IngestError: when there is no Parquet file, or one lacks a column; file, columns and param are named.
@@ -46,8 +48,13 @@ class ParquetSource(Source):
     joins_captions = True
 
     def __init__(
-        self, path: Path | str, image_column: str | None = None, caption_columns: Mapping[str, int] | None = None
+        self,
+        path: Path | str,
+        image_column: str | None = None,
+        caption_columns: Mapping[str, int] | None = None,
+        is_known: Callable[[Origin], bool] = lambda _: False,
     ) -> None:
+        self._is_known = is_known
         self._files, others = source_files(path, SUFFIXES)
         self._loose = loose_samples(others, "the tables")
         self._image_column, self._caption_columns = image_column, caption_columns
@@ -71,27 +78,37 @@ class ParquetSource(Source):
                 yield rejected_sample(name, Reason.UNREADABLE, detail)
                 continue
             with file:
-                yield from self._samples(file, name, self._columns(path, file.schema_arrow))
+                yield from self._samples(file, name, path, self._columns(path, file.schema_arrow))
 
     def notices(self) -> list[str]:
         return [notice_of_several(name, columns) for columns, name in self._several.items()]
 
-    def _samples(self, file: pq.ParquetFile, name: str, columns: list[str]) -> Iterator[Sample]:
+    def _samples(self, file: pq.ParquetFile, name: str, path: Path | str, columns: list[str]) -> Iterator[Sample]:
         stop, of_captions = 0, columns_of_captions(columns[1:], self._caption_columns)
         for number in range(file.num_row_groups):
             group = file.metadata.row_group(number)
-            row, stop = stop, stop + group.num_rows
+            start = row = stop
+            stop += group.num_rows
+            origins = (origin_of(path, str(own)) for own in range(start, stop))
+            is_known = all(origin and self._is_known(origin) for origin in origins)
             rows = min(BATCH_ROWS, max(1, BATCH_BYTES * group.num_rows // max(group.total_byte_size, 1)))
             try:
-                for batch in file.iter_batches(rows, row_groups=[number], columns=columns):
-                    for image, *captions in zip(*(batch.column(column) for column in columns), strict=True):
-                        yield Sample(f"{name}:{row}", partial(_image, image.as_py()), _captions(captions, of_captions))
+                for batch in file.iter_batches(rows, row_groups=[number], columns=columns[is_known:]):
+                    values = [batch.column(column) for column in columns[is_known:]]
+                    for own in zip(*values, strict=True):
+                        read = (
+                            partial(_image_in_row, str(path), columns[0], number, row - start)
+                            if is_known
+                            else partial(_image, own[0].as_py())
+                        )
+                        captions = _captions(own[1 - is_known :], of_captions)
+                        yield Sample(f"{name}:{row}", read, captions, origin_of(path, str(row)))
                         row += 1
             except DAMAGED as error:
                 detail = f"the rows {row} to {stop - 1} cannot be read ({error_message(error)})"
                 yield rejected_sample(f"{name}:{row}", Reason.UNREADABLE, detail)
 
-    def _columns(self, path: Path, schema: pa.Schema) -> list[str]:
+    def _columns(self, path: Path | str, schema: pa.Schema) -> list[str]:
         """The image column, then those of captions."""
         with_bytes = {field.name.lower(): field.name for field in reversed(schema) if _holds_bytes(field.type)}
         if self._image_column is None:
@@ -117,8 +134,9 @@ class ParquetSource(Source):
         return [*images, *captions]
 
 
-def _open(path: Path) -> pq.ParquetFile:
-    return pq.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True)
+def _open(path: Path | str) -> pq.ParquetFile:
+    file = open_file(path) if is_remote(path) else path
+    return pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True)
 
 
 def _holds_bytes(arrow_type: pa.DataType) -> bool:
@@ -128,6 +146,18 @@ def _holds_bytes(arrow_type: pa.DataType) -> bool:
     if types.is_dictionary(arrow_type):
         return _holds_bytes(arrow_type.value_type)
     return types.is_binary(arrow_type) or types.is_large_binary(arrow_type) or types.is_binary_view(arrow_type)
+
+
+def _image_in_row(path: str, column: str, group: int, row: int) -> bytes:
+    try:
+        with _open(path) as file:
+            for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[column]):
+                if row < len(batch):
+                    return _image(batch.column(column)[row].as_py())
+                row -= len(batch)
+    except DAMAGED as error:
+        raise RejectedSample(Reason.UNREADABLE, error_message(error)) from error
+    raise RejectedSample(Reason.UNREADABLE, "its row is gone")
 
 
 def _image(value: bytes | dict[str, Any] | None) -> bytes:

@@ -123,6 +123,11 @@ class PreparedStore:
             return None
         return hashlib.sha256(f"{content}|{origin.part}|{self._recipe}".encode("utf-8", "surrogateescape")).digest()
 
+    def knows(self, origin: Origin) -> bool:
+        """Whether `find` finds what is of this origin."""
+        key = self.key(origin)
+        return key is not None and self.find(key) is not None
+
     def find(self, key: Key) -> Known | None:
         """What is known of the sample with this key, its picture apart."""
         known = self._at(self._next, key)

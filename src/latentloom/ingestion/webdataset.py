@@ -4,16 +4,20 @@ As WebDataset has it, a key is a member's path up to the first dot of its last p
 one sample; params may have it end at the last dot instead. Caption files, their suffixes, and what they hold are those
 of ``caption_files``; JSON is an object, as img2dataset writes it. Members of other kinds are skipped.
 
-Tars are read from front to back, one sample in memory at a time, and nothing is ever unpacked. A tar may follow another
-in one file. A damaged tar costs what lies behind the damage; the samples before it, and the other tars, are used.
+Tars are read from front to back, one sample in memory at a time, and nothing is ever unpacked. Of a plain tar on a disk
+workers read the images, where they have to be read at all. A tar may follow another in one file. A damaged tar costs
+what lies behind the damage; the samples before it, and the other tars, are used.
 """
 
+import io
 import posixpath
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
 from pathlib import Path, PureWindowsPath
+from typing import BinaryIO, NamedTuple
 
 import pyarrow as pa
 
@@ -21,7 +25,8 @@ from latentloom.ingestion.caption_files import TABLES, CaptionFiles, LineCounts,
 from latentloom.ingestion.image_formats import HEAD, format_of, looks_like_image
 from latentloom.ingestion.images import MAX_BYTES
 from latentloom.ingestion.rejects import Reason, RejectedSample, error_message
-from latentloom.ingestion.source_files import is_hidden, loose_samples, source_files
+from latentloom.ingestion.remote import is_remote, open_file, size_of
+from latentloom.ingestion.source_files import is_hidden, loose_samples, origin_of, source_files
 from latentloom.ingestion.sources import Sample, Source, rejected_sample
 
 ZSTD = (".zst", ".tzst")
@@ -70,10 +75,10 @@ class WebDatasetSource(Source):
     def count_lines(self, lines: LineCounts) -> None:
         self._lines = self._lines.plus(lines)
 
-    def _samples(self, tar: str, path: Path) -> Iterator[Sample]:
+    def _samples(self, tar: str, path: Path | str) -> Iterator[Sample]:
         known: set[str] = set()
         for stem, members in groupby(_members(path), key=lambda member: self._split(member[0])[0]):
-            image: bytes | None = None
+            image: _Image | None = None
             captions: dict[str, bytes] = {}
             others: list[str] = []
             for name, content in members:
@@ -96,7 +101,8 @@ class WebDatasetSource(Source):
                 yield rejected_sample(key, Reason.DUPLICATE_KEY, detail)
             elif image is not None:
                 self._unread += len(captions) if self._reader.from_names else 0
-                yield Sample(key, partial(bytes, image), partial(self._reader.read, stem, tuple(captions.items())))
+                read = partial(self._reader.read, stem, tuple(captions.items()))
+                yield Sample(key, image.read, read, origin_of(path, str(image.offset)))
             elif captions:
                 yield rejected_sample(key, Reason.MISSING_FILE, f"{' and '.join(captions)} without an image")
             yield from _of_longer_extension(tar, stem, others)
@@ -116,14 +122,22 @@ def _of_longer_extension(tar: str, stem: str, names: list[str]) -> Iterator[Samp
             yield rejected_sample(f"{tar}/{name}", Reason.MISSING_FILE, detail)
 
 
-def _members(path: Path) -> Iterator[tuple[str, bytes | RejectedSample]]:
+class _Image(NamedTuple):
+    """An image of a tar, which may not be read yet, and where in the unpacked tar it begins."""
+
+    read: Callable[[], bytes]
+    offset: int
+
+
+def _members(path: Path | str) -> Iterator[tuple[str, _Image | bytes | RejectedSample]]:
     """Names and contents of the images, texts and JSON of a tar; of a member that is rejected, why.
 
     Where the tar is damaged, the reason comes as the content of a last member without a name.
     """
     last = ""
     try:
-        if not path.stat().st_size:
+        size = size_of(path)
+        if not size:
             yield "", RejectedSample(Reason.EMPTY_FILE, "the file holds no bytes")
             return
         with _opened(path) as tar:
@@ -135,8 +149,10 @@ def _members(path: Path) -> Iterator[tuple[str, bytes | RejectedSample]]:
                     yield last, problem
                 elif member.isfile() and not is_hidden(last):
                     file = tar.extractfile(member)
-                    if looks_like_image(last) or caption_suffix(last):
+                    if caption_suffix(last):
                         yield last, file.read()
+                    elif looks_like_image(last):
+                        yield last, _image(path, size, tar, member, file)
                     elif name := format_of(file.read(HEAD)):
                         detail = f"begins as {name}, but is not called as an image; call it KEY.jpg or the like"
                         yield last, RejectedSample(Reason.UNSUPPORTED_FORMAT, detail)
@@ -151,10 +167,35 @@ def _members(path: Path) -> Iterator[tuple[str, bytes | RejectedSample]]:
         yield "", RejectedSample(Reason.TRUNCATED if is_cut and last else Reason.UNREADABLE, detail)
 
 
-def _opened(path: Path) -> tarfile.TarFile:
-    if path.name.lower().endswith(ZSTD):
-        return tarfile.open(fileobj=pa.input_stream(path, compression="zstd"), mode="r|", tarinfo=_Header)
-    return tarfile.open(path, tarinfo=_Header)
+def _image(path: Path | str, size: int, tar: tarfile.TarFile, member: tarfile.TarInfo, file: BinaryIO) -> _Image:
+    is_plain = isinstance(tar.fileobj, io.BufferedReader)
+    if not is_plain or member.issparse() or is_remote(path):
+        return _Image(partial(bytes, file.read()), member.offset_data)
+    if member.offset_data + member.size > size:
+        raise tarfile.ReadError(CUT_OFF)
+    return _Image(partial(_part, str(path), member.offset_data, member.size), member.offset_data)
+
+
+def _part(path: str, offset: int, size: int) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+    except OSError as error:
+        detail = f"{posixpath.basename(path)}: {error.strerror or error}"
+        raise RejectedSample(Reason.UNREADABLE, detail) from error
+
+
+@contextmanager
+def _opened(path: Path | str) -> Iterator[tarfile.TarFile]:
+    with open_file(path) as file:
+        if str(path).lower().endswith(ZSTD):
+            unpacked = pa.input_stream(file, compression="zstd")
+            with unpacked, tarfile.open(fileobj=unpacked, mode="r|", tarinfo=_Header) as tar:
+                yield tar
+        else:
+            with tarfile.open(fileobj=file, tarinfo=_Header) as tar:
+                yield tar
 
 
 class _Header(tarfile.TarInfo):

@@ -25,6 +25,7 @@ from latentloom.evaluation.metadata import generate_command, read_metadata, save
 from latentloom.evaluation.recall import nearest
 from latentloom.evaluation.text_to_image import StartImage, TextToImage, default_settings, load_text_to_image
 from latentloom.files import read_json
+from latentloom.ids import to_hex
 from latentloom.image_grid import image_grid
 from latentloom.ingestion.one_picture import prepare_picture
 from latentloom.layout import IMAGES, LATENTS, MODEL, PARAMS, SAMPLES, TEXT
@@ -50,10 +51,15 @@ class Loaded:
 
 
 class Studio:
-    """The page's project: its models, its pictures, its data. ``root`` is its folder, the current one."""
+    """The page's project: its models, its pictures, its data.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    Args:
+        root: its folder, the current one.
+        warn: is told what a model does not read of a prompt, and other remarks, a sentence each.
+    """
+
+    def __init__(self, root: Path, warn: Callable[[str], None]) -> None:
+        self.root, self.warn = root, warn
         self.folder = root / SAMPLES / "page"
         self._load = lru_cache(MODELS_KEPT)(self._load_model)
 
@@ -100,15 +106,14 @@ class Studio:
             raise UserError("the prompt is empty: say what to draw")
         model = loaded.model
         start = upload and StartImage(*prepare_picture(Path(upload), model.image_size(request.size)), strength)
-        model.remarks([prompt], request, start=start)  # raises where the prompt cannot be read
-        pictures: list[Picture] = []
+        for remark in model.remarks([prompt], request, start=start):
+            self.warn(remark)
         blank = np.full((*model.image_size(request.size)[::-1], 3), 255, np.uint8)
+        pictures: list[Picture] = [(blank, "waiting")] * request.count
         every = max(1, request.settings.diffusion_steps // PREVIEWS)
 
         def work(show: Callable[[list[Picture]], None]) -> list[Picture]:
             def on_prediction(place: int, step: int, prediction: torch.Tensor) -> None:
-                while len(pictures) <= place:
-                    pictures.append((blank, "waiting"))
                 if step % every == 0:
                     pictures[place] = (model.codec.decode(prediction[None])[0], f"step {step + 1}")
                     show(list(pictures))
@@ -131,7 +136,7 @@ class Studio:
         metadata = model.metadata([prompt], replace(request, first=number, count=1), start=start)
         path = self._path(prompt or "variation", f"{request.seed}-{number}", ".png")
         save_image(path, image, metadata)
-        return str(path), f"seed {request.seed}, sample {number}"
+        return str(path), f"sample {number}"
 
     def _path(self, prompt: str, name: str, suffix: str) -> Path:
         """A new file for a picture, whose name says what it shows."""
@@ -140,17 +145,18 @@ class Studio:
         return next(path for path in taken if not path.exists())
 
     def between(
-        self, reference: str, prompts: Sequence[str], options: Mapping[str, Any], *, pictures: int, to_seed: int
+        self, reference: str, prompts: Sequence[str], options: Mapping[str, Any], *, pictures: int, to_seed: int | None
     ) -> tuple[str, str, str]:
         """The files of a strip (PNG) and of the animations there and back (WebP, GIF); raises as `draw`."""
         loaded = self.load(reference)
         request = request_of(loaded.settings, options)
         if not 2 <= pictures <= MOST_PICTURES:
             raise UserError(f"pictures = {pictures}: must be from 2 to {MOST_PICTURES}")
-        asked = [prompt for prompt in prompts if prompt.strip()]
+        asked, to_seed = [prompt for prompt in prompts if prompt.strip()], None if to_seed == request.seed else to_seed
+        for remark in loaded.model.remarks(asked, request):
+            self.warn(remark)
         drawn = loaded.model.between(asked, request, pictures=pictures, to_seed=to_seed)
-        name = f"{request.seed}-to-{to_seed}"
-        strip = self._path(" to ".join(asked), name, ".png")
+        strip = self._path(" to ".join(asked), f"{request.seed}-{pictures}", ".png")
         metadata = loaded.model.metadata(asked, request, pictures=pictures, to_seed=to_seed)
         save_image(strip, image_grid(drawn, columns=pictures), metadata)
         animations = [strip.with_suffix(suffix) for suffix in (".webp", ".gif")]
@@ -191,11 +197,12 @@ class Studio:
         pixels = prepare_picture(Path(path), self.load(reference).model.image_size(None))[0]
         sample = caches.train.codec.standardise(vae.encode(pixels[None])["mean"])[0]
         (rows,), (distances,) = nearest([sample], [caches.train, caches.validation], NEAREST)
-        ids = [*caches.train.ids, *caches.validation.ids]
-        found = {row.id: row for row in rows_of(self.root / IMAGES, {ids[row] for row in rows.tolist()})}
+        everything = np.concatenate([caches.train.ids, caches.validation.ids])
+        ids = to_hex(everything[rows.numpy()]).to_pylist()
+        found = {row.id: row for row in rows_of(self.root / IMAGES, set(ids))}
         return [
             (own.pixels, f"{distance:.3f} ({own.split}): {'; '.join(own.captions)}")
-            for own, distance in ((found[ids[row]], distance) for row, distance in zip(rows, distances, strict=True))
+            for own, distance in ((found[own_id], distance) for own_id, distance in zip(ids, distances, strict=True))
         ]
 
 

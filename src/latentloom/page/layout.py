@@ -6,29 +6,31 @@ of runs and API are off. One request is computed at a time; the others wait in a
 
 import html
 import inspect
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import wraps
+from pathlib import Path
 from typing import Any
-
-os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")  # which are read at the import
-os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="latentloom-page-"))
-
-import gradio as gr
 
 from latentloom.diffusion.sampling_settings import SAMPLER_NAMES
 from latentloom.errors import UserError
 from latentloom.layout import IMAGES, NEAR_DUPLICATES, REJECTS
 from latentloom.page import data
-from latentloom.page.handlers import MOST_PICTURES, Studio
+from latentloom.page.handlers import Studio
+from latentloom.page.local import gr
 
 QUEUE = 16  # requests that wait
 LONGEST = 2000  # characters of a prompt
 LARGEST_UPLOAD = "32mb"
+BUTTONS = ["download", "fullscreen"]  # of pictures; another would share them on the web
 KEPT, REJECTED, ALIKE = "kept", "rejected", "near duplicates"
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+MODELS = "models/unet, showcase, champion, candidate, a version, or an MLflow run"
 OPTIONS = ("negative", "seed", "count", "steps", "guidance", "sampler", "guidance_rescale", "threshold")
+
+
+def warn(sentence: str) -> None:
+    """Show a remark to the person whose request is being answered."""
+    gr.Warning(html.escape(sentence))
 
 
 def build(studio: Studio) -> gr.Blocks:
@@ -51,11 +53,9 @@ def build(studio: Studio) -> gr.Blocks:
     return page.queue(max_size=QUEUE, default_concurrency_limit=1, api_open=False)
 
 
-MODELS = "models/unet, showcase, champion, candidate, a version, or an MLflow run"
-
-
-def serve(studio: Studio, host: str, port: int, *, wait: bool = True) -> gr.Blocks:
-    """Serve the page until Ctrl-C, or with ``wait`` false from a thread."""
+def serve(root: Path, host: str, port: int, *, wait: bool = True) -> gr.Blocks:
+    """Serve the page of the project in ``root`` until Ctrl-C, or with ``wait`` false from a thread."""
+    studio = Studio(root, warn)
     page = build(studio)
     page.launch(
         server_name=host,
@@ -103,7 +103,9 @@ def said(handler: Callable[..., Any]) -> Callable[..., Any]:
 
 def on(event: Callable[..., Any], handler: Callable[..., Any], inputs: Any, outputs: Any) -> Any:
     """Have a handler answer an event."""
-    return event(said(handler), inputs, outputs, api_visibility="private", concurrency_id="model")
+    return event(
+        said(handler), inputs, outputs, api_visibility="private", concurrency_id="all", show_progress="minimal"
+    )
 
 
 def _prompt(label: str = "Prompt", **more: Any) -> gr.Textbox:
@@ -115,18 +117,27 @@ def _number(label: str, value: float | None, **more: Any) -> gr.Number:
 
 
 def _gallery(label: str, **more: Any) -> gr.Gallery:
-    return gr.Gallery(label=label, format="png", columns=4, object_fit="contain", interactive=False, **more)
+    return gr.Gallery(
+        label=label,
+        format="png",
+        columns=4,
+        object_fit="contain",
+        height="auto",
+        interactive=False,
+        buttons=BUTTONS,
+        **more,
+    )
 
 
-def _options(studio: Studio, model: gr.Dropdown) -> Callable[[tuple[Any, ...]], dict[str, Any]]:
+def _options(studio: Studio, model: gr.Dropdown, *, one: bool = False) -> Callable[[tuple[Any, ...]], dict[str, Any]]:
     """The fields of a request, in ``fields`` of what is returned, which makes options of their values."""
     own = studio.defaults(studio.models[0])
     negative = _prompt("Negative prompt", placeholder="what it should not be")
     with gr.Row():
-        fields = [negative, _number("Seed", 0, minimum=0), _number("Count", 4, minimum=1, maximum=MOST_PICTURES)]
+        fields = [negative, _number("Seed", 0), _number("Count", 1 if one else 4, visible=not one)]
     with gr.Row():
-        steps = _number("Steps", own["steps"], minimum=2, maximum=1000)
-        guidance = _number("Guidance", own["guidance"], precision=None, minimum=0)
+        steps = _number("Steps", own["steps"])
+        guidance = _number("Guidance", own["guidance"], precision=None)
         sampler = gr.Dropdown(list(SAMPLER_NAMES), value=own["sampler"], label="Sampler")
     with gr.Accordion("More", open=False), gr.Row():
         low, high = own["guidance_interval"]
@@ -159,13 +170,17 @@ def _draw(studio: Studio, model: gr.Dropdown, *, from_a_picture: bool = False) -
             with gr.Row():
                 draw, stop = gr.Button("Draw", variant="primary"), gr.Button("Stop")
         with gr.Column(scale=3):
-            seen = gr.Image(label="As the model sees it", visible=from_a_picture, interactive=False, height=200)
+            seen = gr.Image(
+                label="As the model sees it", visible=from_a_picture, interactive=False, height=200, buttons=BUTTONS
+            )
             pictures = _gallery("Pictures")
-            made = gr.Textbox(label="What made the picture that is chosen", lines=2, buttons=["copy"])
+            made = gr.Textbox(
+                label="What made the picture that is chosen", lines=2, buttons=["copy"], elem_classes="made"
+            )
             with gr.Row():
                 download = gr.DownloadButton("Download PNG")
                 lineage, near = gr.Button("Lineage"), gr.Button("Nearest images of the data")
-            told = gr.Textbox(label="Lineage", lines=3, max_lines=30, buttons=["copy"])
+            told = gr.Code(label="Lineage", language="shell", interactive=False, lines=3, max_lines=30)
             nearest = _gallery("Nearest images of the data")
     paths, chosen = gr.State([]), gr.State()
 
@@ -204,17 +219,18 @@ def _between(studio: Studio, model: gr.Dropdown) -> None:
         with gr.Column(scale=2):
             a, b = _prompt("From"), _prompt("To; nothing: the same")
             with gr.Row():
-                to_seed, count = _number("To seed", 0, minimum=0), _number("Pictures", 8, minimum=2)
-            options = _options(studio, model)
+                to_seed, count = _number("To seed", 0), _number("Pictures", 8)
+            options = _options(studio, model, one=True)
             draw = gr.Button("Draw the way", variant="primary")
         with gr.Column(scale=3):
-            strip = gr.Image(label="Strip", type="filepath", format="png", interactive=False)
-            moving = gr.Image(label="There and back", type="filepath", format="webp", interactive=False)
+            strip = gr.Image(label="Strip", type="filepath", format="png", interactive=False, buttons=BUTTONS)
+            moving = gr.Image(
+                label="There and back", type="filepath", format="webp", interactive=False, buttons=BUTTONS
+            )
             files = gr.File(label="PNG, WebP, GIF", file_count="multiple", interactive=False)
 
     def drawn(reference: str, a: str, b: str, to_seed: int, count: int, *values: Any) -> list[Any]:
-        chosen = options(values) | {"count": 1}
-        made = studio.between(reference, [a, b], chosen, pictures=count, to_seed=to_seed)
+        made = studio.between(reference, [a, b], options(values), pictures=count, to_seed=to_seed)
         return [made[0], made[1], list(made)]
 
     on(draw.click, drawn, [model, a, b, to_seed, count, *options.fields], [strip, moving, files])
@@ -244,7 +260,7 @@ def _find(studio: Studio, model: gr.Dropdown) -> None:
     with gr.Row():
         with gr.Column(scale=2):
             upload = gr.File(label="Picture", file_types=["image"])
-            seen = gr.Image(label="As the model sees it", interactive=False, height=200)
+            seen = gr.Image(label="As the model sees it", interactive=False, height=200, buttons=BUTTONS)
         with gr.Column(scale=3):
             nearest = _gallery("Nearest images of the data")
     on(
@@ -258,7 +274,7 @@ def _find(studio: Studio, model: gr.Dropdown) -> None:
 def _data(studio: Studio) -> None:
     with gr.Row():
         what = gr.Radio([KEPT, REJECTED, ALIKE], value=KEPT, label="Show")
-        words, page = _prompt("Words, in captions"), _number(f"Page of {data.ROWS} rows", 1, minimum=1)
+        words, page = _prompt("Words, in captions"), _number(f"Page of {data.ROWS} rows", 1)
         look = gr.Button("Show", variant="primary")
     pictures = _gallery("Images")
     table = gr.Dataframe(label="Rows", interactive=False, wrap=True, datatype="str")
@@ -268,18 +284,18 @@ def _data(studio: Studio) -> None:
         if what == KEPT:
             rows = data.kept(images, words, page)
             cells = [[row.key, row.split, "; ".join(row.captions)] for row in rows]
-            return [_captioned(rows), _table(["key", "split", "captions"], cells)]
+            return [_captioned(rows), {"headers": ["key", "split", "captions"], "data": cells}]
         if what == REJECTED:
             rejects = data.rejected(studio.root / REJECTS, words, page)
             cells = [[row[name] for name in ("source", "key", "reason", "detail")] for row in rejects]
             pictures = [(data.decode(row["preview"]), row["reason"]) for row in rejects if row["preview"]]
-            return [pictures, _table(["source", "key", "reason", "detail"], cells)]
+            return [pictures, {"headers": ["source", "key", "reason", "detail"], "data": cells}]
         pairs = data.alike(studio.root / NEAR_DUPLICATES, images, words, page)
         cells = [[a.key, b.key, distance, "; ".join(a.captions), "; ".join(b.captions)] for a, b, distance in pairs]
         both = [row for a, b, _ in pairs for row in (a, b)]
         return [
             _captioned(both),
-            _table(["key", "other key", "bits that differ", "captions", "other's captions"], cells),
+            {"headers": ["key", "other key", "distance", "captions", "other's captions"], "data": cells},
         ]
 
     for event in (look.click, what.change, page.submit, words.submit):
@@ -288,7 +304,3 @@ def _data(studio: Studio) -> None:
 
 def _captioned(rows: list[data.Row]) -> list[tuple[Any, str]]:
     return [(row.pixels, f"{row.key}: {'; '.join(row.captions)}") for row in rows]
-
-
-def _table(headers: list[str], cells: list[list[Any]]) -> dict[str, Any]:
-    return {"headers": headers, "data": cells}

@@ -96,7 +96,7 @@ def compare(a: str, b: str, root: Path) -> Comparison:
     models = [find_model(reference, root) for reference in (a, b)]
     if models[0].sha256 == models[1].sha256:
         raise UserError(f"{a} and {b} are the same model, {models[0].sha256[:12]}…")
-    known = [_known(found, root) for found in models]
+    known = [figures_known(found, root) for found in models]
     pair = in_the_same_way(*known)
     shown = pair or [figures[0] if figures else Figures() for figures in known]
     sides = [Side(*each) for each in zip((a, b), models, shown, strict=True)]
@@ -130,19 +130,19 @@ def make_sheet(
     return path
 
 
-def _captions(root: Path) -> list[str]:
-    """The first captions of the data by their hashes, which is as good as at random."""
-    captions = read_table(root / TEXT / "index.parquet", ["id", "text"])
-    return captions.sort_values("id")["text"].head(COLUMNS).tolist()
-
-
-def _known(found: FoundModel, root: Path) -> list[Figures]:
+def figures_known(found: FoundModel, root: Path) -> list[Figures]:
     """All figures that MLflow has of a model; none where there is no store, or it does not know the model."""
     try:
         client = existing_store(root)
     except UserError:
         return []
     return known_figures(client, stored_model(client, found.sha256, found.run_id, found.evaluation_id))
+
+
+def _captions(root: Path) -> list[str]:
+    """The first captions of the data by their hashes, which is as good as at random."""
+    captions = read_table(root / TEXT / "index.parquet", ["id", "text"])
+    return captions.sort_values("id")["text"].head(COLUMNS).tolist()
 
 
 def _verdict(a: Side, b: Side, *, comparable: bool) -> str:

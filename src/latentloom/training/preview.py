@@ -15,7 +15,8 @@ from latentloom.diffusion.sampling_settings import SamplingSettings
 from latentloom.diffusion.text import Labels, concatenate
 from latentloom.encoding.codec import LatentCodec, batches_by_shape
 from latentloom.encoding.dataset import Caches
-from latentloom.encoding.text_encoder import TextEncoder, embed
+from latentloom.encoding.text_embedder import embed
+from latentloom.encoding.text_encoder import TextEncoder
 from latentloom.encoding.vae import Vae
 from latentloom.errors import UserError
 from latentloom.image_grid import captioned_grid

@@ -1,0 +1,105 @@
+"""A person's path in a real browser: from opening the page to a saved picture, without a request to elsewhere."""
+
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlparse
+
+import pytest
+from playwright.sync_api import Locator, Page, sync_playwright
+from servers import free_port
+from tiny_models import save_tiny_unet
+from typer.testing import CliRunner
+
+from latentloom.cli import app
+
+pytest.importorskip("gradio", reason='pip install "latentloom[page]"')
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = [
+    pytest.mark.service,
+    pytest.mark.skipif(BROWSER is None, reason="there is no chromium on this machine: apt-get install chromium"),
+]
+LOCAL = ("127.0.0.1", "localhost")
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[str]:
+    """The addresses that this process connects to."""
+    seen, connect = [], socket.socket.connect
+
+    def recording(self: socket.socket, address: object) -> None:
+        if isinstance(address, tuple):
+            seen.append(address[0])
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", recording)
+    return seen
+
+
+@pytest.fixture
+def address(tmp_path, monkeypatch, asked) -> Iterator[str]:
+    """The page's, over a folder with nothing but a model."""
+    from latentloom.page.layout import serve
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LATENTLOOM_DEVICE", "cpu")
+    save_tiny_unet(tmp_path / "models" / "unet")
+    port = free_port()
+    page = serve(tmp_path, "127.0.0.1", port, wait=False)
+    yield f"http://127.0.0.1:{port}"
+    page.close()
+
+
+@pytest.fixture
+def page(address) -> Iterator[Page]:
+    sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=sandbox)
+        opened = browser.new_page(viewport={"width": 1280, "height": 1000})
+        opened.set_default_timeout(60_000)
+        yield opened
+        browser.close()
+
+
+def seen(locator: Locator) -> Locator:
+    """The one on the tab that is open."""
+    return locator.locator("visible=true").first
+
+
+def test_from_opening_the_page_to_a_saved_picture_nothing_leaves_the_machine(page, address, asked, tmp_path):
+    requests = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(address)
+    seen(page.get_by_label("Prompt", exact=True)).fill("a red apple")
+    seen(page.get_by_label("Steps", exact=True)).fill("1")
+    draw = seen(page.get_by_role("button", name="Draw", exact=True))
+    draw.click()
+    seen(page.get_by_text("diffusion_steps = 1: must be a whole number from 2 to 1000")).wait_for()
+    seen(page.get_by_label("Steps", exact=True)).fill("4")
+    seen(page.get_by_label("Count", exact=True)).fill("2")
+    seen(page.get_by_label("Prompt", exact=True)).fill("<b>一只猫</b>, a red apple")
+    draw.click()
+    seen(page.get_by_text("does not know 2 of ")).wait_for()
+    seen(page.get_by_text("sample 1", exact=True)).wait_for()
+    seen(page.get_by_text("sample 1", exact=True)).click()
+    made, deadline = seen(page.locator(".made textarea")), time.monotonic() + 60
+    while "--first 1" not in made.input_value():
+        assert time.monotonic() < deadline, made.input_value()
+        page.wait_for_timeout(100)
+    with page.expect_download() as download:
+        seen(page.get_by_text("Download PNG")).click()
+    saved = tmp_path / "saved.png"
+    download.value.save_as(saved)
+
+    options = "--steps 4 --first 1 -o typed.png"
+    assert CliRunner().invoke(app, ["sample", "<b>一只猫</b>, a red apple", *options.split()]).exit_code == 0
+    assert saved.read_bytes() == Path("typed.png").read_bytes()
+    assert download.value.suggested_filename == "b-一只猫-b-a-red-apple-0-1.png"
+    page.get_by_role("tab", name="Data").click()
+    seen(page.get_by_role("button", name="Show", exact=True)).click()
+    seen(page.get_by_text("does not exist")).wait_for()
+    assert {urlparse(url).hostname for url in requests if url.startswith("http")} == {"127.0.0.1"}
+    assert set(asked) <= set(LOCAL)
