@@ -165,6 +165,7 @@ def iterate_table(path: Path | str, columns: list[str], rows: int = 2**18) -> "I
         for batch in file.iter_batches(rows, columns=columns):
             check_ids(batch)
             yield pa.Table.from_batches([batch])
+            pa.default_memory_pool().release_unused()  # else Arrow keeps more than what is read takes
 
 
 def check_ids(batch: "pa.RecordBatch") -> None:
