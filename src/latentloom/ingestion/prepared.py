@@ -305,7 +305,7 @@ def _words(keys: Iterable[Key]) -> np.ndarray:
 
 
 def _read(path: Path, columns: list[str]) -> pa.Table:
-    """Columns of a Parquet file; `pq.read_table` would import pandas for it."""
+    """Columns of a Parquet file, whose pages are whole."""
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
         return file.read(columns).select(columns)
 
