@@ -158,6 +158,7 @@ def iterate_table(path: Path | str, columns: list[str], rows: int = 2**18) -> "I
             yield file.schema_arrow.empty_table().select(columns)
         for batch in file.iter_batches(rows, columns=columns):
             yield pa.Table.from_batches([batch])
+            pa.default_memory_pool().release_unused()  # else Arrow keeps more than what is read takes
 
 
 @contextmanager
