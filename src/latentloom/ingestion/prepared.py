@@ -7,7 +7,8 @@ taken from the source anew in each run.
 The store lies in ``.state/images``. It holds the shards of ``data/images`` of earlier runs, by hard link, so that they
 take no room of their own while they are outs; and beside each shard a table with a row for every sample that was read
 while the shard was written: its key, what a run needs to know of it, and where its picture is. Rejected files are rows
-without a picture; a copy of a picture in another shard is found by its id.
+without a picture; a copy of a picture in another shard is found by its id. Where all rows of a shard are those of a
+stored one, captions, names and splits too, that one becomes the out: its pictures are not even read.
 
     HASH.parquet        a shard of prepared images, as ``shards`` writes them
     HASH.parquet.keys   the table, in Parquet
@@ -115,9 +116,8 @@ class PreparedStore:
         self._shards = self._by_age()
         self._words, self._places = self._index(KEYS, "key")
         self._dropped: set[int] = set()
-        self._next = (
-            len(self._shards) * PER_SHARD
-        )  # the place behind that of the last row found, since rows mostly come in their old order
+        # The place behind that of the last row found, since rows mostly come in their old order; no place yet.
+        self._next = len(self._shards) * PER_SHARD
         self._table = lru_cache(OPEN_SHARDS)(self._read_table)
         self._file = lru_cache(OPEN_SHARDS)(self._open)
         self._group = lru_cache(OPEN_GROUPS)(self._read_group)
@@ -165,9 +165,9 @@ class PreparedStore:
         number, first = divmod(rows[0].png.place, PER_SHARD)
         if number < 0 or first:
             return False
-        shard, keys = self._files(self._shards[number])
+        keys, shard = self._files(self._shards[number])
         try:
-            written = pq.read_schema(keys).metadata[CONTENT]
+            written = (pq.read_schema(keys).metadata or {})[CONTENT]
             is_same = _read(shard, shards.METADATA_COLUMNS).equals(shards.metadata_table(rows))
             if is_same := is_same and written == _content(shard):
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -231,10 +231,10 @@ class PreparedStore:
                     self._delete(name)
 
     def _files(self, name: str) -> list[Path]:
-        return [self._folder / name, self._folder / (name + KEYS)]
+        return [self._folder / (name + KEYS), self._folder / name]
 
     def _delete(self, name: str) -> None:
-        for path in reversed(self._files(name)):  # first the one which says that the other is there
+        for path in self._files(name):  # first the one which says that the other is there
             path.unlink(missing_ok=True)
 
     def _drop(self, shard: int, error: Exception) -> None:
@@ -311,7 +311,7 @@ def _read(path: Path, columns: list[str]) -> pa.Table:
 
 
 def _content(shard: Path) -> bytes:
-    """Changes with a shard's bytes, and with what writes them."""
+    """Tells whether a shard has the bytes that it was written with, and would be written with now."""
     checksum = 0
     with open(shard, "rb") as file:
         while part := file.read(CHUNK):
