@@ -8,6 +8,7 @@ import shutil
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -47,6 +48,14 @@ def test_a_source_at_an_address_is_listed(invoke, tmp_path):
     changed = re.sub(r"source: openmoji(.*)\n +path: *", "source: folder\n  path: memory://checked ", shipped)
     (tmp_path / "params.yaml").write_text(changed)
     assert invoke("check").output.splitlines() == ["memory://checked: 1 files, 4 bytes"]
+
+
+def test_a_data_set_on_the_hub_is_shown_with_its_commit(invoke, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: SimpleNamespace(sha="1" * 40))
+    shipped = (ROOT / "params.yaml").read_text()
+    changed = re.sub(r"source: openmoji(.*)\n +path: *", "source: huggingface\n  path: owner/name ", shipped)
+    (tmp_path / "params.yaml").write_text(changed)
+    assert invoke("check").output.splitlines() == [f"owner/name: commit {'1' * 40}"]
 
 
 def test_a_bad_params_file_is_rejected(invoke, tmp_path):

@@ -9,10 +9,11 @@ import pytest
 import yaml
 from PIL import Image
 
+from latentloom.ingestion.captions import CAPTION_COLUMNS
 from latentloom.ingestion.ingest import ingest
-from latentloom.ingestion.parquet import CAPTION_COLUMNS, IMAGE_COLUMNS
 from latentloom.ingestion.rejects import Reason
 from latentloom.ingestion.shards import read_metadata
+from latentloom.ingestion.table_columns import IMAGE_COLUMNS
 from latentloom.params import Params, load_params
 
 ROOT = Path(__file__).parents[1]

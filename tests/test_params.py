@@ -101,6 +101,12 @@ def rejected(tmp_path, change) -> str:
         (
             "ingest",
             "source",
+            [{"source": "parquet", "path": "x", "splits": ["train"]}],
+            "source: parquet takes no splits, which is for huggingface",
+        ),
+        (
+            "ingest",
+            "source",
             [{"source": "folder", "path": "x", "captions": "line"}],
             "ingest.source.0.captions = 'line': input should be 'lines', 'file', 'file_name' or 'folder_name'",
         ),

@@ -62,7 +62,7 @@ app = typer.Typer(
 
 @app.command()
 def check(params: Annotated[Path, typer.Argument(help="A params file.")] = PARAMS) -> None:
-    """Check a params file: every key and value, before any work; and that sources at addresses can be listed.
+    """Check a params file: every key and value, before any work; and that sources on other machines are there.
 
     Show the sizes of images, where there are several, and what a training takes of the model that it starts from.
     """
@@ -71,11 +71,18 @@ def check(params: Annotated[Path, typer.Argument(help="A params file.")] = PARAM
     if ingest.several_sizes:
         for image_size, table in zip(ingest.image_sizes, ingest.tables, strict=True):
             print(f"ingest.image_size {image_size}: " + ", ".join(map(str, table)))
-    for path in [entry.path for entry in ingest.sources if entry.path and "://" in entry.path]:
-        from latentloom.ingestion.source_files import remote_files
+    for entry in ingest.sources:
+        if entry.source == "huggingface":
+            from latentloom.ingestion.hub import commit_of
+            from latentloom.ingestion.source_files import resolve_source_path
 
-        files = remote_files(path)
-        print(f"{path}: {len(files):,} files, {sum(file.size for file in files.values()):,} bytes")
+            if not resolve_source_path(entry.path).exists():
+                print(f"{entry.path}: commit {commit_of(entry.path)}")
+        elif entry.path and "://" in entry.path:
+            from latentloom.ingestion.source_files import remote_files
+
+            files = remote_files(entry.path)
+            print(f"{entry.path}: {len(files):,} files, {sum(file.size for file in files.values()):,} bytes")
     if checked.train.init:
         from latentloom.registry.base import describe
 

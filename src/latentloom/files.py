@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+ID_COLUMNS = {"id", "image_id", "twin_id", "caption_id"}  # of all tables
+ID_DIGITS = 64
 
 
 @contextmanager
@@ -147,7 +149,11 @@ def table_rows(path: Path | str) -> int:
 
 
 def iterate_table(path: Path | str, columns: list[str], rows: int = 2**18) -> "Iterator[pa.Table]":
-    """Read columns of a Parquet file in parts of at most so many rows, at least one; raises as `read_table` does."""
+    """Read columns of a Parquet file in parts of at most so many rows, at least one.
+
+    Raises:
+        UserError: as `read_table`, and when an id has not 64 characters, naming its column.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -157,8 +163,24 @@ def iterate_table(path: Path | str, columns: list[str], rows: int = 2**18) -> "I
         if not file.metadata.num_rows:
             yield file.schema_arrow.empty_table().select(columns)
         for batch in file.iter_batches(rows, columns=columns):
+            check_ids(batch)
             yield pa.Table.from_batches([batch])
             pa.default_memory_pool().release_unused()  # else Arrow keeps more than what is read takes
+
+
+def check_ids(batch: "pa.RecordBatch") -> None:
+    """Check the columns of ids among those of a batch.
+
+    Raises:
+        ValueError: naming the column, when one of its ids has not 64 characters.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    for name in ID_COLUMNS.intersection(batch.schema.names):
+        lengths = pc.binary_length(batch[name].cast(pa.string()))
+        if not pc.all(pc.equal(lengths, ID_DIGITS), skip_nulls=False).as_py():
+            raise ValueError(f"{name}: ids have {ID_DIGITS} hexadecimal digits")
 
 
 @contextmanager

@@ -62,7 +62,7 @@ Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Steps = Annotated[StrictInt, Field(ge=2, le=1000)]
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**63)]
 Prompt = Annotated[StrictStr, Field(min_length=1), AfterValidator(_without_references)]
-SourceName = Literal["openmoji", "folder", "webdataset", "parquet"]
+SourceName = Literal["openmoji", "folder", "webdataset", "parquet", "huggingface"]
 NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Repeats = Annotated[StrictInt, Field(ge=1, le=100)]  # how often a caption of a column counts in training
 CaptionColumns = Annotated[
@@ -90,10 +90,12 @@ class SourceParams(Section):
     path: StrictStr | None = None
     name: Annotated[StrictStr, Field(min_length=1)] | None = None
     weight: Positive = 1.0
-    image_column: StrictStr | None = None  # of parquet; null: the first known name that is there
+    image_column: StrictStr | None = None  # of parquet and huggingface; null: the first known name that is there
     caption_column: CaptionColumns | None = None  # null: all of the usual names that are there
     captions: Literal["lines", "file", "file_name", "folder_name"] = "lines"  # of folder and webdataset
     key: Literal["first_dot", "last_dot"] = "first_dot"  # of webdataset: where the key in a member's name ends
+    config: StrictStr | None = None  # of huggingface: which part of a data set on the hub, where it has several
+    splits: Annotated[list[StrictStr], Field(min_length=1)] | None = None  # of huggingface; null: all
 
     @model_validator(mode="after")
     def _keys_go_with_source(self) -> "SourceParams":
@@ -117,15 +119,18 @@ class SourceParams(Section):
 
 
 KEYS_OF_SOURCES = {
-    "image_column": ["parquet"],
-    "caption_column": ["folder", "webdataset", "parquet"],
+    "image_column": ["parquet", "huggingface"],
+    "caption_column": ["folder", "webdataset", "parquet", "huggingface"],
     "captions": ["folder", "webdataset"],
     "key": ["webdataset"],
+    "config": ["huggingface"],
+    "splits": ["huggingface"],
 }
 WHAT_A_PATH_HOLDS = {
     "folder": "the folder that holds your images",
     "webdataset": "a tar file, a folder of them, or a pattern such as shards/*.tar",
     "parquet": "a Parquet file, a folder of them, or a pattern such as train-*.parquet",
+    "huggingface": "a data set's id on the hub (owner/name or owner/name@revision), or a folder of save_to_disk",
 }
 
 

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import tracemalloc
 
 import imagehash
 import numpy as np
@@ -60,6 +61,18 @@ def families(draw) -> list[bytes]:
         hashes.append(bytes(value))
     colours = st.sampled_from([GREEN, BLUE, GREEN_BUT_FOR_A_PART, LIGHTER_GREEN])
     return [value + draw(colours) for value in draw(st.permutations(hashes))]
+
+
+def test_to_find_pairs_takes_less_than_twice_the_memory_of_the_signatures():
+    """Ten million of them are 2.2 GB already: a float for each of their bytes would be four times that."""
+    signatures = np.random.default_rng(0).integers(0, 256, (20_000, 224), np.uint8)
+    tracemalloc.start()
+    try:
+        find_near_duplicates(signatures, 8)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * signatures.nbytes
 
 
 @pytest.mark.slow

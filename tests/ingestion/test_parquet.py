@@ -10,9 +10,10 @@ from outcomes import Outcome, outcomes
 from PIL import Image
 
 from latentloom.ingestion.captions import CAPTION_COLUMNS
-from latentloom.ingestion.parquet import IMAGE_COLUMNS, ParquetSource
+from latentloom.ingestion.parquet import ParquetSource
 from latentloom.ingestion.rejects import Reason
 from latentloom.ingestion.sources import IngestError
+from latentloom.ingestion.table_columns import IMAGE_COLUMNS
 
 
 def read(path) -> list[Outcome]:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from latentloom.errors import UserError
@@ -351,6 +353,25 @@ def test_a_damaged_file_is_named_with_what_to_do(caches, name):
 def test_a_table_without_a_column_that_it_must_hold_is_named(caches):
     caches.write("pairs", caches.read("pairs").drop(columns="image_id"))
     with pytest.raises(UserError, match=r"pairs\.parquet cannot be used \(.*image_id"):
+        caches.validate()
+
+
+@pytest.mark.parametrize(
+    ("name", "column"),
+    [
+        ("images/00000.parquet", "id"),
+        ("latents/index.parquet", "id"),
+        ("text/pairs.parquet", "image_id"),
+        ("near_duplicates.parquet", "twin_id"),
+    ],
+)
+def test_an_id_that_has_not_64_characters_is_named_with_file_and_column(caches, name, column):
+    path = caches.root / name
+    table = pq.read_table(path)
+    first, *others = table[column].to_pylist()
+    ids = pa.array([first[:-1], *others])
+    pq.write_table(table.set_column(table.schema.get_field_index(column), column, ids), path)
+    with pytest.raises(UserError, match=rf"{re.escape(name)} .*\({column}: ids have 64 hexadecimal digits\)"):
         caches.validate()
 
 

@@ -28,6 +28,7 @@ from latentloom.ids import ascending
 from latentloom.ingestion.colours import Profile
 from latentloom.ingestion.deduplicator import Deduplicator
 from latentloom.ingestion.folder import FolderSource
+from latentloom.ingestion.huggingface import HuggingFaceSource
 from latentloom.ingestion.images import pillow_settings
 from latentloom.ingestion.near_duplicates import Pairs, find_near_duplicates, write_near_duplicates
 from latentloom.ingestion.openmoji import OpenMojiSource
@@ -196,6 +197,8 @@ def open_source(entry: SourceParams, params: IngestParams, store: PreparedStore 
         case "parquet":
             known = [store.knows] if store else []
             return ParquetSource(entry.path, entry.image_column, entry.caption_column, *known)
+        case "huggingface":
+            return HuggingFaceSource(entry.path, entry.image_column, entry.caption_column, entry.config, entry.splits)
 
 
 class _Item(NamedTuple):

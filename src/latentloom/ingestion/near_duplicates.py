@@ -153,10 +153,11 @@ def _kinds(signatures: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.nd
 
 def _brightness(colours: np.ndarray) -> np.ndarray:
     """Of each picture as a whole, never 0: float32 ``(N,)``."""
-    pieces = [
-        colours[start : start + ROWS_AT_ONCE].astype(np.float32) for start in range(0, len(colours), ROWS_AT_ONCE)
-    ]
-    return np.concatenate([np.sqrt(np.square(piece).sum(axis=1) + 1) for piece in pieces] or [np.ones(0, np.float32)])
+    brightness = np.empty(len(colours), np.float32)
+    for start in range(0, len(colours), COLOURS_AT_ONCE):
+        part = slice(start, start + COLOURS_AT_ONCE)
+        brightness[part] = np.sqrt(np.square(colours[part].astype(np.float32)).sum(axis=1) + 1)
+    return brightness
 
 
 def _colours_are_close(colours: np.ndarray, brightness: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:

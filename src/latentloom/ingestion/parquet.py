@@ -1,9 +1,7 @@
 """The source ``parquet``: tables with a column of encoded images and a column of captions.
 
-Images are bytes, or Hugging Face's struct of ``bytes`` and ``path``; captions are a text or a list of texts. Where
-params name no column, it is the first of ``IMAGE_COLUMNS`` that holds images, in upper or lower case, and all that
-hold captions (``captions.columns_of_captions``). A table may have a row for each caption: rows of equal pictures are
-one image.
+``table_columns`` says which columns these are. A table may have a row for each caption: rows of equal pictures are one
+image.
 
 A page of a column (of 1,024 rows or fewer, as the common writers cut them) is in memory at a time, whatever the size
 of a row group. A damaged row group, or file, is one reject; the others are used.
@@ -12,19 +10,17 @@ of a row group. A damaged row group, or file, is one reject; the others are used
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pyarrow.types as types
 
-from latentloom.ingestion.captions import CAPTION_COLUMNS, columns_of_captions, flat_captions, notice_of_several
+from latentloom.ingestion.captions import columns_of_captions, flat_captions, notice_of_several
 from latentloom.ingestion.rejects import Reason, RejectedSample, error_message
 from latentloom.ingestion.remote import is_remote, open_file
 from latentloom.ingestion.source_files import loose_samples, origin_of, source_files
-from latentloom.ingestion.sources import IngestError, Origin, Sample, Source, reject, rejected_sample
+from latentloom.ingestion.sources import Origin, Sample, Source, reject, rejected_sample
+from latentloom.ingestion.table_columns import image_of, table_columns
 
-IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "image_bytes", "bytes")
 SUFFIXES = (".parquet", ".pq")
 BATCH_ROWS = 16
 BATCH_BYTES = 2**28  # of images as large as the average of their row group; Arrow's limit for a column is 2**31
@@ -37,7 +33,7 @@ class ParquetSource(Source):
 
     Args:
         path: a file, a folder, or a pattern.
-        image_column: of encoded bytes; None for the first of ``IMAGE_COLUMNS`` that holds some.
+        image_column: of encoded bytes; None for the first of ``table_columns.IMAGE_COLUMNS`` that holds some.
         caption_columns: and how often a caption of each counts; None for all of the usual names.
         is_known: whether the image of an origin need not be read; of a row group of such, only captions are.
 
@@ -99,7 +95,7 @@ class ParquetSource(Source):
                         read = (
                             partial(_image_in_row, str(path), columns[0], number, row - start)
                             if is_known
-                            else partial(_image, own[0].as_py())
+                            else partial(image_of, own[0].as_py())
                         )
                         captions = _captions(own[1 - is_known :], of_captions)
                         yield Sample(f"{name}:{row}", read, captions, origin_of(path, str(row)))
@@ -110,28 +106,10 @@ class ParquetSource(Source):
 
     def _columns(self, path: Path | str, schema: pa.Schema) -> list[str]:
         """The image column, then those of captions."""
-        with_bytes = {field.name.lower(): field.name for field in reversed(schema) if _holds_bytes(field.type)}
-        if self._image_column is None:
-            images = [with_bytes[name] for name in IMAGE_COLUMNS if name in with_bytes][:1]
-        else:
-            images = [self._image_column] if self._image_column in with_bytes.values() else []
-        captions = columns_of_captions(schema.names, self._caption_columns)
-        for param, found, wanted, known, what in (
-            ("image_column", images, self._image_column and [self._image_column], IMAGE_COLUMNS, "encoded images"),
-            ("caption_column", captions, self._caption_columns, CAPTION_COLUMNS, "captions"),
-        ):
-            if len(found) < len(wanted or [""]):
-                there = ", ".join(f"{field.name} ({field.type})" for field in schema)
-                raise IngestError(
-                    f"{path} has the columns {there}; none that is called {', '.join(wanted or known)} holds {what}. "
-                    f"Name it in params.yaml: ingest.source: [{{source: parquet, path: ..., {param}: ...}}]"
-                )
-            for name in found:
-                if schema.names.count(name) > 1:
-                    raise IngestError(f"{path} has two columns {name!r}; rename one, or remove it")
-        if len(captions) > 1 and not self._caption_columns:
-            self._several.setdefault(tuple(captions), path.name)
-        return [*images, *captions]
+        columns = table_columns(schema, self._image_column, self._caption_columns, str(path), "parquet")
+        if len(columns) > 2 and not self._caption_columns:
+            self._several.setdefault(tuple(columns[1:]), path.name)
+        return columns
 
 
 def _open(path: Path | str) -> pq.ParquetFile:
@@ -139,35 +117,16 @@ def _open(path: Path | str) -> pq.ParquetFile:
     return pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True)
 
 
-def _holds_bytes(arrow_type: pa.DataType) -> bool:
-    if types.is_struct(arrow_type):
-        inner = [field.type for field in arrow_type if field.name == "bytes"]
-        return any(types.is_null(of_bytes) or _holds_bytes(of_bytes) for of_bytes in inner)
-    if types.is_dictionary(arrow_type):
-        return _holds_bytes(arrow_type.value_type)
-    return types.is_binary(arrow_type) or types.is_large_binary(arrow_type) or types.is_binary_view(arrow_type)
-
-
 def _image_in_row(path: str, column: str, group: int, row: int) -> bytes:
     try:
         with _open(path) as file:
             for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[column]):
                 if row < len(batch):
-                    return _image(batch.column(column)[row].as_py())
+                    return image_of(batch.column(column)[row].as_py())
                 row -= len(batch)
     except DAMAGED as error:
         raise RejectedSample(Reason.UNREADABLE, error_message(error)) from error
     raise RejectedSample(Reason.UNREADABLE, "its row is gone")
-
-
-def _image(value: bytes | dict[str, Any] | None) -> bytes:
-    data = value.get("bytes") if isinstance(value, dict) else value
-    if data is not None:
-        return data
-    detail = "its row holds no image"
-    if value and value.get("path"):
-        detail = f"its row holds the path {value['path']} without the bytes; embed them, or use the source folder"
-    raise RejectedSample(Reason.MISSING_FILE, detail)
 
 
 def _captions(scalars: Sequence[pa.Scalar], columns: Mapping[str, int]) -> Callable[[], Iterable[object]]:

@@ -27,7 +27,7 @@ from PIL import Image
 
 from latentloom import sharding
 from latentloom.errors import UserError
-from latentloom.files import atomic_path, read_json, write_json
+from latentloom.files import atomic_path, check_ids, read_json, write_json
 from latentloom.ingestion.growing import Texts
 from latentloom.sizes import Size
 
@@ -381,6 +381,7 @@ def metadata_batches(folder: Path | str, columns: Sequence[str] = METADATA_COLUM
     for shard in read_manifest(folder)["shards"]:
         with _opened(folder, shard) as file:
             for batch in file.iter_batches(BATCH_ROWS, columns=list(columns)):
+                check_ids(batch)
                 yield batch.select(schema.names).cast(schema)
 
 

