@@ -71,6 +71,24 @@ def test_what_has_not_changed_is_not_decoded_again(corpus, rerun, shards_of):
     assert rerun(corpus, val_fraction=0.1) == 1
 
 
+def test_of_shards_whose_rows_have_not_changed_no_picture_is_read(corpus, rerun, shards_of, monkeypatch):
+    shards_of(2)
+    for number in range(30):
+        corpus.add(f"{number:02d}.png", "a picture")
+    rerun(corpus)
+    read = []
+    picture = PreparedStore.picture
+    monkeypatch.setattr(PreparedStore, "picture", lambda store, known: read.append(known.id) or picture(store, known))
+    rerun(corpus)
+    assert not read
+    corpus.write("00.txt", "another caption")
+    corpus.add("zz.png", "behind the others")
+    assert rerun(corpus) == 1
+    ends = [len(pq.read_table(path)) for path in sorted(corpus.images.glob("*.parquet"))]
+    assert len(ends) > 3
+    assert 0 < len(read) <= ends[0] + ends[-2] + ends[-1]
+
+
 NAMES = st.sampled_from([f"{folder}{number}.png" for folder in ("", "a/") for number in range(6)])
 PICTURES = st.one_of(st.integers(0, 7), st.sampled_from([b"broken", b""]))  # few, so that some are equal
 CHANGES = st.one_of(

@@ -85,7 +85,7 @@ class Deduplicator:
         return self._file_hashes[first * ID_BYTES : (first + 1) * ID_BYTES] == row.file_hash
 
     def _duplicate(self, row: ImageRow, first: int) -> Reject:
-        picture = preview(row.png) if self.rejects.wants_preview(Reason.DUPLICATE) else None
+        picture = preview(bytes(row.png)) if self.rejects.wants_preview(Reason.DUPLICATE) else None
         source = f" of {self._source_names[self._sources[first]]}" if len(self._counts) > 1 else ""
         return Reject(
             row.source, row.key, Reason.DUPLICATE, f"the same picture as {self._keys[first]}{source}", picture

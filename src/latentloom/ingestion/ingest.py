@@ -37,7 +37,7 @@ from latentloom.ingestion.prepared import Key, PreparedStore
 from latentloom.ingestion.preprocess import Known, Outcome, preprocess_sample
 from latentloom.ingestion.rejects import Reason, Reject, RejectTable
 from latentloom.ingestion.remote import is_remote
-from latentloom.ingestion.shards import ImageRow, SourceCount, amend_shards, write_manifest, write_shards
+from latentloom.ingestion.shards import ImageRow, SourceCount, StoredPng, amend_shards, write_manifest, write_shards
 from latentloom.ingestion.size_table import render
 from latentloom.ingestion.source_files import resolve_source_path
 from latentloom.ingestion.sources import IngestError, Sample, Source
@@ -141,7 +141,7 @@ def ingest(
         ) as shown,
     ):
         kept = deduplicator.kept(shown, params.limit)
-        shards = write_shards(kept, images_folder, *([store.keep] if store else []))
+        shards = write_shards(kept, images_folder, *([store.keep, store.link] if store else []))
     for name, source in sources.items():
         for notice in source.notices():
             print(f"ingest: {name}: {notice}", file=sys.stderr, flush=True)
@@ -276,14 +276,23 @@ def _has_reject(outcomes: list[Outcome]) -> bool:
 def _kept_in_store(item: _Item, outcome: Outcome, params: IngestParams, store: PreparedStore | None) -> Outcome:
     """The outcome with its picture, which the store has where the sample was known; and noted there."""
     if item.known and isinstance(outcome.result, ImageRow):
-        if picture := store.picture(item.known):
-            outcome.result = replace(outcome.result, png=picture)
-        else:
-            outcome = item._replace(known=None).preprocess(params)
+        read = partial(_stored_png, item, params, store)
+        png = StoredPng(item.known.place, item.known.png_bytes, item.known.png_start, read)
+        outcome.result = replace(outcome.result, png=png)
     # A file that changed while it was read has other times than its hash is known by.
     if item.key and outcome.known and (item.known or store.key(item.sample.origin) == item.key):
         store.note(item.key, outcome.known)
     return outcome
+
+
+def _stored_png(item: _Item, params: IngestParams, store: PreparedStore) -> bytes:
+    """The picture of a known sample; where it is gone or damaged, its file is decoded again."""
+    if png := store.picture(item.known):
+        return png
+    row = item._replace(known=None).preprocess(params).result
+    if not isinstance(row, ImageRow) or row.id != item.known.id:
+        raise IngestError(f"ingest: {item.source}: {item.sample.key} changed while it was read; run `dvc repro` again")
+    return row.png
 
 
 def _expected(sources: Iterable[Source], limit: int | None) -> int | None:

@@ -7,7 +7,8 @@ taken from the source anew in each run.
 The store lies in ``.state/images``. It holds the shards of ``data/images`` of earlier runs, by hard link, so that they
 take no room of their own while they are outs; and beside each shard a table with a row for every sample that was read
 while the shard was written: its key, what a run needs to know of it, and where its picture is. Rejected files are rows
-without a picture; a copy of a picture in another shard is found by its id.
+without a picture; a copy of a picture in another shard is found by its id. Where all rows of a shard are those of a
+stored one, captions, names and splits too, that one becomes the out: its pictures are not even read.
 
     HASH.parquet        a shard of prepared images, as ``shards`` writes them
     HASH.parquet.keys   the table, in Parquet
@@ -20,8 +21,9 @@ is damaged is deleted, and decoded again.
 import hashlib
 import os
 import warnings
+import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import cached_property, lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -37,6 +39,7 @@ from latentloom import sizes, source_code
 from latentloom.files import atomic_path, link_file
 from latentloom.ingestion import colours, image_formats, images, near_duplicates, png_chunks, preprocess, shards
 from latentloom.ingestion.preprocess import Known
+from latentloom.ingestion.shards import ImageRow
 from latentloom.ingestion.sources import Origin
 from latentloom.params import IngestParams
 
@@ -48,6 +51,8 @@ LIBRARIES = ("pillow", "numpy", "scipy", "imagehash", "pillow-heif", "pillow-jxl
 CODECS = ("jpg", "jpg_2000", "libtiff", "zlib", "webp", "avif", "littlecms2")
 OPEN_SHARDS, OPEN_GROUPS = 4, 16  # what stays in memory of those that rows are read from
 ELSEWHERE = -1  # a row's picture is in another shard, or there is none
+CONTENT = b"content"  # in a table's metadata: `_content` of its shard when that was written
+CHUNK = 2**20
 DAMAGED = (OSError, pa.ArrowException, ValueError, KeyError)
 
 Key = bytes
@@ -61,6 +66,8 @@ SCHEMA = pa.schema(
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("profile", pa.string()),
+        ("png_bytes", pa.int32()),
+        ("png_start", pa.binary()),
         ("signature", pa.binary()),
         ("file_hash", pa.binary()),
         ("reason", pa.string()),
@@ -109,7 +116,8 @@ class PreparedStore:
         self._shards = self._by_age()
         self._words, self._places = self._index(KEYS, "key")
         self._dropped: set[int] = set()
-        self._next = 0  # the place behind that of the last row found, since rows mostly come in their old order
+        # The place behind that of the last row found, since rows mostly come in their old order; no place yet.
+        self._next = len(self._shards) * PER_SHARD
         self._table = lru_cache(OPEN_SHARDS)(self._read_table)
         self._file = lru_cache(OPEN_SHARDS)(self._open)
         self._group = lru_cache(OPEN_GROUPS)(self._read_group)
@@ -152,13 +160,29 @@ class PreparedStore:
             self._drop(shard, error)
             return None
 
+    def link(self, rows: Sequence[ImageRow], path: Path) -> bool:
+        """Put the shard of just these known rows at ``path``, if it is stored and is what would be written there."""
+        number, first = divmod(rows[0].png.place, PER_SHARD)
+        if number < 0 or first:
+            return False
+        keys, shard = self._files(self._shards[number])
+        try:
+            written = (pq.read_schema(keys).metadata or {})[CONTENT]
+            is_same = _read(shard, shards.METADATA_COLUMNS).equals(shards.metadata_table(rows))
+            if is_same := is_same and written == _content(shard):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                link_file(shard, path)
+        except DAMAGED:  # which is told where a picture is read
+            return False
+        return is_same
+
     def note(self, key: Key, known: Known) -> None:
         """Remember a sample; `keep` writes down what was noted since the last shard."""
         self._noted.append((key, known))
 
     def keep(self, shard: Path) -> None:
         """Take in a finished shard and the samples noted; if it cannot be kept, that costs a warning alone."""
-        self._write(shard, pq.read_table(shard, columns=["id"])["id"].to_pylist())
+        self._write(shard, _read(shard, ["id"])["id"].to_pylist())
 
     def finish(self, written: Iterable[Path]) -> None:
         """Take in what was noted after the last shard, and delete shards that nobody needs.
@@ -186,7 +210,8 @@ class PreparedStore:
             if shard:
                 link_file(shard, self._folder / name)
             with atomic_path(self._folder / (name + KEYS)) as temporary:
-                pq.write_table(pa.table(columns, SCHEMA), temporary, compression="zstd", write_page_checksum=True)
+                schema = SCHEMA.with_metadata({CONTENT: _content(shard)} if shard else {})
+                pq.write_table(pa.table(columns, schema), temporary, compression="zstd", write_page_checksum=True)
         except OSError as error:
             warnings.warn(f"{self._folder}: {error}; a later run will read these images again", stacklevel=3)
         self._kept.append((name, _words(keys)))
@@ -232,8 +257,7 @@ class PreparedStore:
         words, places = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
         for shard, name in enumerate(self._shards):
             with suppress(*DAMAGED):  # which is told where a row is read
-                table = pq.read_table(self._folder / (name + suffix), columns=[column])
-                values = table[column].to_pylist()
+                values = _read(self._folder / (name + suffix), [column])[column].to_pylist()
                 words.append(_words(values if column == "key" else map(bytes.fromhex, values)))
                 places.append(shard * PER_SHARD + np.arange(len(values)))
         all_words = np.concatenate(words)
@@ -258,7 +282,7 @@ class PreparedStore:
     def _read_table(self, shard: int) -> tuple[list[Key], list[Known]]:
         path = self._folder / (self._shards[shard] + KEYS)
         os.utime(path)  # it is used now
-        columns = pq.read_table(path, schema=SCHEMA, page_checksum_verification=True).to_pydict()
+        columns = _read(path, SCHEMA.names).to_pydict()
         rows = [ELSEWHERE if row < 0 else shard * PER_SHARD + row for row in columns["row"]]
         values = (columns[name] for name in OF_KNOWN)
         return columns["key"], [Known(*own) for own in zip(*values, rows, strict=True)]
@@ -278,6 +302,21 @@ class PreparedStore:
 def _words(keys: Iterable[Key]) -> np.ndarray:
     """The first 8 bytes of each key, as numbers: uint64 ``(N,)``."""
     return np.frombuffer(b"".join(key[:8] for key in keys), ">u8").astype(np.uint64)
+
+
+def _read(path: Path, columns: list[str]) -> pa.Table:
+    """Columns of a Parquet file, whose pages are whole."""
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        return file.read(columns).select(columns)
+
+
+def _content(shard: Path) -> bytes:
+    """Tells whether a shard has the bytes that it was written with, and would be written with now."""
+    checksum = 0
+    with open(shard, "rb") as file:
+        while part := file.read(CHUNK):
+            checksum = zlib.crc32(part, checksum)
+    return f"{checksum:08x} pyarrow {pa.__version__}".encode()
 
 
 def _find(words: np.ndarray, places: np.ndarray, key: Key) -> int | None:

@@ -13,7 +13,7 @@ from latentloom.ingestion.captions import clean_captions
 from latentloom.ingestion.images import image_id, prepare_image, preview
 from latentloom.ingestion.near_duplicates import signature
 from latentloom.ingestion.rejects import Reason, Reject, RejectedSample, printable
-from latentloom.ingestion.shards import ImageRow, encode
+from latentloom.ingestion.shards import PNG_SIZE, ImageRow, encode
 from latentloom.ingestion.sources import Sample
 from latentloom.ingestion.splits import split_of
 from latentloom.params import IngestParams
@@ -23,14 +23,17 @@ from latentloom.params import IngestParams
 class Known:
     """What follows from an image's file and the params alone, but the picture itself.
 
-    It is either of an image, as `ImageRow` has it, or ``reason`` and ``detail`` say why the file cannot be used;
-    ``shown`` then says whether a ``preview`` was tried. ``place`` is for a store to find the picture by.
+    It is either of an image, as `ImageRow` has it, with the length and the header of its PNG, or ``reason`` and
+    ``detail`` say why the file cannot be used; ``shown`` then says whether a ``preview`` was tried. ``place`` is for a
+    store to find the picture by.
     """
 
     id: str = ""
     width: int = 0
     height: int = 0
     profile: str = ""
+    png_bytes: int = 0
+    png_start: bytes = b""
     signature: bytes = b""
     file_hash: bytes = b""
     reason: str = ""
@@ -101,12 +104,15 @@ def _prepare(data: bytes, params: IngestParams, with_preview: Collection[Reason]
         picture = preview(data, params.max_pixels) if shown else None
         detail = printable(rejected.detail)
         return Known(reason=rejected.reason, detail=detail, preview=picture, shown=shown), b""
+    png = encode(image.pixels)
     known = Known(
         id=image_id(image.pixels),
         width=image.width,
         height=image.height,
         profile=image.profile,
+        png_bytes=len(png),
+        png_start=png[: PNG_SIZE[1]],
         signature=b"" if params.near_duplicate_distance is None else signature(image.compared),
         file_hash=hashlib.sha256(data).digest(),
     )
-    return known, encode(image.pixels)
+    return known, png

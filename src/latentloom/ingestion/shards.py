@@ -75,6 +75,22 @@ PNG_OPTIONS = {"compress_level": 1, "compress_type": zlib.Z_RLE}
 
 
 @dataclass(frozen=True)
+class StoredPng:
+    """A PNG that an earlier run has stored at a ``place``: its ``size`` in bytes, its header, and what gives it."""
+
+    place: int
+    size: int
+    start: bytes
+    read: Callable[[], bytes]
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __bytes__(self) -> bytes:
+        return self.read()
+
+
+@dataclass(frozen=True)
 class ImageRow:
     """One prepared image as ``png``; ``width`` and ``height`` are those of the original.
 
@@ -83,7 +99,7 @@ class ImageRow:
     """
 
     id: str
-    png: bytes
+    png: bytes | StoredPng
     captions: list[str]
     split: str
     source: str
@@ -137,23 +153,29 @@ def decode(png: bytes) -> np.ndarray:
         raise ValueError(f"not a whole PNG ({len(png)} bytes): {type(error).__name__}") from error
 
 
-def size_of(png: bytes | pa.Buffer) -> Size:
+def size_of(png: bytes | StoredPng) -> Size:
     """The size that the header of a PNG names."""
-    return Size(*struct.unpack_from(">II", png, PNG_SIZE[0]))
+    return Size(*struct.unpack_from(">II", png.start if isinstance(png, StoredPng) else png, PNG_SIZE[0]))
 
 
 def write_shards(
-    rows: Iterable[ImageRow], folder: Path, finished: Callable[[Path], None] = lambda _: None
+    rows: Iterable[ImageRow],
+    folder: Path,
+    finished: Callable[[Path], None] = lambda _: None,
+    link: Callable[[Sequence[ImageRow], Path], bool] = lambda *_: False,
 ) -> list[dict[str, Any]]:
     """Write ``rows`` as shards into ``folder``, which is unfinished from here on; give their names and rows.
 
-    ``finished`` is called with each shard before the next row is asked for.
+    Args:
+        finished: is called with each shard before the next row is asked for.
+        link: called with the rows of a shard where all have a `StoredPng`; puts an earlier run's shard of just these
+            rows there, and says whether there was one.
     """
     (folder / MANIFEST).unlink(missing_ok=True)
     rows, shards = iter(rows), []
     while (first := next(rows, None)) is not None:
         path = folder / f"{len(shards):05d}.parquet"
-        shards.append({"name": path.name, "rows": _write_shard(path, itertools.chain([first], rows))})
+        shards.append({"name": path.name, "rows": _write_shard(path, itertools.chain([first], rows), link)})
         finished(path)
     return shards
 
@@ -261,9 +283,19 @@ def _joined(texts: Iterable[str | None]) -> str | None:
     return "; ".join(dict.fromkeys(filter(None, texts))) or None
 
 
-def _write_shard(path: Path, rows: Iterator[ImageRow]) -> int:
-    """Write one shard, of as many ``rows`` as belong into it; give their number."""
+def _write_shard(path: Path, rows: Iterator[ImageRow], link: Callable[[Sequence[ImageRow], Path], bool]) -> int:
+    """Write or link one shard, of as many ``rows`` as belong into it; give their number."""
     of_shard, count = _up_to_its_end(rows), 0
+    begin: list[ImageRow] = []
+    for row in of_shard:
+        begin.append(row)
+        if not isinstance(row.png, StoredPng):
+            of_shard = itertools.chain(begin, of_shard)
+            break
+    else:
+        if link(begin, path):
+            return len(begin)
+        of_shard = iter(begin)
     room = sharding.IMAGES.fewest + sharding.IMAGES.typical
     with atomic_path(path, room) as temporary, pq.ParquetWriter(temporary, SCHEMA, **WRITER_OPTIONS) as writer:
         while group := list(itertools.islice(of_shard, ROW_GROUP_ROWS)):
@@ -282,9 +314,16 @@ def _up_to_its_end(rows: Iterator[ImageRow]) -> Iterator[ImageRow]:
 
 
 def _table(group: list[ImageRow]) -> pa.Table:
-    columns = {name: [getattr(row, name) for row in group] for name in COLUMNS if name != "image"}
-    image = [pa.array([row.png for row in group], pa.binary()), pa.array([f"{row.id}.png" for row in group])]
+    image = [pa.array([bytes(row.png) for row in group], pa.binary()), pa.array([f"{row.id}.png" for row in group])]
+    metadata = metadata_table(group)
+    columns = dict(zip(metadata.column_names, metadata.columns, strict=True))
     return pa.table(columns | {"image": pa.StructArray.from_arrays(image, ["bytes", "path"])}, SCHEMA)
+
+
+def metadata_table(rows: Sequence[ImageRow]) -> pa.Table:
+    """`METADATA_COLUMNS` of rows."""
+    schema = pa.schema([SCHEMA.field(name) for name in METADATA_COLUMNS])
+    return pa.table({name: [getattr(row, name) for row in rows] for name in METADATA_COLUMNS}, schema)
 
 
 def _rewrite_shard(path: Path, is_moved: np.ndarray, more_captions: list[list[str]]) -> int:
