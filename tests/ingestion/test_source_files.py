@@ -65,19 +65,19 @@ def test_a_file_is_read_only_when_it_may_have_changed(images, tmp_path, monkeypa
     monkeypatch.setattr(file_hashes, "sha256_file", lambda path: read.append(path.name) or sha256_file(path))
 
     def look():
-        hashes = file_hashes.FileHashes(tmp_path / "hashes.json")
+        hashes = file_hashes.FileHashes(tmp_path / "hashes.db")
         own = fingerprint_sources([SourceParams(source="folder", path=str(images))], tmp_path / "none.json", hashes)
         hashes.save()
         return own
 
     before = look()
     assert sorted(read) == ["a.png", "b.png"]
-    written = (tmp_path / "hashes.json").stat().st_mtime_ns
+    written = (tmp_path / "hashes.db").stat().st_mtime_ns
     assert look() == before and len(read) == 2
-    assert (tmp_path / "hashes.json").stat().st_mtime_ns == written
+    assert (tmp_path / "hashes.db").stat().st_mtime_ns == written
     (images / "a.png").write_bytes(b"longer")
     assert look() != before and read[2:] == ["a.png"]
-    (tmp_path / "hashes.json").write_text("damaged")
+    (tmp_path / "hashes.db").write_text("damaged")
     look()
     assert sorted(read[3:]) == ["a.png", "b.png"]
 
