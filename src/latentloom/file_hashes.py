@@ -11,7 +11,8 @@ from threading import Lock
 from latentloom.files import sha256_file
 
 SETTLED_NS = 2 * 10**9  # what changed so short a time before it was read may change again and keep its times
-WRITTEN_AT_ONCE = 10_000  # hashes
+READ_AT_ONCE, WRITTEN_AT_ONCE = 256, 10_000  # hashes
+END = b"\xff"  # after all paths
 TIMEOUT = 60  # seconds to wait for another process
 TABLE = "CREATE TABLE IF NOT EXISTS hashes (path BLOB PRIMARY KEY, stamp BLOB, hash BLOB) WITHOUT ROWID"
 
@@ -29,6 +30,9 @@ class FileHashes:
     def __init__(self, path: Path) -> None:
         self._path, self._lock = path, Lock()
         self._learnt: dict[bytes, tuple[bytes, bytes]] = {}  # what is not in the file yet
+        # What is in it from one path to another: files mostly come sorted.
+        self._read: dict[bytes, tuple[bytes, bytes]] = {}
+        self._first, self._last = END, b""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._open()
         self._execute(TABLE)
@@ -55,9 +59,10 @@ class FileHashes:
     def _find(self, file: Path | str, stamp: bytes) -> str | None:
         name = _name(file)
         with self._lock:
-            known = self._learnt.get(name)
-            rows = [known] if known else self._execute("SELECT stamp, hash FROM hashes WHERE path = ?", [(name,)])
-        return next((digest.hex() for before, digest in rows if before == stamp), None)
+            if not self._first <= name <= self._last:
+                self._read_from(name)
+            before, digest = self._learnt.get(name) or self._read.get(name) or (None, b"")
+        return digest.hex() if before == stamp else None
 
     def save(self) -> None:
         """Write the hashes of the files that are still there, if there is anything new."""
@@ -66,9 +71,16 @@ class FileHashes:
                 self._write()
                 self._execute("DELETE FROM hashes WHERE NOT is_file(path)")
 
+    def _read_from(self, name: bytes) -> None:
+        query = "SELECT path, stamp, hash FROM hashes WHERE path >= ? ORDER BY path LIMIT ?"
+        rows = self._execute(query, [(name, READ_AT_ONCE)])
+        self._read = {path: (stamp, digest) for path, stamp, digest in rows}
+        self._first, self._last = name, rows[-1][0] if len(rows) == READ_AT_ONCE else END
+
     def _write(self) -> None:
         self._execute("REPLACE INTO hashes VALUES (?, ?, ?)", ((name, *own) for name, own in self._learnt.items()))
         self._learnt.clear()
+        self._last = b""  # what has been read is no longer all there is
 
     def _execute(self, statement: str, rows: Iterable[tuple] = ((),)) -> list[tuple]:
         """What it gives for the rows, in one transaction; nothing where the file cannot be used."""

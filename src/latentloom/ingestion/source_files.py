@@ -62,24 +62,24 @@ def source_files(path: Path | str, suffixes: tuple[str, ...]) -> tuple[dict[str,
     path = resolve_source_path(path)
     if path.is_file():
         return {path.name: path}, []
-    if not path.is_dir() and not WILDCARD.search(str(path)):
-        raise IngestError(
-            f"ingest: the path {path} does not exist; give a {suffixes[0]} file, a folder of them, or a pattern "
-            f"such as FOLDER/*{suffixes[0]}"
-        )
-    root, names = _listed(path)
+    root, names = _listed(path, suffixes[0])
     return _chosen({name: root / name for name in names}, path, suffixes)
 
 
-def _listed(path: Path) -> tuple[Path, list[str]]:
+def _listed(path: Path, suffix: str = "") -> tuple[Path, list[str]]:
     """A folder, and the sorted names relative to it of the files that a path names."""
     if path.is_file():
         return path.parent, [path.name]
     if path.is_dir():
         return path, sorted(visible_files(path))
+    if not WILDCARD.search(str(path)):
+        raise IngestError(
+            f"ingest: the path {path} does not exist; give a {suffix} file, a folder of them, or a pattern such as "
+            f"FOLDER/*{suffix}"
+        )
     root = glob_root(path)
     matches = root.glob(str(path.relative_to(root)))
-    names = (match.relative_to(root).as_posix() for match in matches if not match.is_dir())
+    names = {match.relative_to(root).as_posix() for match in matches if not match.is_dir()}
     return root, sorted(name for name in names if not is_hidden(name))
 
 
@@ -176,7 +176,7 @@ def visible_files(root: Path) -> Iterator[str]:
             folders[:] = sorted(name for name in folders if not is_hidden(name))
             links = [Path(folder, name) for name in folders if os.path.islink(Path(folder, name))]  # noqa: PTH114
             waiting += [link for link in links if not Path(here).is_relative_to(link.resolve())]
-            parent = Path(folder, "_").relative_to(root).as_posix()[:-1]
+            parent = Path(folder, "_").relative_to(root).as_posix()[:-1]  # with its slash, or nothing
             yield from (parent + name for name in files if not is_hidden(name))
 
 
@@ -224,9 +224,15 @@ def _fingerprint(
     root, names = _listed(path)
     if not names:
         raise IngestError(f"ingest: the path {path} holds no file")
-    # A link to nowhere is a file, too, which `ingest` rejects.
-    size = sum((file.stat() if file.exists() else file.lstat()).st_size for file in map(root.joinpath, names))
+    size = sum(_size(f"{root}/{name}") for name in names)
     return source | {"files": len(names), "bytes": size, "fingerprint": _content(root, names, hash_file)} | _plugins()
+
+
+def _size(file: str) -> int:
+    try:
+        return os.stat(file).st_size  # noqa: PTH116
+    except OSError:  # a link to nowhere is a file, too, which `ingest` rejects
+        return os.lstat(file).st_size
 
 
 def _remote_fingerprint(source: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
