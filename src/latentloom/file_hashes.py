@@ -30,9 +30,8 @@ class FileHashes:
     def __init__(self, path: Path) -> None:
         self._path, self._lock = path, Lock()
         self._learnt: dict[bytes, tuple[bytes, bytes]] = {}  # what is not in the file yet
-        # What is in it from one path to another: files mostly come sorted.
-        self._read: dict[bytes, tuple[bytes, bytes]] = {}
-        self._first, self._last = END, b""
+        self._read: dict[bytes, tuple[bytes, bytes]] = {}  # what is, from one path to another: files mostly come sorted
+        self._first = self._last = b""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._open()
         self._execute(TABLE)
