@@ -14,7 +14,7 @@ from latentloom.stage import run_stage
 
 
 def main(params: Params) -> str:
-    hashes = FileHashes(state_folder("file_hashes.json"))
+    hashes = FileHashes(state_folder("file_hashes.db"))
     references = {
         "encode_images.vae": params.encode_images.vae,
         "encode_text.model": params.encode_text.model,

@@ -10,7 +10,7 @@ from latentloom.stage import run_stage
 
 
 def main(params: Params) -> str:
-    hashes = FileHashes(state_folder("file_hashes.json"))
+    hashes = FileHashes(state_folder("file_hashes.db"))
     store = PreparedStore(state_folder("images"), state_limit(), recipe(params.ingest), hashes.known)
     report = ingest(params.ingest, IMAGES, REJECTS, NEAR_DUPLICATES, store=store)
     write_json(INGEST_REPORT, report.to_dict())

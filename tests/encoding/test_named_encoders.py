@@ -28,7 +28,7 @@ def project(tmp_path, monkeypatch):
     read = []
 
     def find(reference: str = "vae", text: str = "bundled", features: str | None = None) -> dict:
-        hashes = FileHashes(tmp_path / ".state/file_hashes.json")
+        hashes = FileHashes(tmp_path / ".state/file_hashes.db")
         hashed = hashes.__call__
         monkeypatch.setattr("latentloom.file_hashes.sha256_file", lambda file: read.append(file) or sha256_file(file))
         find_encoders({VAE: reference, TEXT: text, "evaluate.features": features}, tmp_path / "data/encoders", hashed)

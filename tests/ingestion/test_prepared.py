@@ -29,7 +29,7 @@ def rerun(tmp_path, monkeypatch, new_corpus):
     monkeypatch.setattr(preprocess, "prepare_image", lambda *own, **names: decoded.append(1) or prepare(*own, **names))
 
     def run(corpus, limit=2**40, **changes) -> int:
-        hashes = FileHashes(tmp_path / "file_hashes.json")
+        hashes = FileHashes(tmp_path / "file_hashes.db")
         for path in corpus.path.rglob("*"):
             if path.is_file():
                 hashes(path)

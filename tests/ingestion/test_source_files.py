@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import sqlite3
 import time
+from contextlib import closing
 
 import pytest
 
@@ -65,21 +67,67 @@ def test_a_file_is_read_only_when_it_may_have_changed(images, tmp_path, monkeypa
     monkeypatch.setattr(file_hashes, "sha256_file", lambda path: read.append(path.name) or sha256_file(path))
 
     def look():
-        hashes = file_hashes.FileHashes(tmp_path / "hashes.json")
+        hashes = file_hashes.FileHashes(tmp_path / "hashes.db")
         own = fingerprint_sources([SourceParams(source="folder", path=str(images))], tmp_path / "none.json", hashes)
         hashes.save()
         return own
 
     before = look()
     assert sorted(read) == ["a.png", "b.png"]
-    written = (tmp_path / "hashes.json").stat().st_mtime_ns
+    written = (tmp_path / "hashes.db").stat().st_mtime_ns
     assert look() == before and len(read) == 2
-    assert (tmp_path / "hashes.json").stat().st_mtime_ns == written
+    assert (tmp_path / "hashes.db").stat().st_mtime_ns == written
     (images / "a.png").write_bytes(b"longer")
     assert look() != before and read[2:] == ["a.png"]
-    (tmp_path / "hashes.json").write_text("damaged")
+    (tmp_path / "hashes.db").write_text("damaged")
     look()
     assert sorted(read[3:]) == ["a.png", "b.png"]
+
+
+def test_processes_at_once_keep_what_all_of_them_learnt_in_any_order_and_of_any_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(file_hashes, "SETTLED_NS", -(10**12))
+    monkeypatch.setattr(file_hashes, "READ_AT_ONCE", 3)
+    monkeypatch.setattr(file_hashes, "WRITTEN_AT_ONCE", 2)
+    files = [tmp_path / os.fsdecode(name) for name in (b"b", b"\xff", b"a", b"z.png", "é".encode(), b"c")]
+    try:
+        for number, file in enumerate(files):
+            file.write_bytes(b"%d" % number)
+    except OSError:
+        pytest.skip("this system has no names that are not text")
+    first, second = (file_hashes.FileHashes(tmp_path / "hashes.db") for _ in range(2))
+    expected = [sha256_file(file) for file in files]
+    assert [*map(first, files[:4]), *map(second, files[2:])] == [*expected[:4], *expected[2:]]
+    for hashes in (first, second):
+        hashes.save()
+    known = file_hashes.FileHashes(tmp_path / "hashes.db").known
+    assert list(map(known, [*files, tmp_path / "none"])) == [*expected, None]
+    files[0].unlink()
+    files[1].write_bytes(b"another")
+    assert list(map(known, files)) == [None, None, *expected[2:]]
+    second(files[1])
+    second.save()
+    with closing(sqlite3.connect(tmp_path / "hashes.db")) as base:
+        assert {*base.execute("SELECT path FROM hashes")} == {(os.fsencode(file),) for file in files[1:]}
+
+
+def test_hashes_in_a_file_that_is_damaged_further_on_are_begun_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(file_hashes, "SETTLED_NS", -(10**12))
+    files = [tmp_path / f"{number:03}" for number in range(300)]
+    for file in files:
+        file.touch()
+
+    def look() -> list[str]:
+        hashes = file_hashes.FileHashes(tmp_path / "hashes.db")
+        found = list(map(hashes, files))
+        hashes.save()
+        return found
+
+    before = look()
+    content = (tmp_path / "hashes.db").read_bytes()
+    (tmp_path / "hashes.db").write_bytes(content[:4096] + bytes(len(content) - 4096))
+    assert look() == before
+    known = file_hashes.FileHashes(tmp_path / "hashes.db").known
+    assert list(map(known, files)) == before
 
 
 def test_a_plugin_that_is_installed_later_is_another_fingerprint(images, tmp_path, monkeypatch):

@@ -178,7 +178,7 @@ def test_a_second_clone_pulls_everything_and_has_nothing_to_do(kept, second):
     assert output.count("Running stage") == 1
     assert outs(clone) == kept
     assert clone.run("git", "status", "--porcelain").stdout == ""
-    assert [path.name for path in (clone.folder / ".state").iterdir()] == ["file_hashes.json"]  # of the encoders
+    assert [path.name for path in (clone.folder / ".state").iterdir()] == ["file_hashes.db"]  # of the encoders
 
 
 def test_in_a_clone_that_pulled_only_what_is_added_is_encoded(enlarged):

