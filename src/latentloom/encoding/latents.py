@@ -56,6 +56,7 @@ from latentloom.ingestion.shards import (
 from latentloom.sizes import Size
 
 BATCH_SIZE = 32
+DECODERS = 8  # threads at most: they decode 2 (128x128) to 6 times (256x256) as much as one; Python's lock limits them
 PREPROCESSING = "uint8/127.5-1"
 MIRRORED = "mirrored"
 STORED = "float16"
@@ -276,7 +277,8 @@ def _encode(vae: Vae, images: NumberedImages, numbers: np.ndarray, *, mirrored: 
     """Encode images, in this order; while a batch is encoded, the next is put together, and that after it decoded."""
     if not len(numbers):
         return
-    batches = _batches(threaded_map(decode, images.pngs(numbers, here), worker_count(), window=BATCH_SIZE))
+    decoders = min(worker_count(), DECODERS)
+    batches = _batches(threaded_map(decode, images.pngs(numbers, here), decoders, window=BATCH_SIZE))
     with ThreadPoolExecutor(1) as reader:
         following = reader.submit(next, batches, None)
         while (pixels := following.result()) is not None:
