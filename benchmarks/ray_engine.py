@@ -2,7 +2,7 @@
 
     local      this process, two threads
     ray        a cluster of this machine: one worker with two cores
-    one node   a cluster of one node with one core
+    one node   a cluster of one node with one core: all of its processes, the stage's too, share that core
     two nodes  a cluster of two nodes with one core each, all on this machine
 
 Each case runs in a process of its own, with --images and with a fifth of them, into fresh folders with an empty row
@@ -62,6 +62,7 @@ def cluster(nodes: int) -> Iterator[None]:
     if not nodes:
         yield
         return
+    os.sched_setaffinity(0, set(range(nodes)))  # of all processes from here on
     import ray
     from ray.cluster_utils import Cluster
 
