@@ -389,7 +389,7 @@ class Crew:
         left = max(1, len(mates) // 2)
         if left < len(mates):
             self._most[seat.node] = left
-            _say(f"memory does not suffice on {seat.host}: {left} workers there instead of {len(mates)}")
+            _say(f"memory does not suffice on {seat.host}: the workers there go from {len(mates)} to {left}")
             for own in [mate for mate in mates if mate is not seat][: len(mates) - left]:
                 self._waiting.extendleft(call for _, call in own.calls)
                 self._dismiss(own)
