@@ -3,6 +3,7 @@
 The functions are closures, which Ray sends by value, as workers cannot import the tests.
 """
 
+import os
 import subprocess
 import sys
 import time
@@ -275,20 +276,19 @@ def test_a_rerun_after_the_driver_was_killed_computes_only_the_shards_that_were_
     monkeypatch.setenv("LATENTLOOM_ENGINE", "local")
     prepare(pictures, tmp_path)
     images, store = tmp_path / "images", tmp_path / "store"
-    encode_images(Vae("bundled"), images, tmp_path / "whole", RowStore(tmp_path / "local", 2**30))
-
-    monkeypatch.setenv("LATENTLOOM_ENGINE", "ray")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
     if engine_ray._idle:  # it has a core, which the driver needs
         ray.kill(engine_ray._idle.pop().actor)
-    with subprocess.Popen([sys.executable, "-c", DRIVER, images, tmp_path / "out", store]) as driver:
+    environment = os.environ | {"LATENTLOOM_ENGINE": "ray", "PYTHONPATH": str(ROOT / "src")}
+    with subprocess.Popen([sys.executable, "-c", DRIVER, images, tmp_path / "out", store], env=environment) as driver:
         try:
+            encode_images(Vae("bundled"), images, tmp_path / "whole", RowStore(tmp_path / "local", 2**30))
             wait_until(lambda: driver.poll() is not None or finished(store))
         finally:
             driver.kill()
     assert driver.returncode == -9
     wait_until(lambda: ray.available_resources().get("CPU", 0) == 2 - len(engine_ray._idle))  # its workers have ended
     known = sum(len(load_shard(path)["mean"]) for path in finished(store))
+    monkeypatch.setenv("LATENTLOOM_ENGINE", "ray")
     again = encode_images(Vae("bundled"), images, tmp_path / "out", RowStore(store, 2**30))
     assert 0 < known < 78
     assert (again.encoded, again.reused) == (78 - known, known)
