@@ -108,14 +108,20 @@ def _one_by_one(function: Callable[..., Result], items: Iterable[Item], setup: C
         yield function(state, item)
 
 
-def threaded_map(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """As `ordered_map`, in threads of this process whatever the engine is; ``function`` need not be picklable."""
+def threaded_map(
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int, *, window: int | None = None
+) -> Iterator[Result]:
+    """As `ordered_map`, in threads of this process whatever the engine is; ``function`` need not be picklable.
+
+    ``window``: items under way at any time, at most; `WINDOW` for each worker where None.
+    """
+    window = workers * WINDOW if window is None else window
     pool = ThreadPoolExecutor(workers)
     under_way: deque[Future[Result]] = deque()
     try:
         for item in items:
             under_way.append(pool.submit(function, item))
-            if len(under_way) == workers * WINDOW:
+            if len(under_way) == window:
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()

@@ -17,8 +17,8 @@ What fails:
     a worker dies, or its machine   Its calls go to others, and another worker starts if the machine is there. An item
                                     that was being computed `TRIES` times when a worker died ends the run, by name.
     memory does not suffice         Half of the machine's workers end, so that those left have twice as much, and the
-                                    item is computed again. That changes no bytes. (An encoder that does not fit into a
-                                    GPU's memory halves its batch itself: `encoding.vae.FittingBatches`.)
+                                    item is computed again. That changes no bytes. (Before that, an encoder halves its
+                                    batch: `encoding.fitting_batches`.)
     an item raises an error         It is computed on another machine, if there is one. The error of the second machine
                                     is the item's own, and comes in its place.
 """
@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any
 
 from latentloom import engine
-from latentloom.errors import UserError
+from latentloom.errors import UserError, lacks_memory
 from latentloom.files import atomic_path
 
 try:
@@ -82,7 +82,7 @@ class Failure:
 
     @property
     def of_memory(self) -> bool:
-        return isinstance(self.error, MemoryError) or type(self.error).__name__ == "OutOfMemoryError"  # torch's
+        return lacks_memory(self.error)
 
 
 @dataclass
@@ -389,7 +389,7 @@ class Crew:
         left = max(1, len(mates) // 2)
         if left < len(mates):
             self._most[seat.node] = left
-            _say(f"memory does not suffice on {seat.host}: {left} workers there instead of {len(mates)}")
+            _say(f"memory does not suffice on {seat.host}: the workers there go from {len(mates)} to {left}")
             for own in [mate for mate in mates if mate is not seat][: len(mates) - left]:
                 self._waiting.extendleft(call for _, call in own.calls)
                 self._dismiss(own)

@@ -14,3 +14,10 @@ class WriteError(OSError, UserError):
 
     def __str__(self) -> str:
         return str(self.strerror)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that memory did not suffice, a machine's or a GPU's."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)  # torch's, of a CPU

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from latentloom.encoding.pretrained import fingerprint
 from latentloom.encoding.row_store import RowStore
 from latentloom.encoding.vae import Vae, load_vae
 from latentloom.errors import UserError
-from latentloom.ingestion.shards import iterate_images, read_metadata
+from latentloom.ingestion.shards import decode, iterate_images, read_metadata
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +159,25 @@ def test_two_runs_from_nothing_write_the_same_bytes(tiny, prepare_images, tmp_pa
     assert files == ["00000.safetensors", "index.parquet", "rejects.parquet", "stats.json"]
     for name in files:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_as_many_images_are_decoded_at_once_as_there_are_cores_and_the_bytes_are_the_same(
+    tiny, prepare_images, tmp_path, monkeypatch
+):
+    images, made = prepare_images(range(6)), []
+    for workers in (1, 3):
+        together = threading.Barrier(workers, timeout=10)  # breaks with fewer threads
+
+        def together_decoded(png: bytes, together: threading.Barrier = together):
+            together.wait()
+            return decode(png)
+
+        monkeypatch.setattr(latents, "decode", together_decoded)
+        monkeypatch.setenv("LATENTLOOM_WORKERS", str(workers))
+        out = tmp_path / str(workers)
+        encode_images(tiny, images, out, RowStore(tmp_path / f"state-{workers}", 2**30))
+        made.append({path.name: path.read_bytes() for path in out.iterdir()})
+    assert made[0] == made[1]
 
 
 def test_decoding_gives_pictures_of_the_size_that_was_encoded(kl):

@@ -151,6 +151,24 @@ def test_states_do_not_depend_on_the_neighbours(tmp_path):
         assert np.array_equal(together[number], alone)
 
 
+def test_a_batch_that_does_not_fit_into_memory_is_halved_and_gives_the_same_bytes(tmp_path):
+    encoder, asked = TextEncoder(str(tiny_models.save_bert(tmp_path))), []
+    captions = [f"{'very ' * (i % 6)}{i}" for i in range(20)]
+    whole = encoder.encode_tokens(captions)
+
+    def little(module, arguments, inputs):
+        asked.append(len(inputs["input_ids"]))
+        if asked[-1] > 3:
+            raise MemoryError
+
+    encoder.model.register_forward_pre_hook(little, with_kwargs=True)
+    halves = encoder.encode_tokens(captions)
+    assert asked[:3] == [8, 4, 2]
+    assert set(asked[3:]) == {2}  # what did not fit is not tried again
+    assert np.array_equal(halves.pooled, whole.pooled)
+    assert all(np.array_equal(own, other) for own, other in zip(halves.states, whole.states, strict=True))
+
+
 def test_a_model_of_no_known_family_is_rejected_before_anything_is_loaded(tmp_path):
     for config, named in [({"model_type": "gpt2"}, "is of the type 'gpt2'"), ({}, "without a model_type")]:
         (tmp_path / "config.json").write_text(json.dumps(config))

@@ -1,11 +1,12 @@
-"""Where a device's memory is too small for a batch, the VAE takes smaller ones, and gives the same bytes."""
+"""Where memory is too small for a batch, the VAE takes smaller ones, and gives the same bytes."""
 
 import numpy as np
 import pytest
 import tiny_models
 import torch
 
-from latentloom.encoding.vae import FittingBatches, load_vae
+from latentloom.encoding.fitting_batches import FittingBatches
+from latentloom.encoding.vae import load_vae
 
 
 @pytest.fixture(params=["tiny", "kl"])
@@ -14,22 +15,29 @@ def vae(request, tmp_path_factory):
     return load_vae(str(save(tmp_path_factory.mktemp("vae") / "vae")))
 
 
+def cpu_error() -> RuntimeError:
+    """What torch raises when a CPU's memory does not suffice."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**58)
+    return caught.value
+
+
 @pytest.fixture
 def small_memory(vae, monkeypatch) -> list[int]:
     """From here on there is room for three rows; gives how many were asked for at each call."""
     asked = []
 
-    def limited(compute):
+    def limited(compute, error):
         def call(rows):
             asked.append(len(rows))
             if len(rows) > 3:
-                raise torch.OutOfMemoryError("CUDA out of memory")
+                raise error
             return compute(rows)
 
         return call
 
-    for name in ("encode", "decode"):
-        monkeypatch.setattr(vae.module, name, limited(getattr(vae.module, name)))
+    for name, error in (("encode", cpu_error()), ("decode", torch.OutOfMemoryError("CUDA out of memory"))):
+        monkeypatch.setattr(vae.module, name, limited(getattr(vae.module, name), error))
     return asked
 
 
@@ -55,13 +63,22 @@ def test_decoding_in_halves_gives_the_bytes_of_decoding_at_once(vae, request):
     assert asked == [6, 3, 3, 3]
 
 
-def test_a_row_for_which_there_is_no_memory_stops_with_torchs_own_error(vae, monkeypatch):
-    def never(rows):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+@pytest.mark.parametrize(
+    ("error", "tried"),
+    [(torch.OutOfMemoryError("CUDA out of memory"), [7, 3, 2]), (MemoryError(), [7, 3, 2]), (RuntimeError("bug"), [7])],
+)
+def test_rows_for_which_there_is_no_memory_stop_with_their_own_error_and_others_at_once(error, tried):
+    """Never one row alone on a CPU: it would have other last bits."""
+    asked = []
 
-    monkeypatch.setattr(vae.module, "decode", never)
-    with pytest.raises(torch.OutOfMemoryError):
-        vae.decode(torch.zeros(4, 4, 4, 4))
+    def never(part: slice):
+        asked.append(len(range(7)[part]))
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        FittingBatches(fewest=2)(never, 7, 7)
+    assert caught.value is error
+    assert asked == tried
 
 
 def test_no_rows_are_one_empty_batch():

@@ -25,8 +25,8 @@ def test_results_come_in_the_order_of_the_items(workers):
     assert list(threaded_map(square, range(300), workers)) == [number**2 for number in range(300)]
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4])
-def test_items_are_read_no_further_ahead_than_the_window_and_in_the_calling_thread(workers):
+@pytest.mark.parametrize(("workers", "window"), [(1, None), (2, None), (4, None), (4, 3)])
+def test_items_are_read_no_further_ahead_than_the_window_and_in_the_calling_thread(workers, window):
     read = []
 
     def items():
@@ -34,10 +34,10 @@ def test_items_are_read_no_further_ahead_than_the_window_and_in_the_calling_thre
             read.append(threading.current_thread())
             yield number
 
-    results = threaded_map(lambda number: number, items(), workers)
+    results = threaded_map(lambda number: number, items(), workers, window=window)
     for number in range(500):
         assert next(results) == number
-        assert len(read) - number <= workers * WINDOW
+        assert len(read) - number <= (window or workers * WINDOW)
     results.close()
     assert set(read) == {threading.current_thread()}
 

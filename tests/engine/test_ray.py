@@ -3,6 +3,10 @@
 The functions are closures, which Ray sends by value, as workers cannot import the tests.
 """
 
+import os
+import subprocess
+import sys
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +15,46 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentloom import engine_ray
+from latentloom import engine_ray, sharding
+from latentloom.encoding import cache
+from latentloom.encoding.captions import encode_captions
+from latentloom.encoding.latents import encode_images
+from latentloom.encoding.row_store import RowStore
+from latentloom.encoding.shard_files import load_shard
+from latentloom.encoding.text_encoder import TextEncoder
+from latentloom.encoding.vae import Vae
 from latentloom.engine import ordered_map
 from latentloom.errors import UserError
+from latentloom.ingestion.ingest import ingest
 from latentloom.params import IngestParams, load_params
 
 ROOT = Path(__file__).parents[2]
+NODE = {"num_cpus": 2, "object_store_memory": 100 * 2**20, "include_dashboard": False}
+SHARD_BYTES = (2**10, 2**10, 2**12)  # so that few rows have several shards
+TASK_ROWS = 8
+
+# A driver of Ray that ends with its first shard: all tasks but the first wait for it to be killed.
+DRIVER = f"""
+import sys, time
+from pathlib import Path
+from latentloom import sharding
+from latentloom.encoding import cache, latents
+from latentloom.encoding.row_store import RowStore
+from latentloom.encoding.vae import Vae
+
+sharding.TENSORS = sharding.ShardBytes{SHARD_BYTES}
+cache.TASK_MISSING = {TASK_ROWS}
+make_shards = latents.make_shards
+
+def make_the_first(images, mirrored, vae, task):
+    while task.shards[0].path.name != "00000.safetensors":
+        time.sleep(0.1)
+    return make_shards(images, mirrored, vae, task)
+
+latents.make_shards = make_the_first
+images, out, store = map(Path, sys.argv[1:])
+latents.encode_images(Vae("bundled"), images, out, RowStore(store, 2**30))
+"""
 
 pytestmark = [pytest.mark.fault, pytest.mark.usefixtures("on_ray")]
 
@@ -106,6 +144,34 @@ def test_an_item_that_lacked_memory_is_computed_again_and_one_that_never_has_eno
     assert "40 did not fit into memory 3 times" in caught.value.__notes__
 
 
+def test_where_memory_does_not_suffice_half_of_the_machines_workers_end(cluster, marks, capfd):
+    node = cluster.add_node(**NODE)
+    large = node.node_id
+
+    def hungry(number):
+        import os
+        import time
+
+        import ray
+
+        failed, own = marks / "failed", ray.get_runtime_context().get_node_id()
+        if own == large and not failed.exists():
+            failed.touch()
+            raise MemoryError
+        while not failed.exists():
+            time.sleep(0.01)
+        time.sleep(0.002)
+        return number, own, os.getpid()
+
+    try:
+        results = list(ordered_map(hungry, range(600)))
+    finally:
+        cluster.remove_node(node, allow_graceful=False)
+    assert [number for number, _, _ in results] == list(range(600))
+    assert len({worker for _, own, worker in results[-300:] if own == large}) <= 1
+    assert "the workers there go from 2 to 1" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("resources", "with_state", "on_gpu", "expected"),
     [
@@ -156,20 +222,17 @@ def test_files_travel_to_machines_that_do_not_see_the_disk(monkeypatch, tmp_path
     assert "files travel through Ray" in capfd.readouterr().err
 
 
-def test_stages_leave_the_same_bytes_as_in_one_process(monkeypatch, tmp_path):
-    from latentloom import sharding
-    from latentloom.encoding import cache
-    from latentloom.encoding.captions import encode_captions
-    from latentloom.encoding.latents import encode_images
-    from latentloom.encoding.row_store import RowStore
-    from latentloom.encoding.text_encoder import TextEncoder
-    from latentloom.encoding.vae import Vae
-    from latentloom.ingestion.ingest import ingest
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Shards and tasks of few rows."""
+    monkeypatch.setattr(sharding, "TENSORS", sharding.ShardBytes(*SHARD_BYTES))
+    monkeypatch.setattr(cache, "TASK_MISSING", TASK_ROWS)
 
-    monkeypatch.setattr(sharding, "TENSORS", sharding.ShardBytes(2**10, 2**10, 2**12))
-    monkeypatch.setattr(cache, "TASK_MISSING", 8)
-    draws = np.random.default_rng(0)
-    source = tmp_path / "source"
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of 90 pictures, of which 78 have captions and can be used."""
+    source, draws = tmp_path / "source", np.random.default_rng(0)
     source.mkdir()
     for number in range(90):
         Image.fromarray(draws.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(source / f"{number:02}.png")
@@ -177,28 +240,71 @@ def test_stages_leave_the_same_bytes_as_in_one_process(monkeypatch, tmp_path):
             (source / f"{number:02}.txt").write_text(f"picture {number}")
     (source / "89.png").write_bytes(b"no picture")
     (source / "88.png").write_bytes((source / "10.png").read_bytes())
+    return source
+
+
+def prepare(source, out):
     changes = {"source": "folder", "path": str(source), "image_size": 32, "limit": None, "max_reject_fraction": 1.0}
     params = IngestParams(**load_params(ROOT / "params.yaml").ingest.model_dump() | changes)
+    ingest(params, out / "images", out / "rejects.parquet", out / "near_duplicates.parquet", progress=False)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_stages_leave_the_same_bytes_as_in_one_process(monkeypatch, pictures, tmp_path):
     made = []
     for engine in ("local", "ray"):
         monkeypatch.setenv("LATENTLOOM_ENGINE", engine)
         out = tmp_path / engine
-        ingest(params, out / "images", out / "rejects.parquet", out / "near_duplicates.parquet", progress=False)
+        prepare(pictures, out)
         images = encode_images(Vae("bundled"), out / "images", out / "latents", RowStore(out / ".state/a", 2**30))
         texts = encode_captions(
             TextEncoder("bundled"), out / "images", out / "text", RowStore(out / ".state/b", 2**30), tokens=True
         )
         assert images.encoded == texts.encoded == 78
-        files = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
-        made.append(files)
+        made.append(contents(out))
     assert len([name for name in made[0] if name.startswith("latents/0")]) > 2
     assert made[0].keys() == made[1].keys()
     assert [name for name in made[0] if made[0][name] != made[1][name]] == []
 
-    # A run that was killed had put some of its shards into the store.
-    min((tmp_path / "ray/.state/a").glob("?" * 64 + ".safetensors")).unlink()
-    store = RowStore(tmp_path / "ray/.state/a", 2**30)
-    again = encode_images(Vae("bundled"), tmp_path / "ray/images", tmp_path / "again", store)
-    assert 0 < again.encoded < 78
-    files = {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
-    assert files == {Path(name).name: made[1][name] for name in made[1] if name.startswith("latents/")}
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_rerun_after_the_driver_was_killed_computes_only_the_shards_that_were_not_finished(
+    monkeypatch, pictures, tmp_path
+):
+    import ray
+
+    monkeypatch.setenv("LATENTLOOM_ENGINE", "local")
+    prepare(pictures, tmp_path)
+    images, store = tmp_path / "images", tmp_path / "store"
+    if engine_ray._idle:  # it has a core, which the driver needs
+        ray.kill(engine_ray._idle.pop().actor)
+    environment = os.environ | {"LATENTLOOM_ENGINE": "ray", "PYTHONPATH": str(ROOT / "src")}
+    with subprocess.Popen([sys.executable, "-c", DRIVER, images, tmp_path / "out", store], env=environment) as driver:
+        try:
+            encode_images(Vae("bundled"), images, tmp_path / "whole", RowStore(tmp_path / "local", 2**30))
+            wait_until(lambda: driver.poll() is not None or finished(store))
+        finally:
+            driver.kill()
+    assert driver.returncode == -9
+    wait_until(lambda: ray.available_resources().get("CPU", 0) == 2 - len(engine_ray._idle))  # its workers have ended
+    known = sum(len(load_shard(path)["mean"]) for path in finished(store))
+    monkeypatch.setenv("LATENTLOOM_ENGINE", "ray")
+    again = encode_images(Vae("bundled"), images, tmp_path / "out", RowStore(store, 2**30))
+    assert 0 < known < 78
+    assert (again.encoded, again.reused) == (78 - known, known)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def finished(store):
+    return list(store.glob("?" * 64 + ".safetensors"))
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def wait_until(condition):
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until, "waited for 60 s"
+        time.sleep(0.01)

@@ -41,14 +41,22 @@ from latentloom.encoding.latent_statistics import (
 from latentloom.encoding.row_store import RowStore
 from latentloom.encoding.shard_files import FLIPPED, INDEX, REJECTS, STATS, Tensors, load_shard
 from latentloom.encoding.vae import Vae
-from latentloom.engine import here, ordered_map
+from latentloom.engine import here, ordered_map, threaded_map, worker_count
 from latentloom.errors import UserError
 from latentloom.files import atomic_path, write_json
 from latentloom.ids import ID_BYTES, from_hex, to_hex
-from latentloom.ingestion.shards import NumberedImages, metadata_batches, prepared_sizes, read_manifest, sizes_of
+from latentloom.ingestion.shards import (
+    NumberedImages,
+    decode,
+    metadata_batches,
+    prepared_sizes,
+    read_manifest,
+    sizes_of,
+)
 from latentloom.sizes import Size
 
 BATCH_SIZE = 32
+DECODERS = 8  # threads at most: they decode 2 (128x128) to 6 times (256x256) as much as one; Python's lock limits them
 PREPROCESSING = "uint8/127.5-1"
 MIRRORED = "mirrored"
 STORED = "float16"
@@ -266,10 +274,11 @@ def _percentiles(codec: LatentCodec, part: _ShardRows) -> np.ndarray:
 
 
 def _encode(vae: Vae, images: NumberedImages, numbers: np.ndarray, *, mirrored: bool) -> Iterator[Tensors]:
-    """Encode images, in this order; the next batch is decoded while one is encoded."""
+    """Encode images, in this order; while a batch is encoded, the next is put together, and that after it decoded."""
     if not len(numbers):
         return
-    batches = _batches(images.read(numbers, here))
+    decoders = min(worker_count(), DECODERS)
+    batches = _batches(threaded_map(decode, images.pngs(numbers, here), decoders, window=BATCH_SIZE))
     with ThreadPoolExecutor(1) as reader:
         following = reader.submit(next, batches, None)
         while (pixels := following.result()) is not None:

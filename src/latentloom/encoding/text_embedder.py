@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from latentloom.diffusion.text import Labels, Text
+from latentloom.encoding.fitting_batches import FittingBatches
 
 if TYPE_CHECKING:
     from latentloom.encoding.text_encoder import TextEncoder
@@ -40,6 +41,7 @@ class TextEmbedder:
     pooling: str  # `PROJECTION`, or how token states become one vector of unit length: mean, cls
     max_tokens: int  # that are read of a caption, with those that mark its start and end
     dim: int  # of a pooled embedding
+    fitting: FittingBatches = field(default_factory=FittingBatches, repr=False, compare=False)
 
     @property
     def device(self) -> torch.device:
@@ -86,7 +88,13 @@ class TextEmbedder:
         inputs = self.tokenizer.pad(
             {"input_ids": tokens}, "max_length", length, padding_side="right", return_tensors="pt"
         ).to(self.device)
-        return self.read(self.model(**inputs), inputs["attention_mask"])
+
+        def embed(part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            own = {name: tensor[part] for name, tensor in inputs.items()}
+            return self.read(self.model(**own), own["attention_mask"])
+
+        vectors, states = zip(*self.fitting(embed, len(tokens), len(tokens)), strict=True)
+        return torch.cat(vectors), torch.cat(states)
 
     def read(self, output: Any, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings (N, dim) and states (N, T, token_dim) in what the model gave for tokens with that mask (N, T)."""

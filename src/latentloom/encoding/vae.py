@@ -4,10 +4,8 @@ A public VAE that is never trained here: the small one that the package carries 
 `AutoencoderTiny` in diffusers' format. Latents are the VAE's raw output; `latentloom.encoding.codec` scales them.
 """
 
-import sys
-from collections.abc import Callable
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,41 +13,12 @@ import torch
 from latentloom.devices import autocast, choose_device
 from latentloom.diffusion.decoding import decode_latents
 from latentloom.encoding import pretrained
+from latentloom.encoding.fitting_batches import FittingBatches
 from latentloom.encoding.references import vae_folder
 from latentloom.errors import UserError
 
 CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-Computed = TypeVar("Computed")
-
-
-class FittingBatches:
-    """Rows computed in batches that fit into the device's memory: where one did not, all later ones are half of it."""
-
-    def __init__(self) -> None:
-        self._fits = sys.maxsize
-
-    def __call__(self, compute: Callable[[slice], Computed], rows: int, size: int) -> list[Computed]:
-        """What ``compute`` gives for all rows, at most ``size`` at a time.
-
-        Raises:
-            torch.OutOfMemoryError: when one row alone is too much.
-        """
-        results, start = [], 0
-        while start < rows or not results:
-            size = min(size, self._fits)
-            try:
-                results.append(compute(slice(start, min(start + size, rows))))
-            except torch.OutOfMemoryError:
-                if size == 1:
-                    raise
-                self._fits = size // 2
-            else:
-                start += size
-                continue
-            torch.cuda.empty_cache()  # here the error holds no tensors any more
-        return results
 
 
 class Vae:
@@ -81,7 +50,9 @@ class Vae:
         self.factor = 2 ** max(len(blocks) - 1, 0)
         self._channels: int = config.get("latent_channels", 4)  # the default of both classes
         self.fingerprint = pretrained.fingerprint(self.folder)
-        self._encoding, self._decoding = FittingBatches(), FittingBatches()
+        # For a single row, a CPU's convolutions take another way, and its last bits are others.
+        fewest = 2 if self.device.type == "cpu" else 1
+        self._encoding, self._decoding = FittingBatches(fewest), FittingBatches(fewest)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled, it is its reference: the worker that gets it loads it, onto the device that it has."""
@@ -112,7 +83,7 @@ class Vae:
     def encode(self, pixels: np.ndarray, *, precision: str | None = None) -> dict[str, torch.Tensor]:
         """Encode pixels, uint8 (B, H, W, 3): raw ``mean`` and, for moments, ``std``, each (B, C, H/8, W/8) in fp32.
 
-        All at once, or in parts where the device's memory is too small for that.
+        All at once, or in parts where memory is too small for that.
 
         ``precision``: another one than the VAE's own.
         """

@@ -475,8 +475,12 @@ class NumberedImages:
         Raises:
             UserError: when a shard is missing or damaged, naming the file.
         """
+        return map(decode, self.pngs(numbers, find))
+
+    def pngs(self, numbers: np.ndarray, find: Callable[[Path], Path] = Path) -> Iterator[bytes]:
+        """As `read`, and not decoded."""
         for png in self._values(numbers, "image.bytes", find):
-            yield decode(png["bytes"].as_py())
+            yield png["bytes"].as_py()
 
     def captions(self, numbers: np.ndarray) -> Iterator[list[str]]:
         """The captions of these images, in the order of ``numbers``.
