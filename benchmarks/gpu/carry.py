@@ -35,6 +35,7 @@ PACKAGES = (
     "importlib-metadata",
     "pydantic",
     "pydantic-core",
+    "ruamel-yaml",
     "typing-extensions",
     "typing-inspection",
     "zipp",
