@@ -22,7 +22,6 @@ from latentloom.stage import use_utf8
 
 UI_PORTS, PAGE_PORTS = range(5000, 5020), range(7860, 7880)
 FULL = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT)]  # a library's error may have it in its text alone
-STRENGTH = 0.6  # of a picture that samples start from, unless another is given
 ANIMATED = (".gif", ".webp")
 MODEL_HELP = "A model folder, showcase, champion, candidate, a registry's version, or an MLflow run (id or name)."
 
@@ -71,18 +70,11 @@ def check(params: Annotated[Path, typer.Argument(help="A params file.")] = PARAM
     if ingest.several_sizes:
         for image_size, table in zip(ingest.image_sizes, ingest.tables, strict=True):
             print(f"ingest.image_size {image_size}: " + ", ".join(map(str, table)))
-    for entry in ingest.sources:
-        if entry.source == "huggingface":
-            from latentloom.ingestion.hub import commit_of
-            from latentloom.ingestion.source_files import resolve_source_path
+    if any(entry.path for entry in ingest.sources):
+        from latentloom.ingestion.source_files import found_elsewhere
 
-            if not resolve_source_path(entry.path).exists():
-                print(f"{entry.path}: commit {commit_of(entry.path)}")
-        elif entry.path and "://" in entry.path:
-            from latentloom.ingestion.source_files import remote_files
-
-            files = remote_files(entry.path)
-            print(f"{entry.path}: {len(files):,} files, {sum(file.size for file in files.values()):,} bytes")
+        for line in filter(None, map(found_elsewhere, ingest.sources)):
+            print(line)
     if checked.train.init:
         from latentloom.registry.base import describe
 
@@ -238,6 +230,7 @@ def sample(
     prompts = [_in_utf8(prompt) for prompt in prompts or [""]]
     from latentloom.diffusion.sampling_settings import OPTION_NAMES, SampleRequest
     from latentloom.evaluation.animation import save_animation
+    from latentloom.evaluation.image_generator import STRENGTH
     from latentloom.evaluation.metadata import save_image
     from latentloom.evaluation.text_to_image import StartImage, default_settings, load_text_to_image, prompt_grid
     from latentloom.image_grid import image_grid

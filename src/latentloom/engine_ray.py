@@ -7,7 +7,7 @@
 ``RAY_ADDRESS`` names a cluster to join; without it, one is made of this machine's cores and GPUs, for as long as the
 stage runs. Functions of an item alone get a worker per core, and a call has several items. Functions with a state get a
 worker per GPU where the cluster has any, and machines without are left aside, for they would compute other last bits;
-else a worker for each `CORES_OF_A_STATE` cores.
+else a worker per core, as far as there are `MEMORY_OF_A_STATE` for each.
 
 Whether a machine sees the project's disk is found out, and said, for each: the driver leaves a file with a random name
 where the items write, and each worker looks for it. Where it is not seen, files travel as bytes (`engine.here`).
@@ -57,7 +57,7 @@ except ModuleNotFoundError as missing:
         'LATENTLOOM_ENGINE=ray needs Ray, which is not installed: pip install "latentloom[ray]", or unset the variable'
     ) from missing
 
-CORES_OF_A_STATE = 4  # an encoder on more cores at once gains little; one for each core would take much memory
+MEMORY_OF_A_STATE = 2 * 2**30  # bytes, of a worker with an encoder; two on a core each do more than one on two
 CORES_OF_A_GPU = 8  # at most, to decode beside it
 ITEMS_OF_A_CALL = 32  # small items: a call costs a millisecond
 CALLS_AT_A_WORKER = 2  # one that is computed, and one that waits: it never idles
@@ -440,7 +440,7 @@ def share(resources: dict[str, float], with_state: bool, on_gpu: bool) -> tuple[
         return gpus, (min(CORES_OF_A_GPU, cores // max(gpus, 1)), 1)
     if not with_state or not cores:
         return cores, (1, 0)
-    count = max(1, cores // CORES_OF_A_STATE)
+    count = max(1, min(cores, int(resources.get("memory", 0) // MEMORY_OF_A_STATE)))
     return count, (cores // count, 0)
 
 

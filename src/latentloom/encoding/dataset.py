@@ -166,11 +166,6 @@ class LatentDataset:
         """(C, h, w)."""
         return self.latents.shapes["mean"]
 
-    @property
-    def has_std(self) -> bool:
-        """Whether latents are distributions, to be sampled."""
-        return "std" in self.latents.shapes
-
     def latents_at(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Standardised latents, or the means of their distributions, of ``rows`` of ``latents``, and the standard
         deviations in the same units: both (B, C, h, w), fp32; the latter is None for a deterministic VAE.
@@ -441,7 +436,7 @@ class _Index:
             part = slice(first, first := first + len(table))
             shards = table.column("shard").combine_chunks().dictionary_encode()
             codes = [names.setdefault(name, len(names)) for name in shards.dictionary.to_pylist()]
-            columns["ids"][part] = _ids(table, "id", path)
+            columns["ids"][part] = ids.from_hex(table.column("id"))
             columns["shards"][part] = np.array(codes)[shards.indices.to_numpy(zero_copy_only=False)]
             columns["places"][part] = table.column("row").to_numpy()
             if of_images:
@@ -463,24 +458,17 @@ class _Index:
         return [np.flatnonzero(shape_of == number) for number in range(shape_of.max() + 1)]
 
 
-def _ids(table: pa.Table, column: str, path: Path) -> np.ndarray:
-    try:
-        return ids.from_hex(table.column(column))
-    except ValueError as error:
-        raise UserError(f"{path} cannot be used ({column}: {error}): delete it and run `dvc repro`") from error
-
-
 def _captions(image_ids: np.ndarray, caption_ids: np.ndarray, pairs: Path) -> Captions:
     """The captions of the images, of pairs in any order."""
     image_rows, caption_rows, positions = (np.empty(table_rows(pairs), np.int32) for _ in range(3))
     of_images, of_captions, first = ids.Lookup(image_ids), ids.Lookup(caption_ids), 0
     for table in iterate_table(pairs, ["image_id", "caption_id", "position"]):
         part = slice(first, first := first + len(table))
-        caption_rows[part] = of_captions.positions(_ids(table, "caption_id", pairs))
+        caption_rows[part] = of_captions.positions(ids.from_hex(table.column("caption_id")))
         if (unknown := caption_rows[part] < 0).any():
             name = table.column("caption_id")[int(np.argmax(unknown))]
             raise UserError(f"{pairs} names a caption that has no embedding: {name}; run `dvc repro`")
-        image_rows[part] = of_images.positions(_ids(table, "image_id", pairs))
+        image_rows[part] = of_images.positions(ids.from_hex(table.column("image_id")))
         positions[part] = table.column("position").to_numpy()
     del of_images, of_captions
     known = image_rows >= 0  # others are of images whose latent was rejected

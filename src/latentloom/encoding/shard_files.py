@@ -40,12 +40,6 @@ def ragged_names(tensors: Tensors) -> list[str]:
     return [name for name in tensors if name + ENDS in tensors]
 
 
-def ragged_lengths(tensors: Tensors, name: str) -> torch.Tensor:
-    """How many items each row of such a tensor has (rows,), int64."""
-    ends = tensors[name + ENDS]
-    return ends.diff(prepend=ends.new_zeros(1))
-
-
 def ragged(rows: Sequence[torch.Tensor], name: str) -> Tensors:
     """Rows (items, ...) of different lengths, as a shard holds them."""
     ends = torch.tensor([len(row) for row in rows], dtype=torch.int64).cumsum(0)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 64
 LARGEST_SIDE = 2048  # pixels, of an image that is asked for
+STRENGTH = 0.6  # of a picture that samples start from, unless another is asked for
 
 Shape: TypeAlias = tuple[int, int, int]  # (C, h, w)
 OnSamplePrediction: TypeAlias = Callable[[int, int, torch.Tensor], None]

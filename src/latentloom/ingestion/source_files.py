@@ -235,6 +235,20 @@ def _size(file: str) -> int:
         return os.lstat(file).st_size
 
 
+def found_elsewhere(entry: SourceParams) -> str | None:
+    """A line about a source that is on another machine; None of one that is here.
+
+    Raises:
+        IngestError: when it is not there, or cannot be asked.
+    """
+    if remote.is_remote(entry.path):
+        files = remote_files(entry.path)
+        return f"{entry.path}: {len(files):,} files, {sum(file.size for file in files.values()):,} bytes"
+    if entry.source == "huggingface" and not resolve_source_path(entry.path).exists():
+        return f"{entry.path}: commit {hub.commit_of(entry.path)}"
+    return None
+
+
 def _remote_fingerprint(source: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
     """By the listing alone, where that tells versions; of files whose version it does not tell, by their content."""
     files = _asked(remote_files, source["path"], before)

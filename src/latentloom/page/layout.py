@@ -13,6 +13,7 @@ from typing import Any
 
 from latentloom.diffusion.sampling_settings import SAMPLER_NAMES
 from latentloom.errors import UserError
+from latentloom.evaluation.image_generator import STRENGTH
 from latentloom.layout import IMAGES, NEAR_DUPLICATES, REJECTS
 from latentloom.page import data
 from latentloom.page.handlers import Studio
@@ -165,7 +166,7 @@ def _draw(studio: Studio, model: gr.Dropdown, *, from_a_picture: bool = False) -
         with gr.Column(scale=2):
             prompt = _prompt(placeholder="nothing, for variations" if from_a_picture else "a smiling cat")
             upload = gr.File(label="Picture", file_types=["image"], visible=from_a_picture)
-            strength = gr.Slider(0, 1, 0.6, label="Strength: how much is made anew", visible=from_a_picture)
+            strength = gr.Slider(0, 1, STRENGTH, label="Strength: how much is made anew", visible=from_a_picture)
             options = _options(studio, model)
             with gr.Row():
                 draw, stop = gr.Button("Draw", variant="primary"), gr.Button("Stop")
