@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 INSTALLED := $(VENV)/.installed
 INSTALLED_TESTS := $(VENV)/.installed-tests
+INSTALLED_PAGE := $(VENV)/.installed-page
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 # Usage statistics of the tools are off unless you turn them on.
 export MLFLOW_DISABLE_TELEMETRY ?= true
@@ -36,7 +37,7 @@ test-services: install-tests ## tests with Postgres, S3, a browser, DVC's queue,
 ui: install ## MLflow's pages on this machine; PORT=... for another port than 5000
 	@latentloom ui $(if $(PORT),--port $(PORT))
 
-page: install ## a page to draw on, on this machine; PORT=... for another port than 7860
+page: $(INSTALLED_PAGE) ## a page to draw on, on this machine; PORT=... for another port than 7860
 	@latentloom page $(if $(PORT),--port $(PORT))
 
 bench: install-tests ## how fast the caches are, beside others; half an hour on an idle machine
@@ -64,6 +65,10 @@ $(INSTALLED): requirements.lock pyproject.toml
 
 $(INSTALLED_TESTS): $(INSTALLED) requirements-test.lock
 	$(PIP) -r requirements.lock -r requirements-test.lock
+	@touch $@
+
+$(INSTALLED_PAGE): $(INSTALLED) requirements-test.lock
+	$(PIP) -r requirements.lock -c requirements-test.lock gradio
 	@touch $@
 
 clean: ## remove the environment and saved work; data, models, experiments and records of runs stay
