@@ -79,7 +79,9 @@ def write_caches(folder: Path, rows: int, validation: int = 0, *, std: bool = Fa
             path, size = folder / "text" / f"{number:05d}.safetensors", len(places)
             write(path, places, lambda places=places: {"embedding": synthetic(places)[1]})
             columns = place(number, places) | {"text": [f"caption {row}" for row in places]}
-            norms = np.random.default_rng((number, 1)).normal(DIM**0.5, 1, size)  # captions are told apart by these, too
+            norms = np.random.default_rng((number, 1)).normal(
+                DIM**0.5, 1, size
+            )  # captions are told apart by these, too
             columns |= {"norm": norms.astype(np.float32), "dim": np.full(size, DIM, np.int32)}
             columns["tokens"] = np.full(size, 6, np.int64)
             add("text/index.parquet", columns)

@@ -96,7 +96,9 @@ def test_the_page_without_gradio_says_what_brings_it(invoke, monkeypatch):
         monkeypatch.delitem(sys.modules, f"latentloom.page.{module}", raising=False)
     result = invoke("page")
     assert result.exit_code == 1
-    assert 'the page needs Gradio, which is not installed: `make page`, or pip install "latentloom[page]"' in result.output
+    assert (
+        'the page needs Gradio, which is not installed: `make page`, or pip install "latentloom[page]"' in result.output
+    )
 
 
 def test_before_the_first_run_the_summary_says_what_to_do(invoke):

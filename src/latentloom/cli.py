@@ -154,7 +154,9 @@ def page(
     except ImportError as error:
         if not (error.name or "").startswith("gradio"):
             raise
-        raise UserError('the page needs Gradio, which is not installed: `make page`, or pip install "latentloom[page]"') from error
+        raise UserError(
+            'the page needs Gradio, which is not installed: `make page`, or pip install "latentloom[page]"'
+        ) from error
     port = free_port(PAGE_PORTS if port is None else [port])
     print(f"Page: http://{host}:{port}", flush=True)
     serve(project_root(), host, port)

@@ -1,5 +1,9 @@
 """An ingestion is the same for any number of workers."""
 
+import pytest
+
+from latentloom.errors import UserError
+
 
 def test_an_ingestion_gives_the_same_bytes_whatever_the_number_of_workers(
     corpus, picture, contents, shards_of, monkeypatch, tmp_path
@@ -24,3 +28,13 @@ def test_an_ingestion_gives_the_same_bytes_whatever_the_number_of_workers(
         made.append((report, contents(corpus.out)))
     assert made[0][0].rejected > 20
     assert made[0] == made[1] == made[2]
+
+
+def test_a_wrong_engine_is_told_before_anything_is_written(corpus, contents, monkeypatch):
+    corpus.add("a.png", "a picture")
+    corpus.ingest()
+    before = contents(corpus.out)
+    monkeypatch.setenv("LATENTLOOM_ENGINE", "rya")
+    with pytest.raises(UserError, match="LATENTLOOM_ENGINE=rya: must be local or ray"):
+        corpus.ingest()
+    assert contents(corpus.out) == before

@@ -164,19 +164,21 @@ def write_shards(
     finished: Callable[[Path], None] = lambda _: None,
     link: Callable[[Sequence[ImageRow], Path], bool] = lambda *_: False,
 ) -> list[dict[str, Any]]:
-    """Write ``rows`` as shards into ``folder``, which is unfinished from here on; give their names and rows.
+    """Write ``rows`` as shards into ``folder``, which is unfinished from the first one on; give their names and rows.
 
     Args:
         finished: is called with each shard before the next row is asked for.
         link: called with the rows of a shard where all have a `StoredPng`; puts an earlier run's shard of just these
             rows there, and says whether there was one.
     """
-    (folder / MANIFEST).unlink(missing_ok=True)
     rows, shards = iter(rows), []
-    while (first := next(rows, None)) is not None:
+    first = next(rows, None)  # what goes wrong before there is a row leaves the folder as it was
+    (folder / MANIFEST).unlink(missing_ok=True)
+    while first is not None:
         path = folder / f"{len(shards):05d}.parquet"
         shards.append({"name": path.name, "rows": _write_shard(path, itertools.chain([first], rows), link)})
         finished(path)
+        first = next(rows, None)
     return shards
 
 
