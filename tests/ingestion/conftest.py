@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -159,21 +158,3 @@ def contents() -> Callable[[Path], dict[str, bytes]]:
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
     return read
-
-
-@pytest.fixture
-def failing_after() -> Callable[..., Callable]:
-    """A function that does as ``function`` does, and raises at its call number ``count``."""
-
-    def make(function: Callable, count: int, error: BaseException) -> Callable:
-        state = SimpleNamespace(calls=0)
-
-        def fail(*args, **kwargs):
-            state.calls += 1
-            if state.calls >= count:
-                raise error
-            return function(*args, **kwargs)
-
-        return fail
-
-    return make

@@ -16,7 +16,6 @@ from PIL import Image
 
 from latentloom.errors import UserError
 from latentloom.ingestion import ingest as stage
-from latentloom.ingestion import preprocess
 from latentloom.ingestion.shards import encode, read_manifest, read_metadata
 from latentloom.ingestion.sources import IngestError
 from latentloom.ingestion.splits import split_of
@@ -280,16 +279,21 @@ def test_shards_and_temporary_files_of_earlier_runs_go_once_the_new_ones_are_who
 @pytest.mark.parametrize(
     "error", [RuntimeError("a fault"), KeyboardInterrupt(), MemoryError(), OSError(28, "No space left on device")]
 )
-def test_a_failure_in_the_middle_leaves_no_partial_file_and_no_manifest(
-    corpus, shards_of, monkeypatch, failing_after, error, workers
-):
+def test_a_failure_in_the_middle_leaves_no_partial_file_and_no_manifest(corpus, shards_of, monkeypatch, error, workers):
     shards_of(2)
     monkeypatch.setenv("LATENTLOOM_WORKERS", workers)
     for number in range(5):
         corpus.add(f"{number}.png", "a picture")
     corpus.ingest(limit=1)
+    prepare = stage.preprocess_sample
+
+    def fail(source, sample, *rest):  # whichever worker comes first, the three before are good
+        if sample.key == "3.png":
+            raise error
+        return prepare(source, sample, *rest)
+
     with monkeypatch.context() as patch:
-        patch.setattr(preprocess, "encode", failing_after(preprocess.encode, 4, error))
+        patch.setattr(stage, "preprocess_sample", fail)
         with pytest.raises(type(error)):
             corpus.ingest()
     assert "00000.parquet" in {path.name for path in corpus.images.iterdir()}
