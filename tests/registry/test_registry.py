@@ -20,6 +20,7 @@ from latentloom.errors import UserError
 from latentloom.evaluation.text_to_image import load_text_to_image, stored_settings
 from latentloom.model_files import model_hash, read_config
 from latentloom.registry import packing, registry
+from latentloom.registry.compare import compare
 from latentloom.registry.models import find_model
 from latentloom.tracking.provenance import user_name
 from latentloom.tracking.store import open_client
@@ -254,6 +255,33 @@ def test_a_model_whose_validation_is_not_known_is_rejected(project_root, train, 
     train(tiny_unets[0], failed_checks=None)
     with pytest.raises(UserError, match="is not known"):
         promote(tiny_unets[0])
+
+
+def test_a_model_whose_base_may_have_seen_what_is_held_out_is_rejected_and_compare_says_so(
+    project_root, train, promote, tiny_unets
+):
+    def log(folder: Path, size: int, base: str | None) -> None:
+        known = base and {"reference": "runs:/a", "sha256": base, "out": None}
+        train(folder, recall=0.9, params={"ingest": {"image_size": size}}, provenance={"base": known})
+
+    small, large, larger = tiny_unets
+    log(small, 64, None)
+    log(large, 128, model_hash(small))
+    log(larger, 128, model_hash(large))
+    said = (
+        rf"it started from runs:/a \(model {model_hash(small)[:12]}\), which was trained with ingest\.image_size 64 "
+        r"instead of 128, and which may have seen what is held out now"
+    )
+    for folder in (large, larger):
+        with pytest.raises(UserError, match=said):
+            promote(folder)
+    found = compare(str(small), str(large), project_root)
+    assert re.search(rf"; but {re.escape(str(large))}: {said}", found.verdict)
+    log(large, 64, model_hash(small))
+    assert promote(large) == "1"
+    log(small, 64, "e" * 64)
+    with pytest.raises(UserError, match=r"\(model eeeeeeeeeeee\), of whose training this store knows nothing"):
+        promote(small)
 
 
 def test_a_model_that_this_store_never_saw_trained_is_not_promoted(project_root, promote, tiny_unets):

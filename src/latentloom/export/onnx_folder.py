@@ -39,7 +39,7 @@ USE = """
 
 ```sh
 pip install numpy onnxruntime pillow tokenizers
-python sample.py {prompt!r} --seed 0 -o picture.png
+python sample.py {shell_prompt} --seed 0 -o picture.png
 ```
 
 `sample.py` reads the files beside it, and needs neither torch nor the training code. It is short: in another language,
