@@ -244,17 +244,17 @@ def test_the_page_of_a_version_shows_its_figures_its_picture_and_who_promoted_it
     assert made.tags["held_out_recall_at_1"] == "0.75"
 
 
-def test_a_model_of_data_that_failed_its_validation_is_rejected(project_root, train, promote, tiny_unets):
-    train(tiny_unets[0], failed_checks=("latents are finite",))
-    with pytest.raises(UserError, match="validation of its data failed: latents are finite"):
+@pytest.mark.parametrize(
+    ("failed", "said"),
+    [(("latents are finite",), "validation of its data failed: latents are finite"), (None, "is not known")],
+)
+def test_a_model_of_data_that_failed_its_validation_or_was_not_seen_to_pass_is_rejected(
+    project_root, train, promote, tiny_unets, failed, said
+):
+    train(tiny_unets[0], failed_checks=failed)
+    with pytest.raises(UserError, match=said):
         promote(tiny_unets[0])
     assert aliases(project_root) == {}
-
-
-def test_a_model_whose_validation_is_not_known_is_rejected(project_root, train, promote, tiny_unets):
-    train(tiny_unets[0], failed_checks=None)
-    with pytest.raises(UserError, match="is not known"):
-        promote(tiny_unets[0])
 
 
 def test_a_model_whose_base_may_have_seen_what_is_held_out_is_rejected_and_compare_says_so(
@@ -290,7 +290,9 @@ def test_a_model_that_this_store_never_saw_trained_is_not_promoted(project_root,
 
 
 @pytest.mark.slow
-def test_taken_back_the_champion_before_is_champion_again_until_there_is_none(project_root, train, promote, tiny_unets):
+def test_taken_back_the_champion_before_is_champion_again_until_there_is_none_but_deleted_ones(
+    project_root, train, promote, tiny_unets
+):
     for number, folder in enumerate(tiny_unets):
         train(folder, recall=0.5 + 0.1 * number)
         promote(folder)
@@ -312,6 +314,10 @@ def test_taken_back_the_champion_before_is_champion_again_until_there_is_none(pr
         ("demote", "3", "1"),
         ("demote", "1", None),
     ]
+    for folder in tiny_unets:
+        promote(folder)
+    open_client(project_root).delete_model_version("latentloom", "2")
+    assert registry.demote("champion", project_root) == ("3", "1")
 
 
 @pytest.mark.slow
@@ -335,15 +341,6 @@ def test_a_champion_that_was_moved_in_mlflows_own_pages_is_taken_back_to_the_one
     promote(tiny_unets[1], "candidate")
     open_client(project_root).set_registered_model_alias("latentloom", "champion", "2")
     assert registry.demote("champion", project_root) == ("2", "1")
-
-
-@pytest.mark.slow
-def test_a_version_that_was_deleted_is_skipped(project_root, train, promote, tiny_unets):
-    for number, folder in enumerate(tiny_unets):
-        train(folder, recall=0.5 + 0.1 * number)
-        promote(folder)
-    open_client(project_root).delete_model_version("latentloom", "2")
-    assert registry.demote("champion", project_root) == ("3", "1")
 
 
 @pytest.mark.slow
