@@ -66,7 +66,7 @@ def test_every_part_is_measured_and_none_fails(carry, tmp_path):
 
 
 def test_without_diffusers_and_caches_the_rest_is_measured_and_reasons_are_given(tmp_path, monkeypatch):
-    options = ["--device", "cpu", "--minutes", "2", "--out", str(tmp_path), "--parts", "sampling", "encoding", "peers"]
+    options = ["--device", "cpu", "--minutes", "24", "--out", str(tmp_path), "--parts", "sampling", "encoding", "peers"]
     monkeypatch.setattr(sys, "argv", ["on_gpu.py", *options])
     monkeypatch.setitem(sys.modules, "diffusers", None)
     monkeypatch.setenv("LATENTLOOM_DEVICE", "cpu")  # which the script sets, for its parts
