@@ -22,6 +22,7 @@ def cluster() -> Iterator[Any]:
     patched = pytest.MonkeyPatch()
     folder = tempfile.mkdtemp(prefix="ray-")  # its own, and short: sockets in it have names of at most 107 bytes
     patched.setenv("RAY_AUTH_MODE", "disabled")  # else a token is written into the user's home
+    patched.setenv("RAY_memory_monitor_refresh_ms", "0")  # else workers are killed where other tests fill the memory
     made = Cluster()
     try:
         made.add_node(**NODE, temp_dir=folder)
