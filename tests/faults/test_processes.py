@@ -22,7 +22,7 @@ pytestmark = pytest.mark.fault
 
 ROOT = Path(__file__).parents[2]
 A_MINUTE = 60
-STAGE_STEPS = 40
+STAGE_STEPS = 20
 
 
 def launch(*arguments: object, folder: Path = ROOT, **hooks: object) -> subprocess.Popen[str]:
