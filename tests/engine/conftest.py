@@ -11,6 +11,17 @@ import pytest
 NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
 
 
+def add_node(cluster: Any, **options: Any) -> None:
+    """Add a node; again where a machine that has much else to do took longer than the thirty seconds that Ray waits."""
+    for tries_left in (3, 2, 1, 0):
+        try:
+            cluster.add_node(**NODE, **options)
+            return
+        except Exception as error:  # Ray raises nothing narrower
+            if not tries_left or "timed out during startup" not in str(error):
+                raise
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """``ray.cluster_utils.Cluster``, joined by this process; the driver's node, and another that tests may remove."""
@@ -25,8 +36,8 @@ def cluster() -> Iterator[Any]:
     patched.setenv("RAY_memory_monitor_refresh_ms", "0")  # else workers are killed where other tests fill the memory
     made = Cluster()
     try:
-        made.add_node(**NODE, temp_dir=folder)
-        made.add_node(**NODE)
+        add_node(made, temp_dir=folder)
+        add_node(made)
         patched.setenv("RAY_ADDRESS", made.address)
         engine_ray.connect()
         yield made
@@ -42,7 +53,7 @@ def second_node(cluster: Any) -> Iterator[Any]:
     """The node that is not the driver's, to be removed: afterwards there is one again."""
     yield next(iter(cluster.worker_nodes))
     if not cluster.worker_nodes:
-        cluster.add_node(**NODE)
+        add_node(cluster)
 
 
 @pytest.fixture
