@@ -251,19 +251,19 @@ def prepare(source, out):
 
 
 @pytest.mark.usefixtures("small_shards")
-def test_ingest_and_captions_leave_the_same_bytes_as_in_one_process(monkeypatch, pictures, tmp_path):
-    """The latents of images are compared by the next test: each encoder takes workers seconds to import."""
+def test_stages_leave_the_same_bytes_as_in_one_process(monkeypatch, pictures, tmp_path):
     made = []
     for engine in ("local", "ray"):
         monkeypatch.setenv("LATENTLOOM_ENGINE", engine)
         out = tmp_path / engine
         prepare(pictures, out)
+        images = encode_images(Vae("bundled"), out / "images", out / "latents", RowStore(out / ".state/a", 2**30))
         texts = encode_captions(
-            TextEncoder("bundled"), out / "images", out / "text", RowStore(out / ".state", 2**30), tokens=True
+            TextEncoder("bundled"), out / "images", out / "text", RowStore(out / ".state/b", 2**30), tokens=True
         )
-        assert texts.encoded == 78
+        assert images.encoded == texts.encoded == 78
         made.append(contents(out))
-    assert len([name for name in made[0] if name.startswith("text/0")]) > 2
+    assert len([name for name in made[0] if name.startswith("latents/0")]) > 2
     assert made[0].keys() == made[1].keys()
     assert [name for name in made[0] if made[0][name] != made[1][name]] == []
 
