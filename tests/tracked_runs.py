@@ -71,12 +71,14 @@ def train(project_root) -> Callable[..., str]:
         provenance: dict | None = None,
         tags: dict[str, str] | None = None,
         code_diff: str = "",
+        params: dict | None = None,
     ) -> str:
         known = {"failed_checks": None if failed_checks is None else list(failed_checks)} | (provenance or {})
         settings = SamplingSettings(diffusion_steps=4, class_guidance=2.5, precision="fp32")
         with new_run(project_root, name=name) as run:
             run.set_tags({HASH_TAG: model_hash(folder)} | (tags or {}))
             run.log_text(json.dumps(known), "provenance.json")
+            run.log_params(params or {})
             if code_diff:
                 run.log_text(code_diff, "code.diff")
         figures = {} if val_mae is None else {"val_mae": val_mae}

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,14 +18,17 @@ from typer.testing import CliRunner
 
 from latentloom.cli import app
 from latentloom.diffusion.sampling_settings import SampleRequest, SamplingSettings
+from latentloom.evaluation.image_generator import STRENGTH, StartImage
 from latentloom.evaluation.metadata import read_metadata
 from latentloom.evaluation.text_to_image import load_text_to_image
 from latentloom.export import bundle as bundling
 from latentloom.export.bundle import bundle
 from latentloom.export.diffusers_folder import CODE, export_diffusers, load_pipeline
+from latentloom.ingestion.one_picture import prepare_picture
 from latentloom.model_files import model_hash
 from latentloom.registry.figures import Figures
 from latentloom.registry.models import FoundModel
+from latentloom.sizes import Size
 
 CPU = torch.device("cpu")
 PROMPT = "a red apple"
@@ -54,8 +58,18 @@ CASES = {
             [PROMPT, "a snowman"],
             {"count": 2, "steps": 4, "guidance": 2.5, "negative": "a tree", "size": "96x32", **OPTIONS},
         ),
+        "from a picture": (
+            {"prompt": ["", PROMPT], "image": "picture.png", "strength": 0.7, "num_inference_steps": 3},
+            ["", PROMPT],
+            {"steps": 3},
+        ),
     },
     "tokens": {
+        "from a picture": (
+            {"prompt": PROMPT, "image": "picture.png", "num_inference_steps": 3, "seed": 2},
+            [PROMPT],
+            {"seed": 2, "steps": 3},
+        ),
         "tokens": ({"prompt": PROMPT, "num_inference_steps": 3}, [PROMPT], {"steps": 3}),
         "another shape": (
             {"prompt": PROMPT * 9, "width": 96, "height": 48, "num_inference_steps": 3},
@@ -97,18 +111,24 @@ def folders(models, tmp_path_factory) -> dict[str, Path]:
 
 
 def test_without_the_package_the_same_request_gives_the_same_pixels(models, folders, tmp_path):
+    draws = np.random.default_rng(0)
+    Image.fromarray(draws.integers(0, 256, (100, 100, 4), np.uint8)).save(tmp_path / "picture.png")  # not opaque
     cases, output = tmp_path / "cases.json", tmp_path / "out.npz"
     cases.write_text(json.dumps({str(folders[model]): calls for model, calls in CASES.items()}))
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     environment.pop("PYTHONPATH", None)
+    start = StartImage(*prepare_picture(tmp_path / "picture.png", Size(64, 64)), STRENGTH)
     script = Path(__file__).with_name("without_package.py")
-    subprocess.run([sys.executable, "-I", script, cases, output], env=environment, check=True)
+    subprocess.run([sys.executable, "-I", script, cases, output], env=environment, cwd=tmp_path, check=True)
     with np.load(output) as found:
         for model, calls in CASES.items():
             ours = load_text_to_image(models[model], device=CPU)
-            for name, (_, prompts, options) in calls.items():
-                expected = ours.generate(prompts, SampleRequest.of(SamplingSettings(3, 2.0), options))
-                np.testing.assert_array_equal(found[name], expected.reshape(-1, *expected.shape[2:]), err_msg=name)
+            for name, (asked, prompts, options) in calls.items():
+                picture = replace(start, strength=asked.get("strength", STRENGTH)) if "image" in asked else None
+                expected = ours.generate(prompts, SampleRequest.of(SamplingSettings(3, 2.0), options), start=picture)
+                np.testing.assert_array_equal(
+                    found[f"{model}: {name}"], expected.reshape(-1, *expected.shape[2:]), err_msg=name
+                )
 
 
 def test_the_folder_has_safetensors_code_of_its_own_a_card_and_signed_samples(models, folders):
@@ -134,7 +154,7 @@ def test_a_pipeline_takes_a_generator_and_gives_the_forms_that_diffusers_knows(f
     pipeline.set_progress_bar_config(disable=True)
 
     def call(**more):
-        return pipeline(PROMPT, **{"num_inference_steps": 2, **more}).images
+        return pipeline(**{"prompt": PROMPT, "num_inference_steps": 2, **more}).images
 
     first, again = (call(generator=torch.Generator().manual_seed(1), output_type="np") for _ in range(2))
     np.testing.assert_array_equal(first, again)
@@ -149,6 +169,9 @@ def test_a_pipeline_takes_a_generator_and_gives_the_forms_that_diffusers_knows(f
         ({"width": 60}, "the nearest is 64x64"),
         ({"num_inference_steps": 1}, "diffusion_steps = 1"),
         ({"output_type": "jpeg"}, "must be one of pil"),
+        ({"prompt": []}, "give at least one"),
+        ({"strength": 0.5}, "strength needs image"),
+        ({"image": Image.new("L", (9, 9)), "strength": 2}, "must be a number, from 0 to 1"),
         ({"generator": torch.Generator(), "seed": 1}, "not both"),
         ({"generator": [torch.Generator()] * 2}, "2 generators for 1 images"),
     ):

@@ -24,11 +24,14 @@ else:
 
 import numpy as np  # noqa: E402
 from diffusers import DiffusionPipeline  # noqa: E402
+from PIL import Image  # noqa: E402
 
 found = {}
 cases, output = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2]
 for folder, calls in cases.items():
     pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
     for name, (arguments, *_) in calls.items():
-        found[name] = np.stack([np.asarray(image) for image in pipeline(**arguments).images])
+        if "image" in arguments:
+            arguments["image"] = Image.open(arguments["image"])
+        found[f"{Path(folder).name}: {name}"] = np.stack([np.asarray(image) for image in pipeline(**arguments).images])
 np.savez(output, **found)

@@ -133,16 +133,14 @@ def shipped(tiny_unets, tmp_path_factory, monkeypatch) -> Path:
     return folder
 
 
-def test_showcase_is_the_packages_own_model_and_needs_no_store(shipped, tiny_unets, tmp_path, monkeypatch):
+def test_showcase_is_the_packages_own_model_and_needs_no_store_unless_a_folder_of_the_user_is_called_so(
+    shipped, tiny_unets, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     found = find_model("showcase", tmp_path)
     assert (found.folder, found.sha256) == (shipped, model_hash(tiny_unets[1]))
     assert found.provenance.commit == "c" * 40
     assert not list(tmp_path.iterdir())
-
-
-def test_a_users_model_in_a_folder_called_showcase_goes_first(shipped, tiny_unets, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_unets[0], "showcase")
     assert find_model("showcase", tmp_path).sha256 == model_hash(tiny_unets[0])
 

@@ -20,6 +20,7 @@ from latentloom.errors import UserError
 from latentloom.evaluation.text_to_image import load_text_to_image, stored_settings
 from latentloom.model_files import model_hash, read_config
 from latentloom.registry import packing, registry
+from latentloom.registry.compare import compare
 from latentloom.registry.models import find_model
 from latentloom.tracking.provenance import user_name
 from latentloom.tracking.store import open_client
@@ -245,17 +246,44 @@ def test_the_page_of_a_version_shows_its_figures_its_picture_and_who_promoted_it
     assert made.tags["held_out_recall_at_1"] == "0.75"
 
 
-def test_a_model_of_data_that_failed_its_validation_is_rejected(project_root, train, promote, tiny_unets):
-    train(tiny_unets[0], failed_checks=("latents are finite",))
-    with pytest.raises(UserError, match="validation of its data failed: latents are finite"):
+@pytest.mark.parametrize(
+    ("failed", "said"),
+    [(("latents are finite",), "validation of its data failed: latents are finite"), (None, "is not known")],
+)
+def test_a_model_of_data_that_failed_its_validation_or_was_not_seen_to_pass_is_rejected(
+    project_root, train, promote, tiny_unets, failed, said
+):
+    train(tiny_unets[0], failed_checks=failed)
+    with pytest.raises(UserError, match=said):
         promote(tiny_unets[0])
     assert aliases(project_root) == {}
 
 
-def test_a_model_whose_validation_is_not_known_is_rejected(project_root, train, promote, tiny_unets):
-    train(tiny_unets[0], failed_checks=None)
-    with pytest.raises(UserError, match="is not known"):
-        promote(tiny_unets[0])
+def test_a_model_whose_base_may_have_seen_what_is_held_out_is_rejected_and_compare_says_so(
+    project_root, train, promote, tiny_unets
+):
+    def log(folder: Path, size: int, base: str | None) -> None:
+        known = base and {"reference": "runs:/a", "sha256": base, "out": None}
+        train(folder, recall=0.9, params={"ingest": {"image_size": size}}, provenance={"base": known})
+
+    small, large, larger = tiny_unets
+    log(small, 64, None)
+    log(large, 128, model_hash(small))
+    log(larger, 128, model_hash(large))
+    said = (
+        rf"it started from runs:/a \(model {model_hash(small)[:12]}\), which was trained with ingest\.image_size 64 "
+        r"instead of 128, and which may have seen what is held out now"
+    )
+    for folder in (large, larger):
+        with pytest.raises(UserError, match=said):
+            promote(folder)
+    found = compare(str(small), str(large), project_root)
+    assert re.search(rf"; but {re.escape(str(large))}: {said}", found.verdict)
+    log(large, 64, model_hash(small))
+    assert promote(large) == "1"
+    log(small, 64, "e" * 64)
+    with pytest.raises(UserError, match=r"\(model eeeeeeeeeeee\), of whose training this store knows nothing"):
+        promote(small)
 
 
 def test_a_model_that_this_store_never_saw_trained_is_not_promoted(project_root, promote, tiny_unets):
@@ -264,7 +292,9 @@ def test_a_model_that_this_store_never_saw_trained_is_not_promoted(project_root,
 
 
 @pytest.mark.slow
-def test_taken_back_the_champion_before_is_champion_again_until_there_is_none(project_root, train, promote, tiny_unets):
+def test_taken_back_the_champion_before_is_champion_again_until_there_is_none_but_deleted_ones(
+    project_root, train, promote, tiny_unets
+):
     for number, folder in enumerate(tiny_unets):
         train(folder, recall=0.5 + 0.1 * number)
         promote(folder)
@@ -286,6 +316,10 @@ def test_taken_back_the_champion_before_is_champion_again_until_there_is_none(pr
         ("demote", "3", "1"),
         ("demote", "1", None),
     ]
+    for folder in tiny_unets:
+        promote(folder)
+    open_client(project_root).delete_model_version("latentloom", "2")
+    assert registry.demote("champion", project_root) == ("3", "1")
 
 
 @pytest.mark.slow
@@ -309,15 +343,6 @@ def test_a_champion_that_was_moved_in_mlflows_own_pages_is_taken_back_to_the_one
     promote(tiny_unets[1], "candidate")
     open_client(project_root).set_registered_model_alias("latentloom", "champion", "2")
     assert registry.demote("champion", project_root) == ("2", "1")
-
-
-@pytest.mark.slow
-def test_a_version_that_was_deleted_is_skipped(project_root, train, promote, tiny_unets):
-    for number, folder in enumerate(tiny_unets):
-        train(folder, recall=0.5 + 0.1 * number)
-        promote(folder)
-    open_client(project_root).delete_model_version("latentloom", "2")
-    assert registry.demote("champion", project_root) == ("3", "1")
 
 
 @pytest.mark.slow

@@ -101,50 +101,41 @@ def test_a_store_that_fails_at_every_call_neither_loses_nor_doubles_anything(roo
     assert list(journals(root).iterdir()) == []
 
 
-def test_a_delivery_that_the_journal_does_not_know_of_is_repeated_without_effect(root):
+def test_a_delivery_that_the_journal_does_not_know_of_is_repeated_without_effect_but_for_what_lacked(root):
+    def again() -> str:
+        shutil.copytree(root / "files", journals(root) / run.key / "files", dirs_exist_ok=True)
+        forget_what_arrived(journals(root) / run.key)
+        (synced,) = sync(root)
+        return synced.message
+
+    def small(step):
+        return list((artifacts(root, run.id) / "images").glob(f"samples*step?{step}?*compressed.webp"))
+
     with pytest.raises(KeyboardInterrupt), new_run(root) as run:
         log_training(run, steps=range(1, 6))
         run.log_file(Path(__file__))
         shutil.copytree(journals(root) / run.key / "files", root / "files")
         raise KeyboardInterrupt
     before = all_stored(root, run.id)
-    shutil.copytree(root / "files", journals(root) / run.key / "files", dirs_exist_ok=True)
-    forget_what_arrived(journals(root) / run.key)
-    (synced,) = sync(root)
-    assert synced.message == "delivered 15 entries"
+    assert again() == "delivered 15 entries"
     assert all_stored(root, run.id) == before
-
-
-def test_an_image_of_which_a_kill_cut_the_delivery_short_is_delivered_again(root):
-    def small(step):
-        return list((artifacts(root, run.id) / "images").glob(f"samples*step?{step}?*compressed.webp"))
-
-    with pytest.raises(KeyboardInterrupt), new_run(root) as run:
-        log_training(run, steps=range(1, 6))
-        shutil.copytree(journals(root) / run.key / "files", root / "files")
-        raise KeyboardInterrupt
-    small(4)[0].unlink()
-    forget_what_arrived(journals(root) / run.key)
-    shutil.copytree(root / "files", journals(root) / run.key / "files", dirs_exist_ok=True)
-    list(sync(root))
+    small(4)[0].unlink()  # as a kill leaves it, which cuts the delivery of an image short
+    again()
     assert [len(small(step)) for step in (2, 4)] == [1, 1]
 
 
-def test_what_is_logged_arrives_while_the_run_is_running(root, monkeypatch):
+def test_what_is_logged_and_the_state_of_the_machine_arrive_while_the_run_is_running(root, monkeypatch):
     monkeypatch.setattr(delivery, "EVERY", 0.05)
     with new_run(root) as run:
         run.log_metrics({"train/mae": 1.0}, 1)
         wait_until(lambda: run.id and logged_steps(root, run.id, "train/mae") == [1])
-
-
-def test_the_state_of_the_machine_is_logged_beside_the_run(root, monkeypatch):
-    monkeypatch.setattr(delivery, "EVERY", 0.05)
-    with new_run(root) as run:
         wait_until(lambda: run.id and "system/cpu_utilization_percentage" in client(root).get_run(run.id).data.metrics)
     logged = client(root).get_run(run.id).data.metrics
     assert 0 <= logged["system/cpu_utilization_percentage"] <= 100
     assert 0 < logged["system/system_memory_usage_percentage"] < 100
     assert logged["system/system_memory_usage_megabytes"] > 100
+    assert list(journals(root).iterdir()) == []
+    assert "tracking" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_what_mlflow_rejects_is_left_out_with_a_warning_and_the_rest_arrives(root):
@@ -182,13 +173,6 @@ def test_a_metric_that_is_no_number_arrives_once_however_often_it_is_sent(root):
     forget_what_arrived(journals(root) / run.key)
     assert [synced.waits for synced in sync(root)] == [False]
     assert [logged_steps(root, run.id, key) for key in ("val/mae", "train/mae")] == [[1], [1]]
-
-
-def test_a_delivered_run_leaves_no_journal_and_no_thread(root):
-    with new_run(root) as run:
-        log_training(run, steps=range(1, 6))
-    assert list(journals(root).iterdir()) == []
-    assert "tracking" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_a_deleted_run_is_created_again_with_its_whole_curve(root):

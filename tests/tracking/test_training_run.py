@@ -36,7 +36,9 @@ def recorded(root, params, provenance, **more):
     return client(root).get_run(run.id)
 
 
-def test_a_run_has_a_handful_of_tags_and_all_else_in_one_file(project_root, params, monkeypatch):
+def test_a_run_has_a_handful_of_tags_the_params_that_decide_both_splits_and_all_else_in_one_file(
+    project_root, params, monkeypatch
+):
     monkeypatch.setattr(Git, "code_diff", lambda own: "a diff")
     run = recorded(project_root, params, PROVENANCE)
     own = {key: value for key, value in run.data.tags.items() if key not in ("latentloom.key", "mlflow.runName")}
@@ -52,6 +54,18 @@ def test_a_run_has_a_handful_of_tags_and_all_else_in_one_file(project_root, para
     files = artifacts(project_root, run.info.run_id)
     assert json.loads((files / "provenance.json").read_text()) == asdict(PROVENANCE)
     assert (files / "code.diff").read_text() == "a diff"
+    assert run.data.params["seed"] == str(params.seed)
+    assert run.data.params["train.learning_rate"] == str(params.train.learning_rate)
+    assert run.data.params["model.widths"] == str(list(params.model.widths))
+    sections = {name.partition(".")[0] for name in run.data.params}
+    assert sections == {"seed", "ingest", "encode_images", "encode_text", "model", "diffusion", "train"}
+    assert {
+        (own.dataset.name, own.dataset.digest, own.dataset.profile, own.tags[0].value)
+        for own in run.inputs.dataset_inputs
+    } == {
+        ("photos+drawings-training", "aa", '{"num_rows": 1234}', "training"),
+        ("photos+drawings-validation", "bb", '{"num_rows": 137}', "validation"),
+    }
 
 
 def test_what_is_not_known_is_left_out(project_root, params):
@@ -62,26 +76,6 @@ def test_what_is_not_known_is_left_out(project_root, params):
     assert [path.name for path in artifacts(project_root, run.info.run_id).iterdir()] == ["provenance.json"]
     assert "1,234 images" in run.data.tags["mlflow.note.content"]
     assert "None" not in run.data.tags["mlflow.note.content"]
-
-
-def test_the_params_that_decide_the_model_are_there_and_no_others(project_root, params):
-    run = recorded(project_root, params, PROVENANCE)
-    assert run.data.params["seed"] == str(params.seed)
-    assert run.data.params["train.learning_rate"] == str(params.train.learning_rate)
-    assert run.data.params["model.widths"] == str(list(params.model.widths))
-    sections = {name.partition(".")[0] for name in run.data.params}
-    assert sections == {"seed", "ingest", "encode_images", "encode_text", "model", "diffusion", "train"}
-
-
-def test_both_splits_are_inputs_with_their_sizes(project_root, params):
-    run = recorded(project_root, params, PROVENANCE)
-    assert {
-        (own.dataset.name, own.dataset.digest, own.dataset.profile, own.tags[0].value)
-        for own in run.inputs.dataset_inputs
-    } == {
-        ("photos+drawings-training", "aa", '{"num_rows": 1234}', "training"),
-        ("photos+drawings-validation", "bb", '{"num_rows": 137}', "validation"),
-    }
 
 
 @pytest.mark.parametrize(

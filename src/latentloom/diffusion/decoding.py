@@ -1,4 +1,4 @@
-"""From latents to pixels: undo the standardisation, decode with a VAE, round to bytes."""
+"""Between pixels and latents, by a VAE: encode bytes; undo the standardisation, decode, round to bytes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,21 @@ import numpy as np
 import torch
 
 from latentloom.diffusion.layouts import Array, Layout, home_of, to_nchw
+
+
+def encode_pixels(pixels: np.ndarray, *, vae: Any) -> dict[str, torch.Tensor]:
+    """Encode images, `(B, H, W, 3)` uint8, into the VAE's own latents: `mean` and, of a distribution, `std`.
+
+    Each is `(B, C, h, w)`, float32, on the CPU. `vae.encode(images)` takes images in [-1, 1] and gives what diffusers'
+    `AutoencoderKL` or `AutoencoderTiny` does.
+    """
+    device, dtype = home_of(vae)
+    images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1.0).to(dtype)
+    encoded = vae.encode(images.contiguous(memory_format=torch.channels_last))
+    if hasattr(encoded, "latents"):
+        return {"mean": encoded.latents.float().cpu()}
+    posterior = encoded.latent_dist
+    return {"mean": posterior.mean.float().cpu(), "std": posterior.std.float().cpu()}
 
 
 def decode_latents(

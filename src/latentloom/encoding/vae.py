@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from latentloom.devices import autocast, choose_device
-from latentloom.diffusion.decoding import decode_latents
+from latentloom.diffusion.decoding import decode_latents, encode_pixels
 from latentloom.encoding import pretrained
 from latentloom.encoding.fitting_batches import FittingBatches
 from latentloom.encoding.references import vae_folder
@@ -92,14 +92,8 @@ class Vae:
 
     @torch.inference_mode()
     def _encode(self, pixels: np.ndarray, precision: str | None) -> dict[str, torch.Tensor]:
-        images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
-        images = images.contiguous(memory_format=torch.channels_last)
         with autocast(PRECISIONS[precision or self.precision], self.device):
-            encoded = self.module.encode(images)
-        if self.distribution == "mean":
-            return {"mean": encoded.latents.float().cpu()}
-        posterior = encoded.latent_dist
-        return {"mean": posterior.mean.float().cpu(), "std": posterior.std.float().cpu()}
+            return encode_pixels(pixels, vae=self.module)
 
     def decode(self, raw: torch.Tensor, *, batch_size: int = 32) -> np.ndarray:
         """Decode raw latents (B, C, h, w) into pixels, uint8 (B, 8h, 8w, 3); at most ``batch_size`` of them at a time,

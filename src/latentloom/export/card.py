@@ -1,6 +1,7 @@
 """The card of an exported model, as the Hugging Face hub shows it: README.md, with what machines read at its head."""
 
 import re
+import shlex
 import textwrap
 from typing import Any
 
@@ -36,6 +37,7 @@ besides the prompt (or a list of prompts):
 | `height`, `width` | in pixels, multiples of {multiple}; {size} unless given |
 | `negative_prompt` | what all images are guided away from |
 | `num_images_per_prompt` | each from other noise |
+| `image`, `strength` | a PIL image to start from, and how much of it is made anew, from 0 to 1; 0.6 unless given |
 | `seed` | of the noise, 0 unless given; or `generator`, as elsewhere in diffusers |
 | `sampler` | `ddim` or `dpmpp_2m` |
 | `guidance_interval`, `guidance_rescale`, `threshold` | where guidance acts, how much contrast is taken back, the percentile of dynamic thresholding or `None` |
@@ -59,17 +61,20 @@ def card(exported: Exported, figures: Figures, use: str = USE, library: str = "d
     own = Size(config.latent_shape[2] * factor, config.latent_shape[1] * factor)
     how = use.format(
         prompt=exported.prompts[0],
+        shell_prompt=shlex.quote(exported.prompts[0]),
         steps=settings.diffusion_steps,
         guidance=f"{settings.class_guidance:g}",
         multiple=factor * model.network.multiple,
         size=own,
         max_tokens=model.text_encoder.max_tokens,
     )
+    base = exported.base
+    start = f"from the weights of another model, `{base['sha256'][:12]}`" if base else "from scratch"
     parameters = sum(parameter.numel() for parameter in model.network.parameters())
     paragraphs = [
         _head(exported, library),
         "# A text-to-image model",
-        f"A latent diffusion model of {parameters:,} parameters, trained from scratch with Latent Loom, for images of "
+        f"A latent diffusion model of {parameters:,} parameters, trained with Latent Loom {start}, for images of "
         f"{', '.join(sizes)}.",
         "\n".join(f"![{_plain(prompt)}]({SAMPLES}/{number}.png)" for number, prompt in enumerate(exported.prompts)),
         f"{'; '.join(map(_plain, exported.prompts))}: seed 0, {in_words(settings)}.",
@@ -138,6 +143,11 @@ def _limits(exported: Exported, figures: Figures, sizes: list[str]) -> str:
         f"Of a prompt the first {tokens} tokens are read.",
         "It has no filter: whoever shows its images to others has to look at them.",
     ]
+    if exported.base and figures.names:
+        limits.append(
+            "The model that its training started from may have seen images that were held out for the figures: then "
+            "those of held-out images and captions are too good."
+        )
     if "copied_share" in figures.values:
         copied = f"{figures.in_words('copied_share')} of samples of held-out captions are nearer to a training image"
         limits.append(f"{copied} than 95 % of real held-out images are: it may repeat a training image.")
@@ -166,6 +176,7 @@ def _lineage(exported: Exported) -> str:
     if provenance:
         changed = ", with local changes" if provenance.dirty else ""
         rows += [("commit", f"{provenance.commit}{changed}")] if provenance.commit else []
+        rows += [("model that it started from", exported.base["sha256"])] if exported.base else []
         rows += list(provenance.outs.items())
     table = "\n".join(["| | hash |", "|---|---|", *(f"| {name} | `{value}` |" for name, value in rows)])
     return table + "\n\n`latentloom.json` has the same for machines. Each sample's PNG says how it was generated."

@@ -24,6 +24,7 @@ from latentloom.export.bundle import bundle
 from latentloom.export.card import card
 from latentloom.export.folders import Exported, new_folder
 from latentloom.files import write_json, write_text
+from latentloom.model_files import ModelConfig
 from latentloom.registry.figures import Figures
 from latentloom.registry.models import FoundModel
 
@@ -33,8 +34,8 @@ CODE = {  # by file, the module that it is made of
     "scheduler/latentloom_scheduler.py": "latentloom.export.diffusers_scheduler",
 }
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-IN_UNET = ("latent_shape", "widths", "block_depth", "emb_size", "text_dim", "latent_mean", "latent_std", "token_dim")
-IN_UNET += ("latent_shapes",)
+IN_UNET = {"latent_shape", "latent_shapes", "widths", "block_depth", "emb_size", "text_dim", "token_dim"}
+IN_UNET |= {"latent_mean", "latent_std"}
 OF_THIS_MACHINE = ("_name_or_path", "name_or_path")  # keys by which the libraries write down where they read
 
 
@@ -71,6 +72,11 @@ def load_pipeline(folder: Path) -> Any:
     )
 
 
+def unet_config(config: ModelConfig) -> dict[str, Any]:
+    """The arguments of `diffusers_unet.LatentLoomUNet`."""
+    return config.model_dump(mode="json", include=IN_UNET)
+
+
 def _save_parts(exported: Exported, folder: Path) -> None:
     diffusers = library("diffusers")
     config, codec, encoder = exported.model.config, exported.model.codec, exported.model.text_encoder
@@ -82,8 +88,7 @@ def _save_parts(exported: Exported, folder: Path) -> None:
     version = {"_diffusers_version": diffusers.__version__}
     (folder / "unet").mkdir()
     shutil.copyfile(exported.found.folder / "model.safetensors", folder / "unet" / WEIGHTS)
-    known = config.model_dump(mode="json", include=set(IN_UNET))
-    write_json(folder / "unet" / "config.json", {"_class_name": "LatentLoomUNet", **version, **known})
+    write_json(folder / "unet" / "config.json", {"_class_name": "LatentLoomUNet", **version, **unet_config(config)})
     scheduler = {"schedule": config.schedule, "latent_bound": config.latent_bound}
     scheduler["sampling"] = asdict(exported.settings)
     write_json(

@@ -11,15 +11,16 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils import logging
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from latentloom.diffusion.decoding import decode_latents
+from latentloom.diffusion.decoding import decode_latents, encode_pixels
 from latentloom.diffusion.sampling_settings import SampleRequest, SamplingSettings
 from latentloom.diffusion.text import Labels, Text
 from latentloom.encoding.codec import LatentCodec
 from latentloom.encoding.text_embedder import TextEmbedder
-from latentloom.evaluation.image_generator import ImageGenerator, Shape
+from latentloom.evaluation.image_generator import STRENGTH, ImageGenerator, Shape, StartImage
+from latentloom.sizes import Size
 
 CODE = ""
 
@@ -62,6 +63,8 @@ class LatentLoomPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         *,
+        image: Image.Image | None = None,
+        strength: float | None = None,
         seed: int | None = None,
         **options: Any,
     ) -> ImagePipelineOutput | tuple[Any]:
@@ -79,6 +82,8 @@ class LatentLoomPipeline(DiffusionPipeline):
                 number of the image, as in `latentloom sample`.
             output_type: ``pil``; ``np`` or ``pt``, from 0 to 1; ``latent``, standardised latents.
             return_dict: False: a tuple.
+            image: to start from, instead of noise alone; its centre is resized. With a blank prompt no text is asked.
+            strength: how much of the picture is made anew, from 0 to 1; None: 0.6.
             seed: of the noise, from 0; None: 0.
             options: ``sampler``, ``guidance_interval``, ``guidance_rescale``, ``threshold``, ``precision``, ``first``,
                 as in `latentloom sample`.
@@ -102,10 +107,13 @@ class LatentLoomPipeline(DiffusionPipeline):
         request = SampleRequest.of(settings, given | options)
 
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise ValueError("prompt = []: give at least one")
         images = self._image_generator(generator, len(prompts) * request.count)
-        for remark in images.remarks(prompts, request):
+        start = _start_image(image, strength, images.image_size(request.size))
+        for remark in images.remarks(prompts, request, start=start):
             logging.get_logger(__name__).warning(remark)
-        latents = images.asked_latents(prompts, request)
+        latents = images.asked_latents(prompts, request, start=start)
         if output_type == "latent":
             found = torch.stack(latents)
         else:
@@ -136,7 +144,7 @@ class LatentLoomPipeline(DiffusionPipeline):
                 schedule=scheduler.schedule,
                 latent_bound=scheduler.latent_bound,
             ),
-            LatentCodec(unet.latent_mean, unet.latent_std, lambda: Decoder(self.vae, self.config.vae_scale_factor)),
+            LatentCodec(unet.latent_mean, unet.latent_std, lambda: VaeOfCodec(self.vae, self.config.vae_scale_factor)),
             embedder,
             self,
             None if generator is None else iter(generator if isinstance(generator, list) else [generator] * count),
@@ -183,17 +191,33 @@ class TensorsOfText:
 
 
 @dataclass(frozen=True)
-class Decoder:
+class VaeOfCodec:
     """The VAE as a `LatentCodec` asks it."""
 
     module: Any
     factor: int
+
+    def encode(self, pixels: np.ndarray) -> dict[str, torch.Tensor]:
+        """Pixels, uint8 (B, H, W, 3), as raw latents, see `encode_pixels`."""
+        return encode_pixels(pixels, vae=self.module)
 
     def decode(self, raw: torch.Tensor, *, batch_size: int) -> np.ndarray:
         """Raw latents (B, C, h, w) as pixels, uint8 (B, H, W, 3)."""
         return decode_latents(
             raw, 1.0, vae=self.module, latent_channels=raw.shape[1], layout="nchw", batch_size=batch_size
         )
+
+
+def _start_image(image: Image.Image | None, strength: float | None, size: Size) -> StartImage | None:
+    """The centre of a picture at ``size``, as it is shown on white."""
+    if image is None:
+        if strength is not None:
+            raise ValueError("strength needs image, the picture to start from")
+        return None
+    upright = ImageOps.exif_transpose(image).convert("RGBA")
+    shown = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright).convert("RGB")
+    pixels = np.array(ImageOps.fit(shown, size, Image.Resampling.LANCZOS))
+    return StartImage(pixels, "", STRENGTH if strength is None else strength)
 
 
 def _as_type(images: np.ndarray, output_type: str) -> Any:

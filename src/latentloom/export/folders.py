@@ -1,7 +1,7 @@
 """A folder that is there whole or not at all, and the model that it is made of."""
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +57,11 @@ class Exported:
     def settings(self) -> SamplingSettings:
         """Of samples for which nothing else is asked."""
         return self.request.settings
+
+    @property
+    def base(self) -> Mapping[str, str | None] | None:
+        """The model that its training started from, see `Provenance.base`."""
+        return self.found.provenance and self.found.provenance.base
 
     def save_origin(self, folder: Path) -> None:
         """Write down the hash that names the model, and what it came from, as far as samples name it."""

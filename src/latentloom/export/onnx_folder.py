@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from latentloom.diffusion.text import Text
 from latentloom.encoding.text_embedder import TextEmbedder
 from latentloom.errors import UserError
 from latentloom.evaluation.text_to_image import TextToImage
 from latentloom.export.card import card
+from latentloom.export.diffusers_folder import unet_config
+from latentloom.export.diffusers_unet import LatentLoomUNet
 from latentloom.export.folders import Exported, new_folder
 from latentloom.files import write_json, write_text
 from latentloom.registry.figures import Figures
@@ -39,7 +40,7 @@ USE = """
 
 ```sh
 pip install numpy onnxruntime pillow tokenizers
-python sample.py {prompt!r} --seed 0 -o picture.png
+python sample.py {shell_prompt} --seed 0 -o picture.png
 ```
 
 `sample.py` reads the files beside it, and needs neither torch nor the training code. It is short: in another language,
@@ -183,9 +184,16 @@ def graphs(model: TextToImage) -> list[Graph]:
     each = {"input_ids": {0: batch, 1: length}, "attention_mask": {0: batch, 1: length}}
     return [
         Graph("text_encoder", TextGraph(embedder), each, ["pooled", "states"], *read),
-        Graph("network", NetworkGraph(model.network), axes, ["x0_hat"], *asked),
+        Graph("network", network_of_tensors(model), axes, ["x0_hat"], *asked),
         Graph("decoder", DecoderGraph(model), {"latents": map_axes}, ["pixels"], *((noise(*own),) for own in sizes)),
     ]
+
+
+def network_of_tensors(model: TextToImage) -> LatentLoomUNet:
+    """The network as it is exported to diffusers: it takes a caption as plain tensors."""
+    network = LatentLoomUNet(**unet_config(model.config))
+    network.load_state_dict(model.network.state_dict())
+    return network
 
 
 TEXTS = ["a red apple", "a snowman on the moon", "one two three four five six seven"]
@@ -201,24 +209,6 @@ class TextGraph(nn.Module):
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         output = self.model(input_ids=input_ids, attention_mask=attention_mask)
         return self.embedder.read(output, attention_mask)
-
-
-class NetworkGraph(nn.Module):
-    """The network, with a caption as plain tensors."""
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-
-    def forward(
-        self,
-        x_t: torch.Tensor,
-        noise_levels: torch.Tensor,
-        pooled: torch.Tensor,
-        tokens: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return self.network(x_t, noise_levels, pooled if tokens is None else Text(pooled, tokens, mask))
 
 
 class DecoderGraph(nn.Module):

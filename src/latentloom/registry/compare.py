@@ -15,6 +15,7 @@ from latentloom.files import read_table
 from latentloom.layout import COMPARISONS, PARAMS, TEXT
 from latentloom.params import load_params
 from latentloom.registry.figures import SHOWN_FIRST, VAL_MAE, WAYS, Figures, Share, gain, in_the_same_way, in_words
+from latentloom.registry.gate import seen_by_base
 from latentloom.registry.models import FoundModel, find_model, stored_model
 from latentloom.registry.registry import known_figures
 from latentloom.tracking.store import existing_store
@@ -100,7 +101,9 @@ def compare(a: str, b: str, root: Path) -> Comparison:
     pair = in_the_same_way(*known)
     shown = pair or [figures[0] if figures else Figures() for figures in known]
     sides = [Side(*each) for each in zip((a, b), models, shown, strict=True)]
-    return Comparison(*sides, pair is not None, _verdict(*sides, comparable=pair is not None))
+    doubts = [f"{side.title}: {doubt}" for side in sides for doubt in _doubts(side.found, root)]
+    verdict = _verdict(*sides, comparable=pair is not None)
+    return Comparison(*sides, pair is not None, "; but ".join([verdict, *doubts]))
 
 
 def make_sheet(
@@ -137,6 +140,16 @@ def figures_known(found: FoundModel, root: Path) -> list[Figures]:
     except UserError:
         return []
     return known_figures(client, stored_model(client, found.sha256, found.run_id, found.evaluation_id))
+
+
+def _doubts(found: FoundModel, root: Path) -> list[str]:
+    """About a model's held-out figures, as far as MLflow knows its training."""
+    try:
+        client = existing_store(root)
+    except UserError:
+        return []
+    run = stored_model(client, found.sha256, found.run_id).run
+    return seen_by_base(client, run) if run else []
 
 
 def _captions(root: Path) -> list[str]:

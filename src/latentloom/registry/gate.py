@@ -1,13 +1,23 @@
 """What a model must be to get a name of the registry: valid data, within the limits, no worse than the champion.
 
-"Worse" and "beyond a limit" mean beyond the 95 % intervals: what chance may have done rejects no model.
+"Worse" and "beyond a limit" mean beyond the 95 % intervals: what chance may have done rejects no model. Figures of
+held-out images count only where no model that the training started from has trained on these.
 """
+
+from typing import TYPE_CHECKING
 
 from latentloom.params import RegistryParams
 from latentloom.registry.figures import COPIED, RECALLS, VAL_MAE, Figures, gain
+from latentloom.registry.models import run_provenance, stored_model
 from latentloom.tracking.provenance import Provenance
 
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+    from mlflow.tracking import MlflowClient
+
 NO_LIMITS = RegistryParams(min_held_out_recall_at_1=None, max_copied_share=None)
+# Of `ingest`: they decide an image's pixels, which decide whether it is held out.
+SPLIT = ("shape", "image_size", "bucket_multiple", "max_bucket_ratio", "val_fraction")
 
 
 def objections(figures: Figures, provenance: Provenance, limits: RegistryParams) -> list[str]:
@@ -27,6 +37,23 @@ def worse(figures: Figures, champion: Figures) -> str | None:
     own, others = figures.in_words(name), champion.in_words(name)
     interval = "" if name == VAL_MAE else f": the difference is {less}"
     return f"{name} is {own}, worse than the champion's {others}{interval}"
+
+
+def seen_by_base(client: "MlflowClient", run: "Run") -> list[str]:
+    """Why a base of the model that ``run`` trained, or a base's own, may have seen what is held out now; the first."""
+    now = run.data.params
+    while base := (run_provenance(client, run) or Provenance()).base:
+        named = f"it started from {base['reference']} (model {base['sha256'][:12]})"
+        too_good = "which may have seen what is held out now: its held-out figures may be too good"
+        run = stored_model(client, base["sha256"]).run
+        if run is None:
+            return [f"{named}, of whose training this store knows nothing, and {too_good}"]
+        then = run.data.params
+        keys = [f"ingest.{name}" for name in SPLIT if then.get(f"ingest.{name}") != now.get(f"ingest.{name}")]
+        if keys:
+            other = ", ".join(f"{key} {then.get(key, 'not known')} instead of {now.get(key)}" for key in keys)
+            return [f"{named}, which was trained with {other}, and {too_good}"]
+    return []
 
 
 def _beyond(figures: Figures, limits: RegistryParams) -> list[str]:

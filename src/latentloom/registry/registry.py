@@ -20,7 +20,7 @@ from latentloom.layout import PARAMS, SAMPLE_SHEET, state_folder
 from latentloom.model_files import read_config
 from latentloom.params import Params, load_params
 from latentloom.registry.figures import Figures, figures_of, in_the_same_way, sampling_settings
-from latentloom.registry.gate import NO_LIMITS, objections, worse
+from latentloom.registry.gate import NO_LIMITS, objections, seen_by_base, worse
 from latentloom.registry.measuring import measure_again
 from latentloom.registry.models import NAME, SERVED, FoundModel, StoredModel, find_model, run_provenance, stored_model
 from latentloom.registry.moves import Move, all_moves, moves_of
@@ -54,7 +54,8 @@ def promote(
 
     Raises:
         UserError: when the store has no run of the model; unless ``force``, when its data's validation failed, it is
-            beyond the limits of ``registry`` in the params or worse than the champion, or one of these is not known.
+            beyond the limits of ``registry`` in the params or worse than the champion, or one of these is not known,
+            or when its training started from a model that may have seen what is held out.
         mlflow.exceptions.MlflowException: when the store cannot be reached; the alias has not moved then.
     """
     client = existing_store(root)
@@ -73,6 +74,7 @@ def promote(
         if not force:
             params = _params(root)
             against = objections(figures, provenance, params.registry if params else NO_LIMITS)
+            against += seen_by_base(client, stored.run)
             if not against and champion not in (None, number):
                 against = _compare(client, root, stored, figures, champion)
             if against:

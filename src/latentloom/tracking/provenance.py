@@ -159,20 +159,17 @@ def record_start(
 
 def record_code(tracked: TrackedRun, provenance: Provenance) -> None:
     """Record whose and which code a run is of, and how it differs from its commit, for ``git apply``."""
-    tracked.set_tags(origin_tags(provenance))
+    tracked.set_tags(
+        {
+            "mlflow.source.git.commit": provenance.commit,
+            "git.dirty": None if provenance.dirty is None else str(provenance.dirty).lower(),
+            "git.branch": provenance.branch,
+            "dvc.experiment": provenance.experiment,
+            "mlflow.user": provenance.user,
+        }
+    )
     if provenance.dirty:
         tracked.log_text(Git(Path.cwd()).code_diff(), CODE_DIFF)
-
-
-def origin_tags(provenance: Provenance) -> dict[str, str | None]:
-    """What MLflow shows of the code of a run and who ran it, as tags; hashes of its data are in `PROVENANCE`."""
-    return {
-        "mlflow.source.git.commit": provenance.commit,
-        "git.dirty": None if provenance.dirty is None else str(provenance.dirty).lower(),
-        "git.branch": provenance.branch,
-        "dvc.experiment": provenance.experiment,
-        "mlflow.user": provenance.user,
-    }
 
 
 def origin(provenance: Provenance) -> list[str]:
