@@ -12,9 +12,9 @@ For both, only a window of items is under way at any time, so that memory does n
 
 What a function must keep to, so that it may run on another machine: it, ``setup`` and the items are picklable (module
 level functions, partials of them, dataclasses; no lambdas or open files); an item may be computed twice, as when a
-worker was killed, so files are written atomically and under names that follow from the item; results are small. A state may
-have a method ``halve_batches(times)``: it is called before an item at which so many workers have died, which is how a
-lack of memory mostly shows.
+worker was killed, so files are written atomically and under names that follow from the item; results are small. A state
+may have a method ``halve_batches(times)``: it is called before an item at which so many workers have died, which is how
+a lack of memory mostly shows.
 
 Files. A machine may not see the project's disk. An item that reads or writes files names them in its attributes
 ``reads`` and ``writes`` (sequences of paths, both optional), and the function opens ``here(path)`` in place of

@@ -14,8 +14,8 @@ where the items write, and each worker looks for it. Where it is not seen, files
 
 What fails:
 
-    a worker dies, or its machine   Its calls go to others, and another worker starts if the machine is there. Mostly its
-                                    memory did not suffice, though nothing says so: the item that it was at is computed
+    a worker dies, or its machine   Its calls go to others, and another worker starts if the machine is there. Mostly
+                                    memory did not suffice, though nothing says so: the item it was at is computed
                                     in half of the encoder's batch, after another death in a quarter. An item that was
                                     being computed `TRIES` times when a worker died ends the run, by name.
     memory does not suffice         Half of the machine's workers end, so that those left have twice as much, and the

@@ -17,7 +17,7 @@ from latentloom.file_hashes import FileHashes
 from latentloom.ingestion import preprocess
 from latentloom.ingestion.ingest import ingest
 from latentloom.ingestion.prepared import PreparedStore, recipe
-from latentloom.ingestion.shards import encode
+from latentloom.ingestion.shards import encode, read_metadata
 
 
 @pytest.fixture
@@ -89,6 +89,48 @@ def test_of_shards_whose_rows_have_not_changed_no_picture_is_read(corpus, rerun,
     assert 0 < len(read) <= ends[0] + ends[-2] + ends[-1]
 
 
+def test_shards_that_were_amended_are_linked_whole_and_amended_anew_only_where_that_differs(
+    corpus, rerun, picture, shards_of, monkeypatch
+):
+    """Rows that followed a near duplicate into the training split, and rows that gained the captions of equal files."""
+    shards_of(4)
+    changes = {"source": "parquet", "near_duplicate_distance": 8}
+    pictures = {number: encode(picture(number)) for number in range(16)}
+
+    def write(name: str, rows: list[tuple[bytes, str]]) -> None:
+        images, texts = zip(*rows, strict=True)
+        pq.write_table(pa.table({"image": images, "text": texts}), corpus.path / f"{name}.parquet")
+
+    def inodes() -> list[int]:
+        return [path.stat().st_ino for path in sorted(corpus.images.glob("*.parquet"))]
+
+    alike = [encode(nearly(picture(number))) for number in pictures]
+    write("a", [(png, f"picture {number}") for number, png in pictures.items()])
+    write("b", [(png, f"alike {number}") for number, png in enumerate(alike)])
+    write("c", [(pictures[number], f"again {number}") for number in range(0, 16, 5)])
+    rerun(corpus, **changes)
+    moved = read_metadata(corpus.images)["split"].tolist()
+    before = inodes()
+    assert len(before) > 3
+    with monkeypatch.context() as patched:
+        patched.setattr(PreparedStore, "picture", lambda *_: pytest.fail("a picture was read"))
+        for _ in range(2):
+            assert rerun(corpus, **changes) == 0
+            assert inodes() == before
+    (corpus.path / "b.parquet").unlink()
+    (corpus.path / "c.parquet").unlink()
+    rerun(corpus, **changes)
+    alone = read_metadata(corpus.images)["split"].tolist()
+    assert "validation" in alone and alone != moved[: len(alone)]
+    assert rerun(corpus, **changes) == 0
+
+
+def nearly(pixels):
+    """A near duplicate."""
+    pixels[0, 0] ^= 1
+    return pixels
+
+
 NAMES = st.sampled_from([f"{folder}{number}.png" for folder in ("", "a/") for number in range(6)])
 PICTURES = st.one_of(st.integers(0, 7), st.sampled_from([b"broken", b""]))  # few, so that some are equal
 CHANGES = st.one_of(
@@ -133,7 +175,10 @@ def test_after_any_history_the_outs_are_those_of_a_rebuild(tmp_path, new_corpus,
                     path.unlink()  # an out has the same content
                     path.write_bytes(content)
             elif kind == "add":
-                corpus.add(values[0], "a picture", values[1] if values[1] in (b"broken", b"") else picture(values[1]))
+                content = values[1]
+                if isinstance(content, int):  # two of them are near duplicates
+                    content = nearly(picture(content // 2)) if content % 2 else picture(content // 2)
+                corpus.add(values[0], "a picture", content)
             elif not (path := corpus.path / values[0]).exists():
                 continue
             elif kind == "remove":
