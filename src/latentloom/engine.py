@@ -78,7 +78,6 @@ def ordered_map(
     items: Iterable[Item],
     *,
     setup: Callable[[], Any] | None = None,
-    workers: int | None = None,
     redo: Callable[[Result], bool] | None = None,
 ) -> Iterator[Result]:
     """``function(item)`` of each item, in the items' order; an exception of the function comes in its item's place.
@@ -87,8 +86,6 @@ def ordered_map(
         function: with ``setup``, it is called as ``function(state, item)``.
         items: read in the calling thread alone, and no further ahead than the window.
         setup: makes the state of a worker, once, before its first item.
-        workers: threads for functions without a state; `worker_count` where None. Ray's workers are as many as the
-            cluster has cores or GPUs.
         redo: which results of another process are computed again in this one, as it may see files that others do not.
 
     Raises:
@@ -99,7 +96,7 @@ def ordered_map(
 
         return ray_map(function, items, setup, redo)
     if setup is None:
-        return threaded_map(function, items, worker_count() if workers is None else workers)
+        return threaded_map(function, items, worker_count())
     return _one_by_one(function, items, setup)
 
 
