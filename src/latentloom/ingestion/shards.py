@@ -357,11 +357,11 @@ def _amend_shard(path: Path, is_moved: np.ndarray, more_captions: list[list[str]
             start = 0
             for number in range(file.num_row_groups):
                 group = file.read_row_group(number)
-                own = amended.slice(start, len(group))
+                part = amended.slice(start, len(group))
                 start += len(group)
                 for column in (CAPTIONS, SPLIT):
                     field = SCHEMA.field(column)
-                    group = group.set_column(column, field, own[field.name])
+                    group = group.set_column(column, field, part[field.name])
                 writer.write_table(group.combine_chunks().cast(SCHEMA))
     return added
 
