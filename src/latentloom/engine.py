@@ -12,7 +12,9 @@ For both, only a window of items is under way at any time, so that memory does n
 
 What a function must keep to, so that it may run on another machine: it, ``setup`` and the items are picklable (module
 level functions, partials of them, dataclasses; no lambdas or open files); an item may be computed twice, as when a
-worker was killed, so files are written atomically and under names that follow from the item; results are small.
+worker was killed, so files are written atomically and under names that follow from the item; results are small. A state
+may have a method ``halve_batches(times)``: it is called before an item at which so many workers have died, which is how
+a lack of memory mostly shows.
 
 Files. A machine may not see the project's disk. An item that reads or writes files names them in its attributes
 ``reads`` and ``writes`` (sequences of paths, both optional), and the function opens ``here(path)`` in place of
@@ -76,7 +78,6 @@ def ordered_map(
     items: Iterable[Item],
     *,
     setup: Callable[[], Any] | None = None,
-    workers: int | None = None,
     redo: Callable[[Result], bool] | None = None,
 ) -> Iterator[Result]:
     """``function(item)`` of each item, in the items' order; an exception of the function comes in its item's place.
@@ -85,8 +86,6 @@ def ordered_map(
         function: with ``setup``, it is called as ``function(state, item)``.
         items: read in the calling thread alone, and no further ahead than the window.
         setup: makes the state of a worker, once, before its first item.
-        workers: threads for functions without a state; `worker_count` where None. Ray's workers are as many as the
-            cluster has cores or GPUs.
         redo: which results of another process are computed again in this one, as it may see files that others do not.
 
     Raises:
@@ -97,7 +96,7 @@ def ordered_map(
 
         return ray_map(function, items, setup, redo)
     if setup is None:
-        return threaded_map(function, items, worker_count() if workers is None else workers)
+        return threaded_map(function, items, worker_count())
     return _one_by_one(function, items, setup)
 
 

@@ -14,8 +14,10 @@ where the items write, and each worker looks for it. Where it is not seen, files
 
 What fails:
 
-    a worker dies, or its machine   Its calls go to others, and another worker starts if the machine is there. An item
-                                    that was being computed `TRIES` times when a worker died ends the run, by name.
+    a worker dies, or its machine   Its calls go to others, and another worker starts if the machine is there. Mostly
+                                    memory did not suffice, though nothing says so: the item it was at is computed
+                                    in half of the encoder's batch, after another death in a quarter. An item that was
+                                    being computed `TRIES` times when a worker died ends the run, by name.
     memory does not suffice         Half of the machine's workers end, so that those left have twice as much, and the
                                     item is computed again. That changes no bytes. (Before that, an encoder halves its
                                     batch: `encoding.fitting_batches`.)
@@ -35,7 +37,8 @@ import time
 import traceback
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -105,6 +108,7 @@ class Call:
     chunk: Chunk
     places: list[int]
     tries: int = 0
+    deaths: int = 0  # of workers that computed it
     failed_on: set[str] = field(default_factory=set)
 
     @property
@@ -113,7 +117,7 @@ class Call:
 
     def alone(self) -> list["Call"]:
         """Each item by itself, so that one which fails takes no other with it."""
-        return [Call(self.chunk, [place], self.tries, set(self.failed_on)) for place in self.places]
+        return [replace(self, places=[place], failed_on=set(self.failed_on)) for place in self.places]
 
 
 @dataclass(eq=False)
@@ -344,7 +348,7 @@ class Crew:
             seat = min(free, key=lambda own: len(own.calls))
             reads = [] if seat.sees_disk else [path for item in call.items for path in _files(item)[1]]
             inputs = {path: self._copy(path) for path in reads}
-            seat.calls.append((seat.actor.work.remote(call.items, inputs), call))
+            seat.calls.append((seat.actor.work.remote(call.items, inputs, call.deaths), call))
 
     def _take_in(self, seat: Seat, reference: Any, call: Call) -> None:
         try:
@@ -365,8 +369,9 @@ class Crew:
         if failure:
             place, *rest = call.places[len(outcomes) :]
             if rest:
-                self._waiting.appendleft(Call(call.chunk, rest, call.tries, call.failed_on))
-            self._failed(seat, Call(call.chunk, [place], call.tries + 1, call.failed_on | {seat.node}), failure)
+                self._waiting.appendleft(replace(call, places=rest))
+            failed = replace(call, places=[place], tries=call.tries + 1, failed_on=call.failed_on | {seat.node})
+            self._failed(seat, failed, failure)
 
     def _failed(self, seat: Seat, call: Call, failure: Failure) -> None:
         """Try an item somewhere else, or again with more memory; else its error is what comes of it."""
@@ -408,7 +413,7 @@ class Crew:
         for call in reversed(calls[1:]):
             self._waiting.appendleft(call)
         for call in calls[:1]:
-            call.tries += 1
+            call.tries, call.deaths = call.tries + 1, call.deaths + 1
             if call.tries >= TRIES and len(call.places) == 1:
                 raise UserError(
                     f"{_named(call.items[0])}: each of {TRIES} workers of Ray that computed it died, the last on "
@@ -451,6 +456,7 @@ class Worker:
     def start(self, job: tuple[Any, ...], cores: int) -> "bool | Failure":
         """Make the state; say whether the project's disk is seen."""
         self._function, setup, folder, probe, versions = job
+        self._state: Any = None
         self._scratch: Path | None = None
         os.environ[engine.WORKERS] = str(cores)
         with contextlib.suppress(OSError):
@@ -462,19 +468,22 @@ class Worker:
             if probe is not None and not probe.is_file():
                 self._scratch = Path(tempfile.mkdtemp(prefix="latentloom-"))
             if setup is not None:
-                self._function = _with_state(self._function, setup())
+                self._state = setup()
+                self._function = partial(self._function, self._state)
         except Exception as error:
             return _failure(error)
         return self._scratch is None
 
     def leave(self) -> None:
         """Forget the state, and the copies of files."""
-        self._function = None
+        self._function = self._state = None
         if self._scratch:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
-    def work(self, items: Sequence[Any], inputs: dict[Path, Any]) -> tuple[list[Any], dict[Path, bytes]]:
+    def work(self, items: Sequence[Any], inputs: dict[Path, Any], deaths: int) -> tuple[list[Any], dict[Path, bytes]]:
         """What comes of items, up to the first that fails; and the files they wrote, where the driver has to."""
+        if deaths and hasattr(self._state, "halve_batches"):
+            self._state.halve_batches(deaths)
         outcomes, written = [], {}
         for item in items:
             try:
@@ -548,10 +557,6 @@ def _probe(folder: Path | None = None) -> Iterator[Path | None]:
 
 def _files(item: Any) -> tuple[Sequence[Path], Sequence[Path]]:
     return getattr(item, "writes", ()), getattr(item, "reads", ())
-
-
-def _with_state(function: Callable[[Any, Any], Any], state: Any) -> Callable[[Any], Any]:
-    return lambda item: function(state, item)
 
 
 def _wait_for(path: Path) -> None:

@@ -81,5 +81,13 @@ def test_rows_for_which_there_is_no_memory_stop_with_their_own_error_and_others_
     assert asked == tried
 
 
+def test_batches_are_halved_before_they_are_tried_where_that_is_asked_for():
+    asked, fitting = [], FittingBatches(fewest=2)
+    for times in (1, 0, 3):
+        fitting.halve(times)
+        fitting(lambda part: asked.append(len(range(8)[part])), 8, 8)
+    assert asked == [4, 4, 4, 4, 2, 2, 2, 2]
+
+
 def test_no_rows_are_one_empty_batch():
     assert FittingBatches()(lambda part: list(range(0)[part]), 0, 8) == [[]]

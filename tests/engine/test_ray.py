@@ -80,17 +80,23 @@ def test_results_come_in_order_from_both_machines_and_the_first_that_fails_there
     assert len({node for _, node in given}) == 2
 
 
-def test_the_items_of_a_worker_that_dies_are_computed_by_others(marks, capfd):
-    def double(state, number):
+def test_the_items_of_a_worker_that_dies_are_computed_by_others_with_half_of_its_batch(marks, capfd):
+    class Encoder:
+        batch = 32
+
+        def halve_batches(self, times):
+            self.batch = 32 >> times
+
+    def double(encoder, number):
         import os
 
-        mark = marks / f"{number}"
-        if number == 3 and not mark.exists():
-            mark.touch()
+        if number == 3 and encoder.batch > 8:
+            (marks / f"{encoder.batch}").touch()
             os.kill(os.getpid(), 9)
-        return state * number
+        return 2 * number
 
-    assert list(ordered_map(double, range(8), setup=lambda: 2)) == [0, 2, 4, 6, 8, 10, 12, 14]
+    assert list(ordered_map(double, range(8), setup=Encoder)) == [0, 2, 4, 6, 8, 10, 12, 14]
+    assert {mark.name for mark in marks.iterdir()} == {"32", "16"}
     assert "a worker on" in capfd.readouterr().err
 
 

@@ -27,7 +27,7 @@ SOURCES = ("folder", "webdataset", "parquet")
 
 
 # Pillow 12 writes it, and then takes it for pixels of four bytes.
-YCBCR_IN_A_TIFF = "kept" if int(PIL.__version__.partition(".")[0]) >= 13 else "truncated"
+YCBCR_IN_A_TIFF = "kept" if int(PIL.__version__.partition(".")[0]) >= 13 else "unsupported_format"
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,8 @@ KINDS = (
     Kind("mode RGBA", as_("PNG", "RGBA")),
     Kind("mode CMYK in a JPEG", as_("JPEG", "CMYK"), extension="jpg"),
     Kind("mode CMYK in a TIFF", as_("TIFF", "CMYK"), extension="tif"),
-    Kind("mode YCbCr", as_("TIFF", "YCbCr"), YCBCR_IN_A_TIFF, extension="tiff"),
+    Kind("mode YCbCr", as_("TIFF", "YCbCr", compression="tiff_lzw"), extension="tiff"),
+    Kind("mode YCbCr, uncompressed", as_("TIFF", "YCbCr"), YCBCR_IN_A_TIFF, extension="tiff"),
     Kind("mode LAB", lambda seed: saved(Image.new("LAB", (SIZE, SIZE), (50, seed, 128)), "TIFF"), extension="tiff"),
     Kind("mode I;16", grey("PNG", "uint16", 65535)),
     Kind("mode I", grey("TIFF", "int32", 65535), extension="tiff"),

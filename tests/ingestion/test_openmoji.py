@@ -219,16 +219,12 @@ def test_the_subset_is_no_run_of_code_points(captions):
     assert len({key[:3] for key in first}) > 8
 
 
-def test_the_manifest_carries_the_attribution(tmp_path):
+def test_the_manifest_carries_the_attribution_and_originals_are_of_the_rendered_size_keyed_by_code_points(tmp_path):
     run(tmp_path, 2)
     manifest = read_manifest(tmp_path / "images")
     assert "OpenMoji" in manifest["attribution"]
     assert "https://openmoji.org" in manifest["attribution"]
     assert manifest["licence"] == "CC BY-SA 4.0"
-
-
-def test_originals_are_of_the_rendered_size_and_keyed_by_code_points(tmp_path):
-    run(tmp_path, 2)
     frame = read_metadata(tmp_path / "images")
     assert set(frame["width"]) == set(frame["height"]) == {64}
     assert set(frame["source"]) == {"openmoji"}

@@ -119,17 +119,6 @@ def test_the_manifest_says_what_the_shards_hold(filled, small_shards):
     assert manifest["licence"] is None
 
 
-def test_pandas_opens_a_shard(filled):
-    filled.ingest()
-    frame = pd.read_parquet(filled.images / "00000.parquet")
-    assert list(frame) == COLUMNS
-    assert (frame["width"].dtype, frame["height"].dtype) == (np.int32, np.int32)
-    image = frame["image"][0]
-    assert image["path"] == f"{frame['id'][0]}.png"
-    assert Image.open(io.BytesIO(image["bytes"])).format == "PNG"
-    assert list(frame["captions"][0]) == ["picture 0", "number 0"]
-
-
 @pytest.fixture
 def every_file(corpus, picture):
     """An ingestion with kept and rejected images and near duplicates."""
@@ -146,6 +135,12 @@ def every_file(corpus, picture):
 
 def test_pandas_opens_every_file(every_file):
     images = pd.concat(map(pd.read_parquet, sorted(every_file.images.glob("*.parquet"))))
+    assert list(images) == COLUMNS
+    assert (images["width"].dtype, images["height"].dtype) == (np.int32, np.int32)
+    image = images["image"].iloc[0]
+    assert image["path"] == f"{images['id'].iloc[0]}.png"
+    assert Image.open(io.BytesIO(image["bytes"])).format == "PNG"
+    assert list(images["captions"].iloc[0]) == ["picture 0", "number 0"]
     rejects, pairs = pd.read_parquet(every_file.rejects), pd.read_parquet(every_file.near_duplicates)
     assert dict(zip(images["key"], images["id"], strict=True)) == every_file.ids()
     assert rejects["key"].tolist() == ["bare.png", "empty.png"]

@@ -134,6 +134,10 @@ class Task:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"tick": None}
 
+    def __str__(self) -> str:
+        first, last = self.shards[0].path, self.shards[-1].path
+        return f"{first}" if first == last else f"{first} to {last.name}"
+
     @property
     def reads(self) -> list[Path]:
         stored = [shard.stored for shard in self.shards if shard.is_stored]

@@ -19,7 +19,11 @@ class FittingBatches:
     """
 
     def __init__(self, fewest: int = 1) -> None:
-        self._fits, self._fewest = sys.maxsize, fewest
+        self._fits, self._fewest, self._halvings = sys.maxsize, fewest, 0
+
+    def halve(self, times: int) -> None:
+        """Compute all later batches so many times halved, if they are not already."""
+        self._halvings = max(self._halvings, times)
 
     def __call__(self, compute: Callable[[slice], Computed], rows: int, size: int) -> list[Computed]:
         """What ``compute`` gives for all rows, at most ``size`` at a time.
@@ -29,6 +33,7 @@ class FittingBatches:
                 its own for the memory of a CPU.
         """
         results, start = [], 0
+        size = max(size >> self._halvings, min(size, self._fewest))
         while start < rows or not results:
             size = min(size, self._fits)
             try:

@@ -82,6 +82,10 @@ class TextEncoder:
         key = self._name.removesuffix(f": {self.reference}")
         return _arrived, (self.reference, self._wanted_tokens, key, self.fingerprint)
 
+    def halve_batches(self, times: int) -> None:
+        """Encode in batches that many times halved: memory has not sufficed (`latentloom.engine`)."""
+        self.embedder.fitting.halve(times)
+
     @cached_property
     def class_name(self) -> str:
         """The model's class in transformers."""

@@ -58,6 +58,10 @@ class Vae:
         """Pickled, it is its reference: the worker that gets it loads it, onto the device that it has."""
         return _arrived, (self.reference, self.precision, self.fingerprint)
 
+    def halve_batches(self, times: int) -> None:
+        """Encode in batches that many times halved: memory has not sufficed (`latentloom.engine`)."""
+        self._encoding.halve(times)
+
     @cached_property
     def module(self) -> torch.nn.Module:
         """The model itself.

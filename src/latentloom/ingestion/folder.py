@@ -19,7 +19,6 @@ from latentloom.ingestion.caption_files import (
     TABLES,
     CaptionFiles,
     ImageNames,
-    LineCounts,
     RawCaptions,
     as_seen,
     caption_suffix,
@@ -67,7 +66,6 @@ class FolderSource(Source):
         self._others: dict[str, str] = {}  # files beside images whose suffix is not known, by name as seen, without it
         self._notices: list[str] = []
         self._columns, self._reader = caption_columns, CaptionFiles(captions, caption_columns)
-        self._lines = LineCounts()
         self._names = ImageNames(images)
         self._read_captions(names)
         self._keys = sorted(self._images.union(self._captions))
@@ -112,10 +110,7 @@ class FolderSource(Source):
             return False
 
     def notices(self) -> list[str]:
-        return [*self._notices, *self._lines.notices()]
-
-    def count_lines(self, lines: LineCounts) -> None:
-        self._lines = self._lines.plus(lines)
+        return [*self._notices, *super().notices()]
 
     def _read_captions(self, names: Sequence[str]) -> None:
         """Read metadata, and find the caption files of the other images."""

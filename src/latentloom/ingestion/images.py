@@ -28,7 +28,8 @@ MAX_PNG_CHUNK = 2**22  # of text or a colour profile, inflated; profiles with ta
 LARGEST_ENLARGEMENT = 4
 PREVIEW_SIZE = 64
 WHOLE, REDUCING_GAP = (64, 64), 3.0  # of what near duplicates are found by; the latter makes it several times as fast
-NEW_SUBFILE_TYPE, DNG_VERSION = 254, 50706  # tags of TIFF; bit 0 of the former: a smaller version of another image
+# Tags of TIFF. Bit 0 of the first: a smaller version of another image; 6 of the second: YCbCr.
+NEW_SUBFILE_TYPE, PHOTOMETRIC, DNG_VERSION = 254, 262, 50706
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def _open(data: bytes, check: Callable[[int, int], None]) -> Image.Image:
 
     Raises:
         RejectedSample: what ``check`` raises, or because the file holds a preview of what only its maker's programs
-            read.
+            read, or pixels that Pillow takes for others.
     """
     if format_of(data) == "JXL" and "JXL" in installed_plugins():  # which decodes as it opens
         if (stored := jpeg_xl_size(data)) is None:
@@ -158,6 +159,10 @@ def _open(data: bytes, check: Callable[[int, int], None]) -> Image.Image:
         tags = image.tag_v2
         if tags.get(NEW_SUBFILE_TYPE, 0) & 1 or DNG_VERSION in tags or format_of(data) == "camera raw":
             detail = "a camera's raw file, of which only a small preview could be read; develop it and save it as PNG"
+            raise RejectedSample(Reason.UNSUPPORTED_FORMAT, detail)
+        of_four_bytes = any(codec == "raw" and mode == "RGBX" for codec, _, _, (mode, *_) in image.tile)
+        if tags.get(PHOTOMETRIC) == 6 and of_four_bytes:  # before Pillow 13
+            detail = "a TIFF of YCbCr without compression, which Pillow reads from version 13 on; save it as PNG"
             raise RejectedSample(Reason.UNSUPPORTED_FORMAT, detail)
     return image
 

@@ -229,7 +229,8 @@ def _preprocessed(
     with closing(ordered_map(work, batches(), redo=_has_reject)) as results:
         for outcomes in results:
             for item, outcome in zip(under_way.popleft(), outcomes, strict=True):
-                sources[item.source].count_lines(outcome.lines)
+                source = sources[item.source]
+                source.lines = source.lines.plus(outcome.lines)
                 yield _kept_in_store(item, outcome, params, store).result
 
 

@@ -49,7 +49,7 @@ FEWEST_LETTERS = 3
 Family = dict[str, list[str]]  # a picture's code points as OpenMoji's file has them, `1F34E`, -> captions, name first
 
 
-@dataclass(frozen=True)
+@dataclass
 class OpenMojiSource(Source):
     """Named emoji, rendered on white at ``image_size``.
 

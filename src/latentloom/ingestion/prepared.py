@@ -10,8 +10,9 @@ while the shard was written: its key, what a run needs to know of it, and where 
 without a picture; a copy of a picture in another shard is found by its id. Where all rows of a shard are those of a
 stored one, captions, names and splits too, that one becomes the out: its pictures are not even read.
 
-    HASH.parquet        a shard of prepared images, as ``shards`` writes them
-    HASH.parquet.keys   the table, in Parquet
+    HASH.parquet          a shard of prepared images, as ``shards`` writes them
+    HASH.parquet.keys     the table, in Parquet
+    HASH.parquet.before   where rows of the shard were amended at the end of an ingestion, their metadata before that
 
 It only saves work: it may be deleted at any time, also while a stage runs. A shard whose rows are all in those of the
 last run is deleted; beyond that, the least recently used ones go where they exceed a limit. Pages have checksums: what
@@ -43,7 +44,7 @@ from latentloom.ingestion.shards import ImageRow
 from latentloom.ingestion.sources import Origin
 from latentloom.params import IngestParams
 
-SHARD, KEYS = ".parquet", ".keys"
+SHARD, KEYS, BEFORE = ".parquet", ".keys", ".before"
 KEY_BYTES = 32
 PER_SHARD = 2**32  # a row's place is its number, beyond its shard's number times this
 CODE = (colours, image_formats, images, near_duplicates, png_chunks, preprocess, shards, sizes)  # that decides pixels
@@ -51,7 +52,7 @@ LIBRARIES = ("pillow", "numpy", "scipy", "imagehash", "pillow-heif", "pillow-jxl
 CODECS = ("jpg", "jpg_2000", "libtiff", "zlib", "webp", "avif", "littlecms2")
 OPEN_SHARDS, OPEN_GROUPS = 4, 16  # what stays in memory of those that rows are read from
 ELSEWHERE = -1  # a row's picture is in another shard, or there is none
-CONTENT = b"content"  # in a table's metadata: `_content` of its shard when that was written
+CONTENT = b"content"  # in the metadata of the files beside a shard: `_content` of it when they were written
 CHUNK = 2**20
 DAMAGED = (OSError, pa.ArrowException, ValueError, KeyError)
 
@@ -165,12 +166,15 @@ class PreparedStore:
         number, first = divmod(rows[0].png.place, PER_SHARD)
         if number < 0 or first:
             return False
-        keys, shard = self._files(self._shards[number])
+        keys, shard, before = self._files(self._shards[number])
+        was_amended = before.exists()
         try:
-            written = (pq.read_schema(keys).metadata or {})[CONTENT]
-            is_same = _read(shard, shards.METADATA_COLUMNS).equals(shards.metadata_table(rows))
+            written = (pq.read_schema(before if was_amended else keys).metadata or {})[CONTENT]
+            is_same = _rows_of(shard, before).equals(shards.metadata_table(rows))
             if is_same := is_same and written == _content(shard):
                 path.parent.mkdir(parents=True, exist_ok=True)
+                if was_amended:
+                    link_file(before, shards.before_amending(path))
                 link_file(shard, path)
         except DAMAGED:  # which is told where a picture is read
             return False
@@ -191,9 +195,11 @@ class PreparedStore:
             written: the shards that were kept, in order; some may have been written anew since.
         """
         for shard, (name, _) in zip(written, self._kept, strict=False):
-            with suppress(OSError):
-                if not os.path.samefile(shard, self._folder / name):  # noqa: PTH121
-                    link_file(shard, self._folder / name)
+            _, stored, before = self._files(name)
+            with suppress(*DAMAGED):
+                if not os.path.samefile(shard, stored):  # noqa: PTH121
+                    self._write_table(before, _rows_of(stored, before), shard)
+                    link_file(shard, stored)
         if self._noted:
             self._write(None, [])
         self._trim()
@@ -207,14 +213,20 @@ class PreparedStore:
         name = hashlib.sha256(b"".join(keys) + "".join(ids).encode()).hexdigest() + SHARD
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            if shard:
-                link_file(shard, self._folder / name)
-            with atomic_path(self._folder / (name + KEYS)) as temporary:
-                schema = SCHEMA.with_metadata({CONTENT: _content(shard)} if shard else {})
-                pq.write_table(pa.table(columns, schema), temporary, compression="zstd", write_page_checksum=True)
+            keys_path, stored, before = self._files(name)
+            if shard and not (stored.exists() and os.path.samefile(shard, stored)):  # noqa: PTH121
+                before.unlink(missing_ok=True)
+                link_file(shard, stored)
+            self._write_table(keys_path, pa.table(columns, SCHEMA), shard)
         except OSError as error:
             warnings.warn(f"{self._folder}: {error}; a later run will read these images again", stacklevel=3)
         self._kept.append((name, _words(keys)))
+
+    def _write_table(self, path: Path, table: pa.Table, shard: Path | None) -> None:
+        """Write a file that lies beside a shard, and tells its content."""
+        table = table.replace_schema_metadata({CONTENT: _content(shard)} if shard else {})
+        with atomic_path(path) as temporary:
+            pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
     def _trim(self) -> None:
         """Delete the shards whose samples are all in those of this run; then the least recently used ones."""
@@ -231,7 +243,7 @@ class PreparedStore:
                     self._delete(name)
 
     def _files(self, name: str) -> list[Path]:
-        return [self._folder / (name + KEYS), self._folder / name]
+        return [self._folder / (name + KEYS), self._folder / name, self._folder / (name + BEFORE)]
 
     def _delete(self, name: str) -> None:
         for path in self._files(name):  # first the one which says that the other is there
@@ -308,6 +320,11 @@ def _read(path: Path, columns: list[str]) -> pa.Table:
     """Columns of a Parquet file, whose pages are whole."""
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
         return file.read(columns).select(columns)
+
+
+def _rows_of(shard: Path, before: Path) -> pa.Table:
+    """The metadata of a shard's rows, as it was before they were amended."""
+    return _read(before if before.exists() else shard, shards.METADATA_COLUMNS)
 
 
 def _content(shard: Path) -> bytes:

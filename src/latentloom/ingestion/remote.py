@@ -29,7 +29,7 @@ EXTRAS = {"s3": "s3", "s3a": "s3"}  # of this package, for the libraries that it
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RemoteFile:
     """A file as a listing has it; ``version`` changes with its content, and is None where the store gives none."""
 

@@ -169,7 +169,7 @@ def write_shards(
     Args:
         finished: is called with each shard before the next row is asked for.
         link: called with the rows of a shard where all have a `StoredPng`; puts an earlier run's shard of just these
-            rows there, and says whether there was one.
+            rows there, with `before_amending` where it was amended, and says whether there was one.
     """
     rows, shards = iter(rows), []
     first = next(rows, None)  # what goes wrong before there is a row leaves the folder as it was
@@ -216,7 +216,8 @@ class JoinedCaptions:
 
 
 def amend_shards(folder: Path, shards: list[dict[str, Any]], to_train: np.ndarray, joined: JoinedCaptions) -> int:
-    """Write anew the shards whose rows turned out otherwise, as if they had been so from the start.
+    """Write anew the shards whose rows turned out otherwise, as if they had been so from the start; not those that an
+    earlier run has amended in the same way.
 
     Args:
         folder: the unfinished folder.
@@ -230,14 +231,18 @@ def amend_shards(folder: Path, shards: list[dict[str, Any]], to_train: np.ndarra
     start = added = 0
     to_train, gained = np.sort(to_train), joined.by_rows()
     for shard in shards:
-        places = range(start, start + shard["rows"])
+        path, places = folder / shard["name"], range(start, start + shard["rows"])
         start += shard["rows"]
         first, last = np.searchsorted(to_train, [places.start, places.stop])
         more = gained(places)
-        if first < last or more:
-            is_moved = np.isin(places, to_train[first:last])
-            added += _rewrite_shard(folder / shard["name"], is_moved, more)
+        if first < last or more or before_amending(path).exists():
+            added += _amend_shard(path, np.isin(places, to_train[first:last]), more)
     return added
+
+
+def before_amending(shard: Path) -> Path:
+    """In an unfinished folder, beside an earlier run's shard: its rows' metadata before they were amended."""
+    return shard.with_name(f".{shard.name}.before.tmp")
 
 
 def write_manifest(
@@ -287,6 +292,7 @@ def _joined(texts: Iterable[str | None]) -> str | None:
 
 def _write_shard(path: Path, rows: Iterator[ImageRow], link: Callable[[Sequence[ImageRow], Path], bool]) -> int:
     """Write or link one shard, of as many ``rows`` as belong into it; give their number."""
+    before_amending(path).unlink(missing_ok=True)  # of a run that was killed
     of_shard, count = _up_to_its_end(rows), 0
     begin: list[ImageRow] = []
     for row in of_shard:
@@ -328,29 +334,35 @@ def metadata_table(rows: Sequence[ImageRow]) -> pa.Table:
     return pa.table({name: [getattr(row, name) for row in rows] for name in METADATA_COLUMNS}, schema)
 
 
-def _rewrite_shard(path: Path, is_moved: np.ndarray, more_captions: list[list[str]]) -> int:
+def _amend_shard(path: Path, is_moved: np.ndarray, more_captions: list[list[str]]) -> int:
     """Give how many captions were added; ``more_captions`` is empty or has an entry for each row."""
-    start = added = 0
-    with (
-        atomic_path(path, room=path.stat().st_size) as temporary,
-        pq.ParquetFile(path) as file,
-        pq.ParquetWriter(temporary, SCHEMA, **WRITER_OPTIONS) as writer,
-    ):
-        for number in range(file.num_row_groups):
-            group = file.read_row_group(number).combine_chunks()
-            rows = slice(start, start + len(group))
-            start += len(group)
-            split = pc.if_else(pa.array(is_moved[rows]), "train", group["split"])
-            group = group.set_column(SPLIT, SCHEMA.field(SPLIT), split)
-            if any(more := more_captions[rows]):
-                before = group["captions"].to_pylist()
-                fresh = [[text for text in new if text not in own] for own, new in zip(before, more, strict=True)]
-                captions = [own + new for own, new in zip(before, fresh, strict=True)]
-                added += sum(len(set(new)) for new in fresh)
-                group = group.set_column(
-                    CAPTIONS, SCHEMA.field(CAPTIONS), pa.array(captions, SCHEMA.field(CAPTIONS).type)
-                )
-            writer.write_table(group.cast(SCHEMA))
+    before, added = before_amending(path), 0
+    with pq.ParquetFile(path) as file:
+        there = file.read(["captions", "split"])
+        rows = pq.read_table(before, columns=there.column_names) if before.exists() else there
+        captions = rows["captions"]
+        if more_captions:
+            own = captions.to_pylist()
+            fresh = [[text for text in new if text not in old] for old, new in zip(own, more_captions, strict=True)]
+            captions = [old + new for old, new in zip(own, fresh, strict=True)]
+            added = sum(len(set(new)) for new in fresh)
+        split = pc.if_else(pa.array(is_moved), "train", rows["split"])
+        amended = pa.table({"captions": captions, "split": split}).cast(there.schema)
+        if amended.equals(there):
+            return added
+        with (
+            atomic_path(path, room=path.stat().st_size) as temporary,
+            pq.ParquetWriter(temporary, SCHEMA, **WRITER_OPTIONS) as writer,
+        ):
+            start = 0
+            for number in range(file.num_row_groups):
+                group = file.read_row_group(number)
+                part = amended.slice(start, len(group))
+                start += len(group)
+                for column in (CAPTIONS, SPLIT):
+                    field = SCHEMA.field(column)
+                    group = group.set_column(column, field, part[field.name])
+                writer.write_table(group.combine_chunks().cast(SCHEMA))
     return added
 
 

@@ -61,14 +61,12 @@ class Source(ABC):
     licence: str | None = None
     total: int | None = None
     joins_captions: bool = False
+    lines = LineCounts()  # of the text files that workers have read
 
     @abstractmethod
     def samples(self) -> Iterator[Sample]:
         """Every sample, lazily; what the source cannot use is a ``rejected_sample`` in its place."""
 
-    def count_lines(self, lines: LineCounts) -> None:  # noqa: B027 (most sources read no text files)
-        """Take note of the text files of a sample, which a worker has read."""
-
     def notices(self) -> list[str]:
         """What a person should know of the samples once they have been read, though none is wrong."""
-        return []
+        return self.lines.notices()

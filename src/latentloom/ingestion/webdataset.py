@@ -21,7 +21,7 @@ from typing import BinaryIO, NamedTuple
 
 import pyarrow as pa
 
-from latentloom.ingestion.caption_files import TABLES, CaptionFiles, LineCounts, caption_suffix
+from latentloom.ingestion.caption_files import TABLES, CaptionFiles, caption_suffix
 from latentloom.ingestion.image_formats import HEAD, format_of, looks_like_image
 from latentloom.ingestion.images import MAX_BYTES
 from latentloom.ingestion.rejects import Reason, RejectedSample, error_message
@@ -59,7 +59,7 @@ class WebDatasetSource(Source):
         self._tars, others = source_files(path, TARS + OTHER_ARCHIVES)
         self._loose = loose_samples(others, "the tars")
         self._reader = CaptionFiles(captions, caption_columns)
-        self._lines, self._unread = LineCounts(), 0
+        self._unread = 0
         self._split = partial(_split, at_last_dot=key == "last_dot")
 
     def samples(self) -> Iterator[Sample]:
@@ -70,10 +70,7 @@ class WebDatasetSource(Source):
     def notices(self) -> list[str]:
         if self._unread:
             return [f"{self._unread} caption files are not read, since captions are the names of images or folders"]
-        return self._lines.notices()
-
-    def count_lines(self, lines: LineCounts) -> None:
-        self._lines = self._lines.plus(lines)
+        return super().notices()
 
     def _samples(self, tar: str, path: Path | str) -> Iterator[Sample]:
         known: set[str] = set()
