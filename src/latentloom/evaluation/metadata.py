@@ -5,6 +5,7 @@ pixels, metadata -> PNG with `prompt`, `seed`, `model_sha256`, `mlflow_run_id`, 
 
 import io
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -65,6 +66,11 @@ def encode_png(image: np.ndarray, metadata: ImageMetadata) -> bytes:
     written = io.BytesIO()
     Image.fromarray(image).save(written, format="PNG", pnginfo=chunks)
     return written.getvalue()
+
+
+def file_words(prompt: str) -> str:
+    """A prompt as a part of a file's name: its words in any script, in at most 60 bytes."""
+    return re.sub(r"[^\w]+", "-", prompt).strip("-").encode()[:60].decode(errors="ignore")
 
 
 def save_image(path: Path, image: np.ndarray, metadata: ImageMetadata) -> None:

@@ -5,10 +5,10 @@
 A PNG holds the same bytes as that of `latentloom sample` with the same options.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain, count
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -21,7 +21,7 @@ from latentloom.diffusion.sampling_settings import SampleRequest, SamplingSettin
 from latentloom.encoding.dataset import load_caches
 from latentloom.errors import UserError
 from latentloom.evaluation.animation import save_animation
-from latentloom.evaluation.metadata import generate_command, read_metadata, save_image
+from latentloom.evaluation.metadata import file_words, generate_command, read_metadata, save_image
 from latentloom.evaluation.recall import nearest
 from latentloom.evaluation.text_to_image import StartImage, TextToImage, default_settings, load_text_to_image
 from latentloom.files import read_json
@@ -31,6 +31,7 @@ from latentloom.ingestion.one_picture import prepare_picture
 from latentloom.layout import IMAGES, LATENTS, MODEL, PARAMS, SAMPLES, TEXT
 from latentloom.lineage.lineage import render, trace
 from latentloom.page.data import rows_of
+from latentloom.registry.compare import compare
 from latentloom.registry.models import SHOWCASE, find_model, is_model
 
 MODELS_KEPT = 2  # in memory: as many as are compared
@@ -118,31 +119,20 @@ class Studio:
                     pictures[place] = (model.codec.decode(prediction[None])[0], f"step {step + 1}")
                     show(list(pictures))
 
-            (images,) = model.generate([prompt], request, start=start, on_prediction=on_prediction)
-            return [self._save(model, prompt, request, number, image, start) for number, image in enumerate(images)]
+            images = model.generate([prompt], request, start=start, on_prediction=on_prediction)
+            saved = []
+            for _, number, pixels, metadata in model.one_by_one([prompt], request, images, start=start):
+                path = self._path(prompt or "variation", f"{request.seed}-{number}")
+                save_image(path, pixels, metadata)
+                saved.append((str(path), f"sample {number}"))
+            return saved
 
         yield from in_a_thread(work)
 
-    def _save(
-        self,
-        model: TextToImage,
-        prompt: str,
-        request: SampleRequest,
-        place: int,
-        image: np.ndarray,
-        start: StartImage | None,
-    ) -> Picture:
-        number = request.first + place
-        metadata = model.metadata([prompt], replace(request, first=number, count=1), start=start)
-        path = self._path(prompt or "variation", f"{request.seed}-{number}", ".png")
-        save_image(path, image, metadata)
-        return str(path), f"sample {number}"
-
-    def _path(self, prompt: str, name: str, suffix: str) -> Path:
-        """A new file for a picture, whose name says what it shows."""
-        words = re.sub(r"[^\w]+", "-", prompt).strip("-").encode()[:60].decode(errors="ignore")
-        taken = (self.folder / f"{words}-{name}{again}{suffix}" for again in ("", *(f"-{n}" for n in range(2, 10**6))))
-        return next(path for path in taken if not path.exists())
+    def _path(self, prompt: str, name: str) -> Path:
+        """A new PNG, whose name says what it shows."""
+        names = (f"{file_words(prompt)}-{name}{again}.png" for again in chain([""], (f"-{n}" for n in count(2))))
+        return next(path for path in map(self.folder.joinpath, names) if not path.exists())
 
     def between(
         self, reference: str, prompts: Sequence[str], options: Mapping[str, Any], *, pictures: int, to_seed: int | None
@@ -150,13 +140,13 @@ class Studio:
         """The files of a strip (PNG) and of the animations there and back (WebP, GIF); raises as `draw`."""
         loaded = self.load(reference)
         request = request_of(loaded.settings, options)
-        if not 2 <= pictures <= MOST_PICTURES:
-            raise UserError(f"pictures = {pictures}: must be from 2 to {MOST_PICTURES}")
+        if pictures not in range(2, MOST_PICTURES + 1):
+            raise UserError(f"pictures = {pictures}: must be a whole number from 2 to {MOST_PICTURES}")
         asked, to_seed = [prompt for prompt in prompts if prompt.strip()], None if to_seed == request.seed else to_seed
         for remark in loaded.model.remarks(asked, request):
             self.warn(remark)
         drawn = loaded.model.between(asked, request, pictures=pictures, to_seed=to_seed)
-        strip = self._path(" to ".join(asked), f"{request.seed}-{pictures}", ".png")
+        strip = self._path(" to ".join(asked), f"{request.seed}-{pictures}")
         metadata = loaded.model.metadata(asked, request, pictures=pictures, to_seed=to_seed)
         save_image(strip, image_grid(drawn, columns=pictures), metadata)
         animations = [strip.with_suffix(suffix) for suffix in (".webp", ".gif")]
@@ -172,6 +162,13 @@ class Studio:
     def command_of(self, path: str, reference: str) -> str:
         """The command that generates a picture's bytes again."""
         return generate_command(read_metadata(Path(path)), model=reference)
+
+    def verdict(self, a: str, b: str) -> str:
+        """What `latentloom compare` says of two models by their figures."""
+        try:
+            return compare(a.strip(), b.strip(), self.root).text()
+        except UserError as error:  # they are one and the same
+            return str(error)
 
     def lineage_of(self, path: str) -> str:
         """What a picture came from, as `latentloom lineage` says it."""
