@@ -99,10 +99,12 @@ def test_a_picture_to_start_from_and_the_way_between_two_samples_are_the_command
         ({"options": {"guidance_interval": (0.9, 0.1)}}, "guidance_interval"),
         ({"reference": "models/none"}, "models/none"),
         ({"upload": "params.txt", "strength": 0.5}, "params.txt cannot be used: begins with the bytes"),
+        ({"upload": "mine.png", "strength": None}, "strength = None: must be a number, from 0 to 1"),  # an empty field
     ],
 )
 def test_what_cannot_be_drawn_is_said_in_a_sentence(studio, changed, message):
     Path("params.txt").write_text("no picture")
+    Image.new("RGB", (90, 70), "orange").save("mine.png")
     asked = {"reference": "models/unet", "prompt": "an apple", "options": {}} | changed
     with pytest.raises(UserError, match=message):
         next(studio.draw(**asked))

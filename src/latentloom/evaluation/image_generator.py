@@ -57,7 +57,7 @@ class StartImage:
     strength: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.strength <= 1:
+        if self.strength is None or not 0 <= self.strength <= 1:
             raise UserError(f"strength = {self.strength}: must be a number, from 0 to 1")
 
 

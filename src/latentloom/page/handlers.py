@@ -6,7 +6,6 @@ A PNG holds the same bytes as that of `latentloom sample` with the same options.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, count
 from pathlib import Path
@@ -43,14 +42,6 @@ Shown = TypeVar("Shown")
 Picture = tuple[np.ndarray | str, str]  # pixels, uint8 (H, W, 3), or the PNG's path; and what stands below
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A model, and the settings that samples have unless others are chosen."""
-
-    model: TextToImage
-    settings: SamplingSettings
-
-
 class Studio:
     """The page's project: its models, its pictures, its data.
 
@@ -69,16 +60,18 @@ class Studio:
         """What is there without asking MLflow: the trained model, where there is one, and the package's own."""
         return [*([str(MODEL)] if is_model(self.root / MODEL) else []), SHOWCASE]
 
-    def load(self, reference: str) -> Loaded:
+    def load(self, reference: str) -> TextToImage:
         """The model that `find_model` finds; those used last stay loaded, as long as they do not change."""
         found = find_model(reference.strip(), self.root)
         return self._load(reference.strip(), found.sha256)
 
-    def _load_model(self, reference: str, sha256: str) -> Loaded:
+    def _load_model(self, reference: str, sha256: str) -> TextToImage:
         found = find_model(reference, self.root)
-        provenance = found.provenance and found.provenance.in_images()
-        loaded = load_text_to_image(found.folder, provenance=provenance)
-        return Loaded(loaded, default_settings(found.folder, self.root / PARAMS))
+        return load_text_to_image(found.folder, provenance=found.provenance and found.provenance.in_images())
+
+    def settings(self, reference: str) -> SamplingSettings:
+        """The settings that samples of a model have unless others are chosen."""
+        return default_settings(find_model(reference.strip(), self.root).folder, self.root / PARAMS)
 
     def draw(
         self,
@@ -99,13 +92,11 @@ class Studio:
         Raises:
             UserError: when something cannot be generated, with the sentence of the command line.
         """
-        loaded = self.load(reference)
-        request = request_of(loaded.settings, options)
+        model, request = self.load(reference), request_of(self.settings(reference), options)
         if request.count > MOST_PICTURES:
             raise UserError(f"count = {request.count}: the page makes at most {MOST_PICTURES}; the command line, more")
         if upload is None and not prompt.strip():
             raise UserError("the prompt is empty: say what to draw")
-        model = loaded.model
         start = upload and StartImage(*prepare_picture(Path(upload), model.image_size(request.size)), strength)
         for remark in model.remarks([prompt], request, start=start):
             self.warn(remark)
@@ -138,16 +129,15 @@ class Studio:
         self, reference: str, prompts: Sequence[str], options: Mapping[str, Any], *, pictures: int, to_seed: int | None
     ) -> tuple[str, str, str]:
         """The files of a strip (PNG) and of the animations there and back (WebP, GIF); raises as `draw`."""
-        loaded = self.load(reference)
-        request = request_of(loaded.settings, options)
+        model, request = self.load(reference), request_of(self.settings(reference), options)
         if pictures not in range(2, MOST_PICTURES + 1):
             raise UserError(f"pictures = {pictures}: must be a whole number from 2 to {MOST_PICTURES}")
         asked, to_seed = [prompt for prompt in prompts if prompt.strip()], None if to_seed == request.seed else to_seed
-        for remark in loaded.model.remarks(asked, request):
+        for remark in model.remarks(asked, request):
             self.warn(remark)
-        drawn = loaded.model.between(asked, request, pictures=pictures, to_seed=to_seed)
+        drawn = model.between(asked, request, pictures=pictures, to_seed=to_seed)
         strip = self._path(" to ".join(asked), f"{request.seed}-{pictures}")
-        metadata = loaded.model.metadata(asked, request, pictures=pictures, to_seed=to_seed)
+        metadata = model.metadata(asked, request, pictures=pictures, to_seed=to_seed)
         save_image(strip, image_grid(drawn, columns=pictures), metadata)
         animations = [strip.with_suffix(suffix) for suffix in (".webp", ".gif")]
         for path in animations:
@@ -156,8 +146,7 @@ class Studio:
 
     def defaults(self, reference: str) -> dict[str, Any]:
         """The options that samples of a model have unless others are chosen."""
-        folder = find_model(reference.strip(), self.root).folder
-        return SampleRequest(default_settings(folder, self.root / PARAMS)).options()
+        return SampleRequest(self.settings(reference)).options()
 
     def command_of(self, path: str, reference: str) -> str:
         """The command that generates a picture's bytes again."""
@@ -176,7 +165,7 @@ class Studio:
 
     def prepared(self, reference: str, upload: str) -> np.ndarray:
         """An uploaded picture as the model sees it, uint8 (H, W, 3)."""
-        return prepare_picture(Path(upload), self.load(reference).model.image_size(None))[0]
+        return prepare_picture(Path(upload), self.load(reference).image_size(None))[0]
 
     def nearest(self, reference: str, path: str) -> list[Picture]:
         """The images of the data nearest to a picture, each with its distance, its split and its captions.
@@ -185,13 +174,13 @@ class Studio:
             UserError: when there is no data, or it was encoded by another VAE than the model's.
         """
         latents, text = self.root / LATENTS, self.root / TEXT
-        vae = self.load(reference).model.codec.vae
+        vae = self.load(reference).codec.vae
         if not latents.exists():
             raise UserError("there is no data here to compare with: `make repro` makes it")
         if read_json(latents / "stats.json")["vae"]["fingerprint"] != vae.fingerprint:
             raise UserError(f"{LATENTS} was encoded by another VAE than {reference}'s: their latents do not compare")
         caches = load_caches(latents, text)
-        pixels = prepare_picture(Path(path), self.load(reference).model.image_size(None))[0]
+        pixels = self.prepared(reference, path)
         sample = caches.train.codec.standardise(vae.encode(pixels[None])["mean"])[0]
         (rows,), (distances,) = nearest([sample], [caches.train, caches.validation], NEAREST)
         everything = np.concatenate([caches.train.ids, caches.validation.ids])
