@@ -109,7 +109,7 @@ def test_from_opening_the_page_to_a_saved_picture_nothing_leaves_the_machine(pag
     page.locator("#model input").press("Enter")
     seen(page.get_by_text("models/none holds no model")).wait_for()
     page.get_by_role("tab", name="Draw", exact=True).click()
-    seen(page.get_by_label("Thumbnail 1 of 2")).click()  # beside the one that is shown large
+    seen(page.locator(".thumbnails").get_by_label("Thumbnail 1 of 2")).click()  # below the one shown large
     expect(made).to_have_value(re.compile("--model models/unet .*--first 0"))  # whatever model is chosen by now
     page.get_by_role("tab", name="Data").click()
     seen(page.get_by_text("does not exist")).wait_for()
