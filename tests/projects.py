@@ -157,13 +157,9 @@ def tiny_params() -> dict[str, Any]:
     params["ingest"] |= {"image_size": 64, "limit": 40, "skin_tones": 0, "val_fraction": 0.2}
     params["validate"] |= {"val_fraction_tolerance": 0.2, "min_reconstruction_psnr": 0.0}  # of noise, in some tests
     params["model"] = {"widths": [16, 32], "block_depth": 1, "emb_size": 16, "text": "pooled"}
-    params["train"] |= {
-        "steps": 8,
-        "batch_size": 8,
-        "warmup_steps": 2,
-    }
-    params["monitor"] |= {"log_every": 2, "validate_every": 4}
-    params["previews"] |= {"every": 4, "captions": 4, "prompts": []}  # no text encoder is loaded for them
+    params["train"] |= {"steps": 8, "batch_size": 8, "warmup_steps": 2}
+    params["monitor"] |= {"log_every": 2, "validate_every": 4, "validation_images": 16}
+    params["previews"] |= {"every": 4, "captions": 4, "prompts": [], "steps": 2}  # no text encoder is loaded for them
     params["evaluate"] |= {
         "diffusion_steps": 4,
         "prompts": ["red apple", "snowman"],

@@ -15,7 +15,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,20 +27,20 @@ PATIENCE = 120  # seconds until a server counts as not starting
 SCRIPTS = str(Path(sys.executable).parent)
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on."""
-    listeners = [socket.socket() for _ in range(count)]
-    for listener in listeners:
-        listener.bind(("127.0.0.1", 0))
-    ports = [listener.getsockname()[1] for listener in listeners]
-    for listener in listeners:
-        listener.close()
-    return ports
-
-
 def free_port() -> int:
-    """A port that nothing listens on."""
-    return free_ports(1)[0]
+    """A port that nothing listens on, and that nothing else takes before a server does.
+
+    It lies below those that the system gives to connections, in a range of this process of pytest alone.
+    """
+    for port in _ports:
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
+
+
+_run, _worker = int(os.environ["LATENTLOOM_TESTS_PID"]), int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+_ports = iter(range(20_000 + 2000 * (_run % 6) + 400 * (_worker % 5), 32_400))
 
 
 def answers(address: str) -> bool:
@@ -186,7 +186,7 @@ class ObjectStore:
 def seaweedfs(folder: Path) -> Iterator[ObjectStore]:
     """An S3-compatible store, empty, that keeps its data in ``folder``; up in three seconds."""
     kinds = ("master", "volume", "filer", "s3")
-    ports = free_ports(2 * len(kinds))
+    ports = [free_port() for _ in range(2 * len(kinds))]
     secret = os.urandom(16).hex()
     command, keys = composed("store", {"S3_ACCESS_KEY": "latentloom", "S3_SECRET_KEY": secret})
     command += [f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.volumeSizeLimitMB=64"]

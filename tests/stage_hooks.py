@@ -4,6 +4,8 @@ import errno
 import functools
 import os
 import resource
+import select
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,6 +44,31 @@ def fail_at_write(number: int) -> None:
     _at_write(number, (*NAMES, "fsync"), _no_room)
 
 
+def hold_at(pattern: str) -> None:
+    """Let the stage wait where a file that matches has got its name, until a signal comes; ``HELD`` is there then."""
+    woken, wakes = os.pipe()
+    os.set_blocking(wakes, False)
+    signal.set_wakeup_fd(wakes)
+    signal.signal(signal.SIGUSR1, lambda *_: None)
+    held = HELD.resolve()
+    held.unlink(missing_ok=True)
+
+    def holding(call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def wrapper(*arguments: Any, **more: Any) -> Any:
+            given = call(*arguments, **more)
+            if Path(arguments[-1]).match(pattern) and not held.exists():
+                held.touch()
+                select.select([woken], [], [])
+            return given
+
+        return wrapper
+
+    for step in NAMES:
+        setattr(os, step, holding(getattr(os, step)))
+
+
+HELD = Path("../held")
 NAMES = ("replace", "rename", "link")  # what another process sees; a flush that follows shows it nothing new
 
 

@@ -21,9 +21,10 @@ import pytest
 import yaml
 from projects import Project, stage_socket
 from stage_client import connect, read_number, request
+from stage_hooks import HELD
 
 ROWS_PER_SHARD = 16  # at the fewest, so that tiny data has several
-PATIENCE = 120  # seconds until a stage counts as hanging
+PATIENCE = 600  # seconds until a stage counts as hanging, on a machine that has much else to do
 
 
 class Stage:
@@ -107,22 +108,33 @@ def kill(process: Stage) -> bool:
     """Kill a stage and see all of its processes go; whether it had not ended yet."""
     process.kill()
     process.join()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while _has_processes(process.pid):
         if time.monotonic() > deadline:
             os.killpg(process.pid, signal.SIGKILL)
-            pytest.fail("ten seconds after a stage was killed, processes that it started were still there")
+            pytest.fail("a minute after a stage was killed, processes that it started were still there")
         time.sleep(0.01)
     return process.exitcode == -signal.SIGKILL
 
 
-def kill_when(project: Project, stage: str, moment: Callable[[], object]) -> None:
-    """Kill a stage at the first look at which ``moment`` is true."""
-    process = start(project, stage)
-    while not moment():
-        assert process.is_alive(), f"{stage} ended before it could be killed: {end(project, process)}"
-        time.sleep(0.002)
-    assert kill(process)
+def run_to(project: Project, stage: str, written: str) -> Stage:
+    """Start a stage and wait until a file that matches is written; there it waits, for a signal, or to be killed."""
+    process = start(project, stage, hold_at=written)
+    wait_for_hold(project, lambda: process.is_alive() or pytest.fail(f"{stage} ended: {end(project, process)}"))
+    return process
+
+
+def wait_for_hold(project: Project, still_runs: Callable[[], object]) -> None:
+    """Wait until what was started with the hook ``hold_at`` has come there."""
+    while not (project.folder / HELD).exists():
+        still_runs()
+        time.sleep(0.01)
+    (project.folder / HELD).unlink()
+
+
+def kill_at(project: Project, stage: str, written: str) -> None:
+    """Kill a stage where a file that matches is written."""
+    assert kill(run_to(project, stage, written))
 
 
 def copy_project(project: Project, folder: Path) -> Project:

@@ -58,6 +58,7 @@ def rejected(tmp_path, change) -> str:
         ("ingest", "source", "imagenet", "ingest.source = 'imagenet': input should be 'openmoji', 'folder'"),
         ("ingest", "source", "parquet", "source: parquet needs path, a Parquet file"),
         ("ingest", "source", "folder", "source: folder needs path"),
+        ("ingest", "source", "webdataset", "source: webdataset needs path"),
         ("ingest", "source", [{"source": "folder"}], "ingest.source.0: source: folder needs path"),
         (
             "ingest",

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forked_parts import fails_in_a_fork, fails_in_a_fork_too
 from gpu.page import render
 from gpu.parts import Job, Part, Record, Unmeasurable, run_parts
 from on_gpu import TINY
@@ -43,18 +44,18 @@ def rows_fail(job: Job, record: Record) -> None:
 def run(tmp_path: Path):
     """``run((function, limit), …)`` runs parts of those functions; gives outcomes by name, and how often they grew."""
 
-    def run(*functions, seconds: float = 60.0, reserve: float = 0.0):
-        job = Job("cpu", TINY, None, tmp_path, tmp_path, {})
+    def run(*functions, seconds: float = 60.0, reserve: float = 0.0, method: str = "fork"):
+        job = Job("cpu", TINY, None, tmp_path, tmp_path, tmp_path, {})
         parts = [Part(function.__name__, "A sentence.", function, limit) for function, limit in functions]
         calls = []
-        outcomes = run_parts(parts, job, seconds=seconds, reserve=reserve, method="fork", changed=calls.append)
+        outcomes = run_parts(parts, job, seconds=seconds, reserve=reserve, method=method, changed=calls.append)
         return {outcome.name: outcome for outcome in outcomes}, len(calls)
 
     return run
 
 
 def test_a_part_that_fails_crashes_or_lasts_too_long_keeps_its_rows_and_the_next_runs(run):
-    outcomes, calls = run((well, 30), (raises, 30), (crashes, 30), (lasts, 1.5), (rows_fail, None))
+    outcomes, calls = run((well, 30), (raises, 30), (crashes, 30), (lasts, 4), (rows_fail, None))
     assert {name: outcome.status for name, outcome in outcomes.items()} == {
         "well": "done",
         "raises": "failed",
@@ -78,10 +79,15 @@ def test_a_part_that_cannot_be_measured_here_says_why(run):
 
 
 def test_time_that_is_kept_for_the_last_part_is_taken_by_no_other(run):
-    outcomes, _ = run((well, 30), (lasts, 30), (rows_fail, None), seconds=5.0, reserve=3.0)
+    outcomes, _ = run((well, 30), (lasts, 30), (rows_fail, None), seconds=10.0, reserve=6.0)
     assert outcomes["lasts"].status == "too long"
-    assert outcomes["lasts"].seconds < 4.0
+    assert outcomes["lasts"].seconds < 8.0
     assert outcomes["rows_fail"].status == "done"
+
+
+def test_where_the_first_part_fails_in_a_fork_all_run_in_new_interpreters(run):
+    outcomes, _ = run((fails_in_a_fork, 60), (fails_in_a_fork_too, 60))
+    assert [outcome.status for outcome in outcomes.values()] == ["done", "done"]
 
 
 def test_the_page_has_a_table_for_rows_alike_and_a_line_for_what_was_passed_over():
@@ -115,3 +121,10 @@ def test_the_page_has_a_table_for_rows_alike_and_a_line_for_what_was_passed_over
         "- broken: ValueError: no",
         "- late: skipped: needs 9 s, 1 s are left",
     ]
+
+
+def test_a_row_of_many_figures_is_a_table_of_its_own():
+    row = {"name": "evaluation"} | {f"figure {number}": number for number in range(13)}
+    part = {"name": "training", "about": "A sentence.", "status": "done", "seconds": 1.0, "why": "", "rows": [row]}
+    lines = render({"title": "Measured", "about": "Today.", "parts": [part]}).splitlines()
+    assert "| evaluation |  |" in lines and "| figure 12 | 12 |" in lines

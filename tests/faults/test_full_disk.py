@@ -19,11 +19,10 @@ MESSAGE = re.compile(
     r"could not write (\S+): .*(No space left on device|File too large).*; "
     r"it needs (\d+\.\d) MiB, \d+ MiB are free there\. Make room and run the stage again"
 )
-# Stage, and the name that ends its big files.
+# Stage, and the name that ends its big files. Captions are stored as images are.
 STAGES = [
     ("ingest", ".parquet"),
     ("encode_images", ".safetensors"),
-    ("encode_text", ".safetensors"),
     ("train", ".safetensors"),
 ]
 

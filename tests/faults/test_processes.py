@@ -1,5 +1,6 @@
 """Several processes train what one would; one that dies ends the job; a stopped job resumes with any number of them."""
 
+import json
 import os
 import shutil
 import signal
@@ -14,21 +15,25 @@ import torch
 import train_in_processes
 from projects import Project
 from safetensors.torch import load_file
-from stages import copy_project, finish, remove_outs
+from stages import copy_project, finish, remove_outs, wait_for_hold
 from train_in_processes import STEPS
 
 pytestmark = pytest.mark.fault
 
 ROOT = Path(__file__).parents[2]
 A_MINUTE = 60
-STAGE_STEPS = 40
+STAGE_STEPS = 20
 
 
-def launch(*arguments: object, folder: Path = ROOT) -> subprocess.Popen[str]:
-    """Run a script in two processes, which the server of stages forks, as it does the one that starts them."""
+def launch(*arguments: object, folder: Path = ROOT, **hooks: object) -> subprocess.Popen[str]:
+    """Run a script in two processes, which the server of stages forks, as it does the one that starts them.
+
+    ``hooks``: of `stage_hooks`, in each of the two.
+    """
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "DVC_"))}
     environment |= {"PYTHONPATH": "src", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "LATENTLOOM_DEVICE": "cpu"}
+    environment |= {"STAGE_HOOKS": json.dumps(hooks)}
     return subprocess.Popen(
         ["python", *torchrun, "python", *map(str, arguments)],
         cwd=folder,
@@ -129,10 +134,8 @@ def test_a_job_asked_to_stop_saves_its_state_once_and_resumes_with_any_number_of
     undisturbed = copy_project(project, tmp_path / "undisturbed" / "project")
     finish(undisturbed, "train")
 
-    job = launch("pipelines/train.py", folder=project.folder)
-    while not list(project.folder.glob(".state/checkpoints/*/step-*/state.json")):
-        assert job.poll() is None, printed_by(job)
-        time.sleep(0.01)
+    job = launch("pipelines/train.py", folder=project.folder, hold_at="step-000005/state.json")
+    wait_for_hold(project, lambda: job.poll() is None or pytest.fail(printed_by(job)))
     job.send_signal(signal.SIGTERM)
     printed = printed_by(job, A_MINUTE)
     assert f"of {STAGE_STEPS}; the state is saved, the same command resumes from there" in printed

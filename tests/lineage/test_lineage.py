@@ -1,18 +1,16 @@
 """What `latentloom lineage` says of each link: its bytes are here, in the remote, lost, or nobody can tell."""
 
 import json
-import os
 import shutil
 import sqlite3
 import subprocess
-import sys
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import yaml
-from projects import tiny_params
+from projects import Project, tiny_params
 from showcase.pack import convert
 from tiny_models import save_tiny_unet, save_tiny_vae
 from typer.testing import CliRunner
@@ -249,8 +247,7 @@ def test_a_model_that_only_the_registry_has_comes_from_there(lab, trained, tiny_
     fetching = "\n".join(step.command for step in found.steps if step.why == "model")
     clone = lab / "clone"
     clone.mkdir()
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    subprocess.run(["bash", "-ec", fetching], cwd=clone, env=os.environ | {"PATH": path}, check=True)
+    subprocess.run(["bash", "-ec", fetching], cwd=clone, env=Project(lab).environment, check=True)
     assert model_hash(clone / "models/unet") == model_hash(tiny_unets[0])
 
 
@@ -497,8 +494,7 @@ def test_of_what_is_in_no_commit_the_bytes_come_back_by_their_hash(lab, trained,
     assert not found.missing
     script = "\n".join(step.command for step in found.steps)
     assert "-m latentloom.dvc_outs" in script
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    subprocess.run(["bash", "-ec", script], env=os.environ | {"PATH": path}, check=True)
+    subprocess.run(["bash", "-ec", script], env=Project(lab).environment, check=True)
     (clone,) = lab.parent.glob(f"{lab.name}-????????")
     assert model_hash(clone / "models/unet") == model_hash(tiny_unets[0])
     for path in DATA:

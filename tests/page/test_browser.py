@@ -6,6 +6,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -17,10 +18,10 @@ from typer.testing import CliRunner
 
 from latentloom.cli import app
 
-pytest.importorskip("gradio", reason='pip install "latentloom[page]"')
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
     pytest.mark.service,
+    pytest.mark.skipif(find_spec("gradio") is None, reason='pip install "latentloom[page]"'),  # its import takes long
     pytest.mark.skipif(BROWSER is None, reason="there is no chromium on this machine: apt-get install chromium"),
 ]
 LOCAL = ("127.0.0.1", "localhost")

@@ -54,15 +54,6 @@ def test_data_model_and_samples_are_those_of_the_first_machine_to_the_byte(clone
     assert [path for path in ours if ours[path] != theirs[path]] == []
 
 
-def test_a_second_training_by_force_changes_no_byte_and_reruns_no_evaluation(committed):
-    before = bytes_of(committed, "models", "reports")
-    printed = committed.run("dvc", "repro", "--force", "--single-item", "train").stdout
-    assert stages_run(printed) == ["train"]
-    assert bytes_of(committed, "models", "reports") == before
-    assert changes(committed) == []
-    assert committed.repro() == []
-
-
 def test_no_file_that_git_tracks_names_a_run_or_the_machine(committed):
     for path in committed.run("git", "ls-files", "reports", "dvc.lock").stdout.split():
         content = (committed.folder / path).read_bytes()

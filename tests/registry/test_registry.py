@@ -97,17 +97,19 @@ def test_the_signature_takes_prompts_and_gives_png_bytes_with_the_stored_setting
 
 
 @pytest.mark.slow
-def test_the_required_packages_are_enough_to_sample(tiny_unets):
-    required = closure({line.partition("==")[0] for line in packing.requirements()})
+def test_the_required_packages_are_enough_to_sample_the_same_bytes_with_other_threads_and_no_mlflow(
+    project_root, tiny_unets
+):
+    required = closure({line.partition("==")[0] for line in packing.requirements()} | {"typer"})  # of the command
     hidden = [
         name
         for name, owners in packages_distributions().items()
         if not {canonical(owner) for owner in owners} & required and name != "latentloom"
     ]
     assert {"dvc", "great_expectations"} <= set(hidden)
+    sample = ["sample", "a red apple", "--model", str(tiny_unets[0]), "--steps", "2", "--precision", "fp32", "-o"]
     code = f"""
 import sys
-from dataclasses import replace
 from importlib.machinery import PathFinder
 
 class Hiding(PathFinder):
@@ -116,17 +118,17 @@ class Hiding(PathFinder):
         return None if name.partition(".")[0] in {hidden!r} else super().find_spec(name, *arguments)
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Hiding
+sys.modules["mlflow"] = None
+from latentloom.cli import app
+app({[*sample, "there.png"]!r}, standalone_mode=False)
+del sys.modules["mlflow"]
 import latentloom.registry.served_model
-from pathlib import Path
-from latentloom.evaluation.text_to_image import load_text_to_image
-from latentloom.diffusion.sampling_settings import SampleRequest, SamplingSettings
-from latentloom.evaluation.metadata import encode_png
-load_text_to_image(Path({str(tiny_unets[0])!r})).generate(["a"], SampleRequest(SamplingSettings(diffusion_steps=2)))
 """
-    ran = subprocess.run(
-        [sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True
-    )
+    environment = {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "2", "LATENTLOOM_DEVICE": "cpu"}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-2000:]
+    assert CliRunner().invoke(app, [*sample, "here.png"]).exit_code == 0
+    assert Path("there.png").read_bytes() == Path("here.png").read_bytes()
 
 
 def canonical(name: str) -> str:
