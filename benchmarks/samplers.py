@@ -38,7 +38,7 @@ def main() -> None:
     settings = params.evaluate.sampling.changed(precision="fp32")
 
     def sample(settings: SamplingSettings) -> tuple[torch.Tensor, float]:
-        latents = model.latents(known.primary_embeddings(), known.names(), settings, seed=params.seed)
+        latents = torch.stack(model.latents(known.primary_embeddings(), known.names(), settings, seed=params.seed))
         return latents, memorisation_recall(latents, known, train).mean()
 
     exact, recall = sample(settings.changed(sampler="ddim", diffusion_steps=REFERENCE_STEPS))

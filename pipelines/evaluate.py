@@ -41,7 +41,9 @@ def main(params: Params) -> str:
     with evaluation_run(project_root(), params, model.model_sha256, evaluation.metrics) as tracked:
         split, digest = caches.validation, caches.digests["validation"]
         tracked.log_dataset(name="held-out", source=str(LATENTS), digest=digest, rows=len(split), context="validation")
-        tracked.log_metrics({f"evaluate/seconds/{name}": own for name, own in evaluation.seconds.items()}, STEP)
+        tracked.log_metrics(
+            {f"evaluate/seconds/{name}": own for name, own in evaluation.distribution.seconds.items()}, STEP
+        )
         tracked.log_text(json.dumps(asdict(params.evaluate.sampling), indent=2), SETTINGS_FILE)
         if evaluation.encoders:
             tracked.log_text(json.dumps(evaluation.encoders, indent=2), "feature_encoders.json")

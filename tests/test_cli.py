@@ -32,30 +32,29 @@ def test_a_good_params_file_passes_silently(invoke):
     assert (result.exit_code, result.output) == (0, "")
 
 
-def test_a_params_file_of_several_sizes_shows_them(invoke, tmp_path):
-    shipped = (ROOT / "params.yaml").read_text()
-    changed = shipped.replace("shape: square", "shape: buckets").replace("image_size: 128", "image_size: [128, 192]")
-    (tmp_path / "params.yaml").write_text(changed)
-    assert invoke("check").output.splitlines() == [
-        "ingest.image_size 128: 96x192, 96x160, 128x128, 160x96, 192x96",
-        "ingest.image_size 192: 128x256, 160x224, 192x192, 224x160, 256x128",
-    ]
+SOURCE = r"source: openmoji(.*)\n +path: *"
 
 
-def test_a_source_at_an_address_is_listed(invoke, tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        (
+            {"shape: square": "shape: buckets", "image_size: 128": "image_size: [128, 192]"},
+            "ingest.image_size 128: 96x192, 96x160, 128x128, 160x96, 192x96\n"
+            "ingest.image_size 192: 128x256, 160x224, 192x192, 224x160, 256x128\n",
+        ),
+        ({SOURCE: "source: folder\n  path: memory://checked "}, "memory://checked: 1 files, 4 bytes\n"),
+        ({SOURCE: "source: huggingface\n  path: owner/name "}, f"owner/name: commit {'1' * 40}\n"),
+    ],
+)
+def test_a_params_file_shows_its_several_sizes_and_its_sources_elsewhere(invoke, tmp_path, monkeypatch, changes, shown):
     fsspec.filesystem("memory").pipe_file("/checked/a.png", b"four")
-    shipped = (ROOT / "params.yaml").read_text()
-    changed = re.sub(r"source: openmoji(.*)\n +path: *", "source: folder\n  path: memory://checked ", shipped)
-    (tmp_path / "params.yaml").write_text(changed)
-    assert invoke("check").output.splitlines() == ["memory://checked: 1 files, 4 bytes"]
-
-
-def test_a_data_set_on_the_hub_is_shown_with_its_commit(invoke, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: SimpleNamespace(sha="1" * 40))
-    shipped = (ROOT / "params.yaml").read_text()
-    changed = re.sub(r"source: openmoji(.*)\n +path: *", "source: huggingface\n  path: owner/name ", shipped)
-    (tmp_path / "params.yaml").write_text(changed)
-    assert invoke("check").output.splitlines() == [f"owner/name: commit {'1' * 40}"]
+    params = (ROOT / "params.yaml").read_text()
+    for wanted, given in changes.items():
+        params = re.sub(wanted, given, params)
+    (tmp_path / "params.yaml").write_text(params)
+    assert invoke("check").output == shown
 
 
 def test_a_bad_params_file_is_rejected(invoke, tmp_path):
@@ -71,7 +70,9 @@ def test_a_folder_by_the_name_of_a_params_file_is_an_error_of_one_line(invoke, t
     assert (result.exit_code, result.output) == (1, "params.yaml cannot be read: Is a directory\n")
 
 
-def test_the_summary_names_the_sheet_the_figures_and_mlflow(invoke, tmp_path):
+def test_the_summary_names_the_sheet_the_figures_and_mlflow_and_before_a_run_what_to_do(invoke, tmp_path):
+    result = invoke("summary")
+    assert (result.exit_code, "run `dvc repro`" in result.output) == (1, True)
     for stage, figures in (
         ("train", {"train_mae": 0.1234}),
         ("evaluate", {"val_mae": 0.5, "held_out_recall_at_1": 1.0}),
@@ -99,12 +100,6 @@ def test_the_page_without_gradio_says_what_brings_it(invoke, monkeypatch):
     assert (
         'the page needs Gradio, which is not installed: `make page`, or pip install "latentloom[page]"' in result.output
     )
-
-
-def test_before_the_first_run_the_summary_says_what_to_do(invoke):
-    result = invoke("summary")
-    assert result.exit_code == 1
-    assert "run `dvc repro`" in result.output
 
 
 @pytest.mark.slow

@@ -2,12 +2,10 @@
 
 import errno
 import os
-import re
 import socket
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -233,7 +231,7 @@ def sample(
     from latentloom.diffusion.sampling_settings import OPTION_NAMES, SampleRequest
     from latentloom.evaluation.animation import save_animation
     from latentloom.evaluation.image_generator import STRENGTH
-    from latentloom.evaluation.metadata import save_image
+    from latentloom.evaluation.metadata import file_words, save_image
     from latentloom.evaluation.text_to_image import StartImage, default_settings, load_text_to_image, prompt_grid
     from latentloom.image_grid import image_grid
     from latentloom.ingestion.one_picture import prepare_picture
@@ -269,12 +267,11 @@ def sample(
         save_image(Path(output), prompt_grid(images), loaded.metadata(prompts, request, start=start))
         print(output)
         return
-    for row, (prompt, samples) in enumerate(zip(prompts, images, strict=True), start=1):
-        words = re.sub(r"[^\w]+", "-", prompt).strip("-").encode()[:60].decode(errors="ignore")
-        for number, pixels in enumerate(samples, start=request.first):
-            path = Path(output) / f"{row:02d}-{words}-{number}.png"
-            save_image(path, pixels, loaded.metadata([prompt], replace(request, first=number, count=1), start=start))
-            print(path)
+    samples = loaded.one_by_one(prompts, request, images, start=start)
+    for place, (prompt, number, pixels, made_by) in enumerate(samples):
+        path = Path(output) / f"{place // request.count + 1:02d}-{file_words(prompt)}-{number}.png"
+        save_image(path, pixels, made_by)
+        print(path)
 
 
 def _in_utf8(text: str) -> str:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from latentloom.diffusion import SamplingSettings
 from latentloom.encoding.dataset import Caches, LatentDataset
-from latentloom.evaluation.sweep import CHART, TABLE, render_chart, save_sweep, sweep
+from latentloom.evaluation.sweep import CHART, TABLE, save_sweep, sweep, sweep_chart
 from latentloom.params import SweepParams, load_params
 
 GUIDANCE, STEPS = [1.0, 3.0, 5.0], [20, 70]
@@ -127,7 +127,7 @@ def test_files_of_an_earlier_sweep_do_not_outlive_it():
 
 
 def test_a_single_combination_has_a_chart():
-    assert render_chart(POINTS[:1]).width == render_chart(POINTS).width
+    assert sweep_chart(POINTS[:1]).width == sweep_chart(POINTS).width
 
 
 def test_the_params_that_the_page_about_sampling_shows_are_allowed(tmp_path):

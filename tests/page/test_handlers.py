@@ -80,6 +80,9 @@ def test_a_picture_to_start_from_and_the_way_between_two_samples_are_the_command
     keyboard("an apple", "--between", "3", "--to-seed", "6", *typed, "-o", "typed.png")
     assert Path(strip).read_bytes() == Path("typed.png").read_bytes()
     assert [Path(path).suffix for path in animations] == [".webp", ".gif"]
+    for wrong, message in (({"pictures": None}, "pictures = None"), ({"to_seed": 1.5}, "a whole number from 0")):
+        with pytest.raises(UserError, match=message):
+            studio.between("models/unet", ["an apple"], options, **{"pictures": 3, "to_seed": 6} | wrong)
     same = studio.between("models/unet", ["an apple", "a pear"], options, pictures=2, to_seed=5)
     assert read_metadata(Path(same[0])).to_seed is None
     assert warned == []
@@ -92,18 +95,26 @@ def test_a_picture_to_start_from_and_the_way_between_two_samples_are_the_command
     [
         ({"prompt": " "}, "the prompt is empty: say what to draw"),
         ({"options": {"count": 17}}, "count = 17: the page makes at most 16"),
-        ({"options": {"steps": 1}}, "diffusion_steps = 1: must be"),
+        ({"options": {"steps": 4.5}}, "diffusion_steps = 4.5: must be a whole number"),
         ({"options": {"guidance_interval": (0.9, 0.1)}}, "guidance_interval"),
         ({"reference": "models/none"}, "models/none"),
         ({"upload": "params.txt", "strength": 0.5}, "params.txt cannot be used: begins with the bytes"),
+        ({"upload": "mine.png", "strength": None}, "strength = None: must be a number, from 0 to 1"),  # an empty field
     ],
 )
 def test_what_cannot_be_drawn_is_said_in_a_sentence(studio, changed, message):
     Path("params.txt").write_text("no picture")
+    Image.new("RGB", (90, 70), "orange").save("mine.png")
     asked = {"reference": "models/unet", "prompt": "an apple", "options": {}} | changed
     with pytest.raises(UserError, match=message):
         next(studio.draw(**asked))
     assert not studio.folder.exists()
+
+
+def test_two_models_are_compared_by_what_was_measured_of_them(studio):
+    words = studio.verdict("models/unet", "showcase")
+    assert "verdict: not known: models/unet and showcase has no held-out figures" in words
+    assert studio.verdict("models/unet", " models/unet").startswith("models/unet and models/unet are the same model")
 
 
 def test_who_stops_listening_stops_the_work():
@@ -138,8 +149,9 @@ def test_the_nearest_images_are_found_and_the_data_is_shown_a_page_at_a_time(stu
     assert [row.key for row in data.kept(images, " KIND 1 ", 1)] == of_kind_1[:8]
     assert [row.key for row in data.kept(images, "kind 1", 2)] == of_kind_1[8:]
     assert len(data.kept(images, "", 5)) == 8 and data.kept(images, "", 6) == []
-    with pytest.raises(UserError, match="page = 0"):
-        data.kept(images, "", 0)
+    for page in (0, None):  # None: an empty field
+        with pytest.raises(UserError, match=f"page = {page}"):
+            data.kept(images, "", page)
 
     table = RejectTable()
     for key, reason in (("a.jpg", Reason.TRUNCATED), ("b.jpg", Reason.TOO_SMALL)):

@@ -54,7 +54,7 @@ def compare(measured: HeldOut, model: TextToImage, trained: TextToImage, caches:
     exact = trained.latents(
         first.primary_embeddings().to("cpu"), first.names(), params.evaluate.sampling, seed=params.seed
     )
-    pictures = [model.codec.decode(samples).astype(float) / 255 for samples in (exact, rounded)]
+    pictures = [np.stack(model.codec.decode_each(samples)) / 255 for samples in (exact, rounded)]
     everything = [caches.train, caches.validation]
     rows = [nearest(samples, everything)[0] for samples in (exact, rounded)]
     return Comparison(

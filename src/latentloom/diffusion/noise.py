@@ -95,10 +95,6 @@ def _cosine(u: torch.Tensor) -> torch.Tensor:
     return torch.sin(0.5 * math.pi * u)
 
 
-def _uniform(u: torch.Tensor) -> torch.Tensor:
-    return u.clone()
-
-
 def _half_normal(u: torch.Tensor) -> torch.Tensor:
     """Mostly low noise: the angle is |N(0, 1)| cut off at 3, stretched so that 3 is a right angle."""
     x = math.sqrt(2) * torch.erfinv(u * math.erf(3 / math.sqrt(2)))
@@ -117,7 +113,7 @@ def _beta(u: torch.Tensor) -> torch.Tensor:
 
 NOISE_LEVELS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "cosine": _cosine,
-    "uniform": _uniform,
+    "uniform": torch.clone,
     "half_normal": _half_normal,
     "logit_normal": _logit_normal,
     "beta": _beta,

@@ -60,11 +60,6 @@ class Distribution:
     seconds: dict[str, float] = field(default_factory=dict)  # what each part of the work took, by name
     left_out: str = ""  # why figures are missing; empty where none are
 
-    @property
-    def times(self) -> str:
-        """How long each part took, in one line."""
-        return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
-
 
 def load_encoders(settings: EvaluateParams, device: torch.device) -> Encoders:
     """The encoders that the params name, with their weights, so that what is wrong with them is said before any work.

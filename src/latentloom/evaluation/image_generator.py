@@ -14,7 +14,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from latentloom.devices import autocast_dtype
 from latentloom.diffusion.diffuser import Diffuser
 from latentloom.diffusion.interpolation import between_noise, between_texts
-from latentloom.diffusion.sampling_settings import SampleRequest, SamplingSettings
+from latentloom.diffusion.sampling_settings import LARGEST, SampleRequest, SamplingSettings
 from latentloom.diffusion.text import Labels, concatenate, drop, trimmed
 from latentloom.encoding.codec import LatentCodec, batches_by_shape
 from latentloom.encoding.text_embedder import TextEmbedder, embed
@@ -57,7 +57,7 @@ class StartImage:
     strength: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.strength <= 1:
+        if self.strength is None or not 0 <= self.strength <= 1:
             raise UserError(f"strength = {self.strength}: must be a number, from 0 to 1")
 
 
@@ -96,8 +96,7 @@ class ImageGenerator:
             start: the picture.
             on_prediction: as that of `denoise`; samples are numbered through the prompts one after the other.
         """
-        latents = self.asked_latents(prompts, request, start=start, on_prediction=on_prediction)
-        images = np.stack(self.codec.decode_each(latents, batch_size=self.batch_size))
+        images = self.pixels(self.asked_latents(prompts, request, start=start, on_prediction=on_prediction))
         return images.reshape(len(prompts), request.count, *images.shape[1:])
 
     def asked_latents(
@@ -116,16 +115,9 @@ class ImageGenerator:
         numbers = range(request.first, request.first + request.count)
         shape = self.latent_shape(request.size)
         noise = [self.starting_noise(str(number), request.seed, shape) for _ in prompts for number in numbers]
-        return self.denoise(
-            noise,
-            embeddings,
-            request.settings,
-            negative=self.embed([request.negative]) if request.negative else None,
-            start=start and self.codec.encode(start.pixels[None])[0],
-            strength=start.strength if start else 1.0,
-            batch_size=self.batch_size,
-            on_prediction=on_prediction,
-        )
+        begin = self.codec.encode(start.pixels[None])[0] if start else None
+        strength = start.strength if start else 1.0
+        return self._asked(noise, embeddings, request, start=begin, strength=strength, on_prediction=on_prediction)
 
     def between(
         self, prompts: Sequence[str], request: SampleRequest, *, pictures: int, to_seed: int | None = None
@@ -143,22 +135,29 @@ class ImageGenerator:
         """
         if pictures < 2:
             raise UserError(f"between = {pictures}: must be a whole number, from 2, the pictures at both ends included")
-        same = len(set(prompts)) == 1 and to_seed in (None, request.seed)
-        if same or not 1 <= len(prompts) <= 2 or (to_seed is not None and to_seed < 0):
-            raise UserError("between: give two prompts, or one prompt and another seed, 0 or more, to go to; or both")
+        seeds = (request.seed, request.seed if to_seed is None else to_seed)
+        same = len(set(prompts)) == 1 and seeds[0] == seeds[1]
+        if same or not 1 <= len(prompts) <= 2 or seeds[1] not in range(LARGEST + 1):
+            raise UserError(
+                "between: give two prompts, or one prompt and another seed, a whole number from 0, to go to; or both"
+            )
         shape, name = self.latent_shape(request.size), str(request.first)
         texts = [self.embed([prompts[0]]), self.embed([prompts[-1]])]
-        seeds = (request.seed, request.seed if to_seed is None else to_seed)
         noise = [self.starting_noise(name, seed, shape) for seed in seeds]
         shares = [place / (pictures - 1) for place in range(pictures)]
-        latents = self.denoise(
-            [between_noise(*noise, share) if seeds[0] != seeds[1] else noise[0] for share in shares],
-            concatenate([between_texts(*texts, share) for share in shares]),
-            request.settings,
-            negative=self.embed([request.negative]) if request.negative else None,
-            batch_size=self.batch_size,
-        )
+        noise = [between_noise(*noise, share) if seeds[0] != seeds[1] else noise[0] for share in shares]
+        return self.pixels(self._asked(noise, concatenate([between_texts(*texts, share) for share in shares]), request))
+
+    def pixels(self, latents: Sequence[torch.Tensor]) -> np.ndarray:
+        """Standardised latents (C, h, w) of one shape as images, uint8 (N, H, W, 3)."""
         return np.stack(self.codec.decode_each(latents, batch_size=self.batch_size))
+
+    def _asked(
+        self, noise: list[torch.Tensor], texts: Labels, request: SampleRequest, **more: Any
+    ) -> list[torch.Tensor]:
+        """What `denoise` makes of noise and texts, with the settings and the negative prompt of a request."""
+        negative = self.embed([request.negative]) if request.negative else None
+        return self.denoise(noise, texts, request.settings, negative=negative, batch_size=self.batch_size, **more)
 
     def latent_shape(self, size: str | None) -> Shape:
         """The latent (C, h, w) of an image of ``size``, ``WIDTHxHEIGHT`` in pixels; None: the model's own.
@@ -251,8 +250,8 @@ class ImageGenerator:
         seed: int,
         batch_size: int = BATCH_SIZE,
         shapes: Sequence[Shape] | None = None,
-    ) -> torch.Tensor | list[torch.Tensor]:
-        """A standardised latent for each text embedding (B, dim) or text, on the network's device.
+    ) -> list[torch.Tensor]:
+        """A standardised latent (C, h, w) for each text embedding (B, dim) or text, on the network's device.
 
         The noise that a sample starts from is a function of ``seed``, its name and shape alone, so asking for more
         samples does not change those already asked for.
@@ -264,13 +263,9 @@ class ImageGenerator:
             seed: of the noise.
             batch_size: how many are computed at a time.
             shapes: of each latent; None: all of them the model's own.
-
-        Returns:
-            A tensor (B, C, h, w) or, where ``shapes`` are given, a list of B tensors (C, h, w).
         """
         noise = [self.starting_noise(name, seed, shapes and shapes[place]) for place, name in enumerate(names)]
-        latents = self.denoise(noise, embeddings, settings, batch_size=batch_size)
-        return torch.stack(latents) if shapes is None else latents
+        return self.denoise(noise, embeddings, settings, batch_size=batch_size)
 
     def denoise(
         self,

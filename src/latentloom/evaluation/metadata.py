@@ -5,6 +5,7 @@ pixels, metadata -> PNG with `prompt`, `seed`, `model_sha256`, `mlflow_run_id`, 
 
 import io
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pydantic import TypeAdapter
 
-from latentloom.diffusion.sampling_settings import SamplingSettings
+from latentloom.diffusion.sampling_settings import SampleRequest, SamplingSettings
 from latentloom.errors import UserError
 from latentloom.files import atomic_path
 
@@ -65,6 +66,11 @@ def encode_png(image: np.ndarray, metadata: ImageMetadata) -> bytes:
     written = io.BytesIO()
     Image.fromarray(image).save(written, format="PNG", pnginfo=chunks)
     return written.getvalue()
+
+
+def file_words(prompt: str) -> str:
+    """A prompt as a part of a file's name: its words in any script, in at most 60 bytes."""
+    return re.sub(r"[^\w]+", "-", prompt).strip("-").encode()[:60].decode(errors="ignore")
 
 
 def save_image(path: Path, image: np.ndarray, metadata: ImageMetadata) -> None:
@@ -119,31 +125,20 @@ def generate_command(
         program: how `latentloom` is called.
         image: the file of the picture that samples began from; None: a name made of its id.
     """
-    sampling = metadata.sampling
-    low, high = sampling.guidance_interval
-    options = {
-        "model": model,
-        "seed": metadata.seed,
-        "first": metadata.first,
-        "count": metadata.count,
-        "steps": sampling.diffusion_steps,
-        "guidance": sampling.class_guidance,
-        "sampler": sampling.sampler,
-        "guidance-rescale": sampling.guidance_rescale,
-        "threshold": "none" if sampling.threshold_percentile is None else sampling.threshold_percentile,
-        "precision": sampling.precision,
-    }
+    which = (metadata.seed, metadata.count, metadata.first, metadata.size, metadata.negative)
+    options = {"model": model} | SampleRequest(metadata.sampling, *which).options()
     options |= {
-        "size": metadata.size,
-        "negative": metadata.negative,
+        "threshold": "none" if options["threshold"] is None else options["threshold"],
         "image": metadata.start_image and (image or f"{metadata.start_image[:12]}.png"),
         "strength": metadata.strength,
         "between": metadata.between,
-        "to-seed": metadata.to_seed,
+        "to_seed": metadata.to_seed,
     }
-    given = {name: value for name, value in options.items() if value is not None}
-    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-    words += ["--guidance-interval", str(low), str(high), "-o", output]
+    words = []
+    for name, value in options.items():
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
+    words += ["-o", output]
     prompts = list(metadata.prompts)
     ordered = [*words, "--", *prompts] if any(p.startswith("-") for p in prompts) else [*prompts, *words]
     return shlex.join([*program, "sample", *ordered])

@@ -4,16 +4,19 @@ Both were measured alike, so where the two curves of a panel part, the training 
 there is little of the picture left to go by. The chart is drawn from what `train` left in its plots.
 """
 
-import io
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 
 from latentloom.diffusion.denoising_error import BINS, bin_name
-from latentloom.evaluation.sheet import save_sheet
+from latentloom.evaluation.sheet import render_chart, save_sheet
 from latentloom.layout import EVALUATE_PLOTS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CHART = EVALUATE_PLOTS / "noise_curves.png"
 CURVES = {"train": ("train_by_noise.csv", "training images"), "val": ("validation.csv", "held-out images")}
@@ -36,11 +39,8 @@ def save_noise_curves(plots: Path) -> np.ndarray | None:
 
 def render_noise_curves(curves: dict[str, pd.DataFrame]) -> Image.Image:
     """A panel per bin of noise levels with each split's curve: ``step`` and a ``SPLIT_mae_noise_LOW-HIGH`` per bin."""
-    import matplotlib.style
-    from matplotlib.figure import Figure
 
-    with matplotlib.style.context("default"):  # whatever the user's own settings are
-        figure = Figure(figsize=(12, 3.6), dpi=100)
+    def plot(figure: "Figure") -> None:
         axes = figure.subplots(1, len(BINS))
         # In half the time that constrained layout takes: each evaluation draws the chart.
         figure.subplots_adjust(left=0.06, right=0.99, bottom=0.14, top=0.92, wspace=0.22)
@@ -55,6 +55,5 @@ def render_noise_curves(curves: dict[str, pd.DataFrame]) -> Image.Image:
             ax.grid(alpha=0.3)
         axes[0].set_ylabel("mean absolute error, in std of a latent")
         axes[-1].legend(fontsize=8)
-        png = io.BytesIO()
-        figure.savefig(png, format="png")
-    return Image.open(png).convert("RGB")
+
+    return render_chart(plot, figsize=(12, 3.6), dpi=100)

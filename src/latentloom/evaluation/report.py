@@ -72,20 +72,11 @@ class Evaluation:
         save_sheet(self.extremes, EXTREMES_SHEET)
 
     @property
-    def seconds(self) -> dict[str, float]:
-        """How long parts of the work took, by name: `Distribution.seconds`."""
-        return self.distribution.seconds
-
-    @property
     def summary(self) -> str:
         """One line for the end of the stage."""
-        left_out, times = self.distribution.left_out, self.distribution.times
-        notes = [
-            _figures(self.metrics),
-            *([f"not measured: {left_out}"] if left_out else []),
-            *([times] if times else []),
-        ]
-        return f"{'; '.join(notes)}; see {SAMPLE_SHEET}"
+        left_out = self.distribution.left_out and f"not measured: {self.distribution.left_out}"
+        times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.distribution.seconds.items())
+        return "; ".join(filter(None, [_figures(self.metrics), left_out, times, f"see {SAMPLE_SHEET}"]))
 
 
 def evaluate(params: Params, model: TextToImage, caches: Caches, images: Path) -> Evaluation:

@@ -1,9 +1,11 @@
 """The sample sheet: labelled images in titled sections, as one PNG that is fit to be shown."""
 
+import io
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -11,6 +13,9 @@ from PIL import Image, ImageDraw
 from latentloom.files import atomic_path
 from latentloom.image_grid import CELL
 from latentloom.lettering import INK, LINE, draw_caption, font
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 GAP = 12
 MARGIN = 24
@@ -43,6 +48,18 @@ def render_sheet(sections: Sequence[Section], footer: str) -> Image.Image:
     strips += [_text(line, height=16, ink=SOFT) for line in textwrap.wrap(footer, width=WIDTH // 7)]
     strips.append(_text("", height=MARGIN))
     return Image.fromarray(np.concatenate([np.asarray(strip) for strip in strips]))
+
+
+def render_chart(plot: Callable[["Figure"], None], **settings: Any) -> Image.Image:
+    """A figure of matplotlib's with ``settings`` that ``plot`` fills; the same whatever the user's own settings are."""
+    import matplotlib.style
+    from matplotlib.figure import Figure
+
+    with matplotlib.style.context("default"):
+        figure, png = Figure(**settings), io.BytesIO()
+        plot(figure)
+        figure.savefig(png, format="png")
+    return Image.open(png).convert("RGB")
 
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:

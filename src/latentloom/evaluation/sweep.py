@@ -3,8 +3,8 @@
 What it leaves is one chart, `sweep.png`, and its figures, `sweep.csv`; without a sweep, neither.
 """
 
-import io
 from itertools import product
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -14,11 +14,14 @@ from PIL import Image
 from latentloom.encoding.dataset import Caches, all_latents
 from latentloom.evaluation.held_out import combinations
 from latentloom.evaluation.recall import nearest, recalled
-from latentloom.evaluation.sheet import save_sheet
+from latentloom.evaluation.sheet import render_chart, save_sheet
 from latentloom.evaluation.text_to_image import TextToImage
 from latentloom.files import write_text
 from latentloom.layout import EVALUATE_PLOTS
 from latentloom.params import EvaluateParams
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CHART, TABLE = EVALUATE_PLOTS / "sweep.png", EVALUATE_PLOTS / "sweep.csv"
 RECALLS = {
@@ -76,20 +79,17 @@ def save_sweep(points: pd.DataFrame | None) -> np.ndarray | None:
             path.unlink(missing_ok=True)
         return None
     write_text(TABLE, points.to_csv(index=False))
-    chart = render_chart(points)
+    chart = sweep_chart(points)
     save_sheet(chart, CHART)
     return np.asarray(chart)
 
 
-def render_chart(points: pd.DataFrame) -> Image.Image:
+def sweep_chart(points: pd.DataFrame) -> Image.Image:
     """Recall and latent distance over guidance, one line per step count."""
-    import matplotlib.style
-    from matplotlib.figure import Figure
-
     (recall,) = RECALLS.keys() & points.columns
     panels = {recall: RECALLS[recall], "latent_mae": LATENT_MAE}
-    with matplotlib.style.context("default"):  # whatever the user's own settings are
-        figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
+
+    def plot(figure: "Figure") -> None:
         for ax, (name, title) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
             for steps, line in points.groupby("diffusion_steps"):
                 ax.plot(line["class_guidance"], line[name], marker="o", label=f"{steps} steps")
@@ -98,6 +98,5 @@ def render_chart(points: pd.DataFrame) -> Image.Image:
             ax.grid(alpha=0.3)
             ax.set_ylim(bottom=0, top=1.05 if name == recall else None)
         ax.legend()
-        png = io.BytesIO()
-        figure.savefig(png, format="png")
-    return Image.open(png).convert("RGB")
+
+    return render_chart(plot, figsize=(10, 4), dpi=120, layout="constrained")

@@ -1,6 +1,6 @@
 """A model folder, with the two encoders that its config names, as an `ImageGenerator` that signs its images."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -65,6 +65,15 @@ class TextToImage(ImageGenerator):
             between=pictures,
             to_seed=to_seed,
         )
+
+    def one_by_one(
+        self, prompts: Sequence[str], request: SampleRequest, images: np.ndarray, *, start: StartImage | None = None
+    ) -> Iterator[tuple[str, int, np.ndarray, ImageMetadata]]:
+        """Each of the images that `generate` gave: its prompt, its number, its pixels, and its own metadata."""
+        for prompt, samples in zip(prompts, images, strict=True):
+            for number, pixels in enumerate(samples, start=request.first):
+                alone = replace(request, first=number, count=1)
+                yield prompt, number, pixels, self.metadata([prompt], alone, start=start)
 
 
 def load_text_to_image(

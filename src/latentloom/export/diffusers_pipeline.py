@@ -114,10 +114,7 @@ class LatentLoomPipeline(DiffusionPipeline):
         for remark in images.remarks(prompts, request, start=start):
             logging.get_logger(__name__).warning(remark)
         latents = images.asked_latents(prompts, request, start=start)
-        if output_type == "latent":
-            found = torch.stack(latents)
-        else:
-            found = _as_type(np.stack(images.codec.decode_each(latents, batch_size=images.batch_size)), output_type)
+        found = torch.stack(latents) if output_type == "latent" else _as_type(images.pixels(latents), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=found) if return_dict else (found,)
 

@@ -100,7 +100,7 @@ def _rows(places: Iterable[Place]) -> list[Row]:
 
 
 def _page(rows: Iterable[Shown], page: int) -> list[Shown]:
-    if page < 1:
+    if not isinstance(page, int) or page < 1:
         raise UserError(f"page = {page}: must be a whole number from 1")
     return list(islice(rows, (page - 1) * ROWS, page * ROWS))
 

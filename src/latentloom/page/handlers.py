@@ -5,10 +5,9 @@
 A PNG holds the same bytes as that of `latentloom sample` with the same options.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain, count
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -21,7 +20,7 @@ from latentloom.diffusion.sampling_settings import SampleRequest, SamplingSettin
 from latentloom.encoding.dataset import load_caches
 from latentloom.errors import UserError
 from latentloom.evaluation.animation import save_animation
-from latentloom.evaluation.metadata import generate_command, read_metadata, save_image
+from latentloom.evaluation.metadata import file_words, generate_command, read_metadata, save_image
 from latentloom.evaluation.recall import nearest
 from latentloom.evaluation.text_to_image import StartImage, TextToImage, default_settings, load_text_to_image
 from latentloom.files import read_json
@@ -31,6 +30,7 @@ from latentloom.ingestion.one_picture import prepare_picture
 from latentloom.layout import IMAGES, LATENTS, MODEL, PARAMS, SAMPLES, TEXT
 from latentloom.lineage.lineage import render, trace
 from latentloom.page.data import rows_of
+from latentloom.registry.compare import compare
 from latentloom.registry.models import SHOWCASE, find_model, is_model
 
 MODELS_KEPT = 2  # in memory: as many as are compared
@@ -40,14 +40,6 @@ NEAREST = 6
 
 Shown = TypeVar("Shown")
 Picture = tuple[np.ndarray | str, str]  # pixels, uint8 (H, W, 3), or the PNG's path; and what stands below
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A model, and the settings that samples have unless others are chosen."""
-
-    model: TextToImage
-    settings: SamplingSettings
 
 
 class Studio:
@@ -68,16 +60,18 @@ class Studio:
         """What is there without asking MLflow: the trained model, where there is one, and the package's own."""
         return [*([str(MODEL)] if is_model(self.root / MODEL) else []), SHOWCASE]
 
-    def load(self, reference: str) -> Loaded:
+    def load(self, reference: str) -> TextToImage:
         """The model that `find_model` finds; those used last stay loaded, as long as they do not change."""
         found = find_model(reference.strip(), self.root)
         return self._load(reference.strip(), found.sha256)
 
-    def _load_model(self, reference: str, sha256: str) -> Loaded:
+    def _load_model(self, reference: str, sha256: str) -> TextToImage:
         found = find_model(reference, self.root)
-        provenance = found.provenance and found.provenance.in_images()
-        loaded = load_text_to_image(found.folder, provenance=provenance)
-        return Loaded(loaded, default_settings(found.folder, self.root / PARAMS))
+        return load_text_to_image(found.folder, provenance=found.provenance and found.provenance.in_images())
+
+    def settings(self, reference: str) -> SamplingSettings:
+        """The settings that samples of a model have unless others are chosen."""
+        return default_settings(find_model(reference.strip(), self.root).folder, self.root / PARAMS)
 
     def draw(
         self,
@@ -98,13 +92,11 @@ class Studio:
         Raises:
             UserError: when something cannot be generated, with the sentence of the command line.
         """
-        loaded = self.load(reference)
-        request = request_of(loaded.settings, options)
+        model, request = self.load(reference), request_of(self.settings(reference), options)
         if request.count > MOST_PICTURES:
             raise UserError(f"count = {request.count}: the page makes at most {MOST_PICTURES}; the command line, more")
         if upload is None and not prompt.strip():
             raise UserError("the prompt is empty: say what to draw")
-        model = loaded.model
         start = upload and StartImage(*prepare_picture(Path(upload), model.image_size(request.size)), strength)
         for remark in model.remarks([prompt], request, start=start):
             self.warn(remark)
@@ -118,46 +110,34 @@ class Studio:
                     pictures[place] = (model.codec.decode(prediction[None])[0], f"step {step + 1}")
                     show(list(pictures))
 
-            (images,) = model.generate([prompt], request, start=start, on_prediction=on_prediction)
-            return [self._save(model, prompt, request, number, image, start) for number, image in enumerate(images)]
+            images = model.generate([prompt], request, start=start, on_prediction=on_prediction)
+            saved = []
+            for _, number, pixels, metadata in model.one_by_one([prompt], request, images, start=start):
+                path = self._path(prompt or "variation", f"{request.seed}-{number}")
+                save_image(path, pixels, metadata)
+                saved.append((str(path), f"sample {number}"))
+            return saved
 
         yield from in_a_thread(work)
 
-    def _save(
-        self,
-        model: TextToImage,
-        prompt: str,
-        request: SampleRequest,
-        place: int,
-        image: np.ndarray,
-        start: StartImage | None,
-    ) -> Picture:
-        number = request.first + place
-        metadata = model.metadata([prompt], replace(request, first=number, count=1), start=start)
-        path = self._path(prompt or "variation", f"{request.seed}-{number}", ".png")
-        save_image(path, image, metadata)
-        return str(path), f"sample {number}"
-
-    def _path(self, prompt: str, name: str, suffix: str) -> Path:
-        """A new file for a picture, whose name says what it shows."""
-        words = re.sub(r"[^\w]+", "-", prompt).strip("-").encode()[:60].decode(errors="ignore")
-        taken = (self.folder / f"{words}-{name}{again}{suffix}" for again in ("", *(f"-{n}" for n in range(2, 10**6))))
-        return next(path for path in taken if not path.exists())
+    def _path(self, prompt: str, name: str) -> Path:
+        """A new PNG, whose name says what it shows."""
+        names = (f"{file_words(prompt)}-{name}{again}.png" for again in chain([""], (f"-{n}" for n in count(2))))
+        return next(path for path in map(self.folder.joinpath, names) if not path.exists())
 
     def between(
         self, reference: str, prompts: Sequence[str], options: Mapping[str, Any], *, pictures: int, to_seed: int | None
     ) -> tuple[str, str, str]:
         """The files of a strip (PNG) and of the animations there and back (WebP, GIF); raises as `draw`."""
-        loaded = self.load(reference)
-        request = request_of(loaded.settings, options)
-        if not 2 <= pictures <= MOST_PICTURES:
-            raise UserError(f"pictures = {pictures}: must be from 2 to {MOST_PICTURES}")
+        model, request = self.load(reference), request_of(self.settings(reference), options)
+        if pictures not in range(2, MOST_PICTURES + 1):
+            raise UserError(f"pictures = {pictures}: must be a whole number from 2 to {MOST_PICTURES}")
         asked, to_seed = [prompt for prompt in prompts if prompt.strip()], None if to_seed == request.seed else to_seed
-        for remark in loaded.model.remarks(asked, request):
+        for remark in model.remarks(asked, request):
             self.warn(remark)
-        drawn = loaded.model.between(asked, request, pictures=pictures, to_seed=to_seed)
-        strip = self._path(" to ".join(asked), f"{request.seed}-{pictures}", ".png")
-        metadata = loaded.model.metadata(asked, request, pictures=pictures, to_seed=to_seed)
+        drawn = model.between(asked, request, pictures=pictures, to_seed=to_seed)
+        strip = self._path(" to ".join(asked), f"{request.seed}-{pictures}")
+        metadata = model.metadata(asked, request, pictures=pictures, to_seed=to_seed)
         save_image(strip, image_grid(drawn, columns=pictures), metadata)
         animations = [strip.with_suffix(suffix) for suffix in (".webp", ".gif")]
         for path in animations:
@@ -166,12 +146,18 @@ class Studio:
 
     def defaults(self, reference: str) -> dict[str, Any]:
         """The options that samples of a model have unless others are chosen."""
-        folder = find_model(reference.strip(), self.root).folder
-        return SampleRequest(default_settings(folder, self.root / PARAMS)).options()
+        return SampleRequest(self.settings(reference)).options()
 
     def command_of(self, path: str, reference: str) -> str:
         """The command that generates a picture's bytes again."""
         return generate_command(read_metadata(Path(path)), model=reference)
+
+    def verdict(self, a: str, b: str) -> str:
+        """What `latentloom compare` says of two models by their figures."""
+        try:
+            return compare(a.strip(), b.strip(), self.root).text()
+        except UserError as error:  # they are one and the same
+            return str(error)
 
     def lineage_of(self, path: str) -> str:
         """What a picture came from, as `latentloom lineage` says it."""
@@ -179,7 +165,7 @@ class Studio:
 
     def prepared(self, reference: str, upload: str) -> np.ndarray:
         """An uploaded picture as the model sees it, uint8 (H, W, 3)."""
-        return prepare_picture(Path(upload), self.load(reference).model.image_size(None))[0]
+        return prepare_picture(Path(upload), self.load(reference).image_size(None))[0]
 
     def nearest(self, reference: str, path: str) -> list[Picture]:
         """The images of the data nearest to a picture, each with its distance, its split and its captions.
@@ -188,13 +174,13 @@ class Studio:
             UserError: when there is no data, or it was encoded by another VAE than the model's.
         """
         latents, text = self.root / LATENTS, self.root / TEXT
-        vae = self.load(reference).model.codec.vae
+        vae = self.load(reference).codec.vae
         if not latents.exists():
             raise UserError("there is no data here to compare with: `make repro` makes it")
         if read_json(latents / "stats.json")["vae"]["fingerprint"] != vae.fingerprint:
             raise UserError(f"{LATENTS} was encoded by another VAE than {reference}'s: their latents do not compare")
         caches = load_caches(latents, text)
-        pixels = prepare_picture(Path(path), self.load(reference).model.image_size(None))[0]
+        pixels = self.prepared(reference, path)
         sample = caches.train.codec.standardise(vae.encode(pixels[None])["mean"])[0]
         (rows,), (distances,) = nearest([sample], [caches.train, caches.validation], NEAREST)
         everything = np.concatenate([caches.train.ids, caches.validation.ids])

@@ -6,7 +6,8 @@ of runs and API are off. One request is computed at a time; the others wait in a
 
 import html
 import inspect
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,27 @@ from latentloom.evaluation.image_generator import STRENGTH
 from latentloom.layout import IMAGES, NEAR_DUPLICATES, REJECTS
 from latentloom.page import data
 from latentloom.page.handlers import Studio
-from latentloom.page.local import gr
+from latentloom.page.local import TEMPORARY, gr
 
 QUEUE = 16  # requests that wait
 LONGEST = 2000  # characters of a prompt
 LARGEST_UPLOAD = "32mb"
 BUTTONS = ["download", "fullscreen"]  # of pictures; another would share them on the web
 KEPT, REJECTED, ALIKE = "kept", "rejected", "near duplicates"
+CAPTION = "woman astronaut, medium-dark skin tone"  # of the kind that the models that are there were trained on
+# Gradio writes one line of a caption into the picture; a whole one belongs below it.
+CSS = """
+.grid-wrap { min-height: 0 !important; max-height: none !important }
+.grid-container { grid-auto-rows: auto !important; grid-template-rows: auto !important; align-items: start }
+.thumbnail-lg { aspect-ratio: auto !important; height: auto !important }
+.table textarea { font-family: ui-monospace, monospace; white-space: pre; overflow-x: auto }
+.caption-label { position: static !important; max-width: none !important; white-space: normal !important }
+"""
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 MODELS = "models/unet, showcase, champion, candidate, a version, or an MLflow run"
-OPTIONS = ("negative", "seed", "count", "steps", "guidance", "sampler", "guidance_rescale", "threshold")
+OF_REQUEST = ("negative", "seed", "count")  # options that no model decides
+OF_MODEL = ("steps", "guidance", "sampler", "guidance_rescale", "threshold")
+FIELDS = (*OF_REQUEST, *OF_MODEL, "low", "high")  # of a tab: the last two are the guidance interval
 
 
 def warn(sentence: str) -> None:
@@ -39,18 +51,22 @@ def build(studio: Studio) -> gr.Blocks:
     with gr.Blocks(title="Latent Loom", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown("# Latent Loom")
         model = gr.Dropdown(studio.models, label="Model", allow_custom_value=True, elem_id="model", info=MODELS)
+        fields = []
         with gr.Tab("Draw"):
-            _draw(studio, model)
+            fields += _draw(studio, model)
         with gr.Tab("From a picture"):
-            _draw(studio, model, from_a_picture=True)
+            fields += _draw(studio, model, from_a_picture=True)
         with gr.Tab("Between"):
-            _between(studio, model)
+            fields += _between(studio, model)
         with gr.Tab("Compare"):
-            _compare(studio, model)
+            fields += _compare(studio, model)
         with gr.Tab("Find"):
             _find(studio, model)
-        with gr.Tab("Data"):
-            _data(studio)
+        with gr.Tab("Data") as tab:
+            _data(studio, tab)
+        of_model = [field for place, field in enumerate(fields) if place % len(FIELDS) >= len(OF_REQUEST)]
+        tabs = len(fields) // len(FIELDS)
+        on(model.input, lambda reference: _defaults(studio, reference) * tabs, [model], of_model)
     return page.queue(max_size=QUEUE, default_concurrency_limit=1, api_open=False)
 
 
@@ -73,6 +89,7 @@ def serve(root: Path, host: str, port: int, *, wait: bool = True) -> gr.Blocks:
         mcp_server=False,
         pwa=False,
         theme=THEME,
+        css=CSS,
     )
     return page
 
@@ -83,7 +100,8 @@ def said(handler: Callable[..., Any]) -> Callable[..., Any]:
     def shown(error: Exception) -> gr.Error:
         if not isinstance(error, UserError) and not type(error).__module__.startswith("mlflow"):
             raise error
-        return gr.Error(html.escape(str(error)), duration=None, print_exception=False)
+        sentence = re.sub(rf"{re.escape(TEMPORARY.name)}/\w+/", "", str(error))  # an upload by its own name
+        return gr.Error(html.escape(sentence), duration=None, print_exception=False)
 
     @wraps(handler)
     def once(*given: Any) -> Any:
@@ -105,16 +123,18 @@ def said(handler: Callable[..., Any]) -> Callable[..., Any]:
 def on(event: Callable[..., Any], handler: Callable[..., Any], inputs: Any, outputs: Any) -> Any:
     """Have a handler answer an event."""
     return event(
-        said(handler), inputs, outputs, api_visibility="private", concurrency_id="all", show_progress="minimal"
+        said(handler),
+        inputs,
+        outputs,
+        api_visibility="private",
+        concurrency_id="all",
+        show_progress="minimal",
+        show_progress_on=outputs[:1] if isinstance(outputs, list) else outputs,
     )
 
 
 def _prompt(label: str = "Prompt", **more: Any) -> gr.Textbox:
     return gr.Textbox(label=label, max_length=LONGEST, **more)
-
-
-def _number(label: str, value: float | None, **more: Any) -> gr.Number:
-    return gr.Number(value, label=label, **({"precision": 0} | more))
 
 
 def _gallery(label: str, **more: Any) -> gr.Gallery:
@@ -130,44 +150,46 @@ def _gallery(label: str, **more: Any) -> gr.Gallery:
     )
 
 
-def _options(studio: Studio, model: gr.Dropdown, *, one: bool = False) -> Callable[[tuple[Any, ...]], dict[str, Any]]:
-    """The fields of a request, in ``fields`` of what is returned, which makes options of their values."""
-    own = studio.defaults(studio.models[0])
+def _table(label: str) -> gr.Textbox:
+    """Lines with columns, which is not there until there are any."""
+    return gr.Textbox(label=label, max_lines=30, buttons=["copy"], elem_classes="table", visible=False)
+
+
+def _fields(studio: Studio, *, one: bool = False) -> list[Any]:
+    """The fields of a request, in the order of `FIELDS`; those of a model have the first one's values."""
+    steps, guidance, sampler, rescale, threshold, low, high = _defaults(studio, studio.models[0])
     negative = _prompt("Negative prompt", placeholder="what it should not be")
     with gr.Row():
-        fields = [negative, _number("Seed", 0), _number("Count", 1 if one else 4, visible=not one)]
+        fields = [negative, gr.Number(0, label="Seed"), gr.Number(1 if one else 4, label="Count", visible=not one)]
     with gr.Row():
-        steps = _number("Steps", own["steps"])
-        guidance = _number("Guidance", own["guidance"], precision=None)
-        sampler = gr.Dropdown(list(SAMPLER_NAMES), value=own["sampler"], label="Sampler")
+        fields += [gr.Number(steps, label="Steps"), gr.Number(guidance, label="Guidance")]
+        fields += [gr.Dropdown(list(SAMPLER_NAMES), value=sampler, label="Sampler")]
     with gr.Accordion("More", open=False), gr.Row():
-        low, high = own["guidance_interval"]
-        interval = [_number("Guidance from level", low, precision=None), _number("to level", high, precision=None)]
-        rescale = _number("Guidance rescale", own["guidance_rescale"], precision=None)
-        threshold = _number("Threshold percentile, or nothing", own["threshold"], precision=None)
-    fields += [steps, guidance, sampler, rescale, threshold, *interval]
-
-    def of_model(reference: str) -> list[Any]:
-        chosen = studio.defaults(reference)
-        return [*(chosen[name] for name in OPTIONS[3:]), *chosen["guidance_interval"]]
-
-    on(model.input, of_model, [model], fields[3:])
-
-    def options(values: tuple[Any, ...]) -> dict[str, Any]:
-        *plain, low, high = values
-        return dict(zip(OPTIONS, plain, strict=True)) | {"guidance_interval": (low, high)}
-
-    options.fields = fields
-    return options
+        interval = [gr.Number(low, label="Guidance from level"), gr.Number(high, label="to level")]
+        fields += [gr.Number(rescale, label="Guidance rescale")]
+        fields += [gr.Number(threshold, label="Threshold percentile, or nothing")]
+    return fields + interval
 
 
-def _draw(studio: Studio, model: gr.Dropdown, *, from_a_picture: bool = False) -> None:
+def _defaults(studio: Studio, reference: str) -> list[Any]:
+    """The values that a model has of the fields after `OF_REQUEST`."""
+    own = studio.defaults(reference)
+    return [*(own[name] for name in OF_MODEL), *own["guidance_interval"]]
+
+
+def _options(values: Sequence[Any]) -> dict[str, Any]:
+    """The options that the values of `FIELDS` stand for."""
+    *plain, low, high = values
+    return dict(zip(FIELDS, plain, strict=False)) | {"guidance_interval": (low, high)}
+
+
+def _draw(studio: Studio, model: gr.Dropdown, *, from_a_picture: bool = False) -> list[Any]:
     with gr.Row():
         with gr.Column(scale=2):
-            prompt = _prompt(placeholder="nothing, for variations" if from_a_picture else "a smiling cat")
+            prompt = _prompt(placeholder="nothing, for variations" if from_a_picture else CAPTION)
             upload = gr.File(label="Picture", file_types=["image"], visible=from_a_picture)
             strength = gr.Slider(0, 1, STRENGTH, label="Strength: how much is made anew", visible=from_a_picture)
-            options = _options(studio, model)
+            fields = _fields(studio)
             with gr.Row():
                 draw, stop = gr.Button("Draw", variant="primary"), gr.Button("Stop")
         with gr.Column(scale=3):
@@ -176,52 +198,61 @@ def _draw(studio: Studio, model: gr.Dropdown, *, from_a_picture: bool = False) -
             )
             pictures = _gallery("Pictures")
             made = gr.Textbox(
-                label="What made the picture that is chosen", lines=2, buttons=["copy"], elem_classes="made"
+                label="The command that makes the picture that is chosen",
+                lines=2,
+                buttons=["copy"],
+                elem_classes="made",
             )
             with gr.Row():
-                download = gr.DownloadButton("Download PNG")
-                lineage, near = gr.Button("Lineage"), gr.Button("Nearest images of the data")
-            told = gr.Code(label="Lineage", language="shell", interactive=False, lines=3, max_lines=30)
-            nearest = _gallery("Nearest images of the data")
-    paths, chosen = gr.State([]), gr.State()
+                download = gr.DownloadButton("Download PNG", interactive=False)
+                lineage, near = gr.Button("Lineage"), gr.Button("Nearest images")
+            told = _table("Lineage")
+            nearest = _gallery("Nearest images of the data", visible=False)
+    made_by, chosen = gr.State((None, [])), gr.State()  # the model's reference and the files; the file that is chosen
 
     def drawn(reference: str, prompt: str, upload: str | None, strength: float, *values: Any) -> Iterator[list[Any]]:
         if from_a_picture and upload is None:
             raise UserError("choose a picture to start from")
         start = (upload, strength) if from_a_picture else ()
-        for shown in studio.draw(reference, prompt, options(values), *start):
-            yield [shown, [], None, None, None, None, None]
+        for shown in studio.draw(reference, prompt, _options(values), *start):
+            yield [shown, (reference, []), *choose(reference, [])]
         files = [path for path, _ in shown]
-        yield [shown, files, *choose(reference, files, 0), None, None]
+        yield [shown, (reference, files), *choose(reference, files)]
 
-    def choose(reference: str, files: list[str], place: int) -> list[Any]:
-        return [files[place], studio.command_of(files[place], reference), files[place]]
+    def choose(reference: str, files: list[str], place: int = 0) -> list[Any]:
+        path = files[place] if files else None
+        command = studio.command_of(path, reference) if path else None
+        # What was said of another picture would be taken for this one's.
+        return [path, command, gr.DownloadButton(value=path, interactive=bool(path)), *[gr.update(visible=False)] * 2]
 
-    def selected(reference: str, files: list[str], event: gr.SelectData) -> list[Any]:
-        return choose(reference, files, event.index) if files else [None, None, None]
+    def selected(made_by: tuple[str, list[str]], event: gr.SelectData) -> list[Any]:
+        return choose(*made_by, event.index)
 
     def of_chosen(what: Callable[..., Any], *given: Any) -> Any:
         if not given[-1]:
             raise UserError("draw a picture first")
-        return what(*given)
+        return gr.update(value=what(*given), visible=True)
 
-    shown = [pictures, paths, chosen, made, download, told, nearest]
-    drawing = on(draw.click, drawn, [model, prompt, upload, strength, *options.fields], shown)
-    stop.click(None, cancels=[drawing], api_visibility="private")
-    pictures.select(selected, [model, paths], [chosen, made, download], api_visibility="private")
+    of_picture = [chosen, made, download, told, nearest]
+    asked = [model, prompt, upload, strength, *fields]
+    drawing = [on(event, drawn, asked, [pictures, made_by, *of_picture]) for event in (draw.click, prompt.submit)]
+    stop.click(None, cancels=drawing, api_visibility="private")
+    pictures.select(selected, [made_by], of_picture, api_visibility="private")
     on(lineage.click, lambda path: of_chosen(studio.lineage_of, path), [chosen], told)
     on(near.click, lambda *given: of_chosen(studio.nearest, *given), [model, chosen], nearest)
     if from_a_picture:
         on(upload.upload, studio.prepared, [model, upload], seen)
+    return fields
 
 
-def _between(studio: Studio, model: gr.Dropdown) -> None:
+def _between(studio: Studio, model: gr.Dropdown) -> list[Any]:
     with gr.Row():
         with gr.Column(scale=2):
-            a, b = _prompt("From"), _prompt("To; nothing: the same")
+            a, b = _prompt("From", placeholder=CAPTION), _prompt("To", placeholder="nothing: the same prompt")
             with gr.Row():
-                to_seed, count = _number("To seed", 0), _number("Pictures", 8)
-            options = _options(studio, model, one=True)
+                to_seed = gr.Number(label="To seed", placeholder="nothing: the same seed")
+                count = gr.Number(8, label="Pictures")
+            fields = _fields(studio, one=True)
             draw = gr.Button("Draw the way", variant="primary")
         with gr.Column(scale=3):
             strip = gr.Image(label="Strip", type="filepath", format="png", interactive=False, buttons=BUTTONS)
@@ -231,29 +262,33 @@ def _between(studio: Studio, model: gr.Dropdown) -> None:
             files = gr.File(label="PNG, WebP, GIF", file_count="multiple", interactive=False)
 
     def drawn(reference: str, a: str, b: str, to_seed: int, count: int, *values: Any) -> list[Any]:
-        made = studio.between(reference, [a, b], options(values), pictures=count, to_seed=to_seed)
+        made = studio.between(reference, [a, b], _options(values), pictures=count, to_seed=to_seed)
         return [made[0], made[1], list(made)]
 
-    on(draw.click, drawn, [model, a, b, to_seed, count, *options.fields], [strip, moving, files])
+    on(draw.click, drawn, [model, a, b, to_seed, count, *fields], [strip, moving, files])
+    return fields
 
 
-def _compare(studio: Studio, model: gr.Dropdown) -> None:
+def _compare(studio: Studio, model: gr.Dropdown) -> list[Any]:
     with gr.Row():
         with gr.Column(scale=2):
             other = gr.Dropdown(studio.models, value="showcase", label="With", allow_custom_value=True, info=MODELS)
-            prompt, options = _prompt(), _options(studio, model)
+            prompt, fields = _prompt(placeholder=CAPTION), _fields(studio)
             draw = gr.Button("Compare", variant="primary")
         with gr.Column(scale=3):
             sides = [_gallery("The model above"), _gallery("With")]
+            verdict = _table("By their figures")
 
     def drawn(a: str, b: str, prompt: str, *values: Any) -> Iterator[list[Any]]:
-        left = []
-        for left in studio.draw(a, prompt, options(values)):
-            yield [left, []]
-        for right in studio.draw(b, prompt, options(values)):
-            yield [left, right]
+        left, right, silent = [], [], gr.update(visible=False)
+        for left in studio.draw(a, prompt, _options(values)):
+            yield [gr.Gallery(left, label=a), gr.Gallery([], label=b), silent]
+        for right in studio.draw(b, prompt, _options(values)):
+            yield [left, right, silent]
+        yield [left, right, gr.update(value=studio.verdict(a, b), visible=True)]
 
-    on(draw.click, drawn, [model, other, prompt, *options.fields], sides)
+    on(draw.click, drawn, [model, other, prompt, *fields], [*sides, verdict])
+    return fields
 
 
 def _find(studio: Studio, model: gr.Dropdown) -> None:
@@ -272,10 +307,10 @@ def _find(studio: Studio, model: gr.Dropdown) -> None:
     )
 
 
-def _data(studio: Studio) -> None:
+def _data(studio: Studio, tab: gr.Tab) -> None:
     with gr.Row():
-        what = gr.Radio([KEPT, REJECTED, ALIKE], value=KEPT, label="Show")
-        words, page = _prompt("Words, in captions"), _number(f"Page of {data.ROWS} rows", 1)
+        what = gr.Radio([KEPT, REJECTED, ALIKE], value=KEPT, label="Show", scale=2)
+        words, page = _prompt("With the words"), gr.Number(1, label=f"Page, of {data.ROWS} rows")
         look = gr.Button("Show", variant="primary")
     pictures = _gallery("Images")
     table = gr.Dataframe(label="Rows", interactive=False, wrap=True, datatype="str")
@@ -299,7 +334,7 @@ def _data(studio: Studio) -> None:
             {"headers": ["key", "other key", "distance", "captions", "other's captions"], "data": cells},
         ]
 
-    for event in (look.click, what.change, page.submit, words.submit):
+    for event in (tab.select, look.click, what.change, page.submit, words.submit):
         on(event, shown, [what, words, page], [pictures, table])
 
 

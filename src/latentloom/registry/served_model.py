@@ -6,7 +6,6 @@ The files beside it in the registered model: `artifacts/model` (the model folder
 
 import json
 import warnings
-from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -56,11 +55,8 @@ class ServedModel(PythonModel):
         except ValueError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error
         images = self.model.generate(prompts, request)
-        rows = []
-        for prompt, samples in zip(prompts, images, strict=True):
-            for number, image in enumerate(samples, start=request.first):
-                metadata = self.model.metadata([prompt], replace(request, first=number, count=1))
-                rows.append({"prompt": prompt, "number": number, "png": encode_png(image, metadata)})
+        samples = self.model.one_by_one(prompts, request, images)
+        rows = [(prompt, number, encode_png(image, metadata)) for prompt, number, image, metadata in samples]
         return pd.DataFrame(rows, columns=["prompt", "number", "png"])
 
 
