@@ -14,6 +14,7 @@ splits goes over ``buckets``, which both have, so one shape needs no code of its
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -334,43 +335,42 @@ def load_caches(latents: Path, text: Path, *, device: torch.device | str = "cpu"
     """
     device = torch.device(device)
     latent_statistics, text_statistics = read_json(latents / STATS), read_json(text / STATS)
+    texts = _Index.read(text / INDEX)
+    caption_rows = _caption_rows(text / PAIRS, texts.ids)
+    text_rows = StreamedRows([text], texts.names, texts.shards, texts.places, device)
+    del texts  # ids are most of what opening takes: those of captions go before those of images come
     images = _Index.read(latents / INDEX, "latent_shapes" in latent_statistics)
     if not images.training.any():
         raise UserError(f"{latents} has no training image: add images, or lower ingest.val_fraction")
-    texts = _Index.read(text / INDEX)
-    captions = _captions(images.ids, texts.ids, text / PAIRS)
+    captions = _captions(images.ids, text / PAIRS, caption_rows)
 
     views = [latents, latents / FLIPPED] if latent_statistics["flip"] else [latents]
-    buckets = [
-        (rows, StreamedRows(views, images.names, images.shards[rows], images.places[rows], device))
-        for rows in images.rows_of_shapes()
-    ]
-    text_rows = StreamedRows([text], texts.names, texts.shards, texts.places, device)
-    del texts
-    needed, free = sum(latent_rows.nbytes for _, latent_rows in buckets) + text_rows.nbytes, free_memory(device)
+    shapes = images.rows_of_shapes()
+    latent_rows = [StreamedRows(views, images.names, images.shards[own], images.places[own], device) for own in shapes]
+    needed, free = sum(own.nbytes for own in latent_rows) + text_rows.nbytes, free_memory(device)
     streamed = needed > memory_share * free
     embeddings = text_rows if streamed else text_rows.load()
     codec = LatentCodec(latent_statistics["mean"], latent_statistics["std"])
     weighted = len(images.weights) > 0 and bool((images.weights != images.weights[0]).any())
 
-    def bucket(training: bool, rows: np.ndarray, latent_rows: StreamedRows) -> LatentDataset:
-        inside = np.flatnonzero(images.training[rows] == training)
-        chosen = rows[inside]
-        own = latent_rows.select(np.concatenate([inside + len(rows) * view for view in range(len(views))]))
+    def bucket(training: bool, shape: slice, of_shape: StreamedRows) -> LatentDataset:
+        middle = shape.start + np.count_nonzero(images.training[shape])
+        rows = slice(shape.start, middle) if training else slice(middle, shape.stop)
+        own = of_shape.select(slice(rows.start - shape.start, rows.stop - shape.start))
         return LatentDataset(
-            ids=images.ids[chosen],
+            ids=images.ids[rows],
             latents=own if streamed else own.load(),
             codec=codec,
             text=embeddings,
             texts=CaptionTexts(text / INDEX),
-            captions=captions[torch.from_numpy(chosen)],
-            weights=torch.from_numpy(images.weights[chosen].astype(np.float64)) if weighted else None,
-            first_mirrored=len(chosen) if latent_statistics["flip"] else None,
-            stored=own.storage_order(len(chosen)),
+            captions=captions[rows],
+            weights=torch.from_numpy(images.weights[rows].astype(np.float64)) if weighted else None,
+            first_mirrored=rows.stop - rows.start if latent_statistics["flip"] else None,
+            stored=own.storage_order(),
         )
 
     def split(training: bool) -> LatentDataset | Split:
-        own = _without_empty([bucket(training, *each) for each in buckets])
+        own = _without_empty([bucket(training, *each) for each in zip(shapes, latent_rows, strict=True)])
         return own[0] if len(own) == 1 else Split(own)
 
     hashes = [sha256_file(path) for path in (latents / INDEX, text / PAIRS)]
@@ -417,9 +417,10 @@ class _Index:
 
     @classmethod
     def read(cls, path: Path, several_shapes: bool | None = None) -> "_Index":
-        """Read it in parts, so that no column of strings is whole in memory; images in the order of their ids.
+        """Read it in parts, so that no column of strings is whole in memory.
 
-        ``several_shapes`` is None of captions, which stay in the order of the index.
+        Images come shape by shape, by rising height, then width; of a shape the training split comes first, and each
+        split in the order of the ids. ``several_shapes`` is None of captions, which stay in the order of the index.
         """
         of_images = [] if several_shapes is None else ["split", "weight"]
         sizes = ["height", "width"] if several_shapes else []
@@ -446,31 +447,42 @@ class _Index:
                 columns["sizes"][part, number] = table.column(name).to_numpy()
         if of_images:
             order = ids.ascending(columns["ids"])
+            height_first = columns["sizes"][order].T[::-1]
+            order = order[np.lexsort((~columns["training"][order], *height_first))]
             for name in columns:  # one after the other, so that only one of them is there twice
                 columns[name] = columns[name][order]
         return cls(names=list(names), **columns)
 
-    def rows_of_shapes(self) -> list[np.ndarray]:
-        """The rows of each shape, by rising height, then width."""
-        if not self.sizes.shape[1]:
-            return [np.arange(len(self.ids))]
-        _, shape_of = np.unique(self.sizes, axis=0, return_inverse=True)
-        return [np.flatnonzero(shape_of == number) for number in range(shape_of.max() + 1)]
+    def rows_of_shapes(self) -> list[slice]:
+        """The rows of each shape."""
+        is_other = (self.sizes[1:] != self.sizes[:-1]).any(axis=1)
+        edges = [0, *(np.flatnonzero(is_other) + 1).tolist(), len(self.ids)]
+        return [slice(*own) for own in pairwise(edges)]
 
 
-def _captions(image_ids: np.ndarray, caption_ids: np.ndarray, pairs: Path) -> Captions:
-    """The captions of the images, of pairs in any order."""
-    image_rows, caption_rows, positions = (np.empty(table_rows(pairs), np.int32) for _ in range(3))
-    of_images, of_captions, first = ids.Lookup(image_ids), ids.Lookup(caption_ids), 0
-    for table in iterate_table(pairs, ["image_id", "caption_id", "position"]):
-        part = slice(first, first := first + len(table))
-        caption_rows[part] = of_captions.positions(ids.from_hex(table.column("caption_id")))
-        if (unknown := caption_rows[part] < 0).any():
-            name = table.column("caption_id")[int(np.argmax(unknown))]
+def _places(pairs: Path, column: str, among: np.ndarray) -> Iterator[tuple[pa.ChunkedArray, np.ndarray]]:
+    """A column of ids of the pairs, in parts, and where each is ``among`` others, int32; -1: nowhere."""
+    lookup = ids.Lookup(among)
+    for table in iterate_table(pairs, [column]):
+        own = table.column(column)
+        yield own, lookup.positions(ids.from_hex(own)).astype(np.int32)
+
+
+def _caption_rows(pairs: Path, caption_ids: np.ndarray) -> np.ndarray:
+    """The caption of each pair, as a row of the text cache (P), int32."""
+    found = []
+    for names, rows in _places(pairs, "caption_id", caption_ids):
+        if (rows < 0).any():
+            name = names[int(np.argmin(rows))]
             raise UserError(f"{pairs} names a caption that has no embedding: {name}; run `dvc repro`")
-        image_rows[part] = of_images.positions(ids.from_hex(table.column("image_id")))
-        positions[part] = table.column("position").to_numpy()
-    del of_images, of_captions
+        found.append(rows)
+    return np.concatenate(found)
+
+
+def _captions(image_ids: np.ndarray, pairs: Path, caption_rows: np.ndarray) -> Captions:
+    """The captions of the images, of pairs in any order."""
+    image_rows = np.concatenate([rows for _, rows in _places(pairs, "image_id", image_ids)])
+    positions = np.concatenate([table.column("position").to_numpy() for table in iterate_table(pairs, ["position"])])
     known = image_rows >= 0  # others are of images whose latent was rejected
     counts = np.bincount(image_rows[known], minlength=len(image_ids)).astype(np.int32)
     if not counts.all():

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -144,13 +144,12 @@ class StreamedRows:
         fewest = np.zeros(len(names), np.int64)
         np.maximum.at(fewest, shards, places + 1)
         used = np.flatnonzero(fewest)
-        shards = np.searchsorted(used, shards)
         self._files = _ShardFiles([folder / names[number] for folder in folders for number in used])
         self._files.check_rows(np.tile(fewest[used], len(folders)))
-        self.device = device
-        views = [shards + len(used) * number for number in range(len(folders))]
-        self._shards = np.concatenate(views, dtype=np.int32, casting="same_kind")
-        self._places = np.tile(places.astype(np.int32), len(folders))
+        self.device, self._views = device, len(folders)
+        own = (np.cumsum(fewest > 0, dtype=np.int32) - 1)[shards]
+        self._shards = np.concatenate([own + np.int32(len(used) * view) for view in range(len(folders))])
+        self._places = np.tile(places.astype(np.int32, copy=False), len(folders))
         self._ragged = {name: self._measured(name) for name in self._files.ragged}
         self._shape()
 
@@ -198,18 +197,23 @@ class StreamedRows:
         }
         return ReadRows(numbers, InMemoryRows(tensors, shapes=self.shapes), self.device)
 
-    def select(self, rows: np.ndarray) -> "StreamedRows":
-        """These rows alone."""
+    def select(self, rows: slice) -> "StreamedRows":
+        """These rows of each folder alone."""
+
+        def own(column: np.ndarray) -> np.ndarray:
+            return column.reshape(self._views, -1)[:, rows].reshape(-1)
+
         selected = copy(self)
-        selected._shards, selected._places = self._shards[rows], self._places[rows]
+        selected._shards, selected._places = own(self._shards), own(self._places)
         selected._ragged = {
-            name: replace(own, ends=own.ends[rows], lengths=own.lengths[rows]) for name, own in self._ragged.items()
+            name: _RaggedRows(own(column.ends), own(column.lengths)) for name, column in self._ragged.items()
         }
         selected._shape()
         return selected
 
-    def storage_order(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first so many rows as they are stored, shard by shard, int32; and where each shard's rows end there."""
+    def storage_order(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first folder's rows as they are stored, shard by shard, int32; and where each shard's rows end there."""
+        rows = len(self) // self._views
         order = np.lexsort((self._places[:rows], self._shards[:rows])).astype(np.int32)
         counts = np.bincount(self._shards[:rows])
         return torch.from_numpy(order), torch.from_numpy(counts[counts > 0].cumsum())
