@@ -39,7 +39,7 @@ from latentloom.file_hashes import SETTLED_NS, FileHashes
 from latentloom.ingestion.ingest import ingest
 from latentloom.ingestion.prepared import PreparedStore, recipe
 from latentloom.ingestion.shards import PNG_OPTIONS
-from latentloom.params import load_params
+from latentloom.params import IngestParams, load_params
 
 IMAGE_SIZE = 256
 
@@ -79,9 +79,13 @@ def prepare_plainly(out: Path, size: int, path: Path) -> None:
     square.resize((size, size), Image.Resampling.LANCZOS).save(out / f"{path.stem}.png", **PNG_OPTIONS)
 
 
-def stage(source: Path, out: Path, size: int) -> int:
+def settings(source: Path, size: int) -> IngestParams:
     changes = {"source": "folder", "path": str(source), "image_size": size, "limit": None}
-    params = load_params().ingest.model_copy(update=changes)
+    return load_params().ingest.model_copy(update=changes)
+
+
+def stage(source: Path, out: Path, size: int) -> int:
+    params = settings(source, size)
     report = ingest(params, out / "images", out / "rejects.parquet", out / "near_duplicates.parquet", progress=False)
     return report.found
 
@@ -90,8 +94,7 @@ def ingest_again(source: Path, out: Path, size: int) -> tuple[float, float, floa
     """Seconds of an ingestion from nothing without 2 % of the images, and of those after it with 1 % more each: in a
     folder of their own, then everywhere."""
     state, paths = out / "state", sorted(source.glob("*.jpg"))
-    changes = {"source": "folder", "path": str(source), "image_size": size, "limit": None}
-    params = load_params().ingest.model_copy(update=changes)
+    params = settings(source, size)
     everywhere, together = paths[50::100], paths[75::100]
     own_folder, away = source / "new", out / "away"
 

@@ -26,42 +26,29 @@ from statistics import median
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from train_step import CHANNELS, SIZE, TEXT_DIM, diffusers_network
 
 from latentloom.devices import autocast_dtype, choose_device
 from latentloom.diffusion import Diffuser, UNet, get_network
 
-SIDE, CHANNELS, GUIDANCE = 16, 4, 3.0
-TEXT_DIM, TOKENS, TOKEN_DIM = 384, 8, 256
+GUIDANCE = 3.0
+TOKENS, TOKEN_DIM = 8, 256
 SHORT = 2  # steps in which the peer's ways are compared
 
 Sample = Callable[[int], torch.Tensor]
 
 
 def our_network(widths: Sequence[int], depth: int, device: torch.device) -> UNet:
-    network = get_network(SIDE, depth, TOKEN_DIM, CHANNELS, widths=widths, text_dim=TEXT_DIM)
+    network = get_network(SIZE, depth, TOKEN_DIM, CHANNELS, widths=widths, text_dim=TEXT_DIM)
     return network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 def peer_network(widths: Sequence[int], depth: int, device: torch.device) -> nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    attends = [level > 0 for level in range(len(widths))]
-    network = UNet2DConditionModel(
-        sample_size=SIDE,
-        in_channels=CHANNELS,
-        out_channels=CHANNELS,
-        block_out_channels=tuple(widths),
-        layers_per_block=depth,
-        down_block_types=tuple("CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in attends),
-        up_block_types=tuple("CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)),
-        cross_attention_dim=TOKEN_DIM,
-        attention_head_dim=tuple(max(width // 64, 1) for width in widths),  # the number of heads, despite its name
-    )
-    return network.to(device).eval().requires_grad_(False)
+    return diffusers_network(widths, depth, TOKEN_DIM, device).eval().requires_grad_(False)
 
 
 def our_sampling(network: UNet, images: int, device: torch.device, dtype: torch.dtype) -> Sample:
-    noise = torch.randn(images, CHANNELS, SIDE, SIDE, device=device)
+    noise = torch.randn(images, CHANNELS, SIZE, SIZE, device=device)
     labels = torch.randn(images, TEXT_DIM, device=device)
     half = None if dtype == torch.float32 else dtype
 
@@ -90,7 +77,7 @@ def peer_sampling(
     pipeline.set_progress_bar_config(disable=True)
     given = {"device": device, "dtype": dtype}
     tensors = {
-        "latents": torch.randn(images, CHANNELS, SIDE, SIDE, **given),
+        "latents": torch.randn(images, CHANNELS, SIZE, SIZE, **given),
         "prompt_embeds": torch.randn(images, TOKENS, TOKEN_DIM, **given),
         "negative_prompt_embeds": torch.zeros(images, TOKENS, TOKEN_DIM, **given),
     }
@@ -154,7 +141,7 @@ def main() -> None:
     diffusers.logging.set_verbosity_error()
     torch.manual_seed(0)
     ours = our_network(widths, depth, device)
-    latent, level = torch.randn(1, CHANNELS, SIDE, SIDE, device=device), torch.ones(1, device=device)
+    latent, level = torch.randn(1, CHANNELS, SIZE, SIZE, device=device), torch.ones(1, device=device)
     print(f"{images} images, {arguments.steps} steps, widths {widths}, depth {depth}, on {device}", end="")
     print(f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
     gflop = describe("ours", ours, latent, level, torch.randn(1, TEXT_DIM, device=device))

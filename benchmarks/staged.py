@@ -4,8 +4,9 @@
     nearest   `held_out_recall_at_1`, of so many of their captions; among five: `held_out_recall_at_5`
 
 The pictures are the project's own, of a finished `dvc repro`. Those that are held out at 128 px are in no training: the
-split follows a picture's pixels, so at 64 px it would be another. How many steps the time is enough for is measured
-first. Each training's figures are written to a file as soon as they are known; the same command goes on from there.
+split follows a picture's pixels, so at 64 px it would be another. What a step takes is measured first, on quiet cores,
+and makes the time a number of steps: what other work costs later changes neither. Each training's figures are written
+to a file as soon as they are known; the same command goes on from there.
 
     TQDM_DISABLE=1 PYTHONPATH=src python benchmarks/staged.py [--minutes 12] [--share 0.33] [--seeds 0 1 2]
 """
@@ -66,9 +67,9 @@ class Bench:
             self.sections | {"seed": seed, "train": train, "monitor": monitor, "previews": previews}
         )
 
-    def train(self, caches: Caches, params: Params, name: str, base: Path | None = None) -> tuple[Path, float]:
-        """The folder of a trained model, and the seconds of CPU time that the training took."""
-        folder, started = self.work / name, time.process_time()
+    def train(self, caches: Caches, params: Params, name: str, base: Path | None = None) -> Path:
+        """The folder of a trained model."""
+        folder = self.work / name
         run_training(
             params,
             caches,
@@ -80,11 +81,16 @@ class Bench:
             logger=None,
             base=base,
         )
-        return folder, time.process_time() - started
+        return folder
 
     def seconds_per_step(self, caches: Caches) -> float:
-        few, more = (self.train(caches, self.params(0, steps), "counted")[1] for steps in COUNTED)
-        return (more - few) / (COUNTED[1] - COUNTED[0])
+        """CPU time."""
+        took = []
+        for steps in COUNTED:
+            started = time.process_time()
+            self.train(caches, self.params(0, steps), "counted")
+            took.append(time.process_time() - started)
+        return (took[1] - took[0]) / (COUNTED[1] - COUNTED[0])
 
     def error(self, folder: Path, params: Params) -> float:
         """The error of a model on what is held out at 128 px."""
@@ -104,15 +110,15 @@ class Bench:
 
     def from_noise(self, seed: int, seconds: float, costs: dict[str, float]) -> dict[str, float]:
         params = self.params(seed, round(seconds / costs["large"]))
-        folder, took = self.train(self.large, params, ALONE)
-        return {"steps": params.train.steps, "seconds": took} | self.figures(folder, params)
+        folder = self.train(self.large, params, ALONE)
+        return {"steps": params.train.steps} | self.figures(folder, params)
 
     def staged(self, seed: int, seconds: float, costs: dict[str, float], share: float) -> dict[str, float]:
         first = self.params(seed, round(seconds * share / costs["small"]))
-        base, took_first = self.train(self.small, first, "small")
-        then = self.params(seed, round((seconds - took_first) / costs["large"]), init=str(base))
-        folder, took = self.train(self.large, then, STAGED, base)
-        steps = {"small_steps": first.train.steps, "steps": then.train.steps, "seconds": took_first + took}
+        base = self.train(self.small, first, "small")
+        then = self.params(seed, round(seconds * (1 - share) / costs["large"]), init=str(base))
+        folder = self.train(self.large, then, STAGED, base)
+        steps = {"small_steps": first.train.steps, "steps": then.train.steps}
         return steps | {"val_mae_before": self.error(base, first)} | self.figures(folder, then)
 
 
@@ -144,17 +150,17 @@ def interval(values: Sequence[float]) -> str:
 def show(results: dict[str, dict[str, dict[str, float]]], minutes: float) -> None:
     seeds = [seed for seed in results[ALONE] if seed in results[STAGED]]
     print(f"{minutes:g} minutes of CPU time each, seeds {', '.join(seeds)}: mean and its 95 % interval\n")
-    print("| | " + " | ".join(FIGURES.values()) + " | CPU minutes | steps |")
-    print("|---" * (len(FIGURES) + 3) + "|")
+    print("| | " + " | ".join(FIGURES.values()) + " | steps |")
+    print("|---" * (len(FIGURES) + 2) + "|")
     for arm in (ALONE, STAGED):
         own = [results[arm][seed] for seed in seeds]
         cells = [interval([one[name] for one in own]) for name in FIGURES if name in own[0]]
         steps = " + ".join(str(round(own[0][name])) for name in ("small_steps", "steps") if name in own[0])
-        print(f"| {arm} | {' | '.join(cells)} | {fmean(one['seconds'] for one in own) / 60:.1f} | {steps} |")
+        print(f"| {arm} | {' | '.join(cells)} | {steps} |")
     pairs = [(results[STAGED][seed], results[ALONE][seed]) for seed in seeds]
     names = [name for name in FIGURES if name in pairs[0][0]]
     differences = [interval([staged[name] - alone[name] for staged, alone in pairs]) for name in names]
-    print(f"| the difference | {' | '.join(differences)} | | |")
+    print(f"| the difference | {' | '.join(differences)} | |")
     before = interval([own["val_mae_before"] for own, _ in pairs])
     print(f"\nval MAE at 128 px of the model of {SMALL} px, before it is trained further: {before}")
 

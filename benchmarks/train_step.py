@@ -144,23 +144,31 @@ def texts(rows: int, device: torch.device) -> torch.Tensor:
     return torch.randn(rows, TEXT_DIM).to(device)
 
 
-def diffusers(settings: Settings, channels_last: bool) -> Contender:
-    from diffusers import DDPMScheduler, UNet2DConditionModel
-    from diffusers.training_utils import EMAModel
+def diffusers_network(widths: Sequence[int], depth: int, text_dim: int, device: torch.device) -> nn.Module:
+    """diffusers' UNet of the same widths, depth, heads of 64 channels, and attention at all levels but the finest."""
+    from diffusers import UNet2DConditionModel
 
-    deeper = len(settings.widths) - 1
+    deeper = len(widths) - 1
     network = UNet2DConditionModel(
         sample_size=SIZE,
         in_channels=CHANNELS,
         out_channels=CHANNELS,
-        block_out_channels=settings.widths,
-        layers_per_block=settings.depth,
+        block_out_channels=tuple(widths),
+        layers_per_block=depth,
         down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * deeper,
         up_block_types=("CrossAttnUpBlock2D",) * deeper + ("UpBlock2D",),
-        norm_num_groups=math.gcd(32, *settings.widths),  # 32, its default, wherever that divides
-        cross_attention_dim=TEXT_DIM,
-        attention_head_dim=tuple(max(width // 64, 1) for width in settings.widths),  # it means the number of heads
-    ).to(settings.device)
+        norm_num_groups=math.gcd(32, *widths),  # 32, its default, wherever that divides
+        cross_attention_dim=text_dim,
+        attention_head_dim=tuple(max(width // 64, 1) for width in widths),  # it means the number of heads
+    )
+    return network.to(device)
+
+
+def diffusers(settings: Settings, channels_last: bool) -> Contender:
+    from diffusers import DDPMScheduler, UNet2DConditionModel
+    from diffusers.training_utils import EMAModel
+
+    network = diffusers_network(settings.widths, settings.depth, TEXT_DIM, settings.device)
     if channels_last:
         network.to(memory_format=torch.channels_last)
     noise_scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="scaled_linear")

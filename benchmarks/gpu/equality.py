@@ -6,11 +6,13 @@ device, so the part then tests itself.
 
 import copy
 import tempfile
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import train_step
@@ -24,8 +26,10 @@ from latentloom.devices import autocast_dtype, choose_device
 from latentloom.diffusion import UNet, get_schedule
 from latentloom.encoding.dataset import Caches, load_caches
 from latentloom.params import DiffusionParams, TrainParams
+from latentloom.training import optimizers
 from latentloom.training.batches import Batch, batches
 from latentloom.training.loop import TrainingState, losses, train
+from latentloom.training.orthogonal import newton_schulz
 
 ROWS, HELD_OUT = 192, 32
 BATCH, STEPS = 16, 6
@@ -93,29 +97,49 @@ def _loss_and_gradients(network: UNet, batch: Batch) -> tuple[torch.Tensor, torc
     noisy = get_schedule(diffusion.schedule).add_noise(batch.latents, batch.noise, batch.noise_levels)
     loss, _ = losses(network(noisy, batch.noise_levels, batch.labels), batch.latents, params)
     loss.backward()
-    return loss, torch.cat([weight.grad.flatten() for weight in network.parameters()])
+    return loss, _flat(weight.grad for weight in network.parameters())
 
 
 def _against_cpu(settings: Settings, folder: Path, allowed: float = 1e-3) -> dict[str, Any]:
-    """Loss and gradients of the same batch, and the loss after a step of the optimizers."""
+    """Loss and gradients of the same batch; of the same gradients, the optimizers' update, and the loss after it.
+
+    The same gradients, as an update is all but blind to their size: in it, what rounding made of a gradient near zero
+    is as large as any other. And the device's way to orthogonal matrices on both: the CPU's own is another
+    approximation, whose singular values are up to a fifth apart (`training/orthogonal.py`).
+    """
     batch = _batches(load_caches(folder / "latents", folder / "text"), 1)[0]
     network = _trained_a_little(train_step.our_network(replace(settings, device=torch.device("cpu"))))
-    results = []
-    for device in (settings.device, torch.device("cpu")):
+    before, rate = _flat(network.parameters()), _params(1)[0].learning_rate
+    results, given = [], None
+    for device in (torch.device("cpu"), settings.device):
         own = copy.deepcopy(network).to(device, memory_format=torch.channels_last)
         state = TrainingState.start(own, _params(1)[0])
         here = Batch(*(tensor.to(device) for tensor in batch))
         loss, gradients = _loss_and_gradients(own, here)
-        for optimizer in state.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = _params(1)[0].learning_rate
-            optimizer.step()
-        results.append((loss, gradients, _loss_and_gradients(own, here)[0]))
-    loss, gradients, after = (_apart(ours, theirs) for ours, theirs in zip(*results, strict=True))
-    parts = {"loss": loss, "gradients": gradients, "loss after it": after}
+        given = given or [weight.grad.clone() for weight in own.parameters()]
+        for weight, gradient in zip(own.parameters(), given, strict=True):
+            weight.grad.copy_(gradient)
+        with mock.patch.object(optimizers, "orthogonalised", _as_on_a_device):
+            for optimizer in state.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                optimizer.step()
+        update = _flat(own.parameters()).cpu() - before
+        results.append((loss, gradients, update, _loss_and_gradients(own, here)[0]))
+    theirs, ours = results
+    names = ("loss", "gradients", "update", "loss after it")
+    parts = {name: _apart(one, other) for name, one, other in zip(names, ours, theirs, strict=True)}
     return {f"of the {name}": float(f"{value:.2g}") for name, value in parts.items()} | _compared(
         max(parts.values()), allowed
     )
+
+
+def _as_on_a_device(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return newton_schulz(matrices.to(dtype)).to(matrices.dtype)
+
+
+def _flat(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
 
 def _trained_a_little(network: UNet) -> UNet:
@@ -170,7 +194,7 @@ def _trained(settings: Settings, caches: Caches, *pieces: int) -> torch.Tensor:
         for _ in islice(running, steps):
             pass
         running.close()
-    return torch.cat([weight.detach().flatten() for weight in state.network.parameters()])
+    return _flat(state.network.parameters())
 
 
 def _streamed_training(settings: Settings, held: Caches, streamed: Caches) -> dict[str, Any]:

@@ -7,7 +7,6 @@ error stands beside it, and the next part starts on a device that nobody holds.
 import json
 import multiprocessing
 import os
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -38,7 +37,6 @@ class Sizes:
         pictures, samples, steps: sampled at once, sampled in all, and in how many steps each.
         presets: to train, the largest first.
         fewest_steps: a preset is trained where so many of its steps fit into the time.
-        closing: seconds that are kept for what follows a training: weights, evaluation, the sheet.
     """
 
     widths: tuple[int, ...]
@@ -52,7 +50,6 @@ class Sizes:
     steps: int
     presets: tuple[Preset, ...]
     fewest_steps: int
-    closing: float
 
 
 @dataclass(frozen=True)
@@ -63,8 +60,8 @@ class Job:
         device: its name.
         sizes: of what is measured.
         carry: the folder that `carry` made; None where there is none.
-        out, weights: folders for what is taken along.
-        work: a folder for what is needed meanwhile, or to resume.
+        out: the folder for what is taken along.
+        work: a folder for what is needed meanwhile.
         earlier: the rows of the parts before, by name.
     """
 
@@ -72,7 +69,6 @@ class Job:
     sizes: Sizes
     carry: Path | None
     out: Path
-    weights: Path
     work: Path
     earlier: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
 
@@ -174,13 +170,11 @@ def run_parts(
     Args:
         job: for all of them; each is given the rows of those before.
         reserve: seconds that are kept for the parts without a limit.
-        method: how processes start, as `multiprocessing` names it. Where a fork cannot use the device, ``spawn``.
+        method: how processes start, as `multiprocessing` names it.
         changed: is called whenever something new is known.
     """
     end, outcomes = time.monotonic() + seconds, []
-    waiting = list(parts)
-    while waiting:
-        part = waiting.pop(0)
+    for part in parts:
         left = end - time.monotonic()
         limit = left if part.limit is None else min(part.limit, left - reserve)
         outcome = Outcome(part.name, part.about)
@@ -191,13 +185,7 @@ def run_parts(
             for rows in _run(part, job, limit, method, outcome):
                 outcome.rows = rows
                 changed(outcomes)
-        if method == "fork" and len(outcomes) == 1 and outcome.status in ("failed", "crashed"):
-            # Something has touched the device before the fork: every other part would fail as this one did.
-            print(f"{part.name}: {outcome.why}; once more in a new interpreter", file=sys.stderr, flush=True)
-            method, waiting = "spawn", [part, *waiting]
-            outcomes.pop()
-        else:
-            job.earlier[part.name] = outcome.rows
+        job.earlier[part.name] = outcome.rows
         changed(outcomes)
     return outcomes
 

@@ -227,36 +227,23 @@ def sampling(job: Job, record: Record) -> None:
     dtype = autocast_dtype("auto", device) or torch.float32
     network = sample.our_network(sizes.widths, sizes.depth, device)
 
-    def sampled(images: int, steps: int, at_once: int) -> torch.Tensor:
-        latents = [
-            sample.our_sampling(network, min(at_once, images - done), device, dtype)(steps)
-            for done in range(0, images, at_once)
-        ]
-        return torch.cat(latents)
+    def generate(images: int, steps: int, at_once: int, decode: Callable[[torch.Tensor], object]) -> None:
+        for done in range(0, images, at_once):
+            decode(sample.our_sampling(network, min(at_once, images - done), device, dtype)(steps))
 
-    def latents_alone(images: int, at_once: int) -> dict[str, Any]:
-        taken = train_step.seconds(lambda: sampled(images, sizes.steps, at_once), 1, device)
+    def measure(images: int, at_once: int, pictures: bool) -> dict[str, Any]:
+        decode = _vae(device).decode if pictures else torch.Tensor.size
+        generate(images, 2, at_once, decode)  # what is chosen once
+        taken = train_step.seconds(lambda: generate(images, sizes.steps, at_once, decode), 1, device)
         return {"s": round(taken, 3), "images/s": round(images / taken, 1)}
 
-    def decoded(images: int, at_once: int) -> dict[str, Any]:
-        vae = _vae(device)
-        vae.decode(sampled(images, 2, at_once))  # what is chosen once
-
-        def generate() -> None:
-            if vae.decode(sampled(images, sizes.steps, at_once)).shape[0] != images:
-                raise RuntimeError("images are missing")
-
-        taken = train_step.seconds(generate, 1, device)
-        return {"s": round(taken, 3), "images/s": round(images / taken, 1)}
-
-    sampled(sizes.pictures, 2, sizes.pictures)
-    for name, images, at_once, measure in (
-        (f"{sizes.pictures} latents, {sizes.steps} steps", sizes.pictures, sizes.pictures, latents_alone),
-        (f"{sizes.pictures} pictures, {sizes.steps} steps", sizes.pictures, sizes.pictures, decoded),
-        (f"{sizes.samples} latents, {sizes.steps} steps", sizes.samples, sizes.samples, latents_alone),
-        (f"{sizes.samples} pictures, 64 at once", sizes.samples, 64, decoded),
+    for name, images, at_once, pictures in (
+        (f"{sizes.pictures} latents, {sizes.steps} steps", sizes.pictures, sizes.pictures, False),
+        (f"{sizes.pictures} pictures, {sizes.steps} steps", sizes.pictures, sizes.pictures, True),
+        (f"{sizes.samples} latents, {sizes.steps} steps", sizes.samples, sizes.samples, False),
+        (f"{sizes.samples} pictures, 64 at once", sizes.samples, 64, True),
     ):
-        record.measure(name, partial(measure, images, at_once), needs=4 * sizes.seconds)
+        record.measure(name, partial(measure, images, at_once, pictures), needs=4 * sizes.seconds)
 
 
 def _vae(device: torch.device) -> Any:

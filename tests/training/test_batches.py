@@ -89,11 +89,6 @@ def test_labels_are_dropped_to_zero_at_the_rate_asked_for(make_data):
     assert abs(float(dropped) - 0.25) < 0.03
 
 
-def test_without_dropout_no_label_is_dropped(make_data):
-    batch = drawn(make_data(20), step=0, label_dropout=0.0)
-    assert not (batch.labels == 0).all(1).any()
-
-
 def test_all_captions_of_an_image_are_drawn_alike(make_data):
     data = make_data(4)
     counts: Counter[bool] = Counter()
@@ -354,12 +349,6 @@ def test_no_more_is_prefetched_than_agreed():
     items.close()
 
 
-def test_prefetching_happens_in_another_thread():
-    makers = []
-    list(prefetch(lambda step: makers.append(threading.current_thread()) or make(step), range(3), CPU))
-    assert threading.current_thread() not in makers
-
-
 def test_an_error_reaches_the_consumer_where_it_is_due_and_ends_the_thread():
     def fails(step: int):
         if step == 4:
@@ -374,21 +363,18 @@ def test_an_error_reaches_the_consumer_where_it_is_due_and_ends_the_thread():
     assert threads() == 0
 
 
-def test_a_consumer_that_stops_ends_the_thread():
+def test_a_consumer_that_stops_or_fails_ends_the_thread():
     items = prefetch(make, range(10**9), CPU)
     next(items)
     assert threads() == 1
     items.close()
     assert threads() == 0
 
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_a_consumer_that_fails_ends_the_thread(error):
     def consume(items):
         for _ in items:
-            raise error
+            raise KeyboardInterrupt
 
-    with pytest.raises(error):
+    with pytest.raises(KeyboardInterrupt):
         consume(prefetch(make, range(10**9), CPU))
     assert threads() == 0
 

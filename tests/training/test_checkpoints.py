@@ -1,6 +1,7 @@
 """Checkpoints are whole or skipped, belong to one training, survive edits of the code, and do not pile up."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -129,11 +130,6 @@ def test_one_that_was_being_written_when_the_process_died_is_not_seen(checkpoint
         assert checkpoints.latest().step == 20
     checkpoints.begin({}, checkpoints.latest())
     assert not half.exists()
-
-
-def test_a_checkpoint_of_another_training_is_never_met(tmp_path, checkpoints):
-    save(checkpoints, 20)
-    assert of_training(tmp_path, "0" * 16).latest() is None
 
 
 def test_one_that_cannot_be_written_leaves_the_earlier_ones(checkpoints, monkeypatch):
@@ -282,6 +278,7 @@ def fingerprint(params: Params, **others) -> str:
         ("train", {"keep": "best"}),
         ("train", {"loss": "huber"}),
         ("train", {"reduce_precision": "bf16"}),
+        ("train", {"block_rows": 64}),
     ],
 )
 def test_whatever_decides_the_training_changes_the_fingerprint(section, values):
@@ -311,6 +308,16 @@ def test_data_base_and_precision_change_the_fingerprint(others):
 )
 def test_what_does_not_decide_the_weights_leaves_the_fingerprint(section, values):
     assert fingerprint(changed(section, **values)) == fingerprint(AS_SHIPPED)
+
+
+def test_keys_that_are_new_leave_the_fingerprint_of_the_version_before_at_the_value_that_changes_nothing():
+    before = AS_SHIPPED.model_dump(mode="json", include={"seed", "model", "diffusion", "train"})
+    new, not_in_use = ("init", "init_strict", "block_rows", "reduce_precision"), ("decay_steps", "huber_delta")
+    for key in (*new, *not_in_use):
+        del before["train"][key]
+    before["train"]["precision"] = "fp32"
+    expected = hashlib.sha256(json.dumps([before, INPUTS], sort_keys=True).encode()).hexdigest()[:16]
+    assert fingerprint(changed("train", block_rows=None)) == expected
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from projects import ROOT, Project
 from safetensors.torch import load_file
 
 from latentloom.errors import UserError
-from latentloom.training.processes import check_environment, launch, make_accelerator, requested_device
+from latentloom.training.processes import check_environment, launch, make_accelerator
 
 SRC = str(ROOT / "src")
 SCRIPT = """
@@ -79,23 +79,6 @@ def test_a_launch_command_that_cannot_start_is_named(monkeypatch, command, why):
     monkeypatch.delenv("LATENTLOOM_LAUNCHED", raising=False)
 
 
-@pytest.mark.parametrize(
-    ("device", "launched", "requested"),
-    [
-        ("cuda:1", False, "cuda:1"),
-        ("cuda", False, None),
-        ("cpu", False, None),
-        ("mps", False, None),
-        ("cuda:1", True, None),
-        ("cuda", True, None),
-    ],
-)
-def test_a_numbered_gpu_is_asked_for_in_a_single_process_and_the_launchers_rank_decides_in_a_job(
-    device, launched, requested
-):
-    assert requested_device(torch.device(device), launched) == requested
-
-
 def test_a_job_is_warned_that_the_rank_decides_which_gpu_it_takes(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setattr("latentloom.training.processes.Accelerator", lambda **settings: settings)
@@ -106,19 +89,34 @@ def test_a_job_is_warned_that_the_rank_decides_which_gpu_it_takes(monkeypatch):
         make_accelerator(torch.device("cuda"))
 
 
-def test_the_device_that_accelerate_gets_is_the_projects_own(monkeypatch):
-    given = []
-
-    def accelerator(**settings):
-        given.append(os.environ.get("ACCELERATE_TORCH_DEVICE"))
-
-    monkeypatch.setattr("latentloom.training.processes.Accelerator", accelerator)
-    monkeypatch.setattr("torch.cuda.set_device", lambda device: given.append(str(device)))
+@pytest.mark.filterwarnings("ignore:LATENTLOOM_DEVICE=cuda")
+@pytest.mark.parametrize(
+    ("device", "rank", "chosen"),
+    [
+        ("cuda:1", None, "cuda:1"),
+        ("cuda", None, None),
+        ("cpu", None, None),
+        ("mps", None, None),
+        ("cuda:1", "0", None),
+        ("cuda", "0", None),
+    ],
+)
+def test_accelerate_gets_a_numbered_gpu_in_a_single_process_and_the_launchers_rank_decides_in_a_job(
+    monkeypatch, device, rank, chosen
+):
+    given, current = [], []
+    monkeypatch.setattr(
+        "latentloom.training.processes.Accelerator",
+        lambda **settings: given.append(os.environ.get("ACCELERATE_TORCH_DEVICE")),
+    )
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: current.append(str(device)))
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "meta")  # of the surroundings: no choice of the project's
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "meta")
-    make_accelerator(torch.device("cuda:1"))
-    make_accelerator(torch.device("cpu"))
-    assert given == ["cuda:1", "cuda:1", None]
+    if rank:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    make_accelerator(torch.device(device))
+    assert given == [chosen]
+    assert current == ([chosen] if chosen else [])
 
 
 @pytest.mark.parametrize(

