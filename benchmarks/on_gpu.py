@@ -8,7 +8,7 @@
     graphs      the training step as CUDA graphs
     compiled    the training step under `torch.compile`
     peers       diffusers' UNet in the step of its own example, where diffusers can be imported
-    training    the largest preset that fits into the time left: speed, and the error on what is held out
+    training    the largest preset that fits into the time left: weights in fp16 in parts under 16 MiB, curves, a sheet
 
 Each part runs in a process of its own with its own time limit. One that fails is written down with its error and passed
 over. What was measured is on the disk at once, in OUT/on_gpu.json and OUT/on_gpu.md.
@@ -20,9 +20,11 @@ machine without a network that has torch and transformers, but not all that the 
 working tree with the folder `carry`:
 
     python3 -m pip install -q --no-index --no-deps --target /tmp/site carry/wheels/*.whl
-    PYTHONPATH=/tmp/site:src python3 benchmarks/on_gpu.py --carry carry --out OUT
+    PYTHONPATH=/tmp/site:src python3 benchmarks/on_gpu.py --carry carry --out OUT --weights WEIGHTS --work WORK
 
-With --device cpu all sizes are tiny: that tests this script and measures nothing.
+The parts of a model's weights go to --weights, OUT by default; `benchmarks/gpu/weights.py` makes a model of them again.
+With the same --work, a second call resumes a training that was stopped. With --device cpu, or without a GPU where that
+is asked for, all sizes are tiny: that tests this script and measures nothing.
 """
 
 import argparse
@@ -54,6 +56,7 @@ LARGE = Sizes(
     steps=70,
     presets=(Preset(ROOT / "presets" / "h200.yaml"), Preset(ROOT / "params.yaml")),
     fewest_steps=1000,
+    closing=45.0,
 )
 TINY = Sizes(
     widths=(16, 32),
@@ -72,10 +75,12 @@ TINY = Sizes(
                 "model": {"widths": [16, 32]},
                 "train": {"steps": 8, "batch_size": 8, "warmup_steps": 2},
                 "monitor": {"validation_images": 4},
+                "evaluate": {"diffusion_steps": 3, "training_captions": 2, "held_out_captions": 2},
             },
         ),
     ),
     fewest_steps=2,
+    closing=20.0,
 )
 # Seconds of an 8-minute run on a GPU; they shrink with --minutes. What they leave is the training's.
 PARTS = (
@@ -95,7 +100,8 @@ NEEDED_BY_TRAINING = 0.4  # of the time
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("on_gpu"))
-    parser.add_argument("--work", type=Path, help="for the trained model and the like; OUT/work by default")
+    parser.add_argument("--weights", type=Path, help="where a model's weights go; OUT by default")
+    parser.add_argument("--work", type=Path, help="for checkpoints and the like; OUT/work by default")
     parser.add_argument("--carry", type=Path, help="the folder that benchmarks/gpu/carry.py made")
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--device", default="cuda")
@@ -112,12 +118,13 @@ def main() -> None:
         sizes=LARGE if arguments.device.startswith("cuda") else TINY,
         carry=arguments.carry.resolve() if arguments.carry else None,
         out=out,
+        weights=(arguments.weights or out).resolve(),
         work=(arguments.work or out / "work").resolve(),
         earlier={},
     )
-    for folder in (job.out, job.work):
+    for folder in (job.out, job.weights, job.work):
         folder.mkdir(parents=True, exist_ok=True)
-    shrunk = arguments.minutes / 8
+    shrunk = arguments.minutes / 8 if job.sizes is LARGE else 1.0
     parts = [
         Part(part.name, part.about, part.run, None if part.limit is None else part.limit * shrunk)
         for part in PARTS

@@ -5,6 +5,7 @@ from itertools import groupby
 from typing import Any
 
 PASSED_OVER = ("error", "skipped")
+MOST_COLUMNS = 12
 
 
 def render(measured: Mapping[str, Any]) -> str:
@@ -31,6 +32,11 @@ def _passed_over(row: Mapping[str, Any]) -> bool:
 def _tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = []
     for names, alike in groupby(rows, key=lambda row: tuple(name for name in row if name != "name")):
+        if len(names) > MOST_COLUMNS:
+            for row in alike:
+                lines += [_line([row["name"], ""]), _line(["---"] * 2)]
+                lines += [*(_line([name, _shown(row[name])]) for name in names), ""]
+            continue
         lines += [_line(["", *names]), _line(["---"] * (len(names) + 1))]
         lines += [_line([row["name"], *(_shown(row[name]) for name in names)]) for row in alike]
         lines.append("")

@@ -7,6 +7,7 @@ error stands beside it, and the next part starts on a device that nobody holds.
 import json
 import multiprocessing
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -37,6 +38,7 @@ class Sizes:
         pictures, samples, steps: sampled at once, sampled in all, and in how many steps each.
         presets: to train, the largest first.
         fewest_steps: a preset is trained where so many of its steps fit into the time.
+        closing: seconds that are kept for what follows a training: weights, evaluation, the sheet.
     """
 
     widths: tuple[int, ...]
@@ -50,6 +52,7 @@ class Sizes:
     steps: int
     presets: tuple[Preset, ...]
     fewest_steps: int
+    closing: float
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,8 @@ class Job:
         device: its name.
         sizes: of what is measured.
         carry: the folder that `carry` made; None where there is none.
-        out: the folder for what is taken along.
-        work: a folder for what is needed meanwhile.
+        out, weights: folders for what is taken along.
+        work: a folder for what is needed meanwhile, or to resume.
         earlier: the rows of the parts before, by name.
     """
 
@@ -69,6 +72,7 @@ class Job:
     sizes: Sizes
     carry: Path | None
     out: Path
+    weights: Path
     work: Path
     earlier: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
 
@@ -170,11 +174,13 @@ def run_parts(
     Args:
         job: for all of them; each is given the rows of those before.
         reserve: seconds that are kept for the parts without a limit.
-        method: how processes start, as `multiprocessing` names it.
+        method: how processes start, as `multiprocessing` names it. Where a fork cannot use the device, ``spawn``.
         changed: is called whenever something new is known.
     """
     end, outcomes = time.monotonic() + seconds, []
-    for part in parts:
+    waiting = list(parts)
+    while waiting:
+        part = waiting.pop(0)
         left = end - time.monotonic()
         limit = left if part.limit is None else min(part.limit, left - reserve)
         outcome = Outcome(part.name, part.about)
@@ -185,7 +191,13 @@ def run_parts(
             for rows in _run(part, job, limit, method, outcome):
                 outcome.rows = rows
                 changed(outcomes)
-        job.earlier[part.name] = outcome.rows
+        if method == "fork" and len(outcomes) == 1 and outcome.status in ("failed", "crashed"):
+            # Something has touched the device before the fork: every other part would fail as this one did.
+            print(f"{part.name}: {outcome.why}; once more in a new interpreter", file=sys.stderr, flush=True)
+            method, waiting = "spawn", [part, *waiting]
+            outcomes.pop()
+        else:
+            job.earlier[part.name] = outcome.rows
         changed(outcomes)
     return outcomes
 

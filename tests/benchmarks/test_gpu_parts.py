@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from gpu.page import render
 from gpu.parts import Job, Part, Record, Unmeasurable, run_parts
-from on_gpu import TINY
+from on_gpu import ROOT, TINY
 
 
 def well(job: Job, record: Record) -> None:
@@ -43,11 +43,11 @@ def rows_fail(job: Job, record: Record) -> None:
 def run(tmp_path: Path):
     """``run((function, limit), …)`` runs parts of those functions; gives outcomes by name, and how often they grew."""
 
-    def run(*functions, seconds: float = 60.0, reserve: float = 0.0):
-        job = Job("cpu", TINY, None, tmp_path, tmp_path, {})
+    def run(*functions, seconds: float = 60.0, reserve: float = 0.0, method: str = "fork"):
+        job = Job("cpu", TINY, None, tmp_path, tmp_path, tmp_path, {})
         parts = [Part(function.__name__, "A sentence.", function, limit) for function, limit in functions]
         calls = []
-        outcomes = run_parts(parts, job, seconds=seconds, reserve=reserve, method="fork", changed=calls.append)
+        outcomes = run_parts(parts, job, seconds=seconds, reserve=reserve, method=method, changed=calls.append)
         return {outcome.name: outcome for outcome in outcomes}, len(calls)
 
     return run
@@ -84,6 +84,28 @@ def test_time_that_is_kept_for_the_last_part_is_taken_by_no_other(run):
     assert outcomes["rows_fail"].status == "done"
 
 
+@pytest.mark.slow
+def test_where_the_first_part_fails_in_a_fork_all_run_in_new_interpreters(run, monkeypatch):
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join(map(str, (ROOT / "benchmarks", ROOT / "src", Path(__file__).parent)))
+    )
+    outcomes, _ = run((fails_in_a_fork, 30), (fails_in_a_fork_too, 30))
+    assert [outcome.status for outcome in outcomes.values()] == ["done", "done"]
+
+
+PARENT = os.getpid()
+
+
+def fails_in_a_fork(job: Job, record: Record) -> None:
+    if os.getppid() == PARENT:  # a new interpreter has imported this module itself
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+    record.add("row", value=1)
+
+
+def fails_in_a_fork_too(job: Job, record: Record) -> None:
+    fails_in_a_fork(job, record)
+
+
 def test_the_page_has_a_table_for_rows_alike_and_a_line_for_what_was_passed_over():
     rows = [
         {"name": "one", "images/s": 12_345.6, "holds": True},
@@ -115,3 +137,10 @@ def test_the_page_has_a_table_for_rows_alike_and_a_line_for_what_was_passed_over
         "- broken: ValueError: no",
         "- late: skipped: needs 9 s, 1 s are left",
     ]
+
+
+def test_a_row_of_many_figures_is_a_table_of_its_own():
+    row = {"name": "evaluation"} | {f"figure {number}": number for number in range(13)}
+    part = {"name": "training", "about": "A sentence.", "status": "done", "seconds": 1.0, "why": "", "rows": [row]}
+    lines = render({"title": "Measured", "about": "Today.", "parts": [part]}).splitlines()
+    assert "| evaluation |  |" in lines and "| figure 12 | 12 |" in lines

@@ -8,8 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import on_gpu
+import pandas as pd
 import pytest
 import torch
+from gpu import weights
+from PIL import Image
+from safetensors.torch import load_file
 from tiny_models import save_clip
 
 from latentloom.encoding.captions import encode_captions
@@ -17,6 +21,7 @@ from latentloom.encoding.latents import encode_images
 from latentloom.encoding.row_store import RowStore
 from latentloom.encoding.text_encoder import TextEncoder
 from latentloom.encoding.vae import Vae
+from latentloom.model_files import read_config
 
 ROOT = Path(__file__).parents[2]
 PARTS = ["machine", "equality", "step", "sampling", "encoding", "graphs", "peers", "compiled", "training"]
@@ -42,31 +47,42 @@ def run(*arguments: object) -> subprocess.CompletedProcess:
     program += "runpy.run_path(sys.argv[0], run_name='__main__')"
     command = [sys.executable, "-c", program, str(script), *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.slow
-def test_every_part_is_measured_and_none_fails(carry, tmp_path):
+def test_every_part_is_measured_and_what_it_makes_is_whole(carry, tmp_path):
     out = tmp_path / "out"
     # Half a minute of a processor; more time is for machines that are busy with other tests.
-    ended = run("--device", "cpu", "--minutes", 24, "--carry", carry, "--out", out)
+    ended = run("--device", "cpu", "--minutes", 4, "--carry", carry, "--out", out)
     assert ended.returncode == 0, ended.stderr
     measured = {part["name"]: part for part in json.loads((out / "on_gpu.json").read_text())["parts"]}
     assert list(measured) == PARTS
     rows = {name: {row["name"]: row for row in part["rows"]} for name, part in measured.items()}
-    assert {part["status"] for part in measured.values()} <= {"done", "skipped"}, measured
+    # A busy machine may leave no time for some; what failed is a fault of ours.
+    assert [part["why"] for part in measured.values() if part["status"] in ("failed", "crashed")] == []
     assert [row["error"] for part in rows.values() for row in part.values() if "error" in row] == []
     held = {name: row["holds"] for name, row in rows["equality"].items() if "holds" in row}
     assert held and all(held.values())
     assert rows["step"]["fp32, batch 8: no TF32"]["images/s"] > 0
     trained = rows["training"]["training"]
     assert (trained["steps"], trained["images"]) == (8, 6)
-    assert 0 < trained["val_mae"] < 10
+    assert 0 < rows["training"]["evaluation"]["val_mae"] < 10
+    assert Image.open(out / "samples.png").width > 1000
+    assert pd.read_csv(out / "train.csv")["step"].iloc[-1] == 8
     assert not set(PARTS) - {line[3:] for line in (out / "on_gpu.md").read_text().splitlines() if line[:3] == "## "}
+
+    weights.join(out, tmp_path / "model")
+    joined, trained_config = read_config(tmp_path / "model"), read_config(out / "work" / "model")
+    rounded = {"weights_sha256": joined.weights_sha256}  # they went by way of fp16
+    assert joined == trained_config.model_copy(update=rounded)
+    whole = load_file(out / "work" / "model" / "model.safetensors")
+    for name, weight in load_file(tmp_path / "model" / "model.safetensors").items():
+        assert torch.equal(weight, whole[name].half().float()), name
 
 
 def test_without_diffusers_and_caches_the_rest_is_measured_and_reasons_are_given(tmp_path, monkeypatch):
-    options = ["--device", "cpu", "--minutes", "24", "--out", str(tmp_path), "--parts", "sampling", "encoding", "peers"]
+    options = ["--device", "cpu", "--minutes", "2", "--out", str(tmp_path), "--parts", "sampling", "encoding", "peers"]
     monkeypatch.setattr(sys, "argv", ["on_gpu.py", *options])
     monkeypatch.setitem(sys.modules, "diffusers", None)
     monkeypatch.setenv("LATENTLOOM_DEVICE", "cpu")  # which the script sets, for its parts
