@@ -2,17 +2,17 @@
 
 import json
 import math
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
+from latentloom.encoding import captions, latents
 from latentloom.encoding.cache import FORMAT_VERSION, save_shard
+from latentloom.encoding.index_files import write_table
 from latentloom.files import write_json
 from latentloom.ids import to_hex
 from latentloom.sharding import TENSORS, shard_ranges
@@ -37,7 +37,7 @@ def write_caches(folder: Path, rows: int, validation: int = 0, *, std: bool = Fa
     ids = np.random.default_rng(0).integers(0, 256, (rows, 32), np.uint8)
     moments = ("mean", "std") if std else ("mean",)
     row_bytes = len(moments) * 2 * math.prod(SHAPE)
-    images, captions = (shard_ranges(ids, size, TENSORS) for size in (row_bytes, 2 * DIM))
+    images, texts = (shard_ranges(ids, size, TENSORS) for size in (row_bytes, 2 * DIM))
     for cache in ("latents", "text"):
         (folder / cache).mkdir(parents=True, exist_ok=True)
 
@@ -49,22 +49,15 @@ def write_caches(folder: Path, rows: int, validation: int = 0, *, std: bool = Fa
             save_shard(path, own, to_hex(ids[places.start : places.stop]).to_pylist())
 
     shapes = {"latents": dict.fromkeys(moments, SHAPE), "text": {"embedding": (DIM,)}}
-    with ExitStack() as files:
-        writers: dict[str, pq.ParquetWriter] = {}
 
-        def add(name: str, columns: dict[str, Any]) -> None:
-            table = pa.table(columns)
-            if name not in writers:
-                writers[name] = files.enter_context(pq.ParquetWriter(folder / name, table.schema))
-            writers[name].write_table(table)
+    def place(number: int, places: range) -> dict[str, Any]:
+        own, size = to_hex(ids[places.start : places.stop]), len(places)
+        means = np.random.default_rng(number).normal(0, 0.1, size).astype(np.float32)
+        columns = {"id": own, "key": own, "shard": [f"{number:05d}.safetensors"] * size}
+        columns |= {"row": np.arange(size, dtype=np.int32), "mean": means}
+        return columns | {"std": np.ones(size, np.float32), "finite": np.ones(size, bool)}
 
-        def place(number: int, places: range) -> dict[str, Any]:
-            own, size = to_hex(ids[places.start : places.stop]), len(places)
-            means = np.random.default_rng(number).normal(0, 0.1, size).astype(np.float32)
-            columns = {"id": own, "key": own, "shard": [f"{number:05d}.safetensors"] * size}
-            columns |= {"row": np.arange(size, dtype=np.int32), "mean": means}
-            return columns | {"std": np.ones(size, np.float32), "finite": np.ones(size, bool)}
-
+    def latents_index() -> Iterator[pa.Table]:
         for number, places in enumerate(images):
             path, size = folder / "latents" / f"{number:05d}.safetensors", len(places)
             write(path, places, lambda places=places: dict(zip(moments, _moments(places), strict=False)))
@@ -72,19 +65,26 @@ def write_caches(folder: Path, rows: int, validation: int = 0, *, std: bool = Fa
             columns["split"] = np.where(np.asarray(places) < rows - validation, "train", "validation")
             columns |= {name: np.ones(size, np.float32) for name in ("abs_max", "weight")}
             sizes = zip(("channels", "height", "width"), SHAPE, strict=True)
-            add("latents/index.parquet", columns | {name: np.full(size, own, np.int32) for name, own in sizes})
-            own = columns["id"]
-            add("text/pairs.parquet", {"image_id": own, "caption_id": own, "position": np.zeros(size, np.int32)})
-        for number, places in enumerate(captions):
+            yield _table(latents.SCHEMA, columns | {name: np.full(size, own, np.int32) for name, own in sizes})
+
+    def pairs() -> Iterator[pa.Table]:
+        for places in images:
+            own = to_hex(ids[places.start : places.stop])
+            positions = np.zeros(len(places), np.int32)
+            yield _table(captions.PAIR_COLUMNS, {"image_id": own, "caption_id": own, "position": positions})
+
+    def text_index() -> Iterator[pa.Table]:
+        for number, places in enumerate(texts):
             path, size = folder / "text" / f"{number:05d}.safetensors", len(places)
             write(path, places, lambda places=places: {"embedding": synthetic(places)[1]})
             columns = place(number, places) | {"text": [f"caption {row}" for row in places]}
-            norms = np.random.default_rng((number, 1)).normal(
-                DIM**0.5, 1, size
-            )  # captions are told apart by these, too
+            norms = np.random.default_rng((number, 1)).normal(DIM**0.5, 1, size)  # these tell captions apart, too
             columns |= {"norm": norms.astype(np.float32), "dim": np.full(size, DIM, np.int32)}
-            columns["tokens"] = np.full(size, 6, np.int64)
-            add("text/index.parquet", columns)
+            yield _table(captions.SCHEMA, columns | {"tokens": np.full(size, 6, np.int32)})
+
+    write_table(folder / "latents/index.parquet", latents.SCHEMA, latents_index())
+    write_table(folder / "text/pairs.parquet", captions.PAIR_COLUMNS, pairs())
+    write_table(folder / "text/index.parquet", captions.SCHEMA, text_index())
     made_by = {"reference": "bundled", "class": "Synthetic", "fingerprint": "0" * 64}
     statistics = {"format_version": FORMAT_VERSION, "flip": False, "mean": [0.0] * SHAPE[0], "std": [1.0] * SHAPE[0]}
     statistics |= {"bound": 3.0, "vae": made_by, "attribution": "", "licence": ""}
@@ -93,9 +93,13 @@ def write_caches(folder: Path, rows: int, validation: int = 0, *, std: bool = Fa
     write_json(folder / "text" / "stats.json", {"format_version": FORMAT_VERSION, "encoder": made_by} | read)
 
 
+def _table(schema: pa.Schema, columns: dict[str, Any]) -> pa.Table:
+    return pa.table({name: columns[name] for name in schema.names}).cast(schema)
+
+
 def _moments(places: range) -> tuple[np.ndarray, np.ndarray]:
-    latents, _ = synthetic(places)
-    return latents, np.abs(latents[::-1])
+    means, _ = synthetic(places)
+    return means, np.abs(means[::-1])
 
 
 def _write_holes(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:

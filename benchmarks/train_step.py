@@ -48,7 +48,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from latentloom.devices import autocast, autocast_dtype, choose_device
 from latentloom.diffusion import UNet, get_network
 from latentloom.encoding.codec import LatentCodec
-from latentloom.encoding.dataset import Captions, CaptionTexts, LatentDataset, Split
+from latentloom.encoding.dataset import LatentDataset, Split
+from latentloom.encoding.image_captions import Captions, CaptionTexts
 from latentloom.encoding.row_sources import InMemoryRows
 from latentloom.params import Compile, DiffusionParams, TrainParams
 

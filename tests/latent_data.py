@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from latentloom.encoding.cache import FORMAT_VERSION, save_shard
 from latentloom.encoding.codec import LatentCodec
-from latentloom.encoding.dataset import Captions, CaptionTexts, LatentDataset, Split
+from latentloom.encoding.dataset import LatentDataset, Split
+from latentloom.encoding.image_captions import Captions, CaptionTexts
 from latentloom.encoding.row_sources import InMemoryRows
 from latentloom.encoding.shard_files import TOKENS, ragged
 from latentloom.files import read_json, write_json

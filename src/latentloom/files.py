@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ID_COLUMNS = {"id", "image_id", "twin_id", "caption_id"}  # of all tables
 ID_DIGITS = 64
+PART_ROWS = 2**18  # of a table that is read in parts
 
 
 @contextmanager
@@ -148,8 +149,8 @@ def table_rows(path: Path | str) -> int:
         return pq.read_metadata(path).num_rows
 
 
-def iterate_table(path: Path | str, columns: list[str], rows: int = 2**18) -> "Iterator[pa.Table]":
-    """Read columns of a Parquet file in parts of at most so many rows, at least one.
+def iterate_table(path: Path | str, columns: list[str]) -> "Iterator[pa.Table]":
+    """Read columns of a Parquet file in parts of at most ``PART_ROWS``, at least one.
 
     Raises:
         UserError: as `read_table`, and when an id has not 64 characters, naming its column.
@@ -162,10 +163,11 @@ def iterate_table(path: Path | str, columns: list[str], rows: int = 2**18) -> "I
             raise ValueError(f"it has no column {', '.join(sorted(missing))}")
         if not file.metadata.num_rows:
             yield file.schema_arrow.empty_table().select(columns)
-        for batch in file.iter_batches(rows, columns=columns):
-            check_ids(batch)
-            yield pa.Table.from_batches([batch])
-            pa.default_memory_pool().release_unused()  # else Arrow keeps more than what is read takes
+        for group in range(file.num_row_groups):  # each by a reader of its own, which keeps all that it has read
+            for batch in file.iter_batches(PART_ROWS, row_groups=[group], columns=columns):
+                check_ids(batch)
+                yield pa.Table.from_batches([batch])
+                pa.default_memory_pool().release_unused()  # else Arrow keeps more than what is read takes
 
 
 def check_ids(batch: "pa.RecordBatch") -> None:

@@ -82,6 +82,19 @@ def ascending(ids: np.ndarray) -> np.ndarray:
     return order
 
 
+def first_backwards(ids: np.ndarray, count: int) -> np.ndarray:
+    """Positions of at most ``count`` ids, uint8 ``(N, 32)``: those whose digits, read backwards, come first, in order.
+
+    That is a fair sample of what the ids are hashes of, and the same one for the same ids, of whichever split.
+    """
+    last = ids[:, :-9:-1]
+    words = first_words(last << 4 | last >> 4)  # the last 16 digits backwards: two digits are a byte
+    bound = np.partition(words, count - 1)[count - 1] if len(words) > count else words.max(initial=0)
+    candidates = np.flatnonzero(words <= bound)
+    digits = [text[::-1] for text in to_hex(ids[candidates]).to_pylist()]
+    return candidates[np.argsort(np.array(digits, str), kind="stable")[:count]]
+
+
 def first_words(ids: np.ndarray) -> np.ndarray:
     """The first 8 bytes of each id, uint8 ``(N, 32)``, as a number that sorts as the id does: uint64 ``(N,)``."""
     return np.ascontiguousarray(ids[:, :8]).view(">u8").ravel().astype(np.uint64)

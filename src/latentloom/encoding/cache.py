@@ -27,6 +27,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -272,15 +273,15 @@ class Plan:
         self,
         function: Callable[..., Done],
         *,
-        setup: Callable[[], Any] | None = None,
+        encoder: Any = None,
         title: str = "",
         unit: str = "row",
     ) -> Iterator[Any]:
         """Have ``function`` make the shards of every task; other shards in the folder are deleted at the end.
 
         Args:
-            function: of a task; with ``setup``, of a worker's state and a task, and picklable.
-            setup: makes the state of a worker; without it, all is done here.
+            function: of a task; with ``encoder``, of this and a task, and picklable.
+            encoder: goes to each worker, picklable; without it, all is done here.
             title, unit: of the progress bar; what a row is of.
 
         Yields:
@@ -291,7 +292,8 @@ class Plan:
         with tqdm(total=len(self.keys), initial=known, desc=title, unit=unit) as progress:
             for task in tasks:
                 task.tick = progress.update
-            results = map(function, tasks) if setup is None else ordered_map(function, tasks, setup=setup)
+            setup = partial(_itself, encoder)
+            results = map(function, tasks) if encoder is None else ordered_map(function, tasks, setup=setup)
             for task, done in zip(tasks, results, strict=True):
                 for shard in task.shards:
                     self._store.add(shard.path, shard.stored)
@@ -326,6 +328,10 @@ class Plan:
 
     def _path(self, number: int) -> Path:
         return self._out / f"{number:05d}.safetensors"
+
+
+def _itself(encoder: Any) -> Any:
+    return encoder
 
 
 def save_shard(path: Path, tensors: Tensors, keys: Sequence[str]) -> None:

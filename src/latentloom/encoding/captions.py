@@ -87,7 +87,7 @@ def encode_captions(
         raise UserError(f"{images} holds no captions: run `dvc repro ingest`")
     plan = plan_captions(encoder, captions, out, store, tokens=tokens)
     function = partial(make_shards, tokens)
-    parts = plan.run(function, setup=partial(_itself, encoder), title="encode_text", unit="caption")
+    parts = plan.run(function, encoder=encoder, title="encode_text", unit="caption")
     figures = pa.concat_tables(parts).combine_chunks()
     store.trim()
     write_table(out / INDEX, SCHEMA, _index(captions, plan.keys, figures))
@@ -161,10 +161,6 @@ def make_shards(tokens: bool, encoder: TextEncoder, task: Task) -> Done:
     for shard in task.write(batches):
         figures.append(_figures(encoder, task.made_of[shard.rows].to_pylist(), shard))
     return Done(task.computed, pa.concat_tables(figures))
-
-
-def _itself(encoder: TextEncoder) -> TextEncoder:
-    return encoder
 
 
 def _hashes(texts: pa.Array) -> np.ndarray:

@@ -14,10 +14,10 @@ splits goes over ``buckets``, which both have, so one shape needs no code of its
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
@@ -25,88 +25,11 @@ from latentloom import ids
 from latentloom.diffusion.text import Labels, Text
 from latentloom.encoding.codec import LatentCodec
 from latentloom.encoding.free_memory import free_memory
+from latentloom.encoding.image_captions import Captions, CaptionTexts, caption_rows, captions_of
 from latentloom.encoding.row_sources import MASK, Rows, RowSource, StreamedRows
 from latentloom.encoding.shard_files import FLIPPED, INDEX, PAIRS, STATS, TOKENS
 from latentloom.errors import UserError
 from latentloom.files import iterate_table, read_json, sha256_file, table_rows
-
-
-@dataclass(frozen=True)
-class Captions:
-    """Which captions each of N images has: ``numbers[firsts[i] : firsts[i] + counts[i]]``, the primary one first.
-
-    On the CPU. Selections share their numbers.
-
-    Attributes:
-        numbers: rows of the text cache (P), int32.
-        firsts: (N), int64.
-        counts: captions per image (N), int32.
-    """
-
-    numbers: torch.Tensor
-    firsts: torch.Tensor
-    counts: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.firsts)
-
-    def __getitem__(self, rows: Rows) -> "Captions":
-        """Those of some of the images."""
-        rows = rows if isinstance(rows, slice) else rows.cpu()
-        return replace(self, firsts=self.firsts[rows], counts=self.counts[rows])
-
-    @property
-    def primary(self) -> torch.Tensor:
-        """The primary caption of each image (N), int64."""
-        return self.numbers[self.firsts].long()
-
-    def pick(self, uniform: torch.Tensor) -> torch.Tensor:
-        """One caption of each image (N), int64, by numbers from [0, 1): all of them alike."""
-        return self.numbers[self.firsts + (uniform * self.counts).long()].long()
-
-    def flat(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All captions of all images, one image after the other: whose each is, and which it is, both int64."""
-        owners = torch.arange(len(self)).repeat_interleave(self.counts)
-        within = torch.arange(len(owners)) - (self.counts.cumsum(0) - self.counts)[owners]
-        return owners, self.numbers[self.firsts[owners] + within].long()
-
-    @classmethod
-    def concatenate(cls, parts: Sequence["Captions"]) -> "Captions":
-        """Those of one part after the other."""
-        numbers = [parts[0].numbers]
-        shifts = [0]
-        for part in parts[1:]:
-            if part.numbers is not numbers[0]:
-                shifts.append(sum(map(len, numbers)))
-                numbers.append(part.numbers)
-            else:
-                shifts.append(0)
-        firsts = torch.cat([part.firsts + shift for part, shift in zip(parts, shifts, strict=True)])
-        counts = torch.cat([part.counts for part in parts])
-        return cls(torch.cat(numbers) if len(numbers) > 1 else numbers[0], firsts, counts)
-
-
-class CaptionTexts:
-    """The captions (M) of a text cache, which stay in its index until some are asked for."""
-
-    def __init__(self, index: Path) -> None:
-        self._index = index
-
-    def at(self, rows: torch.Tensor) -> list[str]:
-        """The captions of some rows of the cache, in the order asked for."""
-        numbers, places = np.unique(rows.cpu().numpy(), return_inverse=True)
-        texts = [text for part in self.parts(numbers) for text in part]
-        return [texts[place] for place in places]
-
-    def parts(self, numbers: np.ndarray | None = None) -> Iterator[list[str]]:
-        """The captions of all rows, or of some, which are ascending; many thousands at a time."""
-        first = 0
-        for table in iterate_table(self._index, ["text"]):
-            column, stop = table.column("text"), first + len(table)
-            if numbers is not None:
-                column = column.take(pa.array(numbers[slice(*np.searchsorted(numbers, [first, stop]))] - first))
-            yield column.to_pylist()
-            first = stop
 
 
 @dataclass(frozen=True)
@@ -334,43 +257,42 @@ def load_caches(latents: Path, text: Path, *, device: torch.device | str = "cpu"
     """
     device = torch.device(device)
     latent_statistics, text_statistics = read_json(latents / STATS), read_json(text / STATS)
+    texts = _Index.read(text / INDEX)
+    rows_of_pairs = caption_rows(text / PAIRS, texts.ids)
+    text_rows = StreamedRows([text], texts.names, texts.shards, texts.places, device)
+    del texts  # ids are most of what opening takes: those of captions go before those of images come
     images = _Index.read(latents / INDEX, "latent_shapes" in latent_statistics)
     if not images.training.any():
         raise UserError(f"{latents} has no training image: add images, or lower ingest.val_fraction")
-    texts = _Index.read(text / INDEX)
-    captions = _captions(images.ids, texts.ids, text / PAIRS)
+    captions = captions_of(images.ids, text / PAIRS, rows_of_pairs)
 
     views = [latents, latents / FLIPPED] if latent_statistics["flip"] else [latents]
-    buckets = [
-        (rows, StreamedRows(views, images.names, images.shards[rows], images.places[rows], device))
-        for rows in images.rows_of_shapes()
-    ]
-    text_rows = StreamedRows([text], texts.names, texts.shards, texts.places, device)
-    del texts
-    needed, free = sum(latent_rows.nbytes for _, latent_rows in buckets) + text_rows.nbytes, free_memory(device)
+    shapes = images.rows_of_shapes()
+    latent_rows = [StreamedRows(views, images.names, images.shards[own], images.places[own], device) for own in shapes]
+    needed, free = sum(own.nbytes for own in latent_rows) + text_rows.nbytes, free_memory(device)
     streamed = needed > memory_share * free
     embeddings = text_rows if streamed else text_rows.load()
     codec = LatentCodec(latent_statistics["mean"], latent_statistics["std"])
     weighted = len(images.weights) > 0 and bool((images.weights != images.weights[0]).any())
 
-    def bucket(training: bool, rows: np.ndarray, latent_rows: StreamedRows) -> LatentDataset:
-        inside = np.flatnonzero(images.training[rows] == training)
-        chosen = rows[inside]
-        own = latent_rows.select(np.concatenate([inside + len(rows) * view for view in range(len(views))]))
+    def bucket(training: bool, shape: slice, of_shape: StreamedRows) -> LatentDataset:
+        middle = shape.start + np.count_nonzero(images.training[shape])
+        rows = slice(shape.start, middle) if training else slice(middle, shape.stop)
+        own = of_shape.select(slice(rows.start - shape.start, rows.stop - shape.start))
         return LatentDataset(
-            ids=images.ids[chosen],
+            ids=images.ids[rows],
             latents=own if streamed else own.load(),
             codec=codec,
             text=embeddings,
             texts=CaptionTexts(text / INDEX),
-            captions=captions[torch.from_numpy(chosen)],
-            weights=torch.from_numpy(images.weights[chosen].astype(np.float64)) if weighted else None,
-            first_mirrored=len(chosen) if latent_statistics["flip"] else None,
-            stored=own.storage_order(len(chosen)),
+            captions=captions[rows],
+            weights=torch.from_numpy(images.weights[rows].astype(np.float64)) if weighted else None,
+            first_mirrored=rows.stop - rows.start if latent_statistics["flip"] else None,
+            stored=own.storage_order(),
         )
 
     def split(training: bool) -> LatentDataset | Split:
-        own = _without_empty([bucket(training, *each) for each in buckets])
+        own = _without_empty([bucket(training, *each) for each in zip(shapes, latent_rows, strict=True)])
         return own[0] if len(own) == 1 else Split(own)
 
     hashes = [sha256_file(path) for path in (latents / INDEX, text / PAIRS)]
@@ -417,9 +339,10 @@ class _Index:
 
     @classmethod
     def read(cls, path: Path, several_shapes: bool | None = None) -> "_Index":
-        """Read it in parts, so that no column of strings is whole in memory; images in the order of their ids.
+        """Read it in parts, so that no column of strings is whole in memory.
 
-        ``several_shapes`` is None of captions, which stay in the order of the index.
+        Images come shape by shape, by rising height, then width; of a shape the training split comes first, and each
+        split in the order of the ids. ``several_shapes`` is None of captions, which stay in the order of the index.
         """
         of_images = [] if several_shapes is None else ["split", "weight"]
         sizes = ["height", "width"] if several_shapes else []
@@ -446,40 +369,14 @@ class _Index:
                 columns["sizes"][part, number] = table.column(name).to_numpy()
         if of_images:
             order = ids.ascending(columns["ids"])
+            height_first = columns["sizes"][order].T[::-1]
+            order = order[np.lexsort((~columns["training"][order], *height_first))]
             for name in columns:  # one after the other, so that only one of them is there twice
                 columns[name] = columns[name][order]
         return cls(names=list(names), **columns)
 
-    def rows_of_shapes(self) -> list[np.ndarray]:
-        """The rows of each shape, by rising height, then width."""
-        if not self.sizes.shape[1]:
-            return [np.arange(len(self.ids))]
-        _, shape_of = np.unique(self.sizes, axis=0, return_inverse=True)
-        return [np.flatnonzero(shape_of == number) for number in range(shape_of.max() + 1)]
-
-
-def _captions(image_ids: np.ndarray, caption_ids: np.ndarray, pairs: Path) -> Captions:
-    """The captions of the images, of pairs in any order."""
-    image_rows, caption_rows, positions = (np.empty(table_rows(pairs), np.int32) for _ in range(3))
-    of_images, of_captions, first = ids.Lookup(image_ids), ids.Lookup(caption_ids), 0
-    for table in iterate_table(pairs, ["image_id", "caption_id", "position"]):
-        part = slice(first, first := first + len(table))
-        caption_rows[part] = of_captions.positions(ids.from_hex(table.column("caption_id")))
-        if (unknown := caption_rows[part] < 0).any():
-            name = table.column("caption_id")[int(np.argmax(unknown))]
-            raise UserError(f"{pairs} names a caption that has no embedding: {name}; run `dvc repro`")
-        image_rows[part] = of_images.positions(ids.from_hex(table.column("image_id")))
-        positions[part] = table.column("position").to_numpy()
-    del of_images, of_captions
-    known = image_rows >= 0  # others are of images whose latent was rejected
-    counts = np.bincount(image_rows[known], minlength=len(image_ids)).astype(np.int32)
-    if not counts.all():
-        missing = image_ids[counts == 0]
-        raise UserError(
-            f"{len(missing)} images have no caption in the text cache, the first: {missing[0].tobytes().hex()}; run "
-            "`dvc repro`"
-        )
-    by_image = np.lexsort((positions, image_rows))[np.count_nonzero(~known) :]
-    numbers = torch.from_numpy(caption_rows[by_image])
-    ends = counts.cumsum(dtype=np.int64)
-    return Captions(numbers, torch.from_numpy(ends - counts), torch.from_numpy(counts))
+    def rows_of_shapes(self) -> list[slice]:
+        """The rows of each shape."""
+        is_other = (self.sizes[1:] != self.sizes[:-1]).any(axis=1)
+        edges = [0, *(np.flatnonzero(is_other) + 1).tolist(), len(self.ids)]
+        return [slice(*own) for own in pairwise(edges)]

@@ -107,7 +107,7 @@ def encode_images(vae: Vae, images: Path, out: Path, store: RowStore, *, flip: b
         plans.append(plan_latents(vae, images, rows, folder, store, view))
         function = partial(make_shards, NumberedImages(images), bool(view))
         title = " ".join(["encode_images", *view])
-        parts = plans[-1].run(function, setup=partial(_itself, vae), title=title, unit="image")
+        parts = plans[-1].run(function, encoder=vae, title=title, unit="image")
         tables.append(pa.concat_tables(parts).combine_chunks())
     store.trim()
 
@@ -200,10 +200,6 @@ def make_shards(images: NumberedImages, mirrored: bool, vae: Vae, task: Task) ->
     return Done(task.computed, figures)
 
 
-def _itself(vae: Vae) -> Vae:
-    return vae
-
-
 def _check_size(vae: Vae, size: Size) -> None:
     """Latents are whole numbers of rows and columns: of other sizes the VAE would drop the rest, and pictures come out
     smaller than they went in.
@@ -277,8 +273,10 @@ def _encode(vae: Vae, images: NumberedImages, numbers: np.ndarray, *, mirrored: 
     """Encode images, in this order; while a batch is encoded, the next is put together, and that after it decoded."""
     if not len(numbers):
         return
-    decoders = min(worker_count(), DECODERS)
-    batches = _batches(threaded_map(decode, images.pngs(numbers, here), decoders, window=BATCH_SIZE))
+    decoders, pngs = min(worker_count(), DECODERS), images.pngs(numbers, here)
+    # One core gains nothing by threads that decode, and each costs it a hundredth: there the reader does.
+    decoded = map(decode, pngs) if decoders == 1 else threaded_map(decode, pngs, decoders, window=BATCH_SIZE)
+    batches = _batches(decoded)
     with ThreadPoolExecutor(1) as reader:
         following = reader.submit(next, batches, None)
         while (pixels := following.result()) is not None:

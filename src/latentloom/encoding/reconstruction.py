@@ -7,23 +7,20 @@ No model trained on these latents can generate better pictures than the VAE deco
 other pictures smears yours, and the latents do not show it.
 """
 
-import heapq
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from latentloom.encoding.cache import Done, Plan, Task, row_keys
 from latentloom.encoding.row_store import RowStore
 from latentloom.encoding.shard_files import INDEX, RECONSTRUCTIONS, Tensors, load_shard
 from latentloom.encoding.vae import Vae
-from latentloom.files import atomic_path
-from latentloom.ids import first_words, from_hex, positions
+from latentloom.files import atomic_path, iterate_table
+from latentloom.ids import first_backwards, from_hex, positions
 from latentloom.ingestion.shards import NumberedImages, metadata_batches, thumbnail
 
 SAMPLE, SHOWN = 32, 12
@@ -73,14 +70,10 @@ def reconstruct(vae: Vae, images: Path, out: Path, store: RowStore) -> float:
 def _sample(index: Path) -> pd.DataFrame:
     """The rows of the sampled images, in the order of the index, of which a part is in memory at a time."""
     sample = pd.DataFrame()
-    with pq.ParquetFile(index) as file:
-        for batch in file.iter_batches(columns=["id", "key", "shard", "row", "height", "width"]):
-            ids = from_hex(batch["id"])
-            backwards = np.ascontiguousarray((ids << 4 | ids >> 4)[:, ::-1])  # digit by digit, two of which are a byte
-            first = np.sort(np.argsort(first_words(backwards))[:SAMPLE])
-            sample = pd.concat([sample, batch.take(pa.array(first)).to_pandas()], ignore_index=True)
-            chosen = heapq.nsmallest(SAMPLE, sample["id"], key=lambda image: image[::-1])
-            sample = sample[sample["id"].isin(chosen)]
+    for table in iterate_table(index, ["id", "key", "shard", "row", "height", "width"]):
+        first = np.sort(first_backwards(from_hex(table["id"]), SAMPLE))
+        sample = pd.concat([sample, table.take(first).to_pandas()], ignore_index=True)
+        sample = sample.iloc[np.sort(first_backwards(from_hex(sample["id"]), SAMPLE))]
     return sample
 
 

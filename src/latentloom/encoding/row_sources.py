@@ -8,32 +8,22 @@ All give the same bytes for the same rows, raw as they are stored, so where the 
 
 Rows of different lengths, such as the token states of captions, are padded with zeros to the longest of all, so that
 batches have one shape: NAME (B, longest, ...) comes with NAME_mask (B, longest), which says what is no padding.
-
-A shard is opened when rows of it are read, and closed again: a training of millions of rows holds neither a file nor a
-memory map, of which Linux allows a process 65,530. Their headers are read once, so what is wrong is told at the start.
 """
 
-import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
-from latentloom.encoding.shard_files import ENDS, DamagedShardError, Tensors, ragged_names
-from latentloom.tensor_files import StoredTensor, read_layout
+from latentloom.encoding.shard_files import ENDS, Tensors, ragged_names
+from latentloom.encoding.shard_reader import READERS, ShardReader
 
 ROWS_AT_ONCE = 8192
 MASK = "_mask"
-READERS = 4  # threads that read shards; a disk answers several questions in the time of one
-GAP = 32 * 2**10  # bytes; rows nearer to each other are read in one piece
 READ_ALONE = 4 * 2**20  # bytes; fewer are not worth threads
 
 Rows = torch.Tensor | slice  # numbers of rows (B,), int64, on any device; or a range of them
@@ -144,13 +134,12 @@ class StreamedRows:
         fewest = np.zeros(len(names), np.int64)
         np.maximum.at(fewest, shards, places + 1)
         used = np.flatnonzero(fewest)
-        shards = np.searchsorted(used, shards)
-        self._files = _ShardFiles([folder / names[number] for folder in folders for number in used])
+        self._files = ShardReader([folder / names[number] for folder in folders for number in used])
         self._files.check_rows(np.tile(fewest[used], len(folders)))
-        self.device = device
-        views = [shards + len(used) * number for number in range(len(folders))]
-        self._shards = np.concatenate(views, dtype=np.int32, casting="same_kind")
-        self._places = np.tile(places.astype(np.int32), len(folders))
+        self.device, self._views = device, len(folders)
+        own = (np.cumsum(fewest > 0, dtype=np.int32) - 1)[shards]
+        self._shards = np.concatenate([own + np.int32(len(used) * view) for view in range(len(folders))])
+        self._places = np.tile(places.astype(np.int32, copy=False), len(folders))
         self._ragged = {name: self._measured(name) for name in self._files.ragged}
         self._shape()
 
@@ -198,18 +187,23 @@ class StreamedRows:
         }
         return ReadRows(numbers, InMemoryRows(tensors, shapes=self.shapes), self.device)
 
-    def select(self, rows: np.ndarray) -> "StreamedRows":
-        """These rows alone."""
+    def select(self, rows: slice) -> "StreamedRows":
+        """These rows of each folder alone."""
+
+        def own(column: np.ndarray) -> np.ndarray:
+            return column.reshape(self._views, -1)[:, rows].reshape(-1)
+
         selected = copy(self)
-        selected._shards, selected._places = self._shards[rows], self._places[rows]
+        selected._shards, selected._places = own(self._shards), own(self._places)
         selected._ragged = {
-            name: replace(own, ends=own.ends[rows], lengths=own.lengths[rows]) for name, own in self._ragged.items()
+            name: _RaggedRows(own(column.ends), own(column.lengths)) for name, column in self._ragged.items()
         }
         selected._shape()
         return selected
 
-    def storage_order(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first so many rows as they are stored, shard by shard, int32; and where each shard's rows end there."""
+    def storage_order(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first folder's rows as they are stored, shard by shard, int32; and where each shard's rows end there."""
+        rows = len(self) // self._views
         order = np.lexsort((self._places[:rows], self._shards[:rows])).astype(np.int32)
         counts = np.bincount(self._shards[:rows])
         return torch.from_numpy(order), torch.from_numpy(counts[counts > 0].cumsum())
@@ -256,11 +250,11 @@ class StreamedRows:
         content = {name: tensor.view(-1).view(torch.uint8).numpy() for name, tensor in host.items()}
 
         def read_one(number: int) -> None:
-            with self._files.opened(shards[firsts[number]]) as file:
-                for name, own in places.items():
-                    part, size = slice(*edges[name][number : number + 2]), self._files.bytes_of(name)
-                    offset = self._files.offset(shards[firsts[number]], name)
-                    _read_places(file, offset, own[part], content[name][part.start * size : part.stop * size])
+            parts = {}
+            for name, own in places.items():
+                part, size = slice(*edges[name][number : number + 2]), self._files.bytes_of(name)
+                parts[name] = own[part], content[name][part.start * size : part.stop * size]
+            self._files.read(shards[firsts[number]], parts)
 
         if sum(tensor.nbytes for tensor in host.values()) < READ_ALONE:
             for number in range(len(firsts)):
@@ -284,116 +278,6 @@ class _RaggedRows:
     @property
     def longest(self) -> int:
         return int(self.lengths.max(initial=0))
-
-
-class _ShardFiles:
-    """Shards of one form: what their headers say of where tensors begin. No file of them is held open.
-
-    Attributes:
-        layout: the tensors of the first, by name; those of the others differ in their number of rows alone.
-        ragged: the names of those whose rows have different lengths.
-    """
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = paths
-        with ThreadPoolExecutor(READERS) as readers:
-            read = list(readers.map(_header, paths))
-        self.layout = read[0][0]
-        self.ragged = ragged_names(self.layout)
-        names, form = list(self.layout), _form(self.layout)
-        for path, (layout, _) in zip(paths, read, strict=True):
-            if _form(layout) != form:
-                raise _wrong(path)
-        self._column = {name: column for column, name in enumerate(names)}
-        self._offsets = np.array([[layout[name].offset for name in names] for layout, _ in read], np.int64)
-        self._sizes = np.array([[layout[name].shape[0] for name in names] for layout, _ in read], np.int64)
-        self._identities = [identity for _, identity in read]
-
-    def check_rows(self, fewest: np.ndarray) -> None:
-        """Raise `DamagedShardError` where a shard has fewer rows than its index tells of."""
-        columns = [column for name, column in self._column.items() if name not in self.ragged]
-        if (short := np.flatnonzero((self._sizes[:, columns] < fewest[:, None]).any(1))).size:
-            raise _wrong(self._paths[short[0]])
-
-    def bytes_of(self, name: str) -> int:
-        """The bytes of a row of a tensor, or of an item of it."""
-        stored = self.layout[name]
-        return math.prod(stored.shape[1:]) * stored.dtype.itemsize
-
-    def offset(self, shard: int, name: str) -> int:
-        """Where a tensor begins in a shard's file."""
-        return int(self._offsets[shard, self._column[name]])
-
-    @contextmanager
-    def opened(self, shard: int) -> Iterator[BinaryIO]:
-        """A shard's file, which must still be the one whose header was read."""
-        path = self._paths[shard]
-        with suppress(FileNotFoundError), open(path, "rb", buffering=0) as file:
-            if _identity(file) == self._identities[shard]:
-                yield file
-                return
-        raise DamagedShardError(
-            f"{path} was deleted or replaced while it was in use; run `dvc repro` again: a training resumes from its "
-            "last checkpoint if its data are still the same"
-        )
-
-    def ends(self, name: str) -> list[np.ndarray]:
-        """Where the items of each row of a ragged tensor end, for each shard."""
-        found = []
-        for shard in range(len(self._paths)):
-            own = np.empty(self._sizes[shard, self._column[name + ENDS]], np.int64)
-            with self.opened(shard) as file:
-                _fill(file, self.offset(shard, name + ENDS), own.view(np.uint8))
-            found.append(own)
-        return found
-
-
-def _header(path: Path) -> tuple[dict[str, StoredTensor], tuple[int, ...]]:
-    try:
-        with open(path, "rb", buffering=0) as file:
-            return read_layout(file), _identity(file)
-    except (SafetensorError, OSError) as error:
-        raise DamagedShardError(f"{path} is missing or damaged ({error}); delete it and run `dvc repro`") from error
-
-
-def _identity(file: BinaryIO) -> tuple[int, ...]:
-    """What changes when a file is replaced by another, or written to."""
-    status = os.fstat(file.fileno())
-    return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _wrong(path: Path) -> DamagedShardError:
-    return DamagedShardError(f"{path} is not the shard that its index tells of; delete it and run `dvc repro`")
-
-
-def _form(layout: Mapping[str, StoredTensor]) -> dict[str, tuple]:
-    return {name: (stored.dtype, stored.shape[1:]) for name, stored in layout.items()}
-
-
-def _read_places(file: BinaryIO, offset: int, places: np.ndarray, into: np.ndarray) -> None:
-    """Read the rows at ``places``, ascending, of a tensor that begins at ``offset`` into bytes, one after the other."""
-    if not len(places):
-        return
-    size = len(into) // len(places)
-    edges = np.flatnonzero(np.diff(places) > 1 + GAP // size) + 1
-    for start, stop in zip([0, *edges], [*edges, len(places)], strict=True):
-        first, last = int(places[start]), int(places[stop - 1])
-        wanted = into[start * size : stop * size]
-        if (np.diff(places[start:stop]) == 1).all():
-            _fill(file, offset + first * size, wanted)
-        else:
-            piece = np.empty((last + 1 - first, size), np.uint8)
-            _fill(file, offset + first * size, piece.reshape(-1))
-            np.take(piece, places[start:stop] - first, axis=0, out=wanted.reshape(-1, size))
-
-
-def _fill(file: BinaryIO, offset: int, into: np.ndarray) -> None:
-    file.seek(offset)
-    rest = memoryview(into)
-    while len(rest):
-        if not (count := file.readinto(rest)):
-            raise DamagedShardError(f"{file.name} ended while it was read; delete it and run `dvc repro`")
-        rest = rest[count:]
 
 
 def _is_ragged(name: str, tensors: Mapping[str, object]) -> bool:

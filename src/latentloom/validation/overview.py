@@ -23,7 +23,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from latentloom.files import write_text
-from latentloom.ids import from_hex, positions, to_hex
+from latentloom.ids import first_backwards, from_hex, positions, to_hex
 from latentloom.ingestion.shards import NumberedImages, sizes_of, thumbnail
 from latentloom.validation.rejected import SHOWN as REJECTED
 from latentloom.validation.report import ValidationReport
@@ -87,7 +87,7 @@ def write_data_docs(folder: Path, report: ValidationReport, data: Data) -> None:
 def describe(data: Data) -> Overview:
     """The data at a glance: counts, distributions, and the few pictures by which to judge it, which are read here."""
     images, captions = data.images, data.tables["captions"].columns
-    chosen = to_hex(images["id"][_first_backwards(images["id"])]).to_pylist()
+    chosen = to_hex(images["id"][first_backwards(images["id"], KEPT)]).to_pylist()
     alike = _most_alike(data.near_duplicates)
     worst = data.reconstructions.dropna(subset="preview").sort_values("psnr", kind="stable")
     latents_rejected = to_hex(data.latents_rejected[:REJECTED]).to_pylist()
@@ -134,16 +134,6 @@ def describe(data: Data) -> Overview:
         ],
         near_duplicates=[(shown[one], shown[other], distance) for distance, one, other in alike],
     )
-
-
-def _first_backwards(ids: np.ndarray) -> np.ndarray:
-    """Positions of those ids, uint8 ``(N, 32)``, whose digits, read backwards, come first, in that order."""
-    last = np.ascontiguousarray(ids[:, :-9:-1])
-    word = (last << 4 | last >> 4).view(">u8").ravel().astype(np.uint64)  # the last 16 digits backwards
-    bound = np.partition(word, KEPT - 1)[KEPT - 1] if len(word) > KEPT else np.uint64(2**64 - 1)
-    candidates = np.flatnonzero(word <= bound)
-    digits = {text[::-1]: place for text, place in zip(to_hex(ids[candidates]).to_pylist(), candidates, strict=True)}
-    return np.array([digits[text] for text in sorted(digits)[:KEPT]], np.int64)
 
 
 def _most_alike(near: Columns) -> list[tuple[int, str, str]]:
