@@ -137,7 +137,8 @@ class ImageGenerator:
             raise UserError(f"between = {pictures}: must be a whole number, from 2, the pictures at both ends included")
         seeds = (request.seed, request.seed if to_seed is None else to_seed)
         same = len(set(prompts)) == 1 and seeds[0] == seeds[1]
-        if same or not 1 <= len(prompts) <= 2 or seeds[1] not in range(LARGEST + 1):
+        known = isinstance(seeds[1], int) and 0 <= seeds[1] <= LARGEST
+        if same or not known or not 1 <= len(prompts) <= 2:
             raise UserError(
                 "between: give two prompts, or one prompt and another seed, a whole number from 0, to go to; or both"
             )
