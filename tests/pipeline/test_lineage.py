@@ -97,7 +97,7 @@ def names(output: str) -> list[str]:
 def test_of_a_model_that_nobody_committed_the_data_and_the_changes_of_code_and_params_come_back(project):
     code = Path("src/latentloom/evaluation/image_generator.py")
     original = code.read_text()
-    inverted = original.replace("images = np.stack(", "images = 255 - np.stack(")
+    inverted = original.replace("return np.stack(", "return 255 - np.stack(")
     assert inverted != original
     code.write_text(inverted)
     project.set_params(train__steps=6)

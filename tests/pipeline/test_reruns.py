@@ -153,6 +153,7 @@ def test_what_decides_no_weight_does_not_train_again(project):
     project.set_params(validate__min_train_images=20)  # which passes, as 16 does: the report says so in other words
     assert project.repro() == ["validate"]
     (project.folder / "params.yaml").write_text(params)
+    assert project.repro() == []
 
 
 @pytest.mark.pipeline
