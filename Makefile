@@ -11,12 +11,12 @@ export DO_NOT_TRACK ?= 1
 # What is compiled is kept, or every process would compile all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-# Tests side by side, each process with one thread. Tests of kills and of servers wait nearly half of their time, so there
-# are three processes more than cores; unit tests do not wait, and a process needs ten seconds for its imports. What shares
+# Tests side by side, each process with one thread. Tests of kills and of servers wait a third of their time, so there
+# are two processes more than cores; unit tests do not wait, and a process needs ten seconds for its imports. What shares
 # a project stays in one process (tests/conftest.py says what).
 CORES := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 5 ? n : 5)))
 PYTEST := OMP_NUM_THREADS=1 python -m pytest --dist loadfile --no-loadscope-reorder
-PYTEST_WAITING := $(PYTEST) -n $(shell echo $$(($(CORES) < 3 ? $(CORES) + 3 : 5)))
+PYTEST_WAITING := $(PYTEST) -n $(shell echo $$(($(CORES) < 4 ? $(CORES) + 2 : 5)))
 
 .PHONY: repro test test-fast test-services ui page bench notebooks lint install install-tests clean
 
