@@ -117,6 +117,7 @@ class PreparedStore:
         self._shards = self._by_age()
         self._words, self._places = self._index(KEYS, "key")
         self._dropped: set[int] = set()
+        self._contents: dict[tuple[int, ...], bytes] = {}  # of shards read whole by this run, by what tells a file
         # The place behind that of the last row found, since rows mostly come in their old order; no place yet.
         self._next = len(self._shards) * PER_SHARD
         self._table = lru_cache(OPEN_SHARDS)(self._read_table)
@@ -171,7 +172,7 @@ class PreparedStore:
         try:
             written = (pq.read_schema(before if was_amended else keys).metadata or {})[CONTENT]
             is_same = _rows_of(shard, before).equals(shards.metadata_table(rows))
-            if is_same := is_same and written == _content(shard):
+            if is_same := is_same and written == self._content(shard):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if was_amended:
                     link_file(before, shards.before_amending(path))
@@ -224,9 +225,17 @@ class PreparedStore:
 
     def _write_table(self, path: Path, table: pa.Table, shard: Path | None) -> None:
         """Write a file that lies beside a shard, and tells its content."""
-        table = table.replace_schema_metadata({CONTENT: _content(shard)} if shard else {})
+        table = table.replace_schema_metadata({CONTENT: self._content(shard)} if shard else {})
         with atomic_path(path) as temporary:
             pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+
+    def _content(self, shard: Path) -> bytes:
+        """`_content`; a shard that was linked is kept right after it, by another name."""
+        status = shard.stat()
+        file = status.st_ino, status.st_size, status.st_mtime_ns
+        if file not in self._contents:
+            self._contents[file] = _content(shard)
+        return self._contents[file]
 
     def _trim(self) -> None:
         """Delete the shards whose samples are all in those of this run; then the least recently used ones."""

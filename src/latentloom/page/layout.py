@@ -38,7 +38,6 @@ THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monos
 MODELS = "models/unet, showcase, champion, candidate, a version, or an MLflow run"
 OF_REQUEST = ("negative", "seed", "count")  # options that no model decides
 OF_MODEL = ("steps", "guidance", "sampler", "guidance_rescale", "threshold")
-FIELDS = (*OF_REQUEST, *OF_MODEL, "low", "high")  # of a tab: the last two are the guidance interval
 
 
 def warn(sentence: str) -> None:
@@ -51,22 +50,21 @@ def build(studio: Studio) -> gr.Blocks:
     with gr.Blocks(title="Latent Loom", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown("# Latent Loom")
         model = gr.Dropdown(studio.models, label="Model", allow_custom_value=True, elem_id="model", info=MODELS)
-        fields = []
+        tabs = []
         with gr.Tab("Draw"):
-            fields += _draw(studio, model)
+            tabs.append(_draw(studio, model))
         with gr.Tab("From a picture"):
-            fields += _draw(studio, model, from_a_picture=True)
+            tabs.append(_draw(studio, model, from_a_picture=True))
         with gr.Tab("Between"):
-            fields += _between(studio, model)
+            tabs.append(_between(studio, model))
         with gr.Tab("Compare"):
-            fields += _compare(studio, model)
+            tabs.append(_compare(studio, model))
         with gr.Tab("Find"):
             _find(studio, model)
         with gr.Tab("Data") as tab:
             _data(studio, tab)
-        of_model = [field for place, field in enumerate(fields) if place % len(FIELDS) >= len(OF_REQUEST)]
-        tabs = len(fields) // len(FIELDS)
-        on(model.input, lambda reference: _defaults(studio, reference) * tabs, [model], of_model)
+        of_model = [field for fields in tabs for field in fields[len(OF_REQUEST) :]]
+        on(model.input, lambda reference: _defaults(studio, reference) * len(tabs), [model], of_model)
     return page.queue(max_size=QUEUE, default_concurrency_limit=1, api_open=False)
 
 
@@ -156,7 +154,7 @@ def _table(label: str) -> gr.Textbox:
 
 
 def _fields(studio: Studio, *, one: bool = False) -> list[Any]:
-    """The fields of a request, in the order of `FIELDS`; those of a model have the first one's values."""
+    """The fields of `OF_REQUEST`, of `OF_MODEL` and of the guidance interval; a model's have the first one's values."""
     steps, guidance, sampler, rescale, threshold, low, high = _defaults(studio, studio.models[0])
     negative = _prompt("Negative prompt", placeholder="what it should not be")
     with gr.Row():
@@ -178,9 +176,9 @@ def _defaults(studio: Studio, reference: str) -> list[Any]:
 
 
 def _options(values: Sequence[Any]) -> dict[str, Any]:
-    """The options that the values of `FIELDS` stand for."""
+    """The options that the values of `_fields` stand for."""
     *plain, low, high = values
-    return dict(zip(FIELDS, plain, strict=False)) | {"guidance_interval": (low, high)}
+    return dict(zip(OF_REQUEST + OF_MODEL, plain, strict=True)) | {"guidance_interval": (low, high)}
 
 
 def _draw(studio: Studio, model: gr.Dropdown, *, from_a_picture: bool = False) -> list[Any]:
