@@ -3,11 +3,14 @@
 import pytest
 import torch
 import train_step
-from gpu import variants
+from gpu import variants, weights
+from tiny_models import save_tiny_unet
 from torch import nn
 from train_step import Settings
 
 from latentloom.diffusion.blocks import GroupNorm, SkipConv2d
+from latentloom.errors import UserError
+from latentloom.model_files import load_model
 
 SETTINGS = Settings((16, 32), 1, 8, None, torch.device("cpu"), False, rows=32)
 
@@ -55,6 +58,25 @@ def test_the_step_on_inputs_that_stay_in_place_has_the_losses_of_the_training():
     own.append(static.run())
     assert places == [tensor.data_ptr() for tensor in static.batch]
     assert own[1] != own[0]
+
+
+def test_weights_in_parts_become_the_model_again(tmp_path):
+    model = save_tiny_unet(tmp_path / "model")
+    parts = weights.split(model, tmp_path / "parts", part_bytes=100_000)
+    assert len(parts) > 3
+    assert all(path.stat().st_size <= 100_000 for path in parts)
+    weights.join(tmp_path / "parts", tmp_path / "again")
+    (network, config), (again, same) = load_model(model), load_model(tmp_path / "again")
+    assert config.model_copy(update={"weights_sha256": same.weights_sha256}) == same
+    for name, weight in network.state_dict().items():
+        assert torch.equal(weight.half().float(), again.state_dict()[name]), name
+
+
+def test_a_missing_part_of_the_weights_is_noticed(tmp_path):
+    parts = weights.split(save_tiny_unet(tmp_path / "model"), tmp_path / "parts", part_bytes=100_000)
+    parts[2].unlink()
+    with pytest.raises(UserError, match=r"part-02"):
+        weights.join(tmp_path / "parts", tmp_path / "again")
 
 
 def test_plain_convolutions_are_the_same_function():

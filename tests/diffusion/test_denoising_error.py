@@ -57,6 +57,11 @@ class Shapes:
         return sum(map(len, self.buckets))
 
 
+class Zero(nn.Module):
+    def forward(self, x_t, noise_levels, labels):
+        return torch.zeros_like(x_t)
+
+
 class Identity(nn.Module):
     """Gives its input back: the error is then that of the noise itself."""
 
@@ -81,6 +86,12 @@ class OneOf:
     def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
         self.own = tensor
         return tensor + self.others
+
+
+def test_a_network_that_answers_zero_errs_by_the_mean_absolute_latent():
+    data = Rows(10)
+    error = denoising_error(Zero(), data, **SETTINGS)
+    assert error["mae"] == pytest.approx(float(data.latents.abs().mean()), rel=1e-5)
 
 
 def test_the_error_grows_with_the_noise_level():
@@ -162,4 +173,4 @@ def test_processes_share_the_rows_and_get_the_result_of_one(processes):
 
 
 def test_without_rows_there_is_no_error():
-    assert denoising_error(Identity(), Rows(0), **SETTINGS) == {}
+    assert denoising_error(Zero(), Rows(0), **SETTINGS) == {}

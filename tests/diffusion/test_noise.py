@@ -191,6 +191,13 @@ def test_dynamic_thresholding_leaves_samples_within_the_bound_alone():
     torch.testing.assert_close(dynamic_thresholding(img), img, rtol=0, atol=0)
 
 
+def test_dynamic_thresholding_treats_each_sample_apart():
+    img = torch.randn(4, 4, 8, 8)
+    img[1] *= 100
+    alone = torch.cat([dynamic_thresholding(sample[None]) for sample in img])
+    torch.testing.assert_close(dynamic_thresholding(img), alone, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(("arguments", "message"), [((101,), "percentile"), ((99, 0), "bound"), ((99, -1), "bound")])
 def test_dynamic_thresholding_rejects_impossible_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):

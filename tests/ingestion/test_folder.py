@@ -29,6 +29,12 @@ def test_sidecars_caption_images_in_any_depth(corpus):
     assert corpus.captions() == {"a.png": ["a red apple"], "fruit/tropical/mango.v2.png": ["a mango", "two mangoes"]}
 
 
+@pytest.mark.parametrize("extension", ["jpg", "JPG", "jpeg", "png", "webp", "gif", "bmp", "tiff", "TIF", "ppm"])
+def test_extensions_are_known_in_either_case(corpus, extension):
+    corpus.add(f"a.{extension}", "a picture")
+    assert corpus.ingest().kept == 1
+
+
 def test_windows_newlines_and_byte_order_marks_are_no_part_of_a_caption(corpus):
     corpus.add("a.png", b"\xef\xbb\xbfone\r\ntwo\r\n")
     corpus.add("sub/b.png")

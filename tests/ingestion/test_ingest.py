@@ -208,6 +208,19 @@ def test_limit_keeps_the_first_usable_images_in_sorted_order(corpus):
     assert (report.found, report.kept, report.rejected) == (3, 2, 1)
 
 
+def test_the_source_is_never_written_to(corpus, contents):
+    corpus.add("a.png", "a picture")
+    corpus.add("bad.png", "broken", b"junk")
+    corpus.write("sub/metadata.csv", "file_name,text\ngone.png,x\n")
+    before = contents(corpus.path)
+    corpus.ingest()
+    assert contents(corpus.path) == before
+    with pytest.raises(IngestError, match="never written to"):
+        corpus.ingest(path=str(corpus.out))
+    with pytest.raises(IngestError, match="never written to"):
+        corpus.ingest(path=str(corpus.images))
+
+
 def test_when_nothing_is_left_the_reasons_are_listed_and_the_images_are_not_taken_for_finished(corpus):
     good = corpus.add("a.png", "a picture")
     corpus.ingest()

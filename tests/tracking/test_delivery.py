@@ -253,7 +253,7 @@ def test_a_database_that_cannot_be_opened_costs_one_warning_and_seconds(root, mo
 
     began = time.monotonic()
     (warning,) = warnings_of(root, work)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 10
     assert warning.startswith(WARNING)
     assert "secret" not in warning
     assert caplog.messages == []
@@ -266,7 +266,7 @@ def test_a_store_that_hangs_holds_up_the_end_of_a_run_for_a_bounded_time(root, m
     began = time.monotonic()
     with new_run(root) as run:
         run.log_metrics({"train/mae": 1.0}, 1)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 10
     assert "`latentloom sync` delivers them" in capsys.readouterr().err
     assert [synced.message for synced in sync(root)] == ["still running"]
     released.set()

@@ -132,6 +132,11 @@ def test_one_that_was_being_written_when_the_process_died_is_not_seen(checkpoint
     assert not half.exists()
 
 
+def test_a_checkpoint_of_another_training_is_never_met(tmp_path, checkpoints):
+    save(checkpoints, 20)
+    assert of_training(tmp_path, "0" * 16).latest() is None
+
+
 def test_one_that_cannot_be_written_leaves_the_earlier_ones(checkpoints, monkeypatch):
     save(checkpoints, 20)
     full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
