@@ -39,7 +39,7 @@ from PIL import Image
 from synthetic import DIM, memory, write_caches
 
 from latentloom.ids import ascending, to_hex
-from latentloom.ingestion import shards
+from latentloom.ingestion import pngs, shard_writer, shards
 
 SHARD_ROWS = 2**14
 FILES = 10_000  # in a folder
@@ -88,9 +88,11 @@ def write_images(folder: Path, ids: np.ndarray, train: int) -> None:
         }
         names.append({"name": f"{len(names):05d}.parquet", "rows": size})
         table = pa.table(columns).cast(shards.SCHEMA)
-        pq.write_table(table, folder / names[-1]["name"], row_group_size=shards.ROW_GROUP_ROWS, **shards.WRITER_OPTIONS)
-    source = shards.SourceCount("synthetic", "folder", 1.0, None, None, len(ids), len(ids), 0)
-    shards.write_manifest(folder, 128, train, [source], names)
+        pq.write_table(
+            table, folder / names[-1]["name"], row_group_size=shards.ROW_GROUP_ROWS, **shard_writer.WRITER_OPTIONS
+        )
+    source = shard_writer.SourceCount("synthetic", "folder", 1.0, None, None, len(ids), len(ids), 0)
+    shard_writer.write_manifest(folder, 128, train, [source], names)
 
 
 def write(path: Path, **columns: object) -> None:
@@ -117,7 +119,7 @@ def ingest(folder: Path, rows: int) -> Callable[[], object]:
     from latentloom.ingestion.splits import linked_to_train
 
     def run() -> None:
-        counts = {"synthetic": shards.SourceCount("synthetic", "folder", 1.0, None, None)}
+        counts = {"synthetic": shard_writer.SourceCount("synthetic", "folder", 1.0, None, None)}
         deduplicator = Deduplicator(counts)
         for _ in deduplicator.kept(prepared_rows(rows)):
             pass
@@ -136,7 +138,7 @@ def prepared_rows(rows: int) -> Iterator[object]:
     from latentloom.ingestion.near_duplicates import SIGNATURE_BYTES
     from latentloom.ingestion.rejects import Reason, Reject
 
-    png = shards.encode(np.zeros((1, 1, 3), np.uint8))
+    png = pngs.encode(np.zeros((1, 1, 3), np.uint8))
     for start in range(0, rows, FILES):
         random = np.random.default_rng(start)
         ids, signatures = random.bytes(32 * FILES).hex(), random.bytes(SIGNATURE_BYTES * FILES)
@@ -146,7 +148,7 @@ def prepared_rows(rows: int) -> Iterator[object]:
                 yield Reject("synthetic", key, Reason.TRUNCATED, "the file ends early")
                 continue
             of_id, of_signature = (own - (kind == known) for known in (3, 5))
-            yield shards.ImageRow(
+            yield shard_writer.ImageRow(
                 id=ids[64 * of_id : 64 * of_id + 64],
                 png=png,
                 captions=["a caption"],

@@ -36,9 +36,9 @@ import scipy.sparse.csgraph  # noqa: F401
 from PIL import Image
 
 from latentloom.file_hashes import SETTLED_NS, FileHashes
+from latentloom.ingestion import pngs
 from latentloom.ingestion.ingest import ingest
 from latentloom.ingestion.prepared import PreparedStore, recipe
-from latentloom.ingestion.shards import PNG_OPTIONS
 from latentloom.params import IngestParams, load_params
 
 IMAGE_SIZE = 256
@@ -76,7 +76,7 @@ def prepare_plainly(out: Path, size: int, path: Path) -> None:
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     square = image.crop((left, top, left + side, top + side))
-    square.resize((size, size), Image.Resampling.LANCZOS).save(out / f"{path.stem}.png", **PNG_OPTIONS)
+    square.resize((size, size), Image.Resampling.LANCZOS).save(out / f"{path.stem}.png", **pngs.OPTIONS)
 
 
 def settings(source: Path, size: int) -> IngestParams:

@@ -36,7 +36,8 @@ from latentloom.encoding.latents import encode_images
 from latentloom.encoding.row_store import RowStore
 from latentloom.encoding.vae import Vae
 from latentloom.ingestion.images import image_id
-from latentloom.ingestion.shards import ImageRow, SourceCount, encode, write_manifest, write_shards
+from latentloom.ingestion.pngs import encode
+from latentloom.ingestion.shard_writer import ImageRow, SourceCount, write_manifest, write_shards
 
 CASES = {"local": 0, "ray": 0, "one node": 1, "two nodes": 2}  # nodes of a cluster that is made for the case
 SIZE, SHARD = 64, sharding.ShardBytes(2**18, 2**18, 2**20)

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from latentloom.files import write_json
-from latentloom.ingestion import shards
+from latentloom.ingestion import shard_writer, shards
 from latentloom.params import load_params
 from latentloom.validation.runner import validate
 from latentloom.validation.tables import LATENT_REJECTS
@@ -148,7 +148,9 @@ def make_images(folder: Path, ids: list[str], split: np.ndarray, random: np.rand
             "height": random.integers(64, 4000, len(part)),
         }
         table = pa.table([pa.array(columns[field.name], field.type) for field in shards.SCHEMA], schema=shards.SCHEMA)
-        pq.write_table(table, folder / names[-1]["name"], row_group_size=shards.ROW_GROUP_ROWS, **shards.WRITER_OPTIONS)
+        pq.write_table(
+            table, folder / names[-1]["name"], row_group_size=shards.ROW_GROUP_ROWS, **shard_writer.WRITER_OPTIONS
+        )
     kept, rejected = len(ids), len(ids) // 100
     found = kept + rejected
     source = {"name": "synthetic", "weight": 1.0, "found": found, "kept": kept, "rejected": rejected}

@@ -91,7 +91,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 def prepare_images(tmp_path: Path) -> Callable[..., Path]:
     """``prepare_images(seeds, size=32)`` writes images as the ingest stage does; a fourth go to validation."""
     from latentloom.ingestion.images import image_id
-    from latentloom.ingestion.shards import ImageRow, SourceCount, encode, write_manifest, write_shards
+    from latentloom.ingestion.pngs import encode
+    from latentloom.ingestion.shard_writer import ImageRow, SourceCount, write_manifest, write_shards
 
     def prepare(seeds: Sequence[int], size: int = 32, name: str = "images") -> Path:
         def row(seed: int) -> ImageRow:

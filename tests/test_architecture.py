@@ -15,7 +15,7 @@ CORE = (
 )
 # Readers of what a stage left: what other stage packages may import of it.
 READERS = (
-    *("ingestion.shards", "ingestion.rejects"),
+    *("ingestion.shards", "ingestion.pngs", "ingestion.rejects"),
     *("encoding.dataset", "encoding.codec", "encoding.vae", "encoding.text_encoder", "encoding.pretrained"),
     *("encoding.row_sources", "encoding.shard_files", "encoding.vision_encoder", "encoding.features"),
     *("encoding.named_encoders", "encoding.references", "encoding.text_embedder"),

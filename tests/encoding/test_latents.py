@@ -23,7 +23,8 @@ from latentloom.encoding.pretrained import fingerprint
 from latentloom.encoding.row_store import RowStore
 from latentloom.encoding.vae import Vae, load_vae
 from latentloom.errors import UserError
-from latentloom.ingestion.shards import decode, iterate_images, read_metadata
+from latentloom.ingestion.pngs import decode
+from latentloom.ingestion.shards import iterate_images, read_metadata
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from latentloom import sharding
-from latentloom.ingestion import shards
+from latentloom.ingestion import pngs, shard_writer
 from latentloom.ingestion.ingest import IngestReport, ingest
 from latentloom.ingestion.shards import iterate_images, read_metadata
 from latentloom.params import IngestParams
@@ -134,12 +134,12 @@ def new_corpus(tmp_path: Path) -> Callable[[str], Corpus]:
 def shards_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """``shards_of(rows, typical=1, most=...)`` shrinks the shards: at least ``rows`` of noise; exactly so many by
     default."""
-    png = len(shards.encode(noise(0)))  # all are of about this size
+    png = len(pngs.encode(noise(0)))  # all are of about this size
 
     def shrink(rows: int, typical: int = 1, most: int = 1000, group: int = 2) -> None:
         size = [int(png * bound) for bound in (rows - 0.5, typical - 0.5, most - 0.5)]
         monkeypatch.setattr(sharding, "IMAGES", sharding.ShardBytes(*size))
-        monkeypatch.setattr(shards, "ROW_GROUP_ROWS", group)
+        monkeypatch.setattr(shard_writer, "ROW_GROUP_ROWS", group)
 
     return shrink
 

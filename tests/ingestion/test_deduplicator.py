@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from latentloom.ingestion import growing, rejects
 from latentloom.ingestion.deduplicator import Deduplicator
+from latentloom.ingestion.pngs import encode
 from latentloom.ingestion.rejects import SCHEMA, Reason, Reject, RejectTable
-from latentloom.ingestion.shards import ImageRow, SourceCount, encode
+from latentloom.ingestion.shard_writer import ImageRow, SourceCount
 
 PNG = encode(np.zeros((2, 2, 3), np.uint8))
 SOURCES = ("photos", "table")  # the second joins captions

@@ -13,7 +13,8 @@ from PIL import Image
 
 from latentloom.errors import UserError
 from latentloom.ingestion import ingest as stage
-from latentloom.ingestion.shards import encode, read_manifest, read_metadata
+from latentloom.ingestion.pngs import encode
+from latentloom.ingestion.shards import read_manifest, read_metadata
 from latentloom.ingestion.sources import IngestError
 from latentloom.ingestion.splits import split_of
 

@@ -16,8 +16,9 @@ from latentloom import file_hashes
 from latentloom.file_hashes import FileHashes
 from latentloom.ingestion import preprocess
 from latentloom.ingestion.ingest import ingest
+from latentloom.ingestion.pngs import encode
 from latentloom.ingestion.prepared import PreparedStore, recipe
-from latentloom.ingestion.shards import encode, read_metadata
+from latentloom.ingestion.shards import read_metadata
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from latentloom.files import write_json
 from latentloom.ingestion import preprocess, remote
 from latentloom.ingestion.folder import FolderSource
 from latentloom.ingestion.ingest import ingest
+from latentloom.ingestion.pngs import encode
 from latentloom.ingestion.prepared import PreparedStore, recipe
-from latentloom.ingestion.shards import encode
 from latentloom.ingestion.source_files import fingerprint_sources
 from latentloom.ingestion.sources import IngestError
 from latentloom.params import SourceParams

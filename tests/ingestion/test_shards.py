@@ -18,13 +18,12 @@ import pytest
 from PIL import Image
 
 from latentloom.errors import UserError
-from latentloom.ingestion import shards
+from latentloom.ingestion import pngs, shards
 from latentloom.ingestion.ingest import ingest
+from latentloom.ingestion.pngs import decode, encode
 from latentloom.ingestion.shards import (
     SCHEMA,
     NumberedImages,
-    decode,
-    encode,
     iterate_images,
     metadata_batches,
     read_manifest,
@@ -210,7 +209,7 @@ def test_pixels_come_back_as_they_went_in(picture):
 
 def test_metadata_is_read_without_the_pictures(filled, small_shards, monkeypatch):
     filled.ingest()
-    monkeypatch.setattr(shards, "decode", None)
+    monkeypatch.setattr(pngs, "decode", None)
     frame = read_metadata(filled.images)
     assert list(frame) == ["id", "captions", "split", "key", "source", "width", "height"]
     assert frame["captions"][3] == ["picture 3", "number 3"]
@@ -225,7 +224,7 @@ def test_only_wanted_images_are_decoded(filled, small_shards, monkeypatch):
     filled.ingest()
     ids = read_metadata(filled.images)["id"].tolist()
     decoded = []
-    monkeypatch.setattr(shards, "decode", lambda png: decoded.append(png) or decode(png))
+    monkeypatch.setattr(pngs, "decode", lambda png: decoded.append(png) or decode(png))
     assert [own_id for own_id, _ in iterate_images(filled.images, wanted={ids[5], ids[1]})] == [ids[1], ids[5]]
     assert len(decoded) == 2
     assert list(iterate_images(filled.images, wanted=set())) == []

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from outcomes import Outcome, outcomes
 from webdataset.tariterators import group_by_keys
 
+from latentloom.ingestion.pngs import encode
 from latentloom.ingestion.rejects import Reason
-from latentloom.ingestion.shards import encode
 from latentloom.ingestion.sources import IngestError
 from latentloom.ingestion.webdataset import WebDatasetSource
 

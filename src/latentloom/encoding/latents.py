@@ -45,14 +45,8 @@ from latentloom.engine import here, ordered_map, threaded_map, worker_count
 from latentloom.errors import UserError
 from latentloom.files import atomic_path, write_json
 from latentloom.ids import ID_BYTES, from_hex, to_hex
-from latentloom.ingestion.shards import (
-    NumberedImages,
-    decode,
-    metadata_batches,
-    prepared_sizes,
-    read_manifest,
-    sizes_of,
-)
+from latentloom.ingestion.pngs import decode
+from latentloom.ingestion.shards import NumberedImages, metadata_batches, prepared_sizes, read_manifest, sizes_of
 from latentloom.sizes import Size
 
 BATCH_SIZE = 32

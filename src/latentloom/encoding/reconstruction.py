@@ -21,7 +21,8 @@ from latentloom.encoding.shard_files import INDEX, RECONSTRUCTIONS, Tensors, loa
 from latentloom.encoding.vae import Vae
 from latentloom.files import atomic_path, iterate_table
 from latentloom.ids import first_backwards, from_hex, positions
-from latentloom.ingestion.shards import NumberedImages, metadata_batches, thumbnail
+from latentloom.ingestion.pngs import thumbnail
+from latentloom.ingestion.shards import NumberedImages, metadata_batches
 
 SAMPLE, SHOWN = 32, 12
 BATCH_SIZE = 8

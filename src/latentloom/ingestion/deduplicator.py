@@ -17,7 +17,7 @@ from latentloom.ingestion.growing import Ids, Texts
 from latentloom.ingestion.images import preview
 from latentloom.ingestion.near_duplicates import SIGNATURE_BYTES
 from latentloom.ingestion.rejects import Reason, Reject, RejectTable
-from latentloom.ingestion.shards import ImageRow, JoinedCaptions, SourceCount
+from latentloom.ingestion.shard_writer import ImageRow, JoinedCaptions, SourceCount
 from latentloom.ingestion.size_table import SizeTable
 
 

@@ -37,7 +37,14 @@ from latentloom.ingestion.prepared import Key, PreparedStore
 from latentloom.ingestion.preprocess import Known, Outcome, preprocess_sample
 from latentloom.ingestion.rejects import Reason, Reject, RejectTable
 from latentloom.ingestion.remote import is_remote
-from latentloom.ingestion.shards import ImageRow, SourceCount, StoredPng, amend_shards, write_manifest, write_shards
+from latentloom.ingestion.shard_writer import (
+    ImageRow,
+    SourceCount,
+    StoredPng,
+    amend_shards,
+    write_manifest,
+    write_shards,
+)
 from latentloom.ingestion.size_table import render
 from latentloom.ingestion.source_files import resolve_source_path
 from latentloom.ingestion.sources import IngestError, Sample, Source

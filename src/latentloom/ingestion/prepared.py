@@ -26,28 +26,40 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import features
 
-from latentloom import sizes, source_code
+from latentloom import sharding, sizes, source_code
 from latentloom.files import atomic_path, link_file
-from latentloom.ingestion import colours, image_formats, images, near_duplicates, png_chunks, preprocess, shards
+from latentloom.ingestion import (
+    colours,
+    image_formats,
+    images,
+    near_duplicates,
+    png_chunks,
+    pngs,
+    preprocess,
+    shard_writer,
+    shards,
+)
 from latentloom.ingestion.preprocess import Known
-from latentloom.ingestion.shards import ImageRow
+from latentloom.ingestion.shard_writer import ImageRow
 from latentloom.ingestion.sources import Origin
 from latentloom.params import IngestParams
 
 SHARD, KEYS, BEFORE = ".parquet", ".keys", ".before"
 KEY_BYTES = 32
 PER_SHARD = 2**32  # a row's place is its number, beyond its shard's number times this
-CODE = (colours, image_formats, images, near_duplicates, png_chunks, preprocess, shards, sizes)  # that decides pixels
+CODE = (colours, image_formats, images, near_duplicates, png_chunks, pngs, preprocess, sizes)  # that decides pixels
+WRITER = (sharding, shards, shard_writer)  # the code that decides the bytes of a shard of given rows
 LIBRARIES = ("pillow", "numpy", "scipy", "imagehash", "pillow-heif", "pillow-jxl-plugin")
 CODECS = ("jpg", "jpg_2000", "libtiff", "zlib", "webp", "avif", "littlecms2")
 OPEN_SHARDS, OPEN_GROUPS = 4, 16  # what stays in memory of those that rows are read from
@@ -89,11 +101,10 @@ def recipe(params: IngestParams) -> str:
         except PackageNotFoundError:
             return None
 
-    files = [Path(module.__file__) for module in CODE]
     decides = (
         [[list(size) for size in table] for table in params.tables],
         (params.max_pixels, params.max_aspect_ratio, params.near_duplicate_distance is not None),
-        source_code.code_hash(files, Path(sizes.__file__).parent),
+        _hash_of(CODE),
         [installed(name) for name in LIBRARIES],
         [features.version(name) for name in CODECS],
     )
@@ -148,16 +159,17 @@ class PreparedStore:
         self._next += known is not None
         return known
 
-    def picture(self, known: Known) -> bytes | None:
-        """The PNG of a known image; None where it is gone or damaged."""
+    def picture(self, known: Known) -> memoryview | None:
+        """The PNG of a known image, in the memory of its row group; None where it is gone or damaged."""
         place = known.place if known.place >= 0 else _find(*self._ids, bytes.fromhex(known.id))
         if place is None:
             return None
         shard, row = divmod(place, PER_SHARD)
         try:
             number = bisect_right(starts := self._file(shard)[1], row) - 1
-            ids, pngs = self._group(shard, number)
-            return pngs[row - starts[number]] if ids[row - starts[number]] == known.id else None
+            ids, images = self._group(shard, number)
+            of_group = row - starts[number]
+            return memoryview(images[of_group].as_buffer()) if ids[of_group] == known.id else None
         except DAMAGED as error:
             self._drop(shard, error)
             return None
@@ -171,11 +183,11 @@ class PreparedStore:
         was_amended = before.exists()
         try:
             written = (pq.read_schema(before if was_amended else keys).metadata or {})[CONTENT]
-            is_same = _rows_of(shard, before).equals(shards.metadata_table(rows))
+            is_same = _rows_of(shard, before).equals(shard_writer.metadata_table(rows))
             if is_same := is_same and written == self._content(shard):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if was_amended:
-                    link_file(before, shards.before_amending(path))
+                    link_file(before, shard_writer.before_amending(path))
                 link_file(shard, path)
         except DAMAGED:  # which is told where a picture is read
             return False
@@ -314,10 +326,10 @@ class PreparedStore:
         groups = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
         return file, [0, *accumulate(groups[:-1])]
 
-    def _read_group(self, shard: int, number: int) -> tuple[list[str], list[bytes]]:
+    def _read_group(self, shard: int, number: int) -> tuple[list[str], pa.BinaryArray]:
         """The ids and PNGs of a row group."""
         table = self._file(shard)[0].read_row_group(number, columns=["id", "image.bytes"], use_threads=False)
-        return table["id"].to_pylist(), table["image"].combine_chunks().field("bytes").to_pylist()
+        return table["id"].to_pylist(), table["image"].combine_chunks().field("bytes")
 
 
 def _words(keys: Iterable[Key]) -> np.ndarray:
@@ -342,7 +354,13 @@ def _content(shard: Path) -> bytes:
     with open(shard, "rb") as file:
         while part := file.read(CHUNK):
             checksum = zlib.crc32(part, checksum)
-    return f"{checksum:08x} pyarrow {pa.__version__}".encode()
+    return f"{checksum:08x} pyarrow {pa.__version__} {_hash_of(WRITER)}".encode()
+
+
+@cache
+def _hash_of(modules: tuple[ModuleType, ...]) -> str:
+    """One hash of the modules' code."""
+    return source_code.code_hash([Path(module.__file__) for module in modules], Path(sizes.__file__).parent)
 
 
 def _find(words: np.ndarray, places: np.ndarray, key: Key) -> int | None:

@@ -8,12 +8,13 @@ from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 
+from latentloom.ingestion import pngs
 from latentloom.ingestion.caption_files import LineCounts
 from latentloom.ingestion.captions import clean_captions
 from latentloom.ingestion.images import image_id, prepare_image, preview
 from latentloom.ingestion.near_duplicates import signature
 from latentloom.ingestion.rejects import Reason, Reject, RejectedSample, printable
-from latentloom.ingestion.shards import PNG_SIZE, ImageRow, encode
+from latentloom.ingestion.shard_writer import ImageRow
 from latentloom.ingestion.sources import Sample
 from latentloom.ingestion.splits import split_of
 from latentloom.params import IngestParams
@@ -104,14 +105,14 @@ def _prepare(data: bytes, params: IngestParams, with_preview: Collection[Reason]
         picture = preview(data, params.max_pixels) if shown else None
         detail = printable(rejected.detail)
         return Known(reason=rejected.reason, detail=detail, preview=picture, shown=shown), b""
-    png = encode(image.pixels)
+    png = pngs.encode(image.pixels)
     known = Known(
         id=image_id(image.pixels),
         width=image.width,
         height=image.height,
         profile=image.profile,
         png_bytes=len(png),
-        png_start=png[: PNG_SIZE[1]],
+        png_start=png[: pngs.HEADER_BYTES],
         signature=b"" if params.near_duplicate_distance is None else signature(image.compared),
         file_hash=hashlib.sha256(data).digest(),
     )

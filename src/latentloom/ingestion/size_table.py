@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from latentloom.ingestion.shards import ImageRow, size_of
+from latentloom.ingestion.shard_writer import ImageRow
 from latentloom.sizes import Size, kept_share
 
 SQUARE = Size(1, 1)
@@ -20,7 +20,7 @@ class SizeTable:
 
     def add(self, row: ImageRow) -> None:
         """Count an image."""
-        size = size_of(row.png)
+        size = row.prepared_size
         cut, by_square = (1 - kept_share(row.width, row.height, crop) for crop in (size, SQUARE))
         images, sum_cut, sum_by_square = self._sums.get(size, (0, 0.0, 0.0))
         self._sums[size] = images + 1, sum_cut + cut, sum_by_square + by_square

@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from latentloom.errors import UserError
-from latentloom.ingestion.shards import decode, read_manifest
+from latentloom.ingestion.pngs import decode
+from latentloom.ingestion.shards import read_manifest
 
 ROWS = 24  # of a page
 

@@ -24,7 +24,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from latentloom.files import write_text
 from latentloom.ids import first_backwards, from_hex, positions, to_hex
-from latentloom.ingestion.shards import NumberedImages, sizes_of, thumbnail
+from latentloom.ingestion.pngs import thumbnail
+from latentloom.ingestion.shards import NumberedImages, sizes_of
 from latentloom.validation.rejected import SHOWN as REJECTED
 from latentloom.validation.report import ValidationReport
 from latentloom.validation.tables import SPLITS, Columns, Data
