@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from latentloom import file_hashes
 from latentloom.file_hashes import FileHashes
-from latentloom.ingestion import preprocess
+from latentloom.ingestion import prepared, preprocess
 from latentloom.ingestion.ingest import ingest
 from latentloom.ingestion.pngs import encode
 from latentloom.ingestion.prepared import PreparedStore, recipe
@@ -81,6 +81,20 @@ def test_of_shards_whose_rows_have_not_changed_no_picture_is_read(corpus, rerun,
     ends = [len(pq.read_table(path)) for path in sorted(corpus.images.glob("*.parquet"))]
     assert len(ends) > 3
     assert 0 < len(read) <= ends[0] + ends[-2] + ends[-1]
+
+
+def test_where_only_the_writer_of_shards_changed_pictures_are_written_anew_and_not_decoded(corpus, rerun, monkeypatch):
+    for number in range(9):
+        corpus.add(f"{number}.png", "a picture")
+    rerun(corpus)
+    (before,) = (path.stat().st_ino for path in corpus.images.glob("*.parquet"))
+    monkeypatch.setattr(prepared, "WRITER", (prepared.sharding, prepared.shards))  # stands for other code
+    assert rerun(corpus) == 0
+    (after,) = (path.stat().st_ino for path in corpus.images.glob("*.parquet"))
+    assert after != before
+    assert rerun(corpus) == 0
+    (again,) = (path.stat().st_ino for path in corpus.images.glob("*.parquet"))
+    assert again == after
 
 
 def test_shards_that_were_amended_are_linked_whole_and_amended_anew_only_where_that_differs(

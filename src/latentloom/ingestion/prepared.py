@@ -26,7 +26,7 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property, lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
 from pathlib import Path
@@ -167,9 +167,9 @@ class PreparedStore:
         shard, row = divmod(place, PER_SHARD)
         try:
             number = bisect_right(starts := self._file(shard)[1], row) - 1
-            ids, images = self._group(shard, number)
+            ids, ends, pngs = self._group(shard, number)
             of_group = row - starts[number]
-            return memoryview(images[of_group].as_buffer()) if ids[of_group] == known.id else None
+            return pngs[ends[of_group] : ends[of_group + 1]] if ids[of_group] == known.id else None
         except DAMAGED as error:
             self._drop(shard, error)
             return None
@@ -197,9 +197,11 @@ class PreparedStore:
         """Remember a sample; `keep` writes down what was noted since the last shard."""
         self._noted.append((key, known))
 
-    def keep(self, shard: Path) -> None:
-        """Take in a finished shard and the samples noted; if it cannot be kept, that costs a warning alone."""
-        self._write(shard, _read(shard, ["id"])["id"].to_pylist())
+    def keep(self, shard: Path) -> Callable[[], None]:
+        """Take in the samples noted since the last shard; the function given takes in the shard when it is written. If
+        it cannot be kept, that costs a warning alone."""
+        noted, self._noted = self._noted, []
+        return partial(self._write, shard, noted)
 
     def finish(self, written: Iterable[Path]) -> None:
         """Take in what was noted after the last shard, and delete shards that nobody needs.
@@ -214,11 +216,11 @@ class PreparedStore:
                     self._write_table(before, _rows_of(stored, before), shard)
                     link_file(shard, stored)
         if self._noted:
-            self._write(None, [])
+            self._write(None, self._noted)
         self._trim()
 
-    def _write(self, shard: Path | None, ids: list[str]) -> None:
-        noted, self._noted = self._noted, []
+    def _write(self, shard: Path | None, noted: list[tuple[Key, Known]]) -> None:
+        ids = _read(shard, ["id"])["id"].to_pylist() if shard else []
         rows = {own: row for row, own in enumerate(ids)}
         columns = {name: [getattr(known, name) for _, known in noted] for name in OF_KNOWN}
         keys = [key for key, _ in noted]
@@ -326,10 +328,12 @@ class PreparedStore:
         groups = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
         return file, [0, *accumulate(groups[:-1])]
 
-    def _read_group(self, shard: int, number: int) -> tuple[list[str], pa.BinaryArray]:
-        """The ids and PNGs of a row group."""
+    def _read_group(self, shard: int, number: int) -> tuple[list[str], list[int], memoryview]:
+        """The ids of a row group, where each PNG ends, from 0 on, and the PNGs one after another."""
         table = self._file(shard)[0].read_row_group(number, columns=["id", "image.bytes"], use_threads=False)
-        return table["id"].to_pylist(), table["image"].combine_chunks().field("bytes")
+        (images,) = table["image"].chunks
+        _, ends, pngs = images.field("bytes").buffers()
+        return table["id"].to_pylist(), np.frombuffer(ends, np.int32).tolist(), memoryview(pngs)
 
 
 def _words(keys: Iterable[Key]) -> np.ndarray:

@@ -9,9 +9,10 @@ import itertools
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -96,24 +97,28 @@ class SourceCount:
 def write_shards(
     rows: Iterable[ImageRow],
     folder: Path,
-    finished: Callable[[Path], None] = lambda _: None,
+    finished: Callable[[Path], Callable[[], None]] = lambda _: lambda: None,
     link: Callable[[Sequence[ImageRow], Path], bool] = lambda *_: False,
 ) -> list[dict[str, Any]]:
     """Write ``rows`` as shards into ``folder``, which is unfinished from the first one on; give their names and rows.
 
     Args:
-        finished: is called with each shard before the next row is asked for.
+        finished: is called with each shard before the next row is asked for; what it gives, when the shard is written,
+            in a thread.
         link: called with the rows of a shard where all have a `StoredPng`; puts an earlier run's shard of just these
             rows there, with `before_amending` where it was amended, and says whether there was one.
     """
     rows, shards = iter(rows), []
     first = next(rows, None)  # what goes wrong before there is a row leaves the folder as it was
     (folder / MANIFEST).unlink(missing_ok=True)
-    while first is not None:
-        path = folder / f"{len(shards):05d}.parquet"
-        shards.append({"name": path.name, "rows": _write_shard(path, itertools.chain([first], rows), link)})
-        finished(path)
-        first = next(rows, None)
+    with _Behind() as behind:
+        while first is not None:
+            path = folder / f"{len(shards):05d}.parquet"
+            count = _write_shard(path, itertools.chain([first], rows), link, behind)
+            shards.append({"name": path.name, "rows": count})
+            behind(finished(path))
+            first = next(rows, None)
+        behind.wait()
     return shards
 
 
@@ -225,8 +230,34 @@ def _joined(texts: Iterable[str | None]) -> str | None:
     return "; ".join(dict.fromkeys(filter(None, texts))) or None
 
 
-def _write_shard(path: Path, rows: Iterator[ImageRow], link: Callable[[Sequence[ImageRow], Path], bool]) -> int:
-    """Write or link one shard, of as many ``rows`` as belong into it; give their number."""
+class _Behind:
+    """Makes calls in a thread, one after another, while the caller goes on: by one, so that little is in memory.
+
+    What a call raises is raised by the next one, or by `wait`.
+    """
+
+    def __init__(self) -> None:
+        self._thread, self._last = ThreadPoolExecutor(1), Future[Any]()
+        self._last.set_result(None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.wait()
+        self._last = self._thread.submit(function, *arguments)
+
+    def wait(self) -> None:
+        self._last.result()
+
+
+def _write_shard(
+    path: Path, rows: Iterator[ImageRow], link: Callable[[Sequence[ImageRow], Path], bool], behind: _Behind
+) -> int:
+    """Write or link one shard, of as many ``rows`` as belong into it, the end of it ``behind``; give their number."""
     before_amending(path).unlink(missing_ok=True)  # of a run that was killed
     of_shard, count = _up_to_its_end(rows), 0
     begin: list[ImageRow] = []
@@ -240,20 +271,15 @@ def _write_shard(path: Path, rows: Iterator[ImageRow], link: Callable[[Sequence[
             return len(begin)
         of_shard = iter(begin)
     room = sharding.IMAGES.fewest + sharding.IMAGES.typical
-    with (
-        atomic_path(path, room) as temporary,
-        pq.ParquetWriter(temporary, SCHEMA, **WRITER_OPTIONS) as writer,
-        ThreadPoolExecutor(1) as thread,
-    ):
-        written: Future[None] | None = None  # the last row group, while the next one's rows are found
+    with ExitStack() as opened:
+        temporary = opened.enter_context(atomic_path(path, room))
+        writer = opened.enter_context(pq.ParquetWriter(temporary, SCHEMA, **WRITER_OPTIONS))
         while group := list(itertools.islice(of_shard, ROW_GROUP_ROWS)):
-            table = _table(group)
-            if written:
-                written.result()
-            written = thread.submit(writer.write_table, table)
+            behind(writer.write_table, _table(group))
             count += len(group)
-        if written:
-            written.result()
+        behind.wait()
+        finish = opened.pop_all().close
+    behind(finish)
     return count
 
 
@@ -268,7 +294,11 @@ def _up_to_its_end(rows: Iterator[ImageRow]) -> Iterator[ImageRow]:
 
 def _table(group: list[ImageRow]) -> pa.Table:
     pngs = [row.png.read() if isinstance(row.png, StoredPng) else row.png for row in group]
-    image = [pa.array(pngs, pa.binary()), pa.array([f"{row.id}.png" for row in group])]
+    ends = np.cumsum([0, *map(len, pngs)]).astype(np.int32)
+    content = pa.Array.from_buffers(  # which would be copied over and over where it grows by a picture at a time
+        pa.binary(), len(pngs), [None, pa.py_buffer(ends), pa.py_buffer(b"".join(pngs))]
+    )
+    image = [content, pa.array([f"{row.id}.png" for row in group])]
     metadata = metadata_table(group)
     columns = dict(zip(metadata.column_names, metadata.columns, strict=True))
     return pa.table(columns | {"image": pa.StructArray.from_arrays(image, ["bytes", "path"])}, SCHEMA)
