@@ -11,6 +11,7 @@ import json
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -99,16 +100,9 @@ def _link(client: "MlflowClient", journal: Journal) -> dict[str, str]:
 
 def _batches(journal: Journal) -> Iterator[tuple[list[Event], int]]:
     """The events that wait, and where they end, as requests: metrics together, anything else alone."""
-    batch: list[Event] = []
-    end = 0
-    for event, event_end in journal.events(journal.about["delivered"]):
-        if batch and not (batch[0]["kind"] == event["kind"] == "metrics" and len(batch) < LARGEST_BATCH):
-            yield batch, end
-            batch = []
-        batch.append(event)
-        end = event_end
-    if batch:
-        yield batch, end
+    for kind, waiting in groupby(journal.events(journal.about["delivered"]), key=lambda own: own[0]["kind"]):
+        while batch := list(islice(waiting, LARGEST_BATCH if kind == "metrics" else 1)):
+            yield [event for event, _ in batch], batch[-1][1]
 
 
 def _send_or_leave_out(client: "MlflowClient", run_id: str, batch: list[Event], folder: Path) -> None:
