@@ -11,7 +11,7 @@ PACKAGE = ROOT / "src" / "latentloom"
 CORE = (
     *("params", "files", "layout", "errors", "stage", "devices", "randomness", "model_files", "base_model"),
     *("sharding", "source_code", "sizes", "image_grid", "dvc_outs", "lettering", "tensor_files", "file_hashes", "ids"),
-    *("engine", "engine_ray"),
+    *("engine", "engine_ray", "engine_worker"),
 )
 # Readers of what a stage left: what other stage packages may import of it.
 READERS = (
@@ -41,7 +41,8 @@ FOUNDATION = {
     "ids": (),
     "sharding": ("ids",),
     "engine": ("errors", "engine_ray"),
-    "engine_ray": ("errors", "engine", "files"),
+    "engine_ray": ("errors", "engine", "engine_worker", "files"),
+    "engine_worker": ("errors", "engine"),
     "source_code": (),
     "sizes": (),
     "image_grid": ("lettering",),
