@@ -45,13 +45,13 @@ class Base:
     out: str | None  # None: not known
 
 
-def find_base(params: Params, root: Path, path: Path = INIT) -> Base | None:
-    """Write to ``path`` what ``train.init`` names, and check that the network of ``params`` can start from it.
+def find_base(params: Params, root: Path) -> Base | None:
+    """Write to `INIT` what ``train.init`` names, and check that the network of ``params`` can start from it.
 
     Raises:
         UserError: when it names no model, nothing was recorded of it either, or it does not fit.
     """
-    reference, known = params.train.init, recorded_base(path)
+    reference, known = params.train.init, recorded_base()
     base = None if reference is None else _find(reference, known, root)
     if base:
         folder = at_hand(base, root)
@@ -59,25 +59,25 @@ def find_base(params: Params, root: Path, path: Path = INIT) -> Base | None:
             carried = look(params, folder or base_folder(base, root), reference)
             if base != known:
                 print(f"train.init = {reference}:", "; ".join(carried.lines()), file=sys.stderr, flush=True)
-    write_json(path, base and asdict(base))
+    write_json(INIT, base and asdict(base))
     return base
 
 
-def recorded_base(path: Path = INIT) -> Base | None:
+def recorded_base() -> Base | None:
     """What `find_base` wrote last; None where no base was named."""
-    entry = read_json(path) if path.exists() else None
+    entry = read_json(INIT) if INIT.exists() else None
     return entry and Base(**entry)
 
 
-def named_base(reference: str | None, path: Path = INIT) -> Base | None:
+def named_base(reference: str | None) -> Base | None:
     """The base that the params name.
 
     Raises:
         UserError: when the file is of other params.
     """
-    base = recorded_base(path)
+    base = recorded_base()
     if (base and base.reference) != reference:
-        raise UserError(f"train.init = {reference}: {path} is of other params; run `dvc repro`, which looks it up")
+        raise UserError(f"train.init = {reference}: {INIT} is of other params; run `dvc repro`, which looks it up")
     return base
 
 
