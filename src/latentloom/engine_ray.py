@@ -29,7 +29,6 @@ import contextlib
 import os
 import re
 import secrets
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -41,7 +40,7 @@ from typing import Any
 
 from latentloom import engine
 from latentloom.engine_worker import COPIES, Failure, Worker, files_of, versions_of_libraries
-from latentloom.errors import UserError
+from latentloom.errors import UserError, notify
 from latentloom.files import write_bytes
 
 try:
@@ -460,4 +459,4 @@ def _first_line(error: Exception) -> str:
 
 
 def _say(line: str) -> None:
-    print(f"ray: {line}", file=sys.stderr, flush=True)
+    notify(f"ray: {line}")

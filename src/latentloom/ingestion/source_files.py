@@ -13,7 +13,6 @@ after a copy. The stage `ingest` depends on the fingerprints.
 import hashlib
 import os
 import re
-import sys
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from importlib.metadata import version
@@ -24,6 +23,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from latentloom.engine import threaded_map, worker_count
+from latentloom.errors import notify
 from latentloom.files import read_json, sha256_file, user_path
 from latentloom.ingestion import hub, remote
 from latentloom.ingestion.caption_files import TABLES, TEXT_SUFFIXES
@@ -281,7 +281,7 @@ def _asked(ask: Callable[[str], Result], path: str, before: dict[str, Any] | Non
     except IngestError as error:
         if before is None:
             raise
-        print(f"{error}. The data stays as it was", file=sys.stderr, flush=True)
+        notify(f"{error}. The data stays as it was")
         return None
 
 

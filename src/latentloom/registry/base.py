@@ -9,7 +9,6 @@ that was trained here and copied.
 """
 
 import shutil
-import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from latentloom.base_model import Carried, compare
 from latentloom.dvc_outs import bring, out_hash
 from latentloom.encoding.named_encoders import current_fingerprint, pinned_reference
 from latentloom.encoding.text_encoder import TextEncoder
-from latentloom.errors import UserError
+from latentloom.errors import UserError, notify
 from latentloom.files import read_json, user_path, write_json
 from latentloom.layout import INIT, MODEL
 from latentloom.model_files import EncoderReference, ModelConfig, model_hash, read_config
@@ -58,7 +57,7 @@ def find_base(params: Params, root: Path) -> Base | None:
         if folder or base != known:  # a clone that does not train again fetches nothing
             carried = look(params, folder or base_folder(base, root), reference)
             if base != known:
-                print(f"train.init = {reference}:", "; ".join(carried.lines()), file=sys.stderr, flush=True)
+                notify(f"train.init = {reference}: {'; '.join(carried.lines())}")
     write_json(INIT, base and asdict(base))
     return base
 
@@ -156,9 +155,7 @@ def _find(reference: str, recorded: Base | None, root: Path) -> Base:
     except Exception as error:  # a store that is away has errors of its own
         if known is None:
             raise UserError(f"train.init = {reference}: {_reason(error)}") from error
-        print(
-            f"train.init = {reference} stays model {known.sha256[:12]}: {_reason(error)}", file=sys.stderr, flush=True
-        )
+        notify(f"train.init = {reference} stays model {known.sha256[:12]}: {_reason(error)}")
         return known
 
 

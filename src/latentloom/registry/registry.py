@@ -5,7 +5,6 @@ figures and its moves (`moves.py`). A version is created whole before an alias m
 the aliases as they were.
 """
 
-import sys
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from filelock import FileLock
 
-from latentloom.errors import UserError
+from latentloom.errors import UserError, notify
 from latentloom.evaluation.text_to_image import default_settings
 from latentloom.layout import PARAMS, SAMPLE_SHEET, state_folder
 from latentloom.model_files import read_config
@@ -145,7 +144,7 @@ def _compare(client: "MlflowClient", root: Path, own: StoredModel, figures: Figu
     if pair is None:
         ways = figures.differences(known[0]) if known else ["it has no figures"]
         otherwise = f"the champion (version {champion}) was measured otherwise: {'; '.join(ways) or 'no common figure'}"
-        print(f"{otherwise}. It is measured again", file=sys.stderr, flush=True)
+        notify(f"{otherwise}. It is measured again")
         try:
             settings = sampling_settings(client, own)
             if settings is None:

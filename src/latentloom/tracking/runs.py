@@ -10,7 +10,6 @@ and skips what its journal already holds, so its curves have neither gaps nor do
 
 import hashlib
 import io
-import sys
 import threading
 import time
 import uuid
@@ -23,6 +22,7 @@ from typing import Any, NamedTuple
 import filelock
 import numpy as np
 
+from latentloom.errors import notify
 from latentloom.tracking import delivery
 from latentloom.tracking.journal import Journal
 from latentloom.tracking.store import current_target, first_line
@@ -150,11 +150,7 @@ def new_run(
         stopping.set()
         thread.join(delivery.PATIENCE)
         if waiting := journal.waiting:
-            print(
-                f"tracking: {waiting} entries of this run wait in {journal.folder}; `latentloom sync` delivers them",
-                file=sys.stderr,
-                flush=True,
-            )
+            notify(f"tracking: {waiting} entries of this run wait in {journal.folder}; `latentloom sync` delivers them")
         if not thread.is_alive():  # else the store hangs, and the thread is left to itself
             journal.close()
 
