@@ -28,7 +28,7 @@ ALLOWED = {
     **dict.fromkeys(STAGE_PACKAGES, ("diffusion", *CORE, *READERS)),
     "tracking": ("diffusion", *CORE),
     "registry": ("diffusion", *CORE, *READERS, "evaluation", "tracking"),
-    "lineage": ("diffusion", *CORE, *READERS, "ingestion.source_files", "evaluation", "tracking", "registry"),
+    "lineage": ("diffusion", *CORE, *READERS, "ingestion.fingerprints", "evaluation", "tracking", "registry"),
     "export": ("diffusion", *CORE, *READERS, "evaluation", "tracking", "registry"),
     "page": ("diffusion", *CORE, *READERS, "ingestion.one_picture", "evaluation", "registry", "lineage"),
     "cli": ("",),

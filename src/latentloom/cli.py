@@ -69,7 +69,7 @@ def check(params: Annotated[Path, typer.Argument(help="A params file.")] = PARAM
         for image_size, table in zip(ingest.image_sizes, ingest.tables, strict=True):
             print(f"ingest.image_size {image_size}: " + ", ".join(map(str, table)))
     if any(entry.path for entry in ingest.sources):
-        from latentloom.ingestion.source_files import found_elsewhere
+        from latentloom.ingestion.fingerprints import found_elsewhere
 
         for line in filter(None, map(found_elsewhere, ingest.sources)):
             print(line)
