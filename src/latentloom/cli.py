@@ -163,7 +163,7 @@ def page(
 @app.command()
 def sync() -> None:
     """Deliver to MLflow the runs that wait on the disk, because the store was away or MLflow was not installed."""
-    from latentloom.tracking.runs import sync
+    from latentloom.tracking.delivery import sync
 
     waits = False
     for synced in sync(project_root()):
