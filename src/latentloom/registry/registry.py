@@ -5,7 +5,6 @@ figures and its moves (`moves.py`). A version is created whole before an alias m
 the aliases as they were.
 """
 
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 Alias = Literal["champion", "candidate"]
+LOCK = "registry.lock"  # of the process of this machine that compares with the champion and moves an alias
 REMEASURED = "remeasured."  # before the names of tags that keep the figures of a champion that was measured again
 MEANINGS = {
     "held_out_recall_at_1": "generates what captions it has never seen ask for",
@@ -58,7 +58,7 @@ def promote(
         mlflow.exceptions.MlflowException: when the store cannot be reached; the alias has not moved then.
     """
     client = existing_store(root)
-    with _one_at_a_time():
+    with FileLock(state_folder(LOCK)):
         stored, aliases = stored_model(client, found.sha256, found.run_id, found.evaluation_id), current(root)
         if stored.run is None:
             raise UserError(
@@ -97,7 +97,7 @@ def demote(alias: Alias, root: Path, *, why: str | None = None) -> tuple[str, st
         UserError: when ``alias`` names nothing.
     """
     client = existing_store(root)
-    with _one_at_a_time():
+    with FileLock(state_folder(LOCK)):
         now = current(root).get(alias)
         if now is None:
             raise UserError(f"there is no {alias} to take back: `latentloom history` shows what there was")
@@ -197,13 +197,6 @@ def _describe(client: "MlflowClient", number: str) -> None:
     picture = f"get-artifact?path={SAMPLE_SHEET.name}&run_uuid={figures.run_id}"
     parts.append(f"{trained}.\n\n![{SAMPLE_SHEET.name} of the evaluation]({picture})")
     client.update_model_version(NAME, number, description="\n".join(parts))
-
-
-def _one_at_a_time() -> AbstractContextManager:
-    """Let one process of this machine at a time compare with the champion and move an alias."""
-    lock = state_folder("registry.lock")
-    lock.parent.mkdir(exist_ok=True)
-    return FileLock(lock)
 
 
 def _register(

@@ -232,6 +232,5 @@ def _step(path: Path) -> int:
 
 
 def _lock_of(folder: Path) -> FileLock:
-    folder.parent.mkdir(parents=True, exist_ok=True)
     # Not within the folder, which is deleted while the lock is held.
     return FileLock(folder.with_name(f"{folder.name}.lock"), thread_local=False)
