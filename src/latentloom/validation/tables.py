@@ -32,7 +32,6 @@ from latentloom.validation.rejected import Rejected, record_batches
 
 SPLITS = ["train", "validation"]
 TRAIN, VALIDATION = range(2)  # their codes
-LATENT_REJECTS = ["id", "source", "key", "reason", "detail"]
 EMBEDDING = ["mean", "std", "norm"]
 
 Columns = dict[str, np.ndarray]
