@@ -100,7 +100,7 @@ def write(path: Path, **columns: object) -> None:
 
 
 def find_sources(folder: Path, rows: int) -> Callable[[], object]:
-    from latentloom.ingestion.source_files import fingerprint_sources
+    from latentloom.ingestion.fingerprints import fingerprint_sources
     from latentloom.params import SourceParams
 
     source = folder / "source"

@@ -7,7 +7,7 @@ which each stage depends on the file of its name; the hash of the model that a t
 from latentloom.encoding.named_encoders import find_encoders
 from latentloom.file_hashes import FileHashes
 from latentloom.files import write_json
-from latentloom.ingestion.source_files import fingerprint_sources
+from latentloom.ingestion.fingerprints import fingerprint_sources
 from latentloom.layout import ENCODERS, INIT, SOURCES, project_root, state_folder
 from latentloom.params import Params
 from latentloom.stage import run_stage

@@ -4,7 +4,6 @@
 """
 
 import os
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +15,7 @@ from accelerate import Accelerator
 import latentloom
 from latentloom.devices import autocast_dtype, choose_device
 from latentloom.encoding.dataset import Caches, load_caches
+from latentloom.errors import notify
 from latentloom.files import write_json
 from latentloom.layout import LATENTS, MODEL, TEXT, TRAIN_METRICS, TRAIN_PLOTS, project_root, state_folder, state_limit
 from latentloom.model_files import model_hash
@@ -52,7 +52,7 @@ def main(params: Params) -> str | None:
         train(checkpoints=None, resumed=None, logger=None)
         accelerator.end_training()
         return None
-    print(f"train: {caches.placement}", file=sys.stderr, flush=True)
+    notify(f"train: {caches.placement}")
     code = _code_hash()
     result = _train_tracked(train, params, caches, accelerator, code)
     accelerator.end_training()

@@ -6,10 +6,8 @@ Where a check fails, ``validate.on_failure`` decides: ``stop`` ends with exit st
 continues.
 """
 
-import sys
-
 from latentloom.encoding.named_encoders import current_fingerprint
-from latentloom.errors import UserError
+from latentloom.errors import UserError, notify
 from latentloom.files import sha256_file, write_json, write_text
 from latentloom.layout import DATA_DOCS, IMAGES, LATENTS, TEXT, VALIDATED, VALIDATION_REPORT
 from latentloom.params import Params
@@ -36,7 +34,7 @@ def main(params: Params) -> str:
     explanation = f"{report.explain()}\n\nThe whole report: {DATA_DOCS / 'index.html'}"
     if params.validate_.on_failure == "stop":
         raise UserError(explanation)
-    print(f"validate: {explanation}", file=sys.stderr)
+    notify(f"validate: {explanation}")
     return f"{len(report.failures)} of {len(report.checks)} checks failed on {what}; continuing (on_failure: warn)"
 
 

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "src" / "latentloom"
 CORE = (
     *("params", "files", "layout", "errors", "stage", "devices", "randomness", "model_files", "base_model"),
     *("sharding", "source_code", "sizes", "image_grid", "dvc_outs", "lettering", "tensor_files", "file_hashes", "ids"),
-    *("engine", "engine_ray"),
+    *("engine", "engine_ray", "engine_worker"),
 )
 # Readers of what a stage left: what other stage packages may import of it.
 READERS = (
@@ -28,7 +28,7 @@ ALLOWED = {
     **dict.fromkeys(STAGE_PACKAGES, ("diffusion", *CORE, *READERS)),
     "tracking": ("diffusion", *CORE),
     "registry": ("diffusion", *CORE, *READERS, "evaluation", "tracking"),
-    "lineage": ("diffusion", *CORE, *READERS, "ingestion.source_files", "evaluation", "tracking", "registry"),
+    "lineage": ("diffusion", *CORE, *READERS, "ingestion.fingerprints", "evaluation", "tracking", "registry"),
     "export": ("diffusion", *CORE, *READERS, "evaluation", "tracking", "registry"),
     "page": ("diffusion", *CORE, *READERS, "ingestion.one_picture", "evaluation", "registry", "lineage"),
     "cli": ("",),
@@ -41,7 +41,8 @@ FOUNDATION = {
     "ids": (),
     "sharding": ("ids",),
     "engine": ("errors", "engine_ray"),
-    "engine_ray": ("errors", "engine", "files"),
+    "engine_ray": ("errors", "engine", "engine_worker", "files"),
+    "engine_worker": ("errors", "engine"),
     "source_code": (),
     "sizes": (),
     "image_grid": ("lettering",),

@@ -142,16 +142,7 @@ def _named(encoder: EncoderReference) -> str:
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor of a model's weights, by name."""
     with torch.device("meta"):  # which needs no memory, and no random numbers
-        network = UNet(
-            config.latent_shape[0],
-            config.widths,
-            config.block_depth,
-            config.emb_size,
-            config.text_dim,
-            config.token_dim,
-            config.latent_shapes is not None,
-        )
-    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+        return {name: tuple(tensor.shape) for name, tensor in config.network().state_dict().items()}
 
 
 def _modules(names: Iterable[str], others: list[str]) -> list[str]:

@@ -69,7 +69,7 @@ def check(params: Annotated[Path, typer.Argument(help="A params file.")] = PARAM
         for image_size, table in zip(ingest.image_sizes, ingest.tables, strict=True):
             print(f"ingest.image_size {image_size}: " + ", ".join(map(str, table)))
     if any(entry.path for entry in ingest.sources):
-        from latentloom.ingestion.source_files import found_elsewhere
+        from latentloom.ingestion.fingerprints import found_elsewhere
 
         for line in filter(None, map(found_elsewhere, ingest.sources)):
             print(line)
@@ -163,7 +163,7 @@ def page(
 @app.command()
 def sync() -> None:
     """Deliver to MLflow the runs that wait on the disk, because the store was away or MLflow was not installed."""
-    from latentloom.tracking.runs import sync
+    from latentloom.tracking.delivery import sync
 
     waits = False
     for synced in sync(project_root()):

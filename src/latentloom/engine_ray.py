@@ -1,6 +1,6 @@
 """Ray behind `latentloom.engine.ordered_map`: the same results in the same order, from workers on many machines.
 
-    the driver (the stage)                          a worker (an actor, a process of its own)
+    the driver (the stage)                          a worker (an actor: `latentloom.engine_worker`)
     reads items, at most a window ahead   call ->   makes its state once, computes the items of a call
     gives results in the items' order     <- back   results, or the error of the first item that failed
 
@@ -26,27 +26,22 @@ What fails:
 """
 
 import contextlib
-import hashlib
 import os
 import re
 import secrets
-import shutil
-import sys
-import tempfile
 import time
-import traceback
-from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from importlib import metadata
-from itertools import islice
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from latentloom import engine
-from latentloom.errors import UserError, lacks_memory
-from latentloom.files import atomic_path
+from latentloom.engine_worker import COPIES, Failure, Worker, files_of, versions_of_libraries
+from latentloom.errors import UserError, notify
+from latentloom.files import write_bytes
 
 try:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -66,58 +61,33 @@ ITEMS_OF_A_CALL = 32  # small items: a call costs a millisecond
 CALLS_AT_A_WORKER = 2  # one that is computed, and one that waits: it never idles
 CALLS_AHEAD = 4  # per worker, whose results may wait for one before them
 TRIES = 3
-COPIES = 8  # files of the driver that are kept in Ray's memory, and on a machine without the project's disk
 LOOK_FOR_NODES = 2.0  # seconds between two looks
 PATIENCE = 600.0  # seconds without a worker
-LIBRARIES = ("numpy", "pillow", "torch", "diffusers", "transformers", "pyarrow", "resvg-py")  # decide the bytes
 FORWARDED = ("LATENTLOOM_", "HF_", "OMP_", "TORCH_")  # variables that workers get from the driver
 SECRET = re.compile("TOKEN|KEY|SECRET|PASSWORD")
 LOST = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.ObjectLostError)
 LOST += (ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError, ray.exceptions.RuntimeEnvSetupError)
+WORKER = ray.remote(max_restarts=0, max_task_retries=0)(Worker)
 
 
-@dataclass
-class Failure:
-    """An error that a function raised, in place of a result."""
+@dataclass(eq=False)
+class Task:
+    """An item, what it went through, and what has come of it once it is ``done``."""
 
-    error: Exception
-    trace: str
-
-    @property
-    def of_memory(self) -> bool:
-        return lacks_memory(self.error)
-
-
-@dataclass
-class Chunk:
-    """Items that follow one another, and what has come of them."""
-
-    items: list[Any]
-    outcomes: dict[int, Any] = field(default_factory=dict)
-    node: str = ""  # where the last of them was computed
-
-    @property
-    def complete(self) -> bool:
-        return len(self.outcomes) == len(self.items)
-
-
-@dataclass
-class Call:
-    """Some items of a chunk, to be computed by one worker."""
-
-    chunk: Chunk
-    places: list[int]
+    item: Any
+    outcome: Any = None
+    done: bool = False
+    host: str = ""  # where it was computed
     tries: int = 0
     deaths: int = 0  # of workers that computed it
     failed_on: set[str] = field(default_factory=set)
 
-    @property
-    def items(self) -> list[Any]:
-        return [self.chunk.items[place] for place in self.places]
+    def end(self, outcome: Any, host: str) -> None:
+        """Take in what has come of the item."""
+        self.outcome, self.host, self.done = outcome, host, True
 
-    def alone(self) -> list["Call"]:
-        """Each item by itself, so that one which fails takes no other with it."""
-        return [replace(self, places=[place], failed_on=set(self.failed_on)) for place in self.places]
+
+Call = list[Task]  # for one worker, one after the other; what was tried before is a call by itself
 
 
 @dataclass(eq=False)
@@ -149,20 +119,18 @@ def ray_map(
     if first is None:
         return
     connect()
-    writes, reads = _files(first)
+    writes, reads = files_of(first)
+    calls = _calls(chain([first], items), 1 if setup or writes or reads else ITEMS_OF_A_CALL)
     with _probe(*(Path(path).parent for path in (*writes, *reads)[:1])) as probe:
         crew = Crew(function, setup, probe)
         try:
-            for chunk in _in_order(crew, _chunks(first, items, 1 if setup or writes or reads else ITEMS_OF_A_CALL)):
-                for place, item in enumerate(chunk.items):
-                    outcome = chunk.outcomes[place]
-                    if isinstance(outcome, Failure):
-                        if not isinstance(outcome.error, UserError):
-                            outcome.error.add_note(f"from a worker of Ray on {chunk.node}:\n{outcome.trace}")
-                        raise outcome.error
-                    if again and again(outcome):
-                        outcome = function(item)
-                    yield outcome
+            for task in _in_order(crew, calls):
+                outcome = task.outcome
+                if isinstance(outcome, Failure):
+                    if not isinstance(outcome.error, UserError):
+                        outcome.error.add_note(f"from a worker of Ray on {task.host}:\n{outcome.trace}")
+                    raise outcome.error
+                yield function(task.item) if again and again(outcome) else outcome
         finally:
             crew.dismiss()
 
@@ -183,21 +151,15 @@ def connect() -> None:
     if environment.get("LATENTLOOM_DEVICE", "").startswith("cuda"):
         environment["LATENTLOOM_DEVICE"] = "cuda"  # which of them, Ray says
     environment |= {engine.VARIABLE: "local", "TQDM_DISABLE": "1"}
-    options: dict[str, Any] = {"log_to_driver": True, "logging_level": "warning"}
-    if address:
-        # Every machine runs this very code, whatever is installed there.
-        options |= {"address": address}
-        options["runtime_env"] = {
-            "env_vars": environment,
-            "py_modules": [str(package)],
-            "excludes": ["showcase", "__pycache__"],
-        }
+    if address:  # every machine runs this very code, whatever is installed there
+        cluster = {"address": address}
+        code = {"py_modules": [str(package)], "excludes": ["showcase", "__pycache__"]}
     else:
-        path = os.pathsep.join(filter(None, [str(package.parent), os.environ.get("PYTHONPATH")]))
-        options |= {"num_cpus": engine.worker_count(), "include_dashboard": False}
-        options["runtime_env"] = {"env_vars": environment | {"PYTHONPATH": path}}
+        cluster, code = {"num_cpus": engine.worker_count(), "include_dashboard": False}, {}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(package.parent), os.environ.get("PYTHONPATH")]))
+    runtime = {"env_vars": environment, **code}
     try:
-        ray.init(**options)
+        ray.init(**cluster, runtime_env=runtime, log_to_driver=True, logging_level="warning")
     except (ConnectionError, ValueError, RuntimeError) as error:
         if not address:
             raise
@@ -214,13 +176,13 @@ class Crew:
 
     def __init__(self, function: Callable[..., Any], setup: Callable[[], Any] | None, probe: Path | None) -> None:
         self._probe, self._with_state = probe, setup is not None
-        self._job = ray.put((function, setup, Path.cwd(), probe, _versions()))
+        self._job = ray.put((function, setup, Path.cwd(), probe, versions_of_libraries()))
         self._seats: list[Seat] = []
         self._most: dict[str, int] = {}  # of workers on a machine where memory did not suffice
         self._on_gpu: bool | None = None
         self._broken: dict[str, Exception] = {}  # machines where no worker starts, or no state can be made
         self._failed_starts: Counter[str] = Counter()
-        self._copies: OrderedDict[tuple[Path, int, int], Any] = OrderedDict()
+        self._copies = lru_cache(COPIES)(lambda path, *_: ray.put(path.read_bytes()))
         self._waiting: deque[Call] = deque()
         self._looked, self._had_workers = -LOOK_FOR_NODES, time.monotonic()
         self._hire()
@@ -230,33 +192,31 @@ class Crew:
         """The workers that have started or will."""
         return len(self._seats)
 
-    def add(self, chunk: Chunk) -> None:
-        """Have the items of a chunk computed."""
-        self._waiting.append(Call(chunk, list(range(len(chunk.items)))))
+    def add(self, call: Call) -> None:
+        """Have the items of a call computed."""
+        self._waiting.append(call)
 
     def work(self, block: bool) -> None:
         """Hand out calls, and take in what has come back; with ``block``, wait for something to happen."""
         if time.monotonic() - self._looked > LOOK_FOR_NODES:
             self._hire()
         self._hand_out()
-        references = [seat.starting for seat in self._seats if seat.sees_disk is None]
-        references += [reference for seat in self._seats for reference, _ in seat.calls]
-        if not references:
+        asked = [(seat, seat.starting, None) for seat in self._seats if seat.sees_disk is None]
+        asked += [(seat, *given) for seat in self._seats for given in seat.calls]
+        if not asked:
             if block:
                 time.sleep(0.1)
             return
-        done, _ = ray.wait(
-            references, num_returns=len(references) if not block else 1, timeout=1.0 if block else 0, fetch_local=False
-        )
-        for reference in done:
-            seat = next((own for own in self._seats if own.starting == reference), None)
-            if seat is not None and seat.sees_disk is None:
-                self._started(seat)
+        references = [reference for _, reference, _ in asked]
+        count, timeout = (1, 1.0) if block else (len(references), 0)
+        done = set(ray.wait(references, num_returns=count, timeout=timeout, fetch_local=False)[0])
+        for seat, reference, call in asked:
+            if reference not in done or seat not in self._seats:  # it may have been dismissed just now
                 continue
-            for seat in list(self._seats):
-                for own, call in list(seat.calls):
-                    if own == reference:
-                        self._take_in(seat, own, call)
+            if call is None:
+                self._started(seat)
+            else:
+                self._take_in(seat, reference, call)
         self._hand_out()
 
     def dismiss(self) -> None:
@@ -305,7 +265,7 @@ class Crew:
                 _idle.remove(other)
                 ray.kill(other.actor)  # it has the cores
             strategy = NodeAffinitySchedulingStrategy(node, soft=False)
-            actor = Worker.options(num_cpus=kind[0], num_gpus=kind[1], scheduling_strategy=strategy).remote()
+            actor = WORKER.options(num_cpus=kind[0], num_gpus=kind[1], scheduling_strategy=strategy).remote()
             seat = Seat(actor, node, host, kind)
         else:
             _idle.remove(seat)
@@ -336,19 +296,21 @@ class Crew:
     def _hand_out(self) -> None:
         for _ in range(len(self._waiting)):
             call = self._waiting.popleft()
-            if not {seat.node for seat in self._seats} - call.failed_on:
-                call.failed_on = set()  # the other machines are gone
+            first = call[0]
+            if not {seat.node for seat in self._seats} - first.failed_on:
+                first.failed_on = set()  # the other machines are gone
             # At the end none waits at a worker while another is idle.
             most = CALLS_AT_A_WORKER if len(self._waiting) >= len(self._seats) else 1
             free = [seat for seat in self._seats if seat.sees_disk is not None and len(seat.calls) < most]
-            free = [seat for seat in free if seat.node not in call.failed_on]
+            free = [seat for seat in free if seat.node not in first.failed_on]
             if not free:
                 self._waiting.append(call)
                 continue
             seat = min(free, key=lambda own: len(own.calls))
-            reads = [] if seat.sees_disk else [path for item in call.items for path in _files(item)[1]]
-            inputs = {path: self._copy(path) for path in reads}
-            seat.calls.append((seat.actor.work.remote(call.items, inputs, call.deaths), call))
+            items = [task.item for task in call]
+            reads = [] if seat.sees_disk else [path for item in items for path in files_of(item)[1]]
+            inputs = {path: self._copy(Path(path)) for path in reads}
+            seat.calls.append((seat.actor.work.remote(items, inputs, first.deaths), call))
 
     def _take_in(self, seat: Seat, reference: Any, call: Call) -> None:
         try:
@@ -358,35 +320,34 @@ class Crew:
             return
         seat.calls.remove((reference, call))
         for path, content in written.items():
-            with atomic_path(path, room=len(content)) as temporary:
-                temporary.write_bytes(content)
-        call.chunk.node = seat.host
+            write_bytes(path, content)
         failure = outcomes.pop() if isinstance(outcomes[-1], Failure) else None
-        for place, outcome in zip(call.places, outcomes, strict=False):
-            call.chunk.outcomes[place] = outcome
-            for path in _files(call.chunk.items[place])[0] if seat.sees_disk else ():
+        for task, outcome in zip(call, outcomes, strict=False):
+            task.end(outcome, seat.host)
+            for path in files_of(task.item)[0] if seat.sees_disk else ():
                 _wait_for(Path(path))
         if failure:
-            place, *rest = call.places[len(outcomes) :]
+            failed, *rest = call[len(outcomes) :]
             if rest:
-                self._waiting.appendleft(replace(call, places=rest))
-            failed = replace(call, places=[place], tries=call.tries + 1, failed_on=call.failed_on | {seat.node})
+                self._waiting.appendleft(rest)
+            failed.tries += 1
+            failed.failed_on.add(seat.node)
             self._failed(seat, failed, failure)
 
-    def _failed(self, seat: Seat, call: Call, failure: Failure) -> None:
+    def _failed(self, seat: Seat, task: Task, failure: Failure) -> None:
         """Try an item somewhere else, or again with more memory; else its error is what comes of it."""
-        others = {own.node for own in self._seats} - call.failed_on
-        if failure.of_memory and call.tries < TRIES:
+        others = {own.node for own in self._seats} - task.failed_on
+        if failure.of_memory and task.tries < TRIES:
             self._halve(seat)
-            call.failed_on = set()
-            self._waiting.appendleft(call)
-        elif others and call.tries < 2:
-            _say(f"{_named(call.items[0])}: {failure.error} on {seat.host}; it is tried on another machine")
-            self._waiting.appendleft(call)
+            task.failed_on = set()
+            self._waiting.appendleft([task])
+        elif others and task.tries < 2:
+            _say(f"{_named(task.item)}: {failure.error} on {seat.host}; it is tried on another machine")
+            self._waiting.appendleft([task])
         else:
             if failure.of_memory:
-                failure.error.add_note(f"{_named(call.items[0])} did not fit into memory {TRIES} times")
-            call.chunk.outcomes[call.places[0]] = failure
+                failure.error.add_note(f"{_named(task.item)} did not fit into memory {TRIES} times")
+            task.end(failure, seat.host)
 
     def _halve(self, seat: Seat) -> None:
         """End half of a machine's workers."""
@@ -410,16 +371,15 @@ class Crew:
                 self._broken[seat.node] = UserError(f"no worker of Ray starts on {seat.host}: {error}")
         calls = [call for _, call in seat.calls]
         self._dismiss(seat)
-        for call in reversed(calls[1:]):
-            self._waiting.appendleft(call)
-        for call in calls[:1]:
-            call.tries, call.deaths = call.tries + 1, call.deaths + 1
-            if call.tries >= TRIES and len(call.places) == 1:
+        self._waiting.extendleft(reversed(calls[1:]))
+        for task in reversed(calls[0] if calls else []):
+            task.tries, task.deaths = task.tries + 1, task.deaths + 1
+            if task.tries >= TRIES and len(calls[0]) == 1:
                 raise UserError(
-                    f"{_named(call.items[0])}: each of {TRIES} workers of Ray that computed it died, the last on "
+                    f"{_named(task.item)}: each of {TRIES} workers of Ray that computed it died, the last on "
                     f"{seat.host} ({_first_line(error)}). The memory may not suffice, or a library crashes on it"
                 ) from error
-            self._waiting.extendleft(reversed(call.alone()))
+            self._waiting.appendleft([task])
         self._hire()
 
     def _dismiss(self, seat: Seat) -> None:
@@ -428,14 +388,8 @@ class Crew:
 
     def _copy(self, path: Path) -> Any:
         """A file's bytes in Ray's memory, where all workers of a machine share them."""
-        status = Path(path).stat()
-        key = (path, status.st_size, status.st_mtime_ns)
-        if key not in self._copies:
-            self._copies[key] = ray.put(Path(path).read_bytes())
-            if len(self._copies) > COPIES:
-                self._copies.popitem(last=False)
-        self._copies.move_to_end(key)
-        return self._copies[key]
+        status = path.stat()
+        return self._copies(path, status.st_size, status.st_mtime_ns)
 
 
 def share(resources: dict[str, float], with_state: bool, on_gpu: bool) -> tuple[int, tuple[int, int]]:
@@ -449,95 +403,25 @@ def share(resources: dict[str, float], with_state: bool, on_gpu: bool) -> tuple[
     return count, (cores // count, 0)
 
 
-@ray.remote(max_restarts=0, max_task_retries=0)
-class Worker:
-    """Computes items on one machine, one after another."""
-
-    def start(self, job: tuple[Any, ...], cores: int) -> "bool | Failure":
-        """Make the state; say whether the project's disk is seen."""
-        self._function, setup, folder, probe, versions = job
-        self._state: Any = None
-        self._scratch: Path | None = None
-        os.environ[engine.WORKERS] = str(cores)
-        with contextlib.suppress(OSError):
-            os.chdir(folder)  # the stage's paths are relative to it
-        try:
-            if other := [f"{name} {own}" for name, own in _versions().items() if own != versions[name]]:
-                wanted = [f"{name} {own}" for name, own in versions.items() if own != _versions()[name]]
-                raise UserError(f"it has {', '.join(other)}, the stage {', '.join(wanted)}")
-            if probe is not None and not probe.is_file():
-                self._scratch = Path(tempfile.mkdtemp(prefix="latentloom-"))
-            if setup is not None:
-                self._state = setup()
-                self._function = partial(self._function, self._state)
-        except Exception as error:
-            return _failure(error)
-        return self._scratch is None
-
-    def leave(self) -> None:
-        """Forget the state, and the copies of files."""
-        self._function = self._state = None
-        if self._scratch:
-            shutil.rmtree(self._scratch, ignore_errors=True)
-
-    def work(self, items: Sequence[Any], inputs: dict[Path, Any], deaths: int) -> tuple[list[Any], dict[Path, bytes]]:
-        """What comes of items, up to the first that fails; and the files they wrote, where the driver has to."""
-        if deaths and hasattr(self._state, "halve_batches"):
-            self._state.halve_batches(deaths)
-        outcomes, written = [], {}
-        for item in items:
-            try:
-                if self._scratch:
-                    self._bring(item, inputs)
-                outcomes.append(self._function(item))
-                if self._scratch:
-                    for path in _files(item)[0]:
-                        copy = engine.here(path)
-                        written[path] = copy.read_bytes()
-                        copy.unlink()
-            except Exception as error:
-                outcomes.append(_failure(error))
-                break
-        return outcomes, written
-
-    def _bring(self, item: Any, inputs: dict[Path, Any]) -> None:
-        writes, reads = _files(item)
-        engine._copies.clear()
-        for path in (*reads, *writes):
-            folder = self._scratch / hashlib.sha256(str(path).encode()).hexdigest()[:16]
-            folder.mkdir(exist_ok=True)
-            engine._copies[path] = folder / Path(path).name
-        for path in reads:
-            copy = engine.here(path)
-            if not copy.exists():
-                copy.write_bytes(ray.get(inputs[path]))
-        kept = sorted(self._scratch.iterdir(), key=lambda own: own.stat().st_mtime_ns)
-        used = {copy.parent for copy in engine._copies.values()}
-        for folder in [own for own in kept if own not in used][: max(len(kept) - COPIES, 0)]:
-            shutil.rmtree(folder)
-
-
-def _in_order(crew: Crew, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-    under_way: deque[Chunk] = deque()
+def _in_order(crew: Crew, calls: Iterator[Call]) -> Iterator[Task]:
+    under_way: deque[Call] = deque()
     more = True
     while more or under_way:
         while more and len(under_way) < max(crew.size, 1) * CALLS_AHEAD:
-            if (chunk := next(chunks, None)) is None:
+            if (call := next(calls, None)) is None:
                 more = False
                 break
-            under_way.append(chunk)
-            crew.add(chunk)
-        ready = bool(under_way) and under_way[0].complete
+            under_way.append(call)
+            crew.add(call)
+        ready = bool(under_way) and all(task.done for task in under_way[0])
         crew.work(block=not ready and bool(under_way))
         if ready:
-            yield under_way.popleft()
+            yield from under_way.popleft()
 
 
-def _chunks(first: Any, items: Iterator[Any], size: int) -> Iterator[Chunk]:
-    head = [first, *islice(items, size - 1)]
-    while head:
-        yield Chunk(head)
-        head = list(islice(items, size))
+def _calls(items: Iterator[Any], size: int) -> Iterator[Call]:
+    while call := [Task(item) for item in islice(items, size)]:
+        yield call
 
 
 @contextlib.contextmanager
@@ -555,10 +439,6 @@ def _probe(folder: Path | None = None) -> Iterator[Path | None]:
         path.unlink(missing_ok=True)
 
 
-def _files(item: Any) -> tuple[Sequence[Path], Sequence[Path]]:
-    return getattr(item, "writes", ()), getattr(item, "reads", ())
-
-
 def _wait_for(path: Path) -> None:
     """Until a file that another machine wrote is seen here: a disk of a network may be told late."""
     until = time.monotonic() + 60
@@ -567,26 +447,6 @@ def _wait_for(path: Path) -> None:
             raise UserError(f"{path} was written on another machine and is not seen here after 60 s")
         list(path.parent.iterdir())  # which has a network's disk look again
         time.sleep(0.2)
-
-
-def _failure(error: Exception) -> Failure:
-    trace = traceback.format_exc()
-    try:
-        ray.cloudpickle.loads(ray.cloudpickle.dumps(error))
-    except Exception:
-        error = RuntimeError(f"{type(error).__name__}: {error}")
-    error.__traceback__ = None
-    return Failure(error, trace)
-
-
-def _versions() -> dict[str, str]:
-    versions = {"Python": ".".join(map(str, sys.version_info[:2]))}
-    for name in LIBRARIES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "(none)"
-    return versions
 
 
 def _named(item: Any) -> str:
@@ -599,4 +459,4 @@ def _first_line(error: Exception) -> str:
 
 
 def _say(line: str) -> None:
-    print(f"ray: {line}", file=sys.stderr, flush=True)
+    notify(f"ray: {line}")

@@ -1,4 +1,9 @@
-"""What a person can fix: the errors whose message alone is shown. Anything else is a bug and shows its traceback."""
+"""What a person is told: the errors that they can fix, whose message alone is shown, and lines while work goes on.
+
+Any other error is a bug, and shows its traceback.
+"""
+
+import sys
 
 
 class UserError(ValueError):
@@ -14,6 +19,11 @@ class WriteError(OSError, UserError):
 
     def __str__(self) -> str:
         return str(self.strerror)
+
+
+def notify(line: str) -> None:
+    """Show a line beside the output, at once."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def lacks_memory(error: BaseException) -> bool:

@@ -98,11 +98,15 @@ def user_path(path: Path | str) -> Path:
         return Path(path)
 
 
-def write_text(path: Path | str, text: str) -> None:
-    """Write ``text`` as UTF-8 with Unix newlines, atomically."""
-    data = text.encode("utf-8")
+def write_bytes(path: Path | str, data: bytes) -> None:
+    """Write ``data`` atomically; raises as `atomic_path`."""
     with atomic_path(path, room=len(data)) as temporary:
         temporary.write_bytes(data)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write ``text`` as UTF-8 with Unix newlines, atomically."""
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path | str, data: Any) -> None:

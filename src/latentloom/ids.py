@@ -10,33 +10,29 @@ import numpy as np
 import pyarrow as pa
 
 ID_BYTES = 32
-DIGITS = np.frombuffer(b"0123456789abcdef", np.uint8)
-VALUES = np.zeros(256, np.uint8)
-VALUES[DIGITS] = np.arange(16)
 
 
 def from_hex(ids: pa.Array | pa.ChunkedArray | Iterable[str]) -> np.ndarray:
     """Ids of 64 hexadecimal digits as uint8 ``(N, 32)``.
 
     Raises:
-        ValueError: when one has not 64 characters.
+        ValueError: when one has not 64 such digits.
     """
     if isinstance(ids, pa.ChunkedArray):
         return np.concatenate([np.empty((0, ID_BYTES), np.uint8), *map(from_hex, ids.chunks)])
     column = ids if isinstance(ids, pa.Array) else pa.array(ids, pa.string())
-    digits = np.frombuffer(b"".join(_bytes(column.cast(pa.large_binary()))), np.uint8)
-    if len(digits) != 2 * ID_BYTES * len(column):
+    values = bytearray.fromhex(b"".join(_bytes(column.cast(pa.large_binary()))).decode())
+    if len(values) != ID_BYTES * len(column):
         raise ValueError(f"ids have {2 * ID_BYTES} hexadecimal digits")
-    values = VALUES[digits.reshape(-1, ID_BYTES, 2)]
-    return values[..., 0] << 4 | values[..., 1]
+    return np.frombuffer(values, np.uint8).reshape(-1, ID_BYTES)
 
 
 def to_hex(ids: np.ndarray) -> pa.Array:
     """Ids, uint8 ``(N, 32)``, as an Arrow array of strings of 64 hexadecimal digits."""
-    digits = np.stack([DIGITS[ids >> 4], DIGITS[ids & 15]], axis=-1)
+    digits = ids.tobytes().hex().encode()
     offsets = np.arange(len(ids) + 1, dtype=np.int64) * 2 * ID_BYTES
-    text = pa.LargeStringArray.from_buffers(len(ids), pa.py_buffer(offsets), pa.py_buffer(digits.tobytes()))
-    return text.cast(pa.string()) if digits.size < 2**31 else text
+    text = pa.LargeStringArray.from_buffers(len(ids), pa.py_buffer(offsets), pa.py_buffer(digits))
+    return text.cast(pa.string()) if len(digits) < 2**31 else text
 
 
 def positions(wanted: np.ndarray, among: np.ndarray) -> np.ndarray:

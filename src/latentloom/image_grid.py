@@ -9,6 +9,7 @@ from PIL import Image
 from latentloom.lettering import LINE, draw_caption
 
 CELL = 128  # pixels: the least width of an image with a caption
+LINES = 3  # of a caption
 MARGIN = 4  # pixels between captions of neighbours
 
 
@@ -33,14 +34,14 @@ def image_grid(images: Sequence[np.ndarray], columns: int | None = None) -> np.n
     return grid
 
 
-def captioned_grid(images: Sequence[np.ndarray], captions: Sequence[str], *, lines: int = 3) -> np.ndarray:
-    """As `image_grid`, with each image's caption below it, in at most so many lines."""
+def captioned_grid(images: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
+    """As `image_grid`, with each image's caption below it, in at most `LINES` lines."""
     height, width, _ = np.max([image.shape for image in images], axis=0).tolist()
-    cell = (max(width, CELL), height + (lines + 1) * LINE)
+    cell = (max(width, CELL), height + (LINES + 1) * LINE)
     cells = []
     for image, caption in zip(images, captions, strict=True):
         canvas = Image.new("RGB", cell, "white")
         canvas.paste(Image.fromarray(image), ((cell[0] - image.shape[1]) // 2, (height - image.shape[0]) // 2))
-        draw_caption(canvas, caption, (cell[0] // 2, height + LINE // 4), width=cell[0] - MARGIN, lines=lines)
+        draw_caption(canvas, caption, (cell[0] // 2, height + LINE // 4), width=cell[0] - MARGIN, lines=LINES)
         cells.append(np.asarray(canvas))
     return image_grid(cells)

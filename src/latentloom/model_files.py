@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 
-from latentloom.diffusion.unet import UNet, get_network
+from latentloom.diffusion.unet import UNet
 from latentloom.errors import UserError
 from latentloom.files import read_json, sha256_file, write_json
 from latentloom.tensor_files import read_tensors, save_tensors
@@ -66,23 +66,18 @@ class ModelConfig(BaseModel):
         """The latents (C, h, w) that the model was trained on, at least one."""
         return self.latent_shapes or (self.latent_shape,)
 
+    def network(self) -> UNet:
+        """The network that the config describes, with fresh weights; one of several shapes is told the size."""
+        sizes = self.widths, self.block_depth, self.emb_size, self.text_dim, self.token_dim
+        return UNet(self.latent_shape[0], *sizes, size_condition=self.latent_shapes is not None)
+
     def build(self) -> UNet:
-        """The network that the config describes, with fresh weights; one of several shapes is told the size.
+        """As `network`, checked to fit the latents.
 
         Raises:
             ValueError: when the widths would halve a latent more often than its size allows.
         """
-        channels, height, _ = self.latent_shape
-        network = get_network(
-            height,
-            self.block_depth,
-            self.emb_size,
-            channels,
-            widths=self.widths,
-            text_dim=self.text_dim,
-            token_dim=self.token_dim,
-            size_condition=self.latent_shapes is not None,
-        )
+        network = self.network()
         for _, *sides in self.trained_shapes:
             network.check_sides(*sides)
         return network

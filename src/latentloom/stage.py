@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from latentloom.errors import UserError
+from latentloom.errors import UserError, notify
 from latentloom.params import Params, load_params
 
 
@@ -32,7 +32,7 @@ def run_stage(name: str, main: Callable[[Params], str | None]) -> None:
     except UserError as error:
         sys.exit(f"{name}: {error}")
     except KeyboardInterrupt as stop:
-        print(f"{name}: {str(stop) or 'interrupted'}", file=sys.stderr, flush=True)
+        notify(f"{name}: {str(stop) or 'interrupted'}")
         sys.exit(getattr(stop, "exit_status", 130))
     if line:
         print(f"{name}: {line} ({time.monotonic() - started:.1f} s)", flush=True)

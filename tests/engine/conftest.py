@@ -32,6 +32,8 @@ def cluster() -> Iterator[Any]:
     patched = pytest.MonkeyPatch()
     folder = tempfile.mkdtemp(prefix="ray-")  # its own, and short: sockets in it have names of at most 107 bytes
     patched.setenv("RAY_AUTH_MODE", "disabled")  # else a token is written into the user's home
+    patched.setenv("RAY_TMPDIR", folder)  # where Ray writes the cluster's address, too, and makes no folder for it
+    Path(folder, "ray").mkdir()
     made = Cluster()
     try:
         add_node(made, temp_dir=folder)

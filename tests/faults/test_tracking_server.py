@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 from latentloom.cli import app
 from latentloom.tracking import delivery
 from latentloom.tracking.delivery import KEY_TAG
-from latentloom.tracking.runs import journals, new_run
+from latentloom.tracking.journal import journals
+from latentloom.tracking.runs import new_run
 from latentloom.tracking.store import experiment_id, open_client
 
 pytestmark = pytest.mark.fault

@@ -16,10 +16,10 @@ from PIL import Image
 
 from latentloom.files import write_json
 from latentloom.ingestion import remote
+from latentloom.ingestion.fingerprints import fingerprint_sources
 from latentloom.ingestion.huggingface import HuggingFaceSource
 from latentloom.ingestion.ingest import ingest
 from latentloom.ingestion.prepared import PreparedStore, recipe
-from latentloom.ingestion.source_files import fingerprint_sources
 from latentloom.ingestion.sources import IngestError
 from latentloom.layout import SOURCES
 from latentloom.params import SourceParams

@@ -12,11 +12,11 @@ from servers import seaweedfs
 from latentloom.file_hashes import FileHashes
 from latentloom.files import write_json
 from latentloom.ingestion import preprocess, remote
+from latentloom.ingestion.fingerprints import fingerprint_sources
 from latentloom.ingestion.folder import FolderSource
 from latentloom.ingestion.ingest import ingest
 from latentloom.ingestion.pngs import encode
 from latentloom.ingestion.prepared import PreparedStore, recipe
-from latentloom.ingestion.source_files import fingerprint_sources
 from latentloom.ingestion.sources import IngestError
 from latentloom.params import SourceParams
 

@@ -10,8 +10,9 @@ import pytest
 
 from latentloom import file_hashes
 from latentloom.files import sha256_file, write_json
-from latentloom.ingestion import source_files
-from latentloom.ingestion.source_files import fingerprint_sources, visible_files
+from latentloom.ingestion import fingerprints, source_files
+from latentloom.ingestion.fingerprints import fingerprint_sources
+from latentloom.ingestion.source_files import visible_files
 from latentloom.ingestion.sources import IngestError
 from latentloom.params import SourceParams
 
@@ -131,9 +132,9 @@ def test_hashes_in_a_file_that_is_damaged_further_on_are_begun_anew(tmp_path, mo
 
 
 def test_a_plugin_that_is_installed_later_is_another_fingerprint(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(source_files, "find_spec", lambda module: None)
+    monkeypatch.setattr(fingerprints, "find_spec", lambda module: None)
     (without,) = listed(images, tmp_path / "none.json")
-    monkeypatch.setattr(source_files, "find_spec", lambda module: module == "pillow_jxl")
+    monkeypatch.setattr(fingerprints, "find_spec", lambda module: module == "pillow_jxl")
     assert listed(images, tmp_path / "none.json") == [without | {"plugins": ["JXL"]}]
 
 

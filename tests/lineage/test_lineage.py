@@ -19,7 +19,7 @@ from latentloom.cli import app
 from latentloom.dvc_outs import Place, out_hash
 from latentloom.errors import UserError
 from latentloom.files import write_json
-from latentloom.ingestion.source_files import fingerprint_sources
+from latentloom.ingestion.fingerprints import fingerprint_sources
 from latentloom.lineage.lineage import Lineage, render, to_json, trace
 from latentloom.lineage.links import Link
 from latentloom.model_files import model_hash, read_config

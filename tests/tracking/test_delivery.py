@@ -23,7 +23,9 @@ from logged_runs import (
 )
 
 from latentloom.tracking import delivery
-from latentloom.tracking.runs import Synced, journals, new_run, sync
+from latentloom.tracking.delivery import Synced, sync
+from latentloom.tracking.journal import journals
+from latentloom.tracking.runs import new_run
 from latentloom.tracking.store import experiment_id, open_client
 
 WARNING = "MLflow could not be written to"

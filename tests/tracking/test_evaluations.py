@@ -6,10 +6,11 @@ from projects import tiny_params
 
 from latentloom.params import Params
 from latentloom.tracking import delivery
-from latentloom.tracking.delivery import PARENT_TAG
+from latentloom.tracking.delivery import PARENT_TAG, sync
 from latentloom.tracking.evaluations import EVALUATED_TAG, STEP, evaluation_run
+from latentloom.tracking.journal import journals
 from latentloom.tracking.provenance import HASH_TAG, Provenance, save_run_record
-from latentloom.tracking.runs import journals, new_run, sync
+from latentloom.tracking.runs import new_run
 from latentloom.tracking.store import experiment_id
 
 MODEL = "m" * 64

@@ -20,7 +20,8 @@ from logged_runs import (
 )
 
 from latentloom.tracking import delivery
-from latentloom.tracking.runs import journals, new_run
+from latentloom.tracking.journal import journals
+from latentloom.tracking.runs import new_run
 from latentloom.tracking.store import experiment_id
 
 

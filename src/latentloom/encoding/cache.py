@@ -40,7 +40,7 @@ from latentloom import sharding
 from latentloom.encoding.row_store import HEADER, RowStore, checksum, keep, link_stored, shard_name, stored_rows
 from latentloom.encoding.shard_files import ENDS, SHARDS, Tensors, load_shard, ragged, ragged_names
 from latentloom.engine import here, ordered_map
-from latentloom.files import atomic_path
+from latentloom.files import write_bytes
 from latentloom.ids import ID_BYTES, to_hex
 
 FORMAT_VERSION = 2
@@ -340,9 +340,7 @@ def save_shard(path: Path, tensors: Tensors, keys: Sequence[str]) -> None:
     Raises:
         WriteError: naming the file and the room it needs, when the disk is full.
     """
-    content = save(tensors, {HEADER: json.dumps({"checksum": checksum(tensors), "keys": list(keys)})})
-    with atomic_path(path, room=len(content)) as temporary:
-        temporary.write_bytes(content)
+    write_bytes(path, save(tensors, {HEADER: json.dumps({"checksum": checksum(tensors), "keys": list(keys)})}))
 
 
 def _stack(rows: Sequence[Row]) -> Tensors:

@@ -157,9 +157,7 @@ def plan_captions(encoder: TextEncoder, captions: Captions, out: Path, store: Ro
 def make_shards(tokens: bool, encoder: TextEncoder, task: Task) -> Done:
     """Make the shards of a task, and give the `FIGURES` of their rows."""
     batches = _encode(encoder, task.made_of.take(task.link()).to_pylist(), tokens)
-    figures = []
-    for shard in task.write(batches):
-        figures.append(_figures(encoder, task.made_of[shard.rows].to_pylist(), shard))
+    figures = [_figures(encoder, task.made_of[shard.rows].to_pylist(), shard) for shard in task.write(batches)]
     return Done(task.computed, pa.concat_tables(figures))
 
 

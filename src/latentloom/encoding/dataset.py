@@ -228,7 +228,7 @@ class Caches:
     validation: LatentDataset | Split  # may be empty; see `has_validation`
     latent_statistics: dict  # the ``stats.json`` of the latents
     text_statistics: dict  # that of the text cache
-    digests: Mapping[str, str] = field(default_factory=dict)  # a hash of each split, its captions and encoders
+    digests: Mapping[str, str] = field(default_factory=dict)  # 16 digits of a hash of each split, as encoded
     placement: str = ""  # a message: whether the rows are on the device or streamed, and why
 
     @property
@@ -295,13 +295,14 @@ def load_caches(latents: Path, text: Path, *, device: torch.device | str = "cpu"
         own = _without_empty([bucket(training, *each) for each in zip(shapes, latent_rows, strict=True)])
         return own[0] if len(own) == 1 else Split(own)
 
-    hashes = [sha256_file(path) for path in (latents / INDEX, text / PAIRS)]
+    # Both files name ids, hashes of what they stand for.
+    hashes = "|".join(sha256_file(path) for path in (latents / INDEX, text / PAIRS))
     return Caches(
         split(True),
         split(False),
         latent_statistics,
         text_statistics,
-        {name: _digest(name, *hashes) for name in ("training", "validation")},
+        {name: hashlib.sha256(f"{name}|{hashes}".encode()).hexdigest()[:16] for name in ("training", "validation")},
         f"{_size(needed)} of latents and embeddings are "
         + (f"streamed from the disk to {device}" if streamed else f"on {device}")
         + f": {_size(memory_share * free)} allowed, {memory_share:g} of the {_size(free)} free",
@@ -311,11 +312,6 @@ def load_caches(latents: Path, text: Path, *, device: torch.device | str = "cpu"
 def _without_empty(buckets: Sequence[LatentDataset]) -> tuple[LatentDataset, ...]:
     """Those with an image; the first where none has one."""
     return tuple(bucket for bucket in buckets if len(bucket)) or (buckets[0],)
-
-
-def _digest(split: str, *hashes: str) -> str:
-    """A short hash of a split: 16 hexadecimal digits. The hashed files name ids, hashes of what they stand for."""
-    return hashlib.sha256("|".join([split, *hashes]).encode()).hexdigest()[:16]
 
 
 def _size(count: float) -> str:

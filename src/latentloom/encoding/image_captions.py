@@ -6,6 +6,7 @@ data/text/index.parquet   the texts                 -> `CaptionTexts`
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -60,17 +61,12 @@ class Captions:
     @classmethod
     def concatenate(cls, parts: Sequence["Captions"]) -> "Captions":
         """Those of one part after the other."""
-        numbers = [parts[0].numbers]
-        shifts = [0]
-        for part in parts[1:]:
-            if part.numbers is not numbers[0]:
-                shifts.append(sum(map(len, numbers)))
-                numbers.append(part.numbers)
-            else:
-                shifts.append(0)
-        firsts = torch.cat([part.firsts + shift for part, shift in zip(parts, shifts, strict=True)])
+        numbers = {id(part.numbers): part.numbers for part in parts}  # which selections share
+        shifts = dict(zip(numbers, accumulate(map(len, numbers.values()), initial=0), strict=False))
+        firsts = torch.cat([part.firsts + shifts[id(part.numbers)] for part in parts])
         counts = torch.cat([part.counts for part in parts])
-        return cls(torch.cat(numbers) if len(numbers) > 1 else numbers[0], firsts, counts)
+        own = list(numbers.values())
+        return cls(torch.cat(own) if len(own) > 1 else own[0], firsts, counts)
 
 
 class CaptionTexts:

@@ -25,20 +25,18 @@ def pulled_shards(out: Path) -> list[Path]:
     try:
         stages = YAML(typ="safe").load(DVC_LOCK.read_text(encoding="utf-8"))["stages"]
         (digest,) = [own["md5"] for stage in stages.values() for own in stage["outs"] if own["path"] == out.as_posix()]
-        files = json.loads(_cached(digest).read_text(encoding="utf-8"))
-        paths = [_cached(file["md5"]) for file in files if file["relpath"].endswith(".safetensors")]
+        cache = _cache()
+        files = json.loads((cache / digest[:2] / digest[2:]).read_text(encoding="utf-8"))
+        hashes = [file["md5"] for file in files if file["relpath"].endswith(".safetensors")]
+        paths = [cache / own[:2] / own[2:] for own in hashes]
     except (OSError, YAMLError, ValueError, KeyError, TypeError):
         return []
     return [path for path in paths if path.is_file()]
 
 
-def _cached(digest: str) -> Path:
-    return _cache_folder() / "files" / "md5" / digest[:2] / digest[2:]
-
-
-def _cache_folder() -> Path:
-    """The project's DVC cache, wherever its configuration puts it."""
+def _cache() -> Path:
+    """What the project's DVC cache holds by its MD5, wherever the configuration puts it."""
     folder = project_root() / ".dvc"
     config = configparser.ConfigParser(interpolation=None)
     config.read([folder / "config", folder / "config.local"])  # the latter goes first in DVC, so it comes last here
-    return folder / config.get("cache", "dir", fallback="cache")
+    return folder / config.get("cache", "dir", fallback="cache") / "files" / "md5"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from latentloom.files import atomic_path
+from latentloom.files import write_bytes
 
 FORMATS = {".gif": {}, ".webp": {"lossless": True}}  # suffix -> options of Pillow's
 MILLISECONDS, AT_THE_ENDS = 120, 600  # that a picture is shown
@@ -30,6 +30,4 @@ def save_animation(path: Path, pictures: Sequence[np.ndarray]) -> None:
     Raises:
         WriteError: when it cannot be written, naming it.
     """
-    data = encode_animation(pictures, path.suffix.lower())
-    with atomic_path(path, room=len(data)) as temporary:
-        temporary.write_bytes(data)
+    write_bytes(path, encode_animation(pictures, path.suffix.lower()))

@@ -249,7 +249,6 @@ class ImageGenerator:
         settings: SamplingSettings,
         *,
         seed: int,
-        batch_size: int = BATCH_SIZE,
         shapes: Sequence[Shape] | None = None,
     ) -> list[torch.Tensor]:
         """A standardised latent (C, h, w) for each text embedding (B, dim) or text, on the network's device.
@@ -262,11 +261,10 @@ class ImageGenerator:
             names: one per sample.
             settings: of all samples.
             seed: of the noise.
-            batch_size: how many are computed at a time.
             shapes: of each latent; None: all of them the model's own.
         """
         noise = [self.starting_noise(name, seed, shapes and shapes[place]) for place, name in enumerate(names)]
-        return self.denoise(noise, embeddings, settings, batch_size=batch_size)
+        return self.denoise(noise, embeddings, settings)
 
     def denoise(
         self,

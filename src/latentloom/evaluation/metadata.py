@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 
 from latentloom.diffusion.sampling_settings import SampleRequest, SamplingSettings
 from latentloom.errors import UserError
-from latentloom.files import atomic_path
+from latentloom.files import write_bytes
 
 CHUNK = "latentloom"
 OPTIONAL = ("size", "negative", "start_image", "strength", "between", "to_seed")
@@ -79,9 +79,7 @@ def save_image(path: Path, image: np.ndarray, metadata: ImageMetadata) -> None:
     Raises:
         WriteError: when it cannot be written, naming it.
     """
-    data = encode_png(image, metadata)
-    with atomic_path(path, room=len(data)) as temporary:
-        temporary.write_bytes(data)
+    write_bytes(path, encode_png(image, metadata))
 
 
 def read_metadata(path: Path) -> ImageMetadata:

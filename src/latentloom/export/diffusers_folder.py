@@ -84,7 +84,9 @@ def _save_parts(exported: Exported, folder: Path) -> None:
     encoder.model.save_pretrained(folder / "text_encoder")
     encoder.tokenizer.save_pretrained(folder / "tokenizer")
     for path in folder.glob("*/*.json"):
-        _without_keys(path, OF_THIS_MACHINE)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and not content.keys().isdisjoint(OF_THIS_MACHINE):
+            write_json(path, {key: value for key, value in content.items() if key not in OF_THIS_MACHINE})
     version = {"_diffusers_version": diffusers.__version__}
     (folder / "unet").mkdir()
     shutil.copyfile(exported.found.folder / "model.safetensors", folder / "unet" / WEIGHTS)
@@ -107,12 +109,6 @@ def _save_parts(exported: Exported, folder: Path) -> None:
         "vae_scale_factor": codec.vae.factor,
     }
     write_json(folder / "model_index.json", index)
-
-
-def _without_keys(path: Path, keys: Sequence[str]) -> None:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(content, dict) and not content.keys().isdisjoint(keys):
-        write_json(path, {key: value for key, value in content.items() if key not in keys})
 
 
 def _check(exported: Exported, folder: Path, expected: np.ndarray) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latentloom.files import atomic_path
+from latentloom.files import write_bytes
 
 SCHEMA = pa.schema([(name, pa.string()) for name in ("source", "key", "reason", "detail")] + [("preview", pa.binary())])
 PREVIEWS = 24  # of each reason: enough for a contact sheet
@@ -122,9 +122,7 @@ class RejectTable:
         if self._batches or not len(self):
             self._write_group()
         self._writer.close()
-        content = self._file.getvalue()
-        with atomic_path(path, room=content.size) as temporary:
-            temporary.write_bytes(content)
+        write_bytes(path, self._file.getvalue())
 
     def _collect(self) -> None:
         columns = [[getattr(reject, name) for reject in self._recent] for name in SCHEMA.names]

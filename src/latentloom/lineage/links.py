@@ -18,7 +18,7 @@ from latentloom.encoding.pretrained import has_fingerprint
 from latentloom.evaluation.metadata import generate_command
 from latentloom.evaluation.text_to_image import generating_code
 from latentloom.files import sha256_file, user_path
-from latentloom.ingestion.source_files import fingerprint_sources
+from latentloom.ingestion.fingerprints import fingerprint_sources
 from latentloom.layout import MODEL, PARAMS
 from latentloom.lineage.subject import Subject
 from latentloom.params import SourceParams

@@ -1,27 +1,29 @@
 """The data a page at a time: what was kept, what was rejected and why, and which images look alike.
 
-Files are read a batch of rows at a time, and no further than the page that is asked for; pictures of its rows alone.
+Files are read in parts, and no further than the page that is asked for; pictures of its rows alone.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from latentloom.errors import UserError
+from latentloom.files import iterate_table
 from latentloom.ingestion.pngs import decode
-from latentloom.ingestion.shards import read_manifest
+from latentloom.ingestion.rejects import SCHEMA as REJECTS
+from latentloom.ingestion.shards import NumberedImages, metadata_batches
 
 ROWS = 24  # of a page
+SHOWN = ["id", "captions", "split", "key"]  # of an image
 
 Shown = TypeVar("Shown")
-Place = tuple[Path, int, int]  # of an image: the shard, the row group, the row in it
+Found = tuple[int, pa.RecordBatch, int]  # an image's number, in the shards' order, and its row of a batch of `SHOWN`
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Row:
 
 def kept(images: Path, words: str, page: int) -> list[Row]:
     """The images of a page, from 1, of those that have ``words`` in a caption; all where there are none."""
-    return _rows(_page(_with(images, words), page))
+    return _rows(images, _page(_with(images, words), page))
 
 
 def rejected(rejects: Path, words: str, page: int) -> list[dict[str, Any]]:
@@ -51,15 +53,14 @@ def rejected(rejects: Path, words: str, page: int) -> list[dict[str, Any]]:
     def fits(row: dict[str, Any]) -> bool:
         return words.strip().casefold() in f"{row['key']} {row['reason']} {row['detail']}".casefold()
 
-    rows = (row for _, _, table in _groups(rejects) for row in table.to_pylist())
-    return _page(filter(fits, rows), page)
+    return _page(filter(fits, _table_rows(rejects, REJECTS.names)), page)
 
 
 def alike(near_duplicates: Path, images: Path, words: str, page: int) -> list[tuple[Row, Row, int]]:
     """The pairs of a page, from 1, of images that look alike, one with ``words`` in a caption; and their distance."""
-    pairs = (pair.values() for _, _, table in _groups(near_duplicates) for pair in table.to_pylist())
+    pairs = (pair.values() for pair in _table_rows(near_duplicates, ["image_id", "twin_id", "distance"]))
     if words.strip():
-        wanted = {row.id for row in _rows(_with(images, words))}
+        wanted = {batch["id"][row].as_py() for _, batch, row in _with(images, words)}
         pairs = ((a, b, distance) for a, b, distance in pairs if a in wanted or b in wanted)
     shown = _page(pairs, page)
     rows = {row.id: row for row in rows_of(images, {own for a, b, _ in shown for own in (a, b)})}
@@ -69,35 +70,34 @@ def alike(near_duplicates: Path, images: Path, words: str, page: int) -> list[tu
 def rows_of(images: Path, ids: Collection[str]) -> list[Row]:
     """The images with these ids, in the shards' order."""
     wanted = pa.array(sorted(ids), pa.string())
-    return _rows(_places(images, "id", lambda table: np.flatnonzero(pc.is_in(table["id"], wanted))))
+    return _rows(images, _find(images, lambda batch: np.flatnonzero(pc.is_in(batch["id"], wanted))))
 
 
-def _with(images: Path, words: str) -> Iterator[Place]:
+def _with(images: Path, words: str) -> Iterator[Found]:
     """Images with ``words`` in a caption, whatever the case of their letters."""
 
-    def matching(table: pa.Table) -> np.ndarray:
-        captions = table["captions"].combine_chunks()
+    def matching(batch: pa.RecordBatch) -> np.ndarray:
+        captions = batch["captions"]
         hits = pc.match_substring(captions.flatten(), words.strip(), ignore_case=True)
         return pc.list_parent_indices(captions).filter(hits).unique().to_numpy()
 
-    return _places(images, "captions", matching)
+    return _find(images, matching)
 
 
-def _places(images: Path, column: str, rows: Callable[[pa.Table], Iterable[int]]) -> Iterator[Place]:
-    for shard in read_manifest(images)["shards"]:
-        for path, group, table in _groups(images / shard["name"], [column]):
-            yield from ((path, group, int(row)) for row in rows(table))
+def _find(images: Path, matching: Callable[[pa.RecordBatch], np.ndarray]) -> Iterator[Found]:
+    """The images whose rows of a batch of metadata are ``matching``."""
+    start = 0
+    for batch in metadata_batches(images, SHOWN):
+        yield from ((start + row, batch, row) for row in matching(batch).tolist())
+        start += len(batch)
 
 
-def _rows(places: Iterable[Place]) -> list[Row]:
-    rows = []
-    for (path, group), own in groupby(places, lambda place: place[:2]):
-        with pq.ParquetFile(path) as file:
-            table = file.read_row_group(group, ["id", "captions", "split", "key", "image.bytes"])
-        for _, _, place in own:
-            row = {name: table[name][place].as_py() for name in table.column_names}
-            rows.append(Row(png=row.pop("image")["bytes"], **row))
-    return rows
+def _rows(images: Path, found: Iterable[Found]) -> list[Row]:
+    """Images with their pictures."""
+    found = list(found)
+    pngs = NumberedImages(images).pngs(np.array([number for number, _, _ in found], np.int64))
+    metadata = (batch.slice(row, 1).to_pylist()[0] for _, batch, row in found)
+    return [Row(**own, png=png) for own, png in zip(metadata, pngs, strict=True)]
 
 
 def _page(rows: Iterable[Shown], page: int) -> list[Shown]:
@@ -106,13 +106,8 @@ def _page(rows: Iterable[Shown], page: int) -> list[Shown]:
     return list(islice(rows, (page - 1) * ROWS, page * ROWS))
 
 
-def _groups(path: Path, columns: list[str] | None = None) -> Iterator[tuple[Path, int, pa.Table]]:
-    """A file's row groups."""
-    try:
-        with pq.ParquetFile(path) as file:
-            for group in range(file.num_row_groups):
-                yield path, group, file.read_row_group(group, columns)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: `make repro` makes it") from None
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"{path} cannot be used ({error}): delete it and run `dvc repro`") from error
+def _table_rows(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
+    if not path.exists():
+        raise UserError(f"{path} does not exist: `make repro` makes it")
+    for table in iterate_table(path, columns):
+        yield from table.to_pylist()

@@ -9,7 +9,6 @@ that was trained here and copied.
 """
 
 import shutil
-import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from latentloom.base_model import Carried, compare
 from latentloom.dvc_outs import bring, out_hash
 from latentloom.encoding.named_encoders import current_fingerprint, pinned_reference
 from latentloom.encoding.text_encoder import TextEncoder
-from latentloom.errors import UserError
+from latentloom.errors import UserError, notify
 from latentloom.files import read_json, user_path, write_json
 from latentloom.layout import INIT, MODEL
 from latentloom.model_files import EncoderReference, ModelConfig, model_hash, read_config
@@ -45,39 +44,39 @@ class Base:
     out: str | None  # None: not known
 
 
-def find_base(params: Params, root: Path, path: Path = INIT) -> Base | None:
-    """Write to ``path`` what ``train.init`` names, and check that the network of ``params`` can start from it.
+def find_base(params: Params, root: Path) -> Base | None:
+    """Write to `INIT` what ``train.init`` names, and check that the network of ``params`` can start from it.
 
     Raises:
         UserError: when it names no model, nothing was recorded of it either, or it does not fit.
     """
-    reference, known = params.train.init, recorded_base(path)
+    reference, known = params.train.init, recorded_base()
     base = None if reference is None else _find(reference, known, root)
     if base:
         folder = at_hand(base, root)
         if folder or base != known:  # a clone that does not train again fetches nothing
             carried = look(params, folder or base_folder(base, root), reference)
             if base != known:
-                print(f"train.init = {reference}:", "; ".join(carried.lines()), file=sys.stderr, flush=True)
-    write_json(path, base and asdict(base))
+                notify(f"train.init = {reference}: {'; '.join(carried.lines())}")
+    write_json(INIT, base and asdict(base))
     return base
 
 
-def recorded_base(path: Path = INIT) -> Base | None:
+def recorded_base() -> Base | None:
     """What `find_base` wrote last; None where no base was named."""
-    entry = read_json(path) if path.exists() else None
+    entry = read_json(INIT) if INIT.exists() else None
     return entry and Base(**entry)
 
 
-def named_base(reference: str | None, path: Path = INIT) -> Base | None:
+def named_base(reference: str | None) -> Base | None:
     """The base that the params name.
 
     Raises:
         UserError: when the file is of other params.
     """
-    base = recorded_base(path)
+    base = recorded_base()
     if (base and base.reference) != reference:
-        raise UserError(f"train.init = {reference}: {path} is of other params; run `dvc repro`, which looks it up")
+        raise UserError(f"train.init = {reference}: {INIT} is of other params; run `dvc repro`, which looks it up")
     return base
 
 
@@ -156,9 +155,7 @@ def _find(reference: str, recorded: Base | None, root: Path) -> Base:
     except Exception as error:  # a store that is away has errors of its own
         if known is None:
             raise UserError(f"train.init = {reference}: {_reason(error)}") from error
-        print(
-            f"train.init = {reference} stays model {known.sha256[:12]}: {_reason(error)}", file=sys.stderr, flush=True
-        )
+        notify(f"train.init = {reference} stays model {known.sha256[:12]}: {_reason(error)}")
         return known
 
 

@@ -23,7 +23,7 @@ CONTEXT_TAG = "mlflow.data.context"  # of a data set that was logged to a run
 RECALLS = ("held_out_recall_at_1", "new_words_recall_at_1")  # the first that both models have decides
 COPIED, VAL_MAE = "copied_share", "val_mae"
 RECALL_NAMES = tuple(f"{kind}_recall_at_{among}" for kind in ("held_out", "new_words") for among in (1, 5))
-KEPT = (*RECALLS, COPIED, VAL_MAE)  # as tags of a version
+KEPT = tuple(f"{name}{bound}" for name in (*RECALLS, COPIED, VAL_MAE) for bound in ("", "_low", "_high"))  # as tags
 SHOWN_FIRST = (*RECALL_NAMES, COPIED, VAL_MAE, "memorisation_recall")
 COUNTS = ("held_out_combinations", "new_words_captions")  # of the samples of held-out captions
 BESIDE_REAL = ("features", "clip", "samples", "real_images")  # what decides FID, KID, CMMD and CLIP score
@@ -106,7 +106,7 @@ class Figures:
 
     def tags(self, prefix: str = "") -> dict[str, str]:
         """What decides, and how it was measured, as tags of one value each."""
-        kept = {name: f"{self.values[name]:.6g}" for name in _with_bounds(KEPT) if name in self.values}
+        kept = {name: f"{self.values[name]:.6g}" for name in KEPT if name in self.values}
         kept |= {f"measured.{name}": getattr(self, name) for name in (*WAYS, "noise", "run_id")}
         return {f"{prefix}{name}": str(value) for name, value in kept.items() if value is not None}
 
@@ -114,7 +114,7 @@ class Figures:
     def of_tags(cls, tags: Mapping[str, str], prefix: str = "") -> "Figures":
         """The reverse of `tags`; without any figure where the version has no such tags."""
         own = {key.removeprefix(prefix): value for key, value in tags.items() if key.startswith(prefix)}
-        values = {name: float(own[name]) for name in _with_bounds(KEPT) if name in own}
+        values = {name: float(own[name]) for name in KEPT if name in own}
         ways: dict[str, Any] = {name: own.get(f"measured.{name}") for name in (*WAYS, "noise", "run_id")}
         return cls(values, **ways | {"samples": int(ways["samples"]) if ways["samples"] else None})
 
@@ -180,10 +180,6 @@ def _digest(run: "Run") -> str | None:
         if any(tag.key == CONTEXT_TAG and tag.value == "validation" for tag in given.tags):
             return given.dataset.digest
     return None
-
-
-def _with_bounds(names: Iterable[str]) -> list[str]:
-    return [f"{name}{bound}" for name in names for bound in ("", "_low", "_high")]
 
 
 def _known(value: object) -> str:

@@ -5,8 +5,6 @@ figures and its moves (`moves.py`). A version is created whole before an alias m
 the aliases as they were.
 """
 
-import sys
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from filelock import FileLock
 
-from latentloom.errors import UserError
+from latentloom.errors import UserError, notify
 from latentloom.evaluation.text_to_image import default_settings
 from latentloom.layout import PARAMS, SAMPLE_SHEET, state_folder
 from latentloom.model_files import read_config
@@ -32,6 +30,7 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 Alias = Literal["champion", "candidate"]
+LOCK = "registry.lock"  # of the process of this machine that compares with the champion and moves an alias
 REMEASURED = "remeasured."  # before the names of tags that keep the figures of a champion that was measured again
 MEANINGS = {
     "held_out_recall_at_1": "generates what captions it has never seen ask for",
@@ -59,7 +58,7 @@ def promote(
         mlflow.exceptions.MlflowException: when the store cannot be reached; the alias has not moved then.
     """
     client = existing_store(root)
-    with _one_at_a_time():
+    with FileLock(state_folder(LOCK)):
         stored, aliases = stored_model(client, found.sha256, found.run_id, found.evaluation_id), current(root)
         if stored.run is None:
             raise UserError(
@@ -98,7 +97,7 @@ def demote(alias: Alias, root: Path, *, why: str | None = None) -> tuple[str, st
         UserError: when ``alias`` names nothing.
     """
     client = existing_store(root)
-    with _one_at_a_time():
+    with FileLock(state_folder(LOCK)):
         now = current(root).get(alias)
         if now is None:
             raise UserError(f"there is no {alias} to take back: `latentloom history` shows what there was")
@@ -145,7 +144,7 @@ def _compare(client: "MlflowClient", root: Path, own: StoredModel, figures: Figu
     if pair is None:
         ways = figures.differences(known[0]) if known else ["it has no figures"]
         otherwise = f"the champion (version {champion}) was measured otherwise: {'; '.join(ways) or 'no common figure'}"
-        print(f"{otherwise}. It is measured again", file=sys.stderr, flush=True)
+        notify(f"{otherwise}. It is measured again")
         try:
             settings = sampling_settings(client, own)
             if settings is None:
@@ -198,13 +197,6 @@ def _describe(client: "MlflowClient", number: str) -> None:
     picture = f"get-artifact?path={SAMPLE_SHEET.name}&run_uuid={figures.run_id}"
     parts.append(f"{trained}.\n\n![{SAMPLE_SHEET.name} of the evaluation]({picture})")
     client.update_model_version(NAME, number, description="\n".join(parts))
-
-
-def _one_at_a_time() -> AbstractContextManager:
-    """Let one process of this machine at a time compare with the champion and move an alias."""
-    lock = state_folder("registry.lock")
-    lock.parent.mkdir(exist_ok=True)
-    return FileLock(lock)
 
 
 def _register(

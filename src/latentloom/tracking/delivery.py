@@ -1,22 +1,33 @@
 """From a run's journal to MLflow, in order, and from a thread of its own while the run lasts.
 
 A store that cannot be reached costs one warning. The thread tries again until the run ends; what is left then waits in
-the journal for ``latentloom sync``. What may have arrived before a connection broke is sent again, which changes
-nothing: MLflow keeps one copy of a metric with the same time, step and value, params and tags have one value, files
-have one name, data sets one digest, and for images it is asked first. To a run that another journal has finished,
-nothing is sent.
+the journal for ``latentloom sync``, which is `sync`. What may have arrived before a connection broke is sent again,
+which changes nothing: MLflow keeps one copy of a metric with the same time, step and value, params and tags have one
+value, files have one name, data sets one digest, and for images it is asked first. To a run that another journal has
+finished, nothing is sent.
 """
 
 import json
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+import filelock
 
 from latentloom.errors import UserError
-from latentloom.tracking.journal import Event, Journal
-from latentloom.tracking.store import experiment_id, first_line, has_error_code, open_client, search_runs
+from latentloom.tracking.journal import Event, Journal, journals
+from latentloom.tracking.store import (
+    current_target,
+    experiment_id,
+    first_line,
+    has_error_code,
+    open_client,
+    search_runs,
+)
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -26,6 +37,14 @@ KEY_TAG, PARENT_TAG = "latentloom.key", "mlflow.parentRunId"
 EVERY = 10.0  # seconds between two deliveries
 PATIENCE = 60.0  # seconds that the end of a run waits for the last delivery
 LARGEST_BATCH = 25  # events per request: MLflow takes 1,000 metrics, and a machine of eight GPUs has 36
+
+
+class Synced(NamedTuple):
+    """What became of a journal: a message for the user, and whether some of it still waits."""
+
+    key: str
+    message: str
+    waits: bool = False
 
 
 def deliver_until(stopping: threading.Event, journal: Journal, root: Path, measure: Callable[[], None]) -> None:
@@ -59,6 +78,39 @@ def deliver(journal: Journal, root: Path) -> None:
         if not journal.about["known"]:
             _send_or_leave_out(client, run_id, batch, journal.folder)
         journal.update(delivered=end)
+
+
+def sync(root: Path) -> Iterator[Synced]:
+    """Deliver the journals that wait, one after the other.
+
+    A run whose process was killed is marked ``KILLED``; a run whose process is alive is left alone. Trainings, whose
+    keys are hexadecimal digits alone, come before the evaluations that are linked to them.
+    """
+    folders = [path.parent for path in journals(root).glob("*/about.json")]
+    for folder in sorted(folders, key=lambda folder: ("-" in folder.name, folder.name)):
+        try:
+            with closing(Journal(folder)) as journal:
+                yield _sync(journal, root)
+        except filelock.Timeout:
+            yield Synced(folder.name, "still running")
+        except (OSError, ValueError) as error:
+            yield Synced(folder.name, f"cannot be read: {first_line(error)}", waits=True)
+
+
+def _sync(journal: Journal, root: Path) -> Synced:
+    if (target := journal.about["target"]) != current_target():
+        message = f"waits for {target or 'the store of this project'}: set MLFLOW_TRACKING_URI accordingly"
+        return Synced(journal.key, message, waits=True)
+    if journal.status in (None, "RUNNING"):
+        journal.append({"kind": "status", "status": "KILLED"})
+    waiting = journal.waiting
+    if not waiting:
+        return Synced(journal.key, "nothing to deliver")
+    try:
+        deliver(journal, root)
+    except Exception as error:
+        return Synced(journal.key, f"{journal.waiting} entries still wait: {first_line(error)}", waits=True)
+    return Synced(journal.key, f"delivered {waiting} entries")
 
 
 def _run_id(client: "MlflowClient", journal: Journal, root: Path) -> str:
@@ -99,16 +151,9 @@ def _link(client: "MlflowClient", journal: Journal) -> dict[str, str]:
 
 def _batches(journal: Journal) -> Iterator[tuple[list[Event], int]]:
     """The events that wait, and where they end, as requests: metrics together, anything else alone."""
-    batch: list[Event] = []
-    end = 0
-    for event, event_end in journal.events(journal.about["delivered"]):
-        if batch and not (batch[0]["kind"] == event["kind"] == "metrics" and len(batch) < LARGEST_BATCH):
-            yield batch, end
-            batch = []
-        batch.append(event)
-        end = event_end
-    if batch:
-        yield batch, end
+    for kind, waiting in groupby(journal.events(journal.about["delivered"]), key=lambda own: own[0]["kind"]):
+        while batch := list(islice(waiting, LARGEST_BATCH if kind == "metrics" else 1)):
+            yield [event for event, _ in batch], batch[-1][1]
 
 
 def _send_or_leave_out(client: "MlflowClient", run_id: str, batch: list[Event], folder: Path) -> None:

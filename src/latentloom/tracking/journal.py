@@ -11,6 +11,7 @@ which is cut off. One process at a time holds a journal.
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,24 @@ from latentloom.files import read_json, write_json
 Event = dict[str, Any]
 
 
+def now() -> int:
+    """Milliseconds since 1970."""
+    return int(time.time() * 1000)
+
+
+def journals(root: Path) -> Path:
+    """The folder of all runs' journals."""
+    return root / ".state" / "tracking"
+
+
 class Journal:
     """The journal of one run, locked until it is closed.
 
     Args:
         folder: the run's own, ``FOLDER/KEY``; made where it is not there.
         wait: seconds, for another process that writes to it or delivers it.
-        about: of a new journal: ``name``, ``started`` (milliseconds since 1970), and ``parent``, the tag and its value
-            by which the store knows the run that this one belongs to; None: to none.
+        name: of a new run.
+        parent: of a new run: the tag and its value by which the store knows the run that it belongs to; None: to none.
 
     Raises:
         filelock.Timeout: when another process holds it.
@@ -37,13 +48,15 @@ class Journal:
         UserError: when its ``about.json`` cannot be read.
     """
 
-    def __init__(self, folder: Path, *, wait: float = 0, **about: Any) -> None:
+    def __init__(
+        self, folder: Path, *, wait: float = 0, name: str | None = None, parent: tuple[str, str] | None = None
+    ) -> None:
         self.folder, self.key = folder, folder.name
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(folder / "lock", timeout=wait)
         self._lock.acquire()
         if not (folder / "about.json").exists():
-            write_json(folder / "about.json", about)
+            write_json(folder / "about.json", {"name": name, "started": now(), "parent": parent})
         self._file = open(folder / "events.jsonl", "ab")  # noqa: SIM115
         end = max((end for _, end in self.events()), default=0)
         self._file.truncate(end)
@@ -65,9 +78,9 @@ class Journal:
         return sum(1 for _ in self.events(self.about["delivered"]))
 
     def append(self, event: Event) -> None:
-        """Add an event; the operating system has it when this returns, so a kill does not lose it."""
+        """Add an event of now; the operating system has it when this returns, so a kill does not lose it."""
         # Names from git or the disk that are not UTF-8 come as lone surrogates, which no store takes.
-        self._file.write(json.dumps(event, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+        self._file.write(json.dumps({"time": now(), **event}, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
         self._file.flush()
 
     def events(self, start: int = 0) -> Iterator[tuple[Event, int]]:

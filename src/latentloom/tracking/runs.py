@@ -10,21 +10,19 @@ and skips what its journal already holds, so its curves have neither gaps nor do
 
 import hashlib
 import io
-import sys
 import threading
-import time
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import filelock
 import numpy as np
 
+from latentloom.errors import notify
 from latentloom.tracking import delivery
-from latentloom.tracking.journal import Journal
+from latentloom.tracking.journal import Journal, journals, now
 from latentloom.tracking.store import current_target, first_line
 from latentloom.tracking.system_metrics import system_metrics
 
@@ -98,17 +96,9 @@ class TrackedRun:
         try:
             if content is not None:
                 event["file"] = self._journal.keep(*content)
-            self._journal.append({"time": _now(), **event})
+            self._journal.append(event)
         except OSError as error:
             warnings.warn(f"{event['kind']} could not be logged: {error}", stacklevel=3)
-
-
-class Synced(NamedTuple):
-    """What became of a journal: a message for the user, and whether some of it still waits."""
-
-    key: str
-    message: str
-    waits: bool = False
 
 
 @contextmanager
@@ -125,8 +115,7 @@ def new_run(
         parent: a tag and its value, of the run that a new one is shown below.
     """
     try:
-        about = {"name": name, "started": _now(), "parent": parent}
-        journal = Journal(journals(root) / (key or uuid.uuid4().hex), wait=5, **about)
+        journal = Journal(journals(root) / (key or uuid.uuid4().hex), wait=5, name=name, parent=parent)
         journal.update(target=current_target())  # a resumed run, and all of it, goes to the present store
     except (OSError, ValueError) as error:
         warnings.warn(f"nothing of this run is tracked ({first_line(error)})", stacklevel=3)
@@ -135,7 +124,7 @@ def new_run(
     run, started = TrackedRun(journal), journal.about["started"]
     run.set_status("RUNNING")
     stopping = threading.Event()
-    work = (stopping, journal, root, lambda: run.log_metrics(system_metrics(), (_now() - started) // 1000))
+    work = (stopping, journal, root, lambda: run.log_metrics(system_metrics(), (now() - started) // 1000))
     thread = threading.Thread(target=delivery.deliver_until, args=work, name="tracking", daemon=True)
     thread.start()
     status = "FAILED"
@@ -150,51 +139,9 @@ def new_run(
         stopping.set()
         thread.join(delivery.PATIENCE)
         if waiting := journal.waiting:
-            print(
-                f"tracking: {waiting} entries of this run wait in {journal.folder}; `latentloom sync` delivers them",
-                file=sys.stderr,
-                flush=True,
-            )
+            notify(f"tracking: {waiting} entries of this run wait in {journal.folder}; `latentloom sync` delivers them")
         if not thread.is_alive():  # else the store hangs, and the thread is left to itself
             journal.close()
-
-
-def journals(root: Path) -> Path:
-    """The folder of all runs' journals."""
-    return root / ".state" / "tracking"
-
-
-def sync(root: Path) -> Iterator[Synced]:
-    """Deliver the journals that wait, one after the other.
-
-    A run whose process was killed is marked ``KILLED``; a run whose process is alive is left alone. Trainings, whose
-    keys are hexadecimal digits alone, come before the evaluations that are linked to them.
-    """
-    folders = [path.parent for path in journals(root).glob("*/about.json")]
-    for folder in sorted(folders, key=lambda folder: ("-" in folder.name, folder.name)):
-        try:
-            with closing(Journal(folder)) as journal:
-                yield _sync(journal, root)
-        except filelock.Timeout:
-            yield Synced(folder.name, "still running")
-        except (OSError, ValueError) as error:
-            yield Synced(folder.name, f"cannot be read: {first_line(error)}", waits=True)
-
-
-def _sync(journal: Journal, root: Path) -> Synced:
-    if (target := journal.about["target"]) != current_target():
-        message = f"waits for {target or 'the store of this project'}: set MLFLOW_TRACKING_URI accordingly"
-        return Synced(journal.key, message, waits=True)
-    if journal.status in (None, "RUNNING"):
-        journal.append({"time": _now(), "kind": "status", "status": "KILLED"})
-    waiting = journal.waiting
-    if not waiting:
-        return Synced(journal.key, "nothing to deliver")
-    try:
-        delivery.deliver(journal, root)
-    except Exception as error:
-        return Synced(journal.key, f"{journal.waiting} entries still wait: {first_line(error)}", waits=True)
-    return Synced(journal.key, f"delivered {waiting} entries")
 
 
 def _held(journal: Journal) -> set[tuple[str, str, int | None]]:
@@ -227,7 +174,3 @@ def _short(value: str) -> str:
         return value
     end = f"… sha256 {hashlib.sha256(value.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}"
     return value[: LONGEST_PARAM - len(end)] + end
-
-
-def _now() -> int:
-    return int(time.time() * 1000)

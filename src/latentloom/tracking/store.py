@@ -10,12 +10,11 @@ import os
 import re
 import shlex
 import sqlite3
-import sys
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from latentloom.errors import UserError
+from latentloom.errors import UserError, notify
 from latentloom.files import atomic_path
 
 if TYPE_CHECKING:
@@ -183,11 +182,9 @@ def _prepare(store: Path, files: Path) -> None:
             # Where the store alone was copied, the files of its runs are only where they were.
             for table, column in ADDRESSES if files.is_dir() else ADDRESSES[:1]:
                 connection.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (there, here))
-            print(
+            notify(
                 f"MLflow: {store} came here with a copied or moved project; its runs keep their files in {here} from "
-                f"now on, no longer in {there}",
-                file=sys.stderr,
-                flush=True,
+                f"now on, no longer in {there}"
             )
 
 

@@ -14,7 +14,6 @@ checkpoint's files ``state.json`` is written last: without it, there is no check
 import hashlib
 import json
 import shutil
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from latentloom.errors import UserError
+from latentloom.errors import UserError, notify
 from latentloom.files import read_json, sha256_file, write_json, write_text
 from latentloom.params import Params
 from latentloom.tensor_files import read_tensors, save_tensors
@@ -97,7 +96,7 @@ class Checkpoints:
             held = f"another training of the same params and data is running ({lock.lock_file})"
             if not wait:
                 raise UserError(f"{held}; wait until it has ended, or stop it") from None
-            print(f"train: {held}; waiting until it has ended", file=sys.stderr, flush=True)
+            notify(f"train: {held}; waiting until it has ended")
             lock.acquire()
         try:
             yield
@@ -233,6 +232,5 @@ def _step(path: Path) -> int:
 
 
 def _lock_of(folder: Path) -> FileLock:
-    folder.parent.mkdir(parents=True, exist_ok=True)
     # Not within the folder, which is deleted while the lock is held.
     return FileLock(folder.with_name(f"{folder.name}.lock"), thread_local=False)

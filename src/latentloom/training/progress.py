@@ -6,6 +6,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from latentloom.errors import notify
+
 EVERY = 30.0  # seconds from one line to the next
 
 
@@ -38,9 +40,5 @@ class Progress:
             rate = (step - self._last_step) / (now - self._last_time)
             left = tqdm.format_interval((self._total - step) / rate)
             error = "" if mae is None else f"mae {mae:.4f}, "
-            print(
-                f"train: step {step} of {self._total}, {error}{rate:.3g} steps/s, {left} left",
-                file=sys.stderr,
-                flush=True,
-            )
+            notify(f"train: step {step} of {self._total}, {error}{rate:.3g} steps/s, {left} left")
             self._last_step, self._last_time = step, now

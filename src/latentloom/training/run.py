@@ -1,7 +1,6 @@
 """One whole training: from the caches, or from a checkpoint, to the model's folder."""
 
 import shutil
-import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from latentloom.diffusion.text import Labels, pooled
 from latentloom.diffusion.unet import UNet
 from latentloom.encoding.dataset import Caches
 from latentloom.encoding.shard_files import TOKENS
-from latentloom.errors import UserError
+from latentloom.errors import UserError, notify
 from latentloom.model_files import FORMAT_VERSION, EncoderReference, ModelConfig, save_model
 from latentloom.params import Params, TrainParams
 from latentloom.training.checkpoints import Checkpoint, Checkpoints
@@ -71,7 +70,7 @@ def run_training(
     settings, device = params.train, accelerator.device
     _check_settings(params, caches, device)
     if accelerator.is_main_process and not caches.has_validation:
-        print("train: the validation split is empty, so no validation error is measured", file=sys.stderr, flush=True)
+        notify("train: the validation split is empty, so no validation error is measured")
     dtype = autocast_dtype(settings.precision, device)
     torch.manual_seed(params.seed)
     config = model_config(params, caches)
@@ -86,7 +85,7 @@ def run_training(
     if base:
         carried = take_weights(network, config, base, settings.init, strict=settings.init_strict)
         if accelerator.is_main_process and not resumed:
-            print(f"train: starting from {settings.init};", "; ".join(carried.lines()), file=sys.stderr, flush=True)
+            notify(f"train: starting from {settings.init}; {'; '.join(carried.lines())}")
     network.gradient_checkpointing = params.machine.gradient_checkpointing
     state = TrainingState.start(network, settings, dtype)
     curves = Curves(curves_folder)
@@ -182,7 +181,7 @@ def _schedule(settings: TrainParams) -> dict[str, int]:
 
 
 def _announce(resumed: Checkpoint, checkpoints: Checkpoints, steps: int, logger: Logger) -> None:
-    print(f"train: resuming from step {resumed.step} of {steps}", file=sys.stderr, flush=True)
+    notify(f"train: resuming from step {resumed.step} of {steps}")
     if resumed.code != checkpoints.code:
         warnings.warn(
             f"the checkpoint was written by other code ({resumed.code}) than the present ({checkpoints.code}): the "

@@ -32,7 +32,6 @@ from latentloom.validation.rejected import Rejected, record_batches
 
 SPLITS = ["train", "validation"]
 TRAIN, VALIDATION = range(2)  # their codes
-LATENT_REJECTS = ["id", "source", "key", "reason", "detail"]
 EMBEDDING = ["mean", "std", "norm"]
 
 Columns = dict[str, np.ndarray]
@@ -80,8 +79,9 @@ def read_data(folder: Path) -> Data:
     samples_rejected = rejects.add(folder / "rejects.parquet", ["source", "preview"])
     near_duplicates = _near_duplicates(folder / "near_duplicates.parquet")
     latents = _latents(folder / "latents/index.parquet", splits)
-    latents_rejected = _ids(folder / "latents/rejects.parquet", "id")
-    rejects.add(folder / "latents/rejects.parquet", ["source", "id"])
+    of_latents = folder / "latents/rejects.parquet"
+    latents_rejected = np.concatenate([from_hex(batch["id"]) for batch in record_batches(of_latents, ["id"])])
+    rejects.add(of_latents, ["source", "id"])
     reconstructions = read_table(folder / "latents/reconstructions.parquet", ["id", "psnr", "preview"])
     latent_stats = read_json(folder / "latents/stats.json")
     caption_index = folder / "text/index.parquet"
@@ -268,10 +268,6 @@ def _codes(column: pa.Array, names: list[str]) -> np.ndarray:
     own = encoded.dictionary.to_pylist()
     names += [name for name in own if name not in names]
     return np.array([names.index(name) for name in own], np.int16)[encoded.indices.to_numpy()]
-
-
-def _ids(path: Path, column: str) -> np.ndarray:
-    return _joined({column: from_hex(batch[column])} for batch in record_batches(path, [column]))[column]
 
 
 def _ids_at(ids: np.ndarray, rows: Sequence[int]) -> list[str]:
