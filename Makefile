@@ -14,8 +14,12 @@ unexport PYTHONDONTWRITEBYTECODE
 # Tests side by side, each process with one thread. Tests of kills and of servers wait a third of their time, so there
 # are two processes more than cores; unit tests do not wait, and a process needs ten seconds for its imports. What shares
 # a project stays in one process (tests/conftest.py says what).
+#
+# They make tens of thousands of small files and flush thousands, which costs a tenth as much in memory, where there is
+# room: a run needs 2 GiB.
 CORES := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 5 ? n : 5)))
-PYTEST := OMP_NUM_THREADS=1 python -m pytest --dist loadfile --no-loadscope-reorder
+IN_MEMORY := $(shell [ "$$(df -Pk /dev/shm 2>&- | awk "END {print \$$4}")" -gt 6000000 ] 2>&- && echo TMPDIR=/dev/shm)
+PYTEST := $(IN_MEMORY) OMP_NUM_THREADS=1 python -m pytest --dist loadfile --no-loadscope-reorder
 PYTEST_WAITING := $(PYTEST) -n $(shell echo $$(($(CORES) < 4 ? $(CORES) + 2 : 5)))
 
 .PHONY: repro test test-fast test-services ui page bench notebooks lint install install-tests clean
