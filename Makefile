@@ -18,7 +18,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # They make tens of thousands of small files and flush thousands, which costs a tenth as much in memory, where there is
 # room: a run needs 2 GiB.
 CORES := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 5 ? n : 5)))
-IN_MEMORY := $(shell [ "$$(df -Pk /dev/shm 2>&- | awk "END {print \$$4}")" -gt 6000000 ] 2>&- && echo TMPDIR=/dev/shm)
+IN_MEMORY := $(if $(TMPDIR),,$(shell [ "$$(df -Pk /dev/shm 2>/dev/null | awk "END {print \$$4}")" -gt 6000000 ] && echo TMPDIR=/dev/shm))
 PYTEST := $(IN_MEMORY) OMP_NUM_THREADS=1 python -m pytest --dist loadfile --no-loadscope-reorder
 PYTEST_WAITING := $(PYTEST) -n $(shell echo $$(($(CORES) < 4 ? $(CORES) + 2 : 5)))
 
