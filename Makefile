@@ -11,12 +11,16 @@ export DO_NOT_TRACK ?= 1
 # What is compiled is kept, or every process would compile all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-# Tests side by side, each process with one thread. Tests of kills and of servers wait a third of their time, so there
-# are two processes more than cores; unit tests do not wait, and a process needs ten seconds for its imports. What shares
-# a project stays in one process (tests/conftest.py says what).
+# Tests side by side, a process for each core, each with one thread. Those of kills and of servers wait a tenth of their
+# time, but a third process on two cores spends more on its own imports than that. What shares a project stays in one
+# process (tests/conftest.py says what).
+#
+# They make tens of thousands of small files and flush thousands, which costs a tenth as much in memory, where there is
+# room: half a GiB, and two where many tests fail, as only what passed is removed at once.
 CORES := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 5 ? n : 5)))
-PYTEST := OMP_NUM_THREADS=1 python -m pytest --dist loadfile --no-loadscope-reorder
-PYTEST_WAITING := $(PYTEST) -n $(shell echo $$(($(CORES) < 4 ? $(CORES) + 2 : 5)))
+FREE := $(shell df -Pk /dev/shm 2>/dev/null | awk 'END {print $$4 + 0}')
+IN_MEMORY := $(if $(TMPDIR),,$(shell [ $(FREE) -gt 3000000 ] && echo TMPDIR=/dev/shm))
+PYTEST := $(IN_MEMORY) OMP_NUM_THREADS=1 python -m pytest --dist loadfile --no-loadscope-reorder -n $(CORES)
 
 .PHONY: repro test test-fast test-services ui page bench notebooks lint install install-tests clean
 
@@ -26,13 +30,13 @@ repro: install ## run every stage that is not up to date
 	@latentloom summary
 
 test: install-tests ## every test
-	$(PYTEST_WAITING)
+	$(PYTEST)
 
 test-fast: install-tests ## unit tests alone, without the slow ones
-	$(PYTEST) -n $(CORES) -m "not pipeline and not fault and not slow and not service"
+	$(PYTEST) -m "not pipeline and not fault and not slow and not service"
 
 test-services: install-tests ## tests with Postgres, S3, a browser, DVC's queue, a served model
-	$(PYTEST_WAITING) -m service
+	$(PYTEST) -m service
 
 ui: install ## MLflow's pages on this machine; PORT=... for another port than 5000
 	@latentloom ui $(if $(PORT),--port $(PORT))

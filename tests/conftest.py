@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from projects import finished, first_run, made_once, make_project  # noqa: F401 (fixtures)
+from projects import QUIET, finished, first_run, made_once, make_project  # noqa: F401 (fixtures)
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.update(QUIET | os.environ)
 os.environ.setdefault("LATENTLOOM_TESTS_PID", str(os.getpid()))  # of pytest itself: its processes inherit it
 
 

@@ -21,7 +21,8 @@ from filelock import FileLock
 ROOT = Path(__file__).parents[1]
 STAGES = ("ingest", "encode_images", "encode_text", "validate", "train", "evaluate")
 OTHERS = ("DVC_", "MLFLOW_", "LATENTLOOM_")  # variables of the one who runs the tests
-OFFLINE = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+# Nothing is sent: where DVC may, each of its commands starts a process that does.
+QUIET = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "DO_NOT_TRACK": "1", "DVC_NO_ANALYTICS": "1"}
 PARTS = ("dvc.yaml", "params.yaml", "pipelines", "src", "notebooks", "pyproject.toml", ".gitignore", ".dvcignore")
 
 
@@ -90,7 +91,7 @@ class Project:
         if not self.cold:
             programs.insert(0, str(stage_socket().parent))
         hooks = {} if self.rows_per_shard is None else {"rows_per_shard": self.rows_per_shard}
-        return environment | OFFLINE | {"PATH": os.pathsep.join(programs), "STAGE_HOOKS": json.dumps(hooks)}
+        return environment | QUIET | {"PATH": os.pathsep.join(programs), "STAGE_HOOKS": json.dumps(hooks)}
 
 
 PYTHON = """#!/bin/sh
@@ -134,7 +135,7 @@ def stage_socket() -> Path:
             with open(folder / "server.log", "w") as log:
                 subprocess.Popen(
                     [sys.executable, tests / "stage_server.py", folder, owner],
-                    env=environment | OFFLINE | {"OMP_NUM_THREADS": "1"},
+                    env=environment | QUIET | {"OMP_NUM_THREADS": "1"},
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,

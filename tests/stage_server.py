@@ -100,12 +100,13 @@ PRELOADED = (
 def main(folder: Path, owner: int) -> None:
     """Serve on ``folder/socket`` until the process ``owner`` is gone."""
     import stage_hooks  # noqa: F401 (before the folder of the tests leaves the path)
-    from migrations import read_migrations_once
+    from read_once import read_migrations_once, read_yaml_once
 
     gc.disable()  # nothing of what is imported is garbage
     for module in PRELOADED:
         importlib.import_module(module)
     read_migrations_once()
+    read_yaml_once(Path(__file__).parents[1] / "dvc.yaml")
     logging.captureWarnings(False)  # Great Expectations, which only some stages import, turned it on
     assert threading.active_count() == 1, "a thread does not survive a fork"
     assert not [name for name in sys.modules if name.partition(".")[0] == "latentloom"]

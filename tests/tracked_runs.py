@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from migrations import read_migrations_once
+from read_once import read_migrations_once
 from tiny_models import save_tiny_unet
 
 from latentloom.diffusion.sampling_settings import SamplingSettings

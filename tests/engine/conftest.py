@@ -30,13 +30,14 @@ def cluster() -> Iterator[Any]:
     from latentloom import engine_ray
 
     patched = pytest.MonkeyPatch()
-    folder = tempfile.mkdtemp(prefix="ray-")  # its own, and short: sockets in it have names of at most 107 bytes
+    folder = tempfile.mkdtemp(prefix="r-")  # its own, and short: sockets in it have names of at most 107 bytes
+    patched.setenv("RAY_TMPDIR", folder)  # where it says, too, which cluster is this machine's
     patched.setenv("RAY_AUTH_MODE", "disabled")  # else a token is written into the user's home
     patched.setenv("RAY_TMPDIR", folder)  # where Ray writes the cluster's address, too, and makes no folder for it
     Path(folder, "ray").mkdir()
     made = Cluster()
     try:
-        add_node(made, temp_dir=folder)
+        add_node(made)
         add_node(made)
         patched.setenv("RAY_ADDRESS", made.address)
         engine_ray.connect()
