@@ -33,8 +33,6 @@ def cluster() -> Iterator[Any]:
     folder = tempfile.mkdtemp(prefix="r-")  # its own, and short: sockets in it have names of at most 107 bytes
     patched.setenv("RAY_TMPDIR", folder)  # where it says, too, which cluster is this machine's
     patched.setenv("RAY_AUTH_MODE", "disabled")  # else a token is written into the user's home
-    patched.setenv("RAY_TMPDIR", folder)  # where Ray writes the cluster's address, too, and makes no folder for it
-    Path(folder, "ray").mkdir()
     made = Cluster()
     try:
         add_node(made)
