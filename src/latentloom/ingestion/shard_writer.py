@@ -7,6 +7,7 @@ folder without it is not finished.
 
 import itertools
 from array import array
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -27,6 +28,7 @@ from latentloom.ingestion.shards import FORMAT_VERSION, MANIFEST, METADATA_COLUM
 from latentloom.sizes import Size
 
 SHARDS = "[0-9]*.parquet"
+CALLS_BEHIND = 3  # row groups that wait to be written, and the end of a shard
 CAPTIONS, SPLIT = map(SCHEMA.get_field_index, ("captions", "split"))
 CAPTIONS, SPLIT = map(SCHEMA.get_field_index, ("captions", "split"))
 WRITER_OPTIONS = {
@@ -231,27 +233,28 @@ def _joined(texts: Iterable[str | None]) -> str | None:
 
 
 class _Behind:
-    """Makes calls in a thread, one after another, while the caller goes on: by one, so that little is in memory.
+    """Makes calls in a thread, one after another, while the caller goes on, by a few, so that little is in memory.
 
-    What a call raises is raised by the next one, or by `wait`.
+    What a call raises is raised by one of the next, or by `wait`.
     """
 
     def __init__(self) -> None:
-        self._thread, self._last = ThreadPoolExecutor(1), Future[Any]()
-        self._last.set_result(None)
+        self._thread, self._calls = ThreadPoolExecutor(1), deque[Future[Any]]()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._thread.shutdown()
+        self._thread.shutdown(cancel_futures=True)
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> None:
-        self.wait()
-        self._last = self._thread.submit(function, *arguments)
+        self.wait(CALLS_BEHIND)
+        self._calls.append(self._thread.submit(function, *arguments))
 
-    def wait(self) -> None:
-        self._last.result()
+    def wait(self, left: int = 0) -> None:
+        """Wait until at most so many calls are left."""
+        while len(self._calls) > left:
+            self._calls.popleft().result()
 
 
 def _write_shard(
