@@ -51,6 +51,8 @@ def atomic_path(path: Path | str, room: int | None = None) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
         _flush_folder(path.parent)
+    except WriteError:  # of another file, which it names
+        raise
     except OSError as error:
         message = f"could not write {path}: {error.strerror or error}"
         if error.errno in NO_ROOM:

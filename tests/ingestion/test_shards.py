@@ -1,9 +1,12 @@
 """The shards of data/images: what others open, byte for byte the same, damaged files reported by name."""
 
+import errno
 import io
 import json
+import os
 import resource
 import signal
+import time
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,10 +20,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from latentloom.errors import UserError
+from latentloom.errors import UserError, WriteError
 from latentloom.ingestion import pngs, shards
 from latentloom.ingestion.ingest import ingest
 from latentloom.ingestion.pngs import decode, encode
+from latentloom.ingestion.shard_writer import ImageRow, write_shards
 from latentloom.ingestion.shards import (
     SCHEMA,
     NumberedImages,
@@ -205,6 +209,47 @@ def test_pixels_come_back_as_they_went_in(picture):
     assert decode(encode(picture(0))).flags.writeable
     with pytest.raises(ValueError, match="not a whole PNG"):
         decode(encode(picture(0))[:300])
+
+
+def test_a_shard_whose_end_cannot_be_written_is_named_while_the_next_is_begun(filled, small_shards, monkeypatch):
+    flush, flushed = os.fsync, []
+
+    def full(descriptor: int) -> None:
+        flushed.append(descriptor)
+        if len(flushed) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(WriteError) as raised:
+        filled.ingest()
+    assert str(raised.value).startswith(f"could not write {filled.images / '00000.parquet'}: No space left on device; ")
+    assert str(raised.value).count("could not write") == 1
+    assert not list(filled.images.glob(".*")) and not (filled.images / "manifest.json").exists()
+
+
+def test_no_row_group_is_written_to_a_shard_that_an_error_closes(filled, shards_of, monkeypatch):
+    shards_of(100, group=1)
+    writing, write = [], pq.ParquetWriter.write_table
+
+    def slowly(writer: pq.ParquetWriter, table: pa.Table) -> None:
+        assert writer.is_open
+        time.sleep(0.05)
+        write(writer, table)
+        writing.append(table)
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", slowly)
+
+    def rows():
+        for number in range(4):
+            png = encode(np.full((8, 8, 3), number, np.uint8))
+            yield ImageRow(f"{number:064}", png, ["a picture"], "train", "folder", str(number), 8, 8)
+        raise RuntimeError("of the source")
+
+    with pytest.raises(RuntimeError, match="of the source"):
+        write_shards(rows(), filled.images)
+    assert len(writing) == 4
+    assert not list(filled.images.iterdir())
 
 
 def test_metadata_is_read_without_the_pictures(filled, small_shards, monkeypatch):

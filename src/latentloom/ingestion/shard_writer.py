@@ -9,6 +9,7 @@ import itertools
 from array import array
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -251,6 +252,10 @@ class _Behind:
         self.wait(CALLS_BEHIND)
         self._calls.append(self._thread.submit(function, *arguments))
 
+    def rest(self) -> None:
+        """Wait until no call is left, whatever they raised."""
+        futures.wait(self._calls)
+
     def wait(self, left: int = 0) -> None:
         """Wait until at most so many calls are left."""
         while len(self._calls) > left:
@@ -277,9 +282,12 @@ def _write_shard(
     with ExitStack() as opened:
         temporary = opened.enter_context(atomic_path(path, room))
         writer = opened.enter_context(pq.ParquetWriter(temporary, SCHEMA, **WRITER_OPTIONS))
-        while group := list(itertools.islice(of_shard, ROW_GROUP_ROWS)):
-            behind(writer.write_table, _table(group))
-            count += len(group)
+        try:
+            while group := list(itertools.islice(of_shard, ROW_GROUP_ROWS)):
+                behind(writer.write_table, _table(group))
+                count += len(group)
+        finally:
+            behind.rest()  # nothing is written to a file that an error closes
         behind.wait()
         finish = opened.pop_all().close
     behind(finish)
