@@ -180,7 +180,7 @@ def plan(folder: Path, _: int) -> Callable[[], object]:
 
 
 def validate(folder: Path, _: int) -> Callable[[], object]:
-    from latentloom.params import load_params
+    from latentloom.params_file import load_params
     from latentloom.validation.runner import validate
 
     limits = load_params().validate_

@@ -40,7 +40,8 @@ from latentloom.file_hashes import SETTLED_NS, FileHashes
 from latentloom.ingestion import pngs
 from latentloom.ingestion.ingest import ingest
 from latentloom.ingestion.prepared import PreparedStore, recipe
-from latentloom.params import IngestParams, load_params
+from latentloom.params import IngestParams
+from latentloom.params_file import load_params
 
 IMAGE_SIZE = 256
 COPIED_AT_ONCE = 2**23

@@ -18,7 +18,7 @@ from latentloom.encoding.dataset import load_caches
 from latentloom.evaluation.recall import memorisation_recall
 from latentloom.evaluation.text_to_image import load_text_to_image
 from latentloom.layout import LATENTS, MODEL, TEXT
-from latentloom.params import load_params
+from latentloom.params_file import load_params
 
 REFERENCE_STEPS = 1000
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from latentloom.params import load_params
+from latentloom.params_file import load_params
 from latentloom.tracking.runs import TrackedRun, new_run
 
 METRICS = {f"train/{name}": 0.5 for name in ("mae", "learning_rate", "gradient_norm", "images_per_second")}

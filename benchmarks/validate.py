@@ -25,7 +25,7 @@ from PIL import Image
 
 from latentloom.files import write_json
 from latentloom.ingestion import shard_writer, shards
-from latentloom.params import load_params
+from latentloom.params_file import load_params
 from latentloom.validation.runner import validate
 from latentloom.validation.tables import LATENT_REJECTS
 

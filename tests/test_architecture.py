@@ -9,7 +9,18 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "latentloom"
 
 CORE = (
-    *("params", "files", "layout", "errors", "stage", "devices", "randomness", "model_files", "base_model"),
+    *(
+        "params",
+        "params_file",
+        "files",
+        "layout",
+        "errors",
+        "stage",
+        "devices",
+        "randomness",
+        "model_files",
+        "base_model",
+    ),
     *("sharding", "source_code", "sizes", "image_grid", "dvc_outs", "lettering", "tensor_files", "file_hashes", "ids"),
     *("engine", "engine_ray", "engine_worker"),
 )
@@ -50,7 +61,8 @@ FOUNDATION = {
     "layout": ("errors",),
     "files": ("errors",),
     "devices": ("errors",),
-    "params": ("errors", "sizes", "diffusion.sampling_settings"),
+    "params": ("sizes", "diffusion.sampling_settings"),
+    "params_file": ("errors", "params", "diffusion.sampling_settings"),
 }
 
 

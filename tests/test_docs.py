@@ -14,7 +14,8 @@ from latentloom.ingestion.ingest import ingest
 from latentloom.ingestion.rejects import Reason
 from latentloom.ingestion.shards import read_metadata
 from latentloom.ingestion.table_columns import IMAGE_COLUMNS
-from latentloom.params import Params, load_params
+from latentloom.params import Params
+from latentloom.params_file import load_params
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")

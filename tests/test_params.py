@@ -13,7 +13,7 @@ import yaml
 from dvc.utils.hydra import apply_overrides
 from dvc.utils.serialize import load_yaml
 
-from latentloom.params import ADDED, RENAMED, ParamsError, load_params
+from latentloom.params_file import ADDED, RENAMED, ParamsError, load_params
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = yaml.safe_load((ROOT / "params.yaml").read_text())

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 from latentloom.diffusion.unet import UNet, get_network
 from latentloom.encoding.dataset import LatentDataset
-from latentloom.params import Params, load_params
+from latentloom.params import Params
+from latentloom.params_file import load_params
 from latentloom.training.loop import TrainingState, train
 from latentloom.training.processes import make_accelerator
 

@@ -32,7 +32,8 @@ from latentloom.evaluation.report import evaluate
 from latentloom.evaluation.sheet import save_sheet
 from latentloom.evaluation.text_to_image import TextToImage
 from latentloom.model_files import load_model, model_hash, save_model
-from latentloom.params import Params, load_params
+from latentloom.params import Params
+from latentloom.params_file import load_params
 from latentloom.training.checkpoints import Checkpoints, CodeVersion, training_fingerprint
 from latentloom.training.interruption import TrainingStopped
 from latentloom.training.processes import make_accelerator

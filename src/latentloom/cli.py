@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from latentloom.errors import UserError
 from latentloom.files import read_json
 from latentloom.layout import EVALUATE_METRICS, MODEL, PARAMS, SAMPLE_SHEET, SAMPLES, TRAIN_METRICS, project_root
-from latentloom.params import load_params
+from latentloom.params_file import load_params
 from latentloom.stage import use_utf8
 
 UI_PORTS, PAGE_PORTS = range(5000, 5020), range(7860, 7880)

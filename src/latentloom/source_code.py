@@ -14,7 +14,7 @@ PACKAGE = "latentloom"
 # Modules and packages that decide nothing of what a stage computes: params.yaml itself is what DVC compares, paths and
 # errors are no content, previews only show, and tracking, lineage and registry only record.
 UNDECIDING = (
-    *("params", "layout", "errors", "stage", "files", "source_code"),
+    *("params", "params_file", "layout", "errors", "stage", "files", "source_code"),
     *("training.preview", "tracking", "lineage", "registry"),
 )
 

@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable
 
 from latentloom.errors import UserError, notify
-from latentloom.params import Params, load_params
+from latentloom.params import Params
+from latentloom.params_file import load_params
 
 
 def use_utf8() -> None:

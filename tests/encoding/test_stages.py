@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from latentloom.encoding import cache
 from latentloom.files import read_json
-from latentloom.params import load_params
+from latentloom.params_file import load_params
 from latentloom.source_code import deciding_modules
 
 ROOT = Path(__file__).parents[2]
@@ -89,7 +89,7 @@ def test_with_nothing_to_compute_no_model_is_loaded(run_stage):
         run_stage(stage)
     code = """
 import runpy, sys
-from latentloom.params import load_params
+from latentloom.params_file import load_params
 for script in sys.argv[2:]:
     print(runpy.run_path(script)["main"](load_params(sys.argv[1])))
 assert not {"diffusers", "transformers", "accelerate"} & set(sys.modules)

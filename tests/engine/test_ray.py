@@ -26,7 +26,8 @@ from latentloom.encoding.vae import Vae
 from latentloom.engine import ordered_map
 from latentloom.errors import UserError
 from latentloom.ingestion.ingest import ingest
-from latentloom.params import IngestParams, load_params
+from latentloom.params import IngestParams
+from latentloom.params_file import load_params
 
 ROOT = Path(__file__).parents[2]
 NODE = {"num_cpus": 2, "object_store_memory": 100 * 2**20, "include_dashboard": False}

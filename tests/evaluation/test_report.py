@@ -24,7 +24,7 @@ from latentloom.evaluation.sheet import CELL, GAP, Section, render_sheet, save_s
 from latentloom.evaluation.text_to_image import TextToImage
 from latentloom.ingestion.shards import iterate_images, read_metadata
 from latentloom.model_files import FORMAT_VERSION, EncoderReference, ModelConfig
-from latentloom.params import load_params
+from latentloom.params_file import load_params
 
 REFERENCE = EncoderReference(reference="bundled", class_name="X", fingerprint="0" * 64)
 CONFIG = ModelConfig(

@@ -16,7 +16,8 @@ from PIL import Image
 from latentloom.diffusion import SamplingSettings
 from latentloom.encoding.dataset import Caches, LatentDataset
 from latentloom.evaluation.sweep import CHART, TABLE, save_sweep, sweep, sweep_chart
-from latentloom.params import SweepParams, load_params
+from latentloom.params import SweepParams
+from latentloom.params_file import load_params
 
 GUIDANCE, STEPS = [1.0, 3.0, 5.0], [20, 70]
 COLUMNS = ["class_guidance", "diffusion_steps", "held_out_recall_at_1", "latent_mae"]

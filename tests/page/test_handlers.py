@@ -21,7 +21,7 @@ from latentloom.ingestion.rejects import Reason, Reject, RejectTable
 from latentloom.ingestion.shards import read_metadata as read_images
 from latentloom.page import data
 from latentloom.page.handlers import Studio, in_a_thread
-from latentloom.params import load_params
+from latentloom.params_file import load_params
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = {"seed": 5, "count": 2, "steps": 2, "guidance": 3, "precision": "fp32", "negative": "", "threshold": 99}

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from latentloom.cli import app
 from latentloom.ingestion.splits import split_of
-from latentloom.params import load_params
+from latentloom.params_file import load_params
 from latentloom.registry.models import SHOWCASE_FOLDER, find_model, is_model
 
 ROOT = Path(__file__).parents[2]

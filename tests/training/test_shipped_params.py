@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from latentloom.diffusion.denoising_error import LEVELS_PER_ROW
-from latentloom.params import load_params
+from latentloom.params_file import load_params
 
 ROOT = Path(__file__).parents[2]
 

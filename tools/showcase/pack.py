@@ -32,7 +32,8 @@ from latentloom.files import read_json, write_json, write_text
 from latentloom.ingestion.shards import read_metadata
 from latentloom.layout import EVALUATE_METRICS, IMAGES, LATENTS, MODEL, PARAMS, TEXT, TRAIN_METRICS
 from latentloom.model_files import load_model, model_hash, save_model
-from latentloom.params import Params, load_params
+from latentloom.params import Params
+from latentloom.params_file import load_params
 from latentloom.registry.models import SHOWCASE_FOLDER, is_model
 from latentloom.tracking.provenance import PROVENANCE, Provenance, read_run_record
 from latentloom.tracking.store import existing_store

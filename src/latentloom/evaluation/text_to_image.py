@@ -23,7 +23,7 @@ from latentloom.files import read_json, write_json
 from latentloom.image_grid import image_grid
 from latentloom.layout import PARAMS
 from latentloom.model_files import EncoderReference, load_model, model_hash
-from latentloom.params import load_params
+from latentloom.params_file import load_params
 from latentloom.source_code import code_hash, deciding_modules
 
 SETTINGS_FILE = "sampling.json"

@@ -16,7 +16,7 @@ from latentloom.evaluation.metadata import save_image
 from latentloom.evaluation.text_to_image import TextToImage, default_settings, load_text_to_image
 from latentloom.files import read_json, user_path, write_json
 from latentloom.layout import PARAMS
-from latentloom.params import load_params
+from latentloom.params_file import load_params
 from latentloom.registry.compare import figures_known
 from latentloom.registry.figures import Figures
 from latentloom.registry.models import FoundModel

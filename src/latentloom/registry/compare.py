@@ -13,7 +13,7 @@ from latentloom.evaluation.sheet import COLUMNS, Section, render_sheet, save_she
 from latentloom.evaluation.text_to_image import default_settings, load_text_to_image
 from latentloom.files import read_table
 from latentloom.layout import COMPARISONS, PARAMS, TEXT
-from latentloom.params import load_params
+from latentloom.params_file import load_params
 from latentloom.registry.figures import SHOWN_FIRST, VAL_MAE, WAYS, Figures, Share, gain, in_the_same_way, in_words
 from latentloom.registry.gate import seen_by_base
 from latentloom.registry.models import FoundModel, find_model, stored_model

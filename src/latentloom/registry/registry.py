@@ -16,7 +16,8 @@ from latentloom.errors import UserError, notify
 from latentloom.evaluation.text_to_image import default_settings
 from latentloom.layout import PARAMS, SAMPLE_SHEET, state_folder
 from latentloom.model_files import read_config
-from latentloom.params import Params, load_params
+from latentloom.params import Params
+from latentloom.params_file import load_params
 from latentloom.registry.figures import Figures, figures_of, in_the_same_way, sampling_settings
 from latentloom.registry.gate import NO_LIMITS, objections, seen_by_base, worse
 from latentloom.registry.measuring import measure_again
