@@ -62,7 +62,7 @@ CODE = (colours, image_formats, images, near_duplicates, png_chunks, pngs, prepr
 WRITER = (sharding, shards, shard_writer)  # the code that decides the bytes of a shard of given rows
 LIBRARIES = ("pillow", "numpy", "scipy", "imagehash", "pillow-heif", "pillow-jxl-plugin")
 CODECS = ("jpg", "jpg_2000", "libtiff", "zlib", "webp", "avif", "littlecms2")
-OPEN_SHARDS, OPEN_GROUPS = 4, 16  # what stays in memory of those that rows are read from
+OPEN = 4  # shards, and row groups, that stay in memory of those that rows are read from
 ELSEWHERE = -1  # a row's picture is in another shard, or there is none
 CONTENT = b"content"  # in the metadata of the files beside a shard: `_content` of it when they were written
 CHUNK = 2**20
@@ -131,9 +131,9 @@ class PreparedStore:
         self._contents: dict[tuple[int, ...], bytes] = {}  # of shards read whole by this run, by what tells a file
         # The place behind that of the last row found, since rows mostly come in their old order; no place yet.
         self._next = len(self._shards) * PER_SHARD
-        self._table = lru_cache(OPEN_SHARDS)(self._read_table)
-        self._file = lru_cache(OPEN_SHARDS)(self._open)
-        self._group = lru_cache(OPEN_GROUPS)(self._read_group)
+        self._table = lru_cache(OPEN)(self._read_table)
+        self._file = lru_cache(OPEN)(self._open)
+        self._group = lru_cache(OPEN)(self._read_group)
 
     def key(self, origin: Origin | None) -> Key | None:
         """By which a sample is known; None where that cannot be told without reading it."""

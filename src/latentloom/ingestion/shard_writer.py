@@ -29,7 +29,7 @@ from latentloom.ingestion.shards import FORMAT_VERSION, MANIFEST, METADATA_COLUM
 from latentloom.sizes import Size
 
 SHARDS = "[0-9]*.parquet"
-CALLS_BEHIND = 3  # row groups that wait to be written, and the end of a shard
+CALLS_BEHIND = 2  # row groups that wait to be written, or the end of a shard
 CAPTIONS, SPLIT = map(SCHEMA.get_field_index, ("captions", "split"))
 CAPTIONS, SPLIT = map(SCHEMA.get_field_index, ("captions", "split"))
 WRITER_OPTIONS = {

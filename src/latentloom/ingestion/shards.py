@@ -1,8 +1,8 @@
 """The format of ``data/images``: Parquet shards of prepared images, and the manifest that names them; and its readers.
 
-``NNNNN.parquet`` holds rows in the sources' order, in row groups of 64, so that neither writer nor reader ever holds
-more than a row group of pictures; ``latentloom.sharding`` says where one file ends and the next begins. pandas and
-``datasets.load_dataset("parquet", ...)`` open them: the image column is a struct of PNG bytes and path, which the
+``NNNNN.parquet`` holds rows in the sources' order, in row groups of 64, so that a reader never holds more than a row
+group of pictures, and the writer a few; ``latentloom.sharding`` says where one file ends and the next begins. pandas
+and ``datasets.load_dataset("parquet", ...)`` open them: the image column is a struct of PNG bytes and path, which the
 schema's metadata declares to be a Hugging Face ``Image``. `latentloom.ingestion.shard_writer` writes them.
 """
 
