@@ -16,10 +16,11 @@ unexport PYTHONDONTWRITEBYTECODE
 # process (tests/conftest.py says what).
 #
 # They make tens of thousands of small files and flush thousands, which costs a tenth as much in memory, where there is
-# room: half a GiB, and two where many tests fail, as only what passed is removed at once.
+# room: half a GiB, and two where many tests fail, as only what passed is removed at once. Some run programs from there.
 CORES := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 5 ? n : 5)))
 FREE := $(shell df -Pk /dev/shm 2>/dev/null | awk 'END {print $$4 + 0}')
-IN_MEMORY := $(if $(TMPDIR),,$(shell [ $(FREE) -gt 3000000 ] && echo TMPDIR=/dev/shm))
+RUNS := $(shell grep -Eqs '^[^ ]+ /dev/shm .*noexec' /proc/mounts || echo programs)
+IN_MEMORY := $(if $(TMPDIR),,$(if $(RUNS),$(shell [ $(FREE) -gt 3000000 ] && echo TMPDIR=/dev/shm)))
 PYTEST := $(IN_MEMORY) OMP_NUM_THREADS=1 python -m pytest --dist loadfile --no-loadscope-reorder -n $(CORES)
 
 .PHONY: repro test test-fast test-services ui page bench notebooks lint install install-tests clean
