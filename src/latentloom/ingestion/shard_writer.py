@@ -31,7 +31,6 @@ from latentloom.sizes import Size
 SHARDS = "[0-9]*.parquet"
 CALLS_BEHIND = 2  # row groups that wait to be written, or the end of a shard
 CAPTIONS, SPLIT = map(SCHEMA.get_field_index, ("captions", "split"))
-CAPTIONS, SPLIT = map(SCHEMA.get_field_index, ("captions", "split"))
 WRITER_OPTIONS = {
     "compression": {"image.bytes": "NONE"}  # PNGs are compressed already
     | dict.fromkeys(["id", "image.path", "captions.list.element", "split", "source", "key", "width", "height"], "ZSTD"),
